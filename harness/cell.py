@@ -1,0 +1,339 @@
+"""A cell: one frozen point of a grid, and the keys that identify what it produces.
+
+Nothing here imports another module of the harness, nor torch: cells travel between processes as JSON
+(`to_json`, `from_json`) and are compared by key.
+
+Two keys, each the SHA-256 of everything that changes numbers and of nothing else:
+
+    quantize_key   the checkpoint: model, method, weight scheme, and calibration, inputs and seed where the method uses them
+    score_key      a score: the checkpoint, how activations and KV cache are executed, the evaluator with settings and data
+
+`cell_key` names the row of a table and the MLflow run: a checkpoint with its execution scheme.
+Library versions, cards, commits and batch sizes are provenance; they live in the record, never in a key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
+
+
+def freeze(settings: dict[str, Any]) -> Settings:
+    """Sorted, hashable form of a settings mapping whose values are JSON values."""
+    return tuple((name, _freeze_value(value)) for name, value in sorted(settings.items()))
+
+
+def _freeze_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return freeze(value)
+    if isinstance(value, list | tuple):
+        return tuple(_freeze_value(item) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plugin with its settings: the transform, rounding or tuning of a method.
+
+    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `config`
+    so that keys can be computed without importing it.
+    """
+
+    name: str
+    settings: Settings = ()
+    version: int = 1
+    needs: tuple[str, ...] = ()             # statistics of the calibration data; empty: data-free
+    stochastic: bool = False                # draws from the cell's seed
+    activation_aware: bool = False          # its codes depend on the activation and KV scheme
+
+    def __getitem__(self, setting: str) -> Any:
+        return dict(self.settings)[setting]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`."""
+
+    name: str
+    transform: Part | None = None
+    rounding: Part | None = None
+    tuning: Part | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for part in (self.transform, self.rounding, self.tuning) if part is not None)
+
+    @property
+    def is_baseline(self) -> bool:
+        return not self.parts
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(sorted({need for part in self.parts for need in part.needs}))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model: a folder, a hub id, or the embedded demo.
+
+    digest identifies the weights: a hash of the folder's files or the resolved commit of a hub id.
+    dtype is the floating type in which the model is loaded, calibrated and evaluated.
+    """
+
+    name: str
+    source: str
+    revision: str | None = None
+    digest: str = ""
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How one weight matrix is stored.
+
+    bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it
+    group_size  input channels that share one scale; -1: one scale per output channel
+    symmetric   no zero point
+    scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used
+    """
+
+    format: str = "int"
+    bits: float = 4
+    group_size: int = -1
+    symmetric: bool = False
+    scale_dtype: str = "float16"
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How the inputs of the quantized linears are rounded at run time. granularity: token, tensor or group."""
+
+    format: str = "int"
+    bits: int = 8
+    granularity: str = "token"
+    group_size: int = -1
+    symmetric: bool = True
+    dynamic: bool = True
+    grid: str = "smoothquant"
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI)."""
+
+    bits: int = 4
+    group_size: int = 32
+    residual: int = 32                      # most recent tokens kept in full precision
+    key_axis: str = "channel"
+    value_axis: str = "token"
+
+
+@dataclass(frozen=True)
+class Override:
+    """Fields of the schemes that differ for named layers. blocks None: every block; linears are short names, e.g. "q_proj"."""
+
+    linears: tuple[str, ...]
+    blocks: tuple[int, ...] | None = None
+    weight: Settings = ()
+    activation: Settings = ()
+
+    def applies(self, block: int, linear: str) -> bool:
+        return (self.blocks is None or block in self.blocks) and linear.rsplit(".", 1)[-1] in self.linears
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The number format of a cell. activation or kv None: kept in the model's dtype."""
+
+    name: str
+    weight: WeightScheme = WeightScheme()
+    activation: ActivationScheme | None = None
+    kv: KVScheme | None = None
+    overrides: tuple[Override, ...] = ()
+
+    def weight_for(self, block: int, linear: str) -> WeightScheme:
+        """The weight scheme of one linear ("self_attn.q_proj" or "q_proj") of one block, overrides applied in order."""
+        scheme = self.weight
+        for override in self.overrides:
+            if override.applies(block, linear):
+                scheme = dataclasses.replace(scheme, **dict(override.weight))
+        return scheme
+
+    def activation_for(self, block: int, linear: str) -> ActivationScheme | None:
+        """The activation scheme of one linear's input, overrides applied in order; None where inputs stay as they are."""
+        scheme = self.activation
+        for override in self.overrides:
+            if scheme is not None and override.applies(block, linear):
+                scheme = dataclasses.replace(scheme, **dict(override.activation))
+        return scheme
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows drawn from a corpus.
+
+    packing  window: random windows of the joined text (GPTQ); document: a random window of a long enough document (C4);
+             join: short documents concatenated and cut (AWQ)
+    samples windows of length tokens; source and split say where the text lies, digest which text it is.
+    """
+
+    name: str
+    source: str
+    split: str = "train"
+    packing: str = "window"
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    separator: str = "\n\n"
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One scorer with its settings. data_digest identifies the data it reads; limit marks a smoke run on the first items."""
+
+    name: str
+    evaluator: str
+    settings: Settings = ()
+    version: int = 1
+    data_digest: str = ""
+    limit: int | None = None
+
+    def __getitem__(self, setting: str) -> Any:
+        return dict(self.settings)[setting]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """model × method × scheme, with what it is calibrated on and what it is scored by.
+
+    inputs  what a block is calibrated on: "quantized" (outputs of the already rounded blocks before it, as published)
+            or "full_precision"
+    seed    of the method's own randomness; the draw of the calibration windows has its own seed
+    """
+
+    model: Model
+    method: Method
+    scheme: Scheme
+    calibration: Calibration | None = None
+    inputs: str = "quantized"
+    seed: int = 0
+    evaluations: tuple[Evaluation, ...] = field(default=(), compare=False)
+
+    @property
+    def title(self) -> str:
+        """What a person calls the cell: "demo · gptq · w4g32"."""
+        return " · ".join((self.model.name, self.method.name, self.scheme.name))
+
+
+def quantize_key(cell: Cell) -> str:
+    """Identity of the cell's checkpoint; 64 hexadecimal digits. Equal keys mean equal bytes."""
+    method = cell.method
+    identity: dict[str, Any] = {
+        "model": _identity(cell.model, drop=("name", "source", "revision", "trust_remote_code")),
+        "parts": [_identity(part, drop=("needs", "stochastic", "activation_aware")) for part in method.parts],
+        "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
+    }
+    if not method.is_baseline:
+        identity["weight"] = _identity(cell.scheme.weight)
+        identity["overrides"] = [_identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight]
+    if method.needs:
+        identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+        identity["inputs"] = cell.inputs
+    if any(part.stochastic for part in method.parts):
+        identity["seed"] = cell.seed
+    if any(part.activation_aware for part in method.parts):
+        identity["execution"] = _execution(cell.scheme)
+    return digest(identity)
+
+
+def cell_key(cell: Cell) -> str:
+    """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
+    return digest({"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)})
+
+
+def score_key(cell: Cell, evaluation: Evaluation) -> str:
+    """Identity of one evaluation of one cell; 64 hexadecimal digits."""
+    return digest({"cell": cell_key(cell), "evaluation": _identity(evaluation, drop=("name",))})
+
+
+def baseline_of(cell: Cell) -> Cell:
+    """The full-precision cell that this cell is compared with: same model, nothing quantized."""
+    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _execution(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "activation": _identity(scheme.activation),
+        "kv": _identity(scheme.kv),
+        "overrides": [_identity(o, drop=("weight",)) for o in scheme.overrides if o.activation],
+    }
+
+
+def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
+    if value is None:
+        return None
+    return {name: item for name, item in to_json(value).items() if name not in drop}
+
+
+def to_json(value: Any) -> Any:
+    """A cell, or any part of one, as JSON values; settings become objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value))
+        return {
+            f.name: _thaw(getattr(value, f.name)) if hints[f.name] == Settings else to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+        }
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def _thaw(settings: Settings) -> dict[str, Any]:
+    return {name: _thaw_value(value) for name, value in settings}
+
+
+def _thaw_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        is_mapping = bool(value) and all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value)
+        return _thaw(value) if is_mapping else [_thaw_value(item) for item in value]
+    return value
+
+
+T = TypeVar("T")
+
+
+def from_json(kind: type[T], data: Any) -> T:
+    """The inverse of `to_json` for a dataclass of this module: from_json(Cell, to_json(cell)) == cell."""
+    return typing.cast(T, _build(kind, data))
+
+
+def _build(kind: Any, data: Any) -> Any:
+    if kind == Settings:
+        return freeze(data)
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if data is None:
+            return None
+        (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
+        return _build(inner, data)
+    if origin is tuple:
+        return tuple(_build(typing.get_args(kind)[0], item) for item in data)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(type, kind)(**{name: _build(hints[name], item) for name, item in data.items()})
+    return data

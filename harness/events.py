@@ -1,0 +1,71 @@
+"""What happens while a sweep runs: small frozen facts that tasks yield, schedulers carry and drivers record.
+
+Every event travels between processes as is (plain data, no tensors, no paths but strings).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Event:
+    """time: seconds since the epoch; cell_keys: the cells concerned (empty: the whole task)."""
+
+    time: float
+    cell_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskStarted(Event):
+    """A process began a task. worker: host and process id; device: "cpu" or a card's name."""
+
+    worker: str = ""
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """step of steps is done; stage names what is counted ("block", "wikitext2", …)."""
+
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Quantized(Event):
+    """One checkpoint is complete in the store; record holds sizes, timings, layer errors, provenance."""
+
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored(Event):
+    """One evaluation of one cell is complete in the store. metrics: name -> value, e.g. {"wikitext2/perplexity": 6.14}."""
+
+    evaluation: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """One cell (or one evaluation of it) failed; the others of its task go on.
+
+    kind: "error", "out_of_memory", "killed", "timeout", "lost"; reason: one line; detail: traceback or log tail.
+    """
+
+    stage: str = ""
+    kind: str = "error"
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class TaskEnded(Event):
+    """The task's generator is exhausted. seconds: wall time of the task; peak_memory_bytes: of its process or device."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0

@@ -1,0 +1,187 @@
+"""What a method is given and what it returns. Methods import this module and `harness.numerics`, nothing else of ours.
+
+A method file (`harness/methods/<name>.py`, one paper each) defines one or more of the classes `Transform`, `Rounding`,
+`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal `conf/<slot>/<name>.yaml`, takes it as
+its only constructor argument, and states its facts as literals, which `harness.plugins` reads without importing the file:
+
+    class Rounding:
+        version = 1                     # raised when its numbers change; part of every key
+        needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
+        stochastic = False              # True: draws from `rng`
+        activation_aware = False        # True: its codes depend on the activation or KV scheme
+
+Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in], scale [out, groups].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import Generator, Tensor, nn
+
+from harness.cell import Scheme, WeightScheme
+from harness.numerics.weights import QuantizedWeight
+
+__all__ = [
+    "STATISTICS", "BlockView", "Evidence", "LinearShape", "Rounding", "ScalePair", "Scheme", "Shapes", "Transform", "Tuning",
+    "WeightScheme",
+]
+
+STATISTICS: dict[str, str] = {
+    "hessian": "mean over tokens of x xᵀ, [in, in] float32",
+    "mean": "mean over tokens of x, [in] float32",
+    "abs_mean": "mean over tokens of |x|, [in] float32",
+    "abs_max": "maximum over tokens of |x|, [in] float32",
+    "abs_max_per_sequence": "maximum over the tokens of each sequence of |x|, [sequences, in] float32",
+    "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
+    "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
+    "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+}
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Evidence(Protocol):
+    """What calibration says of one linear's input. Read-only; linears with one input share one object.
+
+    A statistic that the method did not name in `needs` raises KeyError. Values are shared between cells: never write to them.
+    """
+
+    basis: str                                  # "quantized" or "full_precision": what ran before this block
+    tokens: int                                 # calibration tokens seen
+
+    def __getitem__(self, statistic: str) -> Tensor: ...
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """compute() the first time, its result ever after: factorisations shared by q, k, v and by cells of one stream.
+
+        key must name everything that the result depends on besides the statistics themselves.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One quantizable matrix. name: within its block, e.g. "self_attn.q_proj"; inputs: name of the group that shares its input."""
+
+    name: str
+    out_features: int
+    in_features: int
+    group: str
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class ScalePair:
+    """A place where a diagonal scale on the input of `consumers` can be folded into what produces that input.
+
+    producer   a norm ("input_layernorm") or a linear ("self_attn.v_proj", "mlp.up_proj") of the block
+    consumers  linears that read the input; all of its readers
+    region     the submodule whose output shows the effect ("self_attn", "mlp"); "" is the consumer itself
+    repeats    how often each producer channel is repeated in the consumers' input (query heads per key-value head)
+    offset     added to the norm's weight before use (Gemma: 1)
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    kind: str                                   # "norm" or "linear"
+    region: str = ""
+    repeats: int = 1
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a plan knows of a model from its config.json alone."""
+
+    family: str
+    blocks: int
+    linears: tuple[LinearShape, ...]            # of one block, in order of execution
+    pairs: tuple[ScalePair, ...]
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int                             # of the whole model
+    tied_head: bool = False
+    rotations: bool = False                     # residual-stream rotations leave the function unchanged (RMSNorm only)
+    experts: int = 0
+    notes: tuple[str, ...] = ()
+
+
+class BlockView(Protocol):
+    """One decoder block in the hands of a transform or a block-wise rounding; its weights are float, on the device."""
+
+    index: int                                  # position in the model, from 0
+    module: nn.Module
+    shapes: Shapes
+    evidence: Mapping[str, Evidence]            # by linear name
+
+    def linear(self, name: str) -> nn.Linear: ...
+
+    def inputs(self) -> Sequence[Tensor]:
+        """The block's own inputs, one tensor [1, length, hidden] per calibration sequence."""
+        ...
+
+    def references(self) -> Sequence[Tensor]:
+        """Full-precision outputs on full-precision inputs, one tensor per sequence; needs "reference"."""
+        ...
+
+    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output [1, length, hidden] for one sequence, with `weights` in place of named parameters
+        ("self_attn.q_proj.weight"); differentiable in them."""
+        ...
+
+    def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of one submodule (a ScalePair's region) on the input it received for calibration sequence `index`."""
+        ...
+
+
+class Transform(Protocol):
+    """Rewrites a block into an equivalent one before rounding."""
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Reasons why it cannot run; empty when it can."""
+        ...
+
+    def rewrite_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, Any]:
+        """Change the block's parameters in place; return notes for the record (chosen exponents, losses, …)."""
+        ...
+
+
+class Rounding(Protocol):
+    """Turns weight matrices into codes, one linear at a time.
+
+    A method that must see a block at once (block-wise training) defines `round_block` instead of `round_layer`:
+
+        def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]
+
+    sequential: True re-runs the block after each group of linears, so that a group sees the rounded groups before it
+    ("true-sequential"); class attribute or property.
+    """
+
+    sequential: bool
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
+
+    def round_layer(
+        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
+        """Quantize one matrix.
+
+        name: within its block, "self_attn.q_proj".   weight: [out, in] float32, not written to.
+        evidence: of the layer's input; None when `needs` is empty.   rng: seeded by cell, block and linear.
+        Raises MethodError when the numbers break down.
+        """
+        ...
+
+
+class Tuning(Protocol):
+    """Trains after rounding."""
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
+
+    def tune(self, model: nn.Module, data: Sequence[Tensor], settings: Any, rng: Generator) -> dict[str, Any]: ...

@@ -1,0 +1,126 @@
+"""Plugins by file name: methods, evaluators and model families are found in their folders, never registered.
+
+The name in a config is the name of a file; the class in it has the name of the slot. What a plan, a key or a list needs to know
+of a plugin (`version`, `needs`, …) are literals in the class body, read here from the source without importing it, so that
+tables and completion stay instant. A folder of one's own is added with HARNESS_PLUGINS=/path (methods/, evaluators/, models/ below it).
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness.errors import ConfigError, unknown_name
+
+KINDS = {                                       # kind -> (folder, class)
+    "transform": ("methods", "Transform"),
+    "rounding": ("methods", "Rounding"),
+    "tuning": ("methods", "Tuning"),
+    "evaluator": ("evaluators", "Evaluator"),
+    "family": ("models", "Family"),
+}
+NOT_PLUGINS = {"__init__", "protocols"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plugin says of itself in literals. title: first line of its file's docstring; literals: every literal of the class body."""
+
+    name: str
+    kind: str
+    path: Path
+    title: str
+    literals: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any) -> Any:
+        return self.literals.get(name, default)
+
+
+@functools.cache
+def find(kind: str) -> Mapping[str, Facts]:
+    """All plugins of a kind, by name."""
+    folder, class_name = KINDS[kind]
+    found: dict[str, Facts] = {}
+    for root in _roots():
+        for path in sorted((root / folder).glob("*.py")):
+            if path.stem in NOT_PLUGINS:
+                continue
+            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and node.name == class_name:
+                    title = (ast.get_docstring(tree) or path.stem).splitlines()[0]
+                    found[path.stem] = Facts(path.stem, kind, path, title, _literals(node))
+    return found
+
+
+def facts(kind: str, name: str, where: str = "") -> Facts:
+    """The facts of one plugin. Raises ConfigError with the nearest name when there is none."""
+    known = find(kind)
+    if name not in known:
+        raise ConfigError(unknown_name(kind, name, known, where))
+    return known[name]
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """The plugin's class; imports its file."""
+    return getattr(_module(facts(kind, name).path), KINDS[kind][1])
+
+
+def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """An instance of the plugin with its typed settings. Raises ConfigError for an unknown or impossible setting."""
+    plugin = load(kind, name)
+    known = [f.name for f in dataclasses.fields(plugin.Settings)]
+    problems = [unknown_name("setting", key, known, f"{kind}/{name}") for key in settings if key not in known]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return plugin(plugin.Settings(**settings))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{kind}/{name}: {error}") from error
+
+
+def _roots() -> list[Path]:
+    extra = os.environ.get("HARNESS_PLUGINS", "")
+    return [Path(__file__).parent, *(Path(entry) for entry in extra.split(os.pathsep) if entry)]
+
+
+def _literals(node: ast.ClassDef) -> dict[str, Any]:
+    literals: dict[str, Any] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target, value = statement.targets[0], statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target, value = statement.target, statement.value
+        else:
+            continue
+        if isinstance(target, ast.Name):
+            try:
+                literals[target.id] = ast.literal_eval(value)
+            except ValueError:
+                continue                        # computed, not a fact
+    return literals
+
+
+@functools.cache
+def _module(path: Path) -> ModuleType:
+    own = Path(__file__).parent
+    if path.is_relative_to(own):
+        relative = path.relative_to(own).with_suffix("")
+        return importlib.import_module(".".join(("harness", *relative.parts)))
+    name = f"harness_plugins.{path.parent.name}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,108 @@
+"""A sweep after its YAML was composed and checked: cells, what was skipped and why, the tables to make, and where to run.
+
+`config` makes it; `plan`, `schedule`, `tracking` and `tables` read it. Imports no library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.cell import Cell
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Cells that a rule of the sweep leaves out, and the rule's reason."""
+
+    titles: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    metric    "wikitext2/perplexity", "arc_easy/acc", "checkpoint/bits_per_weight"; or "mean" of `of`
+    published name of the column in the published YAML; "" where the paper has none
+    digits    decimals printed; scale multiplies the value (100 for percent)
+    weights   for "mean": one weight per metric of `of`; empty is the plain mean
+    """
+
+    metric: str
+    title: str = ""
+    published: str = ""
+    digits: int = 2
+    scale: float = 1.0
+    higher_is_better: bool | None = None
+    of: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a sweep: one row per cell in the sweep's order, or the published rows in theirs.
+
+    published  path below sweeps/published/ without .yaml ("llama3-empirical-study/table1"); "" when there is none
+    protocol   differences of protocol that could explain a gap, printed below the table
+    """
+
+    name: str
+    caption: str = ""
+    columns: tuple[Column, ...] = ()
+    published: str = ""
+    models: tuple[str, ...] = ()                # rows of these models only; empty: all
+    protocol: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where tasks run. kind: local (in processes of this machine without Ray), ray (started here), or address of a cluster.
+
+    workers    concurrent tasks on this machine; 0: one per GPU, or one per two cores
+    """
+
+    kind: str = "ray"
+    address: str = ""
+    workers: int = 0
+    gpus_per_task: float = 1.0
+    task_timeout_seconds: float = 0.0           # 0: none
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where records go. kind: sqlite (mlflow.db beside runs/), server (uri), or none."""
+
+    kind: str = "sqlite"
+    uri: str = ""
+    experiment: str = ""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What changes where and how a sweep runs but none of its numbers."""
+
+    runs: Path
+    cluster: Cluster = Cluster()
+    tracking: Tracking = Tracking()
+    data_root: Path | None = None
+    device: str = "auto"                        # auto, cpu, cuda
+    batch_size: int = 0                         # 0: chosen by the evaluator
+    fail_fast: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """cells: distinct, in the order of the file's grids; baselines that differences need come with them."""
+
+    name: str
+    title: str
+    description: str
+    cells: tuple[Cell, ...]
+    skips: tuple[Skip, ...]
+    tables: tuple[Table, ...]
+    runtime: Runtime
+    path: Path | None = None
+    overrides: tuple[str, ...] = ()
