@@ -1,0 +1,42 @@
+# The everyday commands. `make help` lists them.
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test lint bench demo-model constraints clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## make the environment in .venv with the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## run the demo sweep on this machine's CPU, print its table, say how to open the dashboard
+	$(BIN)/harness run demo
+	@$(BIN)/harness table demo
+
+test: install  ## the whole test suite; needs no network and no GPU
+	$(BIN)/python -m pytest
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check harness tests
+	$(BIN)/mypy
+
+bench: install  ## speed and memory, each figure beside its reference in one run
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+demo-model: install  ## train the embedded demo model again from its committed recipe (about two minutes)
+	$(BIN)/python -m harness.demo.train
+
+constraints: install  ## write the versions of the present environment to constraints.txt
+	@(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## remove the environment and caches; keeps runs/ and mlflow.db
+	rm -rf $(VENV) .mypy_cache .ruff_cache *.egg-info
