@@ -2,7 +2,7 @@
 
 The name in a config is the name of a file; the class in it has the name of the slot. What a plan, a key or a list needs to know
 of a plugin (`version`, `needs`, …) are literals in the class body, read here from the source without importing it, so that
-tables and completion stay instant. A folder of one's own is added with HARNESS_PLUGINS=/path (methods/, evaluators/, models/ below it).
+tables and completion stay instant. HARNESS_PLUGINS=/path adds a folder of one's own, with methods/, evaluators/, models/ in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NOT_PLUGINS = {"__init__", "protocols"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plugin says of itself in literals. title: first line of its file's docstring; literals: every literal of the class body."""
+    """What a plugin says of itself. title: first line of its file's docstring; literals: those of the class body, by name."""
 
     name: str
     kind: str

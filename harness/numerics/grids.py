@@ -4,14 +4,14 @@ Papers draw the same bit width from different grids, and results at 2 and 3 bits
 parameter. lo, hi are the smallest and largest value of the row or group, Q = 2^bits - 1, and a code q stands for
 scale * (q - zero).
 
-    convention    symmetric  scale                              zero                    remark
-    gptq          no         (hi - lo) / Q                      round(-lo / scale)      range widened to hold 0 (GPTQ, quant.py)
-    gptq          yes        (hi - lo) / Q                      2^(bits-1)              lo = -hi only if lo < 0; clips the positive extreme
-    awq           no         max(hi - lo, 1e-5) / Q             clamp(-round(lo/scale)) all-positive groups are clipped (AWQ, llama_quant)
-    awq           yes        max(|w|, 1e-5) / (2^(bits-1) - 1)  2^(bits-1)              also SmoothQuant's rule
-    omniquant     no         clamp((hi - lo) / Q, 1e-5, 1e4)    round(-lo / scale)      zero not clamped to the codes
-    omniquant     yes        |w| / (2^(bits-1) - 1)             2^(bits-1)              code 0 unused
-    compressed    yes        2 |w| / Q                          2^(bits-1)              compressed-tensors' rule
+    convention   symmetric  scale                              zero                     remark
+    gptq         no         (hi - lo) / Q                      round(-lo / scale)       range widened to hold 0
+    gptq         yes        (hi - lo) / Q                      2^(bits-1)               lo = -hi only if lo < 0; clips the top extreme
+    awq          no         max(hi - lo, 1e-5) / Q             clamp(-round(lo/scale))  groups of one sign are clipped
+    awq          yes        max(|w|, 1e-5) / (2^(bits-1) - 1)  2^(bits-1)               also SmoothQuant's rule
+    omniquant    no         clamp((hi - lo) / Q, 1e-5, 1e4)    round(-lo / scale)       zero not clamped to the codes
+    omniquant    yes        |w| / (2^(bits-1) - 1)             2^(bits-1)               code 0 unused
+    compressed   yes        2 |w| / Q                          2^(bits-1)               compressed-tensors' rule
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def from_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool, convention: s
         empty = (lo == 0) & (hi == 0)
         lo, hi = torch.where(empty, -1.0, lo), torch.where(empty, 1.0, hi)
         scale = _storable((hi - lo) / top, scale_dtype)
-        zero = torch.full_like(scale, middle) if symmetric else torch.round(-lo / scale)
+        zero = torch.full_like(scale, middle) if symmetric else torch.round(-lo / scale).clamp_(0, top)
     elif convention == "awq":
         if symmetric:
             scale = _storable(magnitude.clamp(min=1e-5) / (middle - 1), scale_dtype)
