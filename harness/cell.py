@@ -15,6 +15,7 @@ Library versions, cards, commits and batch sizes are provenance; they live in th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import types
@@ -290,10 +291,15 @@ def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
     return {name: item for name, item in to_json(value).items() if name not in drop}
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)          # 0.1 ms each time, and a sweep computes tens of thousands of keys
+
+
 def to_json(value: Any) -> Any:
     """A cell, or any part of one, as JSON values; settings become objects."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = _hints(type(value))
         return {
             f.name: _thaw(getattr(value, f.name)) if hints[f.name] == Settings else to_json(getattr(value, f.name))
             for f in dataclasses.fields(value)
@@ -334,6 +340,6 @@ def _build(kind: Any, data: Any) -> Any:
     if origin is tuple:
         return tuple(_build(typing.get_args(kind)[0], item) for item in data)
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(typing.cast(type, kind))
         return typing.cast(type, kind)(**{name: _build(hints[name], item) for name, item in data.items()})
     return data
