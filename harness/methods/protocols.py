@@ -15,18 +15,19 @@ Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
 from harness.cell import Scheme, WeightScheme
+from harness.numerics.grids import CONVENTIONS, SCALE_DTYPES
 from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
     "STATISTICS", "BlockView", "Evidence", "LinearShape", "Rounding", "ScalePair", "Scheme", "Shapes", "Transform", "Tuning",
-    "WeightScheme",
+    "WeightScheme", "check_uniform",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -185,3 +186,68 @@ class Tuning(Protocol):
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
 
     def tune(self, model: nn.Module, data: Sequence[Tensor], settings: Any, rng: Generator) -> dict[str, Any]: ...
+
+
+def check_uniform(
+    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None
+) -> list[str]:
+    """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
+
+    One reason per kind of problem, naming every layer it concerns. convention: also that this grid exists for the scheme.
+    """
+    widths = f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
+    reasons: list[str] = []
+    undivided: dict[int, dict[str, None]] = {}                    # group size -> layers, in order, each once
+    for weight, linears in _weight_schemes(scheme, shapes):
+        if weight.format != "int":
+            reasons.append(f'format "{weight.format}" is not an integer grid; use scheme.weight.format=int or a method made for it')
+            continue
+        if weight.bits not in bits:
+            reasons.append(f"{weight.bits:g} bits; this method rounds to whole widths of {widths}")
+        if weight.scale_dtype not in SCALE_DTYPES:
+            reasons.append(f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}')
+        if convention is not None and convention not in CONVENTIONS:
+            reasons.append(f'no grid "{convention}"; known: {", ".join(CONVENTIONS)}')
+        elif convention == "compressed" and not weight.symmetric:
+            reasons.append('grid "compressed" is symmetric only; use a symmetric scheme or another grid')
+        size = weight.group_size
+        if size != -1 and size < 2:
+            reasons.append(f"group size {size}; use -1 for one scale per output channel, or 2 and more")
+        elif size != -1:
+            for linear in linears:
+                if linear.in_features % size:
+                    undivided.setdefault(size, {})[f"{linear.name} ({linear.in_features})"] = None
+    reasons += [f"group size {size} does not divide in_features of {', '.join(layers)}" for size, layers in undivided.items()]
+    return list(dict.fromkeys(reasons))
+
+
+def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:
+    """Every distinct weight scheme of the model with the linears that have it in some block."""
+    per_block = any(override.blocks is not None for override in scheme.overrides)
+    found: dict[WeightScheme, dict[str, LinearShape]] = {}
+    for block in range(shapes.blocks if per_block else 1):
+        for linear in shapes.linears:
+            found.setdefault(scheme.weight_for(block, linear.name), {})[linear.name] = linear
+    for weight, linears in found.items():
+        yield weight, list(linears.values())
+
+
+def refusals(scheme: Scheme, shapes: Shapes, reasons: Callable[[LinearShape, WeightScheme], Iterable[str]]) -> list[str]:
+    """Every reason that reasons(linear, its weight scheme) gives, once, with all the layers that it concerns.
+
+    "group_size 48 does not divide the inputs: self_attn.q_proj [32 × 32], mlp.down_proj [32 × 64] (blocks 0, 3)"; blocks are
+    named where overrides of the scheme make them differ.
+    """
+    found: dict[str, dict[LinearShape, list[int]]] = {}
+    for block in range(shapes.blocks):
+        for linear in shapes.linears:
+            for reason in reasons(linear, scheme.weight_for(block, linear.name)):
+                found.setdefault(reason, {}).setdefault(linear, []).append(block)
+    listed = []
+    for reason, layers in found.items():
+        parts = []
+        for linear, blocks in layers.items():
+            some = "" if len(blocks) == shapes.blocks else f" (blocks {', '.join(map(str, blocks))})"
+            parts.append(f"{linear.name} [{linear.out_features} × {linear.in_features}]{some}")
+        listed.append(f"{reason}: {', '.join(parts)}")
+    return listed

@@ -6,7 +6,7 @@ scale * (q - zero).
 
     convention   symmetric  scale                              zero                     remark
     gptq         no         (hi - lo) / Q                      round(-lo / scale)       range widened to hold 0
-    gptq         yes        (hi - lo) / Q                      2^(bits-1)               lo = -hi only if lo < 0; clips the top extreme
+    gptq         yes        (hi - lo) / Q                      2^(bits-1)               lo = -hi only if lo < 0; clips the top
     awq          no         max(hi - lo, 1e-5) / Q             clamp(-round(lo/scale))  groups of one sign are clipped
     awq          yes        max(|w|, 1e-5) / (2^(bits-1) - 1)  2^(bits-1)               also SmoothQuant's rule
     omniquant    no         clamp((hi - lo) / Q, 1e-5, 1e4)    round(-lo / scale)       zero not clamped to the codes
@@ -116,6 +116,13 @@ def shrink_range(
         lowest = torch.where(better, error, lowest)
         best = Grid(torch.where(better, trial.scale, best.scale), torch.where(better, trial.zero, best.zero), bits)
     return best
+
+
+def as_stored(values: Tensor, dtype: str) -> Tensor:
+    """Values as they are read back from their storage dtype ("float16" …): rounded to it, in float32. May be negative or zero."""
+    target = SCALE_DTYPES[dtype]
+    limit = torch.finfo(target).max
+    return values.clamp(-limit, limit).to(target).float()
 
 
 def _storable(scale: Tensor, dtype: str) -> Tensor:
