@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,32 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             "use more calibration tokens than the layer has inputs, or a larger damping_fraction"
         )
     return upper
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a column-by-column rounding needs of a Hessian.
+
+    upper   [in, in] float32: Uᵀ U = (H + λI)⁻¹, in the order of `order`
+    dead    [in] bool: columns whose input was never active, in their original order
+    order   [in] int64: the column that comes k-th; None: the original order
+    """
+
+    upper: Tensor
+    dead: Tensor
+    order: Tensor | None
+
+
+def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) -> Factor:
+    """The damped, inverted, factored Hessian; act_order puts the largest diagonal entries first.
+
+    It depends on nothing else, so q, k, v and all bit widths on one input stream share it:
+    evidence.once(("factor", damping_fraction, act_order), lambda: factored(evidence["hessian"], damping_fraction, act_order)).
+    Raises MethodError when the Hessian is not finite or not positive definite. Peak memory: four [in, in] float32.
+    """
+    dead, order = hessian.diagonal() == 0, None
+    if act_order:
+        diagonal = torch.where(dead, 1.0, hessian.diagonal())     # dead columns take the place of a unit diagonal
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    return Factor(inverse_factor(damped(hessian, damping_fraction)[0]), dead, order)

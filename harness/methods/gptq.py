@@ -1,0 +1,158 @@
+"""GPTQ: columns are rounded one after the other, and each error is undone in the columns still to come.
+
+GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323).
+Objective: min ||W X - W' X||² (eq. 1), layer by layer. With H = E[x xᵀ] damped by λ = damping_fraction · mean(diag H) and
+Uᵀ U = (H + λ I)⁻¹ upper triangular (step 3 of §3.3), for every column j in order:
+
+    q_j = nearest grid value of w_j        e_j = (w_j - q_j) / U_jj (eq. 2)        w_k -= e_j U_jk for k > j (eq. 3)
+
+Updates reach the columns of the current block of `block_size` at once and all later columns in one product per block.
+
+As in the authors' code: one grid per channel is fitted before dead columns (zero diagonal) are set to 0, grids of groups after;
+a group inside a block is fitted on the weights as they were at the start of that block, so with group_size < block_size only the
+first group of a block has seen all updates; damping is relative to the mean diagonal after dead entries became 1.
+Where we differ: codes are kept, not only their values; scales are rounded to the type in which they are stored before the
+columns are, so that errors of the storage type are fed back too (scale_dtype float32 gives the authors' numbers); a Hessian that
+is not positive definite fails the cell; columns of equal diagonal keep their order under act_order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from harness.errors import MethodError
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform
+from harness.numerics.grids import CONVENTIONS, Grid, fit, shrink_range
+from harness.numerics.hessians import Factor, factored
+from harness.numerics.weights import QuantizedWeight, UniformWeight
+
+
+class Rounding:
+    """Error-compensating rounding with second-order information."""
+
+    version = 1
+    needs = ("hessian",)
+    stochastic = False
+    activation_aware = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        damping_fraction  of the mean diagonal, added to the diagonal of H; above 0
+        block_size        columns between two updates of all the columns to come
+        act_order         columns with the largest diagonal of H first
+        static_groups     grids of all groups fitted before the first column is rounded; with act_order, groups then stay
+                          consecutive and need no index per column
+        sequential        rounds a block's linears in four steps, each seeing the rounded ones before it
+        grid              gptq, awq, omniquant or compressed
+        range_search      shrink each range to its least error before rounding
+        """
+
+        damping_fraction: float = 0.01
+        block_size: int = 128
+        act_order: bool = False
+        static_groups: bool = False
+        sequential: bool = False
+        grid: str = "gptq"
+        range_search: bool = False
+
+        def __post_init__(self) -> None:
+            if self.grid not in CONVENTIONS:
+                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            if not self.damping_fraction > 0:
+                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
+            if self.block_size < 1:
+                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @property
+    def sequential(self) -> bool:
+        return self.settings.sequential
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Integer grids of 2 to 8 bits whose groups divide every layer."""
+        return check_uniform(scheme, shapes, convention=self.settings.grid)
+
+    def round_layer(
+        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
+        """Quantize weight [out, in] float32. Peak memory: three copies of weight, and four [in, in] while H is factored."""
+        assert evidence is not None, "gptq needs the Hessian"
+        if not bool(torch.isfinite(weight).all()):
+            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        settings = self.settings
+        try:
+            factor = evidence.once(
+                ("factor", settings.damping_fraction, settings.act_order),
+                lambda: factored(evidence["hessian"], settings.damping_fraction, settings.act_order),
+            )
+        except MethodError as error:
+            raise MethodError(f"{name}: {error}") from error
+        return self._round(weight, factor, scheme)
+
+    def _fit(self, values: Tensor, scheme: WeightScheme) -> Grid:
+        find = shrink_range if self.settings.range_search else fit
+        return find(values, int(scheme.bits), scheme.symmetric, self.settings.grid, scheme.scale_dtype)
+
+    def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> UniformWeight:
+        rows, columns = weight.shape
+        size = columns if scheme.group_size == -1 else scheme.group_size
+        groups = columns // size
+        top = 2 ** int(scheme.bits) - 1
+        order, upper = factor.order, factor.upper
+        diagonal = upper.diagonal()
+        dynamic = scheme.group_size != -1 and not self.settings.static_groups
+
+        channel_grid = self._fit(weight, scheme) if scheme.group_size == -1 else None
+        w = weight.masked_fill(factor.dead, 0)                                 # a copy; columns not yet rounded change in it
+        scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
+        zero = torch.empty_like(scale)
+        if channel_grid is not None:
+            scale[0], zero[0] = channel_grid.scale[:, 0], channel_grid.zero[:, 0]
+        elif not dynamic:
+            grid = self._fit(w.reshape(rows, groups, size), scheme)
+            scale.copy_(grid.scale[..., 0].T), zero.copy_(grid.zero[..., 0].T)
+        # The group of each column, in the order of rounding; a list, so that no column waits for the device.
+        if order is not None:
+            w = w[:, order]
+        positions = torch.arange(columns, device=w.device) if order is None or dynamic else order
+        group_of = (positions // size).tolist()
+
+        codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
+        for start in range(0, columns, self.settings.block_size):
+            end = min(start + self.settings.block_size, columns)
+            if dynamic:
+                first, last = -(-start // size), -(-end // size)               # the groups that begin in this block
+                if first < last:
+                    grid = self._fit(w[:, first * size:last * size].reshape(rows, last - first, size), scheme)
+                    scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
+            block = w[:, start:end].T.contiguous()                             # [columns of the block, out]
+            errors = torch.empty_like(block)
+            u = upper[start:end, start:end]
+            for j in range(end - start):
+                s, z = scale[group_of[start + j]], zero[group_of[start + j]]
+                code = (torch.round(block[j] / s).add_(z)).clamp_(0, top)
+                codes[start + j] = code
+                torch.sub(block[j], s * (code - z), out=errors[j])
+                errors[j] /= diagonal[start + j]
+                # A product and a subtraction, not one fused step: the authors' rounding of each update.
+                block[j + 1:] -= u[j, j + 1:, None] * errors[j]
+            w[:, end:] -= errors.T @ upper[start:end, end:]
+
+        column_group = None
+        if order is None:
+            codes = codes.T.contiguous()
+        else:
+            restored = torch.empty_like(codes)
+            restored[order] = codes
+            codes = restored.T.contiguous()
+            if dynamic and groups > 1:
+                column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
+                column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
+        zeros = None if scheme.symmetric else zero.T.contiguous()
+        return UniformWeight(codes, scale.T.contiguous(), zeros, int(scheme.bits), scheme.scale_dtype, column_group)
