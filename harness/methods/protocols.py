@@ -15,7 +15,7 @@ Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -27,7 +27,7 @@ from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
     "STATISTICS", "BlockView", "Evidence", "LinearShape", "Rounding", "ScalePair", "Scheme", "Shapes", "Transform", "Tuning",
-    "WeightScheme", "check_uniform",
+    "WeightScheme", "check_uniform", "refusals",
 ]
 
 STATISTICS: dict[str, str] = {

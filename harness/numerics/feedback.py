@@ -2,8 +2,8 @@
 
 Both forms minimise tr((W - Q) H (W - Q)ᵀ) greedily and are the same rule (QuIP, arXiv 2307.13304, theorem 6):
 
-    feed_forward    GPTQ (arXiv 2210.17323): first column to last, through the factor U of H⁻¹ = Uᵀ U; each error changes the columns after it
-    ldlq            QuIP: last column to first, through H = (L + I) D (L + I)ᵀ; each column collects the errors of those after it
+    feed_forward    GPTQ (arXiv 2210.17323): first column to last, through the factor U of H⁻¹ = Uᵀ U; each error changes later columns
+    ldlq            QuIP: last column to first, through H = (L + I) D (L + I)ᵀ; each column collects the errors made after it
 
 What happens to a column is the caller's: one grid, a grid per group, a codebook, outliers kept. Blocks of columns keep the updates
 inside the cache; the rest of the matrix is updated by one product per block.
@@ -43,7 +43,8 @@ class Columns:
 
 
 def feed_forward(
-    weight: Tensor, factor: Tensor, round_column: Callable[[int, Columns], Tensor], *, block_size: int = 128, update_block: bool = True,
+    weight: Tensor, factor: Tensor, round_column: Callable[[int, Columns], Tensor],
+    *, block_size: int = 128, update_block: bool = True,
 ) -> Tensor:
     """The rounded matrix [out, in].
 
@@ -68,8 +69,9 @@ def feed_forward(
             rounded[:, start + i] = values
             errors[i] = (block[i] - values) / local[i, i]
             if update_block:
-                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        weight[:, end:].addmm_(errors.T, factor[start:end, end:], alpha=-1)
+                # A product and a subtraction, not one fused step: the rounding of each update in the authors' code of GPTQ.
+                block[i + 1 :] -= local[i, i + 1 :, None] * errors[i]
+        weight[:, end:] -= errors.T @ factor[start:end, end:]
     return rounded
 
 
@@ -105,7 +107,7 @@ def descend(
     rounded: Tensor, target: Tensor, hessian: Tensor, round_values: Callable[[Tensor], Tensor], clamp: Callable[[Tensor], Tensor],
     *, passes: int, block_size: int = 128,
 ) -> Tensor:
-    """Coordinate descent on tr((q - t) H (q - t)ᵀ), QuIP's greedy passes: each column in turn, last first, takes its best grid point.
+    """Coordinate descent on tr((q - t) H (q - t)ᵀ), QuIP's greedy passes: each column, last first, takes its best grid point.
 
     Values are clamped after each pass only, and the error that a clamp makes is not seen by the next pass, as published.
     Stops early when a pass changes nothing. rounded, target [out, in]; hessian [in, in].
