@@ -87,6 +87,22 @@ def model_folder(model: Model) -> Path:
     return _checked_folder(str(folder))
 
 
+def config_folder(model: Model) -> Path:
+    """A folder with the model's config.json: all that a plan reads. Of a hub id that file alone is downloaded."""
+    if not is_hub_id(model.source) or model.digest.startswith(UNRESOLVED):
+        return model_folder(model)
+    from huggingface_hub import hf_hub_download
+
+    revision = model.digest if COMMIT.fullmatch(model.digest) else model.revision
+    try:
+        return Path(hf_hub_download(model.source, "config.json", revision=revision)).parent
+    except Exception as error:                  # as in model_folder
+        raise ModelError(
+            f'model "{model.name}": cannot read config.json of {model.source}@{revision}: {_first_line(error)}. '
+            "A gated model needs its licence accepted and HF_TOKEN set; without network name a local folder as `model=`."
+        ) from error
+
+
 def model_digest(source: str, revision: str | None = None) -> str:
     """Identity of a model's weights, config and tokenizer: SHA-256 over the folder's files, or the hub's commit.
 
