@@ -1,0 +1,233 @@
+"""The harness's own checkpoint: exactly what each method stores, block by block.
+
+    fingerprint.json            what the checkpoint is of; written first, and compared when a pass resumes
+    block-00000.safetensors     the packed tensors of one block: "<linear>:<part>", and "dense:<name>" for what a transform changed
+    block-00000.json            kind, shape and meta of each linear, size and SHA-256 of the file above, the block's report
+    ends.safetensors, .json     changed tensors outside the blocks, where there are any
+    manifest.json               written last: a folder with it is complete
+
+Every file is written aside and renamed; a block counts once its .json is there. Reading verifies size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from harness import plugins
+from harness.errors import StoreError
+from harness.numerics.weights import QuantizedWeight
+
+VERSION = 1
+DENSE = "dense:"
+
+
+@dataclass(frozen=True)
+class BlockContent:
+    """One block read back. dense: other parameters of the block that the transform changed, by their name within it."""
+
+    weights: dict[str, QuantizedWeight]
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """Writes a checkpoint, or goes on with one that was interrupted.
+
+    Raises StoreError when the folder holds a checkpoint with another fingerprint, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        path = folder / "fingerprint.json"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be made: {error}") from error
+        if path.exists():
+            held = _read_json(path)
+            if held != self.fingerprint:
+                names = sorted(k for k in held.keys() | self.fingerprint.keys() if held.get(k) != self.fingerprint.get(k))
+                differences = "; ".join(f"{k}: {held.get(k)!r} there, {self.fingerprint.get(k)!r} asked for" for k in names)
+                raise StoreError(f"{folder}: holds another checkpoint ({differences}); use another folder, or delete this one")
+        else:
+            _write(path, _json(self.fingerprint))
+
+    def finished_blocks(self) -> int:
+        """How many blocks, counted from the first, are complete in the folder."""
+        count = 0
+        while (self.folder / f"{_block(count)}.json").exists():
+            count += 1
+        return count
+
+    def write_block(
+        self, index: int, weights: Mapping[str, QuantizedWeight], dense: Mapping[str, Tensor], report: Mapping[str, Any]
+    ) -> None:
+        """Store one block. dense: changed parameters besides the quantized matrices; report: JSON values, the same on every run."""
+        tensors: dict[str, Tensor] = {DENSE + name: tensor for name, tensor in dense.items()}
+        entries: dict[str, Any] = {}
+        for name, weight in weights.items():
+            parts, meta = weight.pack()
+            size = sum(part.numel() * part.element_size() for part in parts.values())
+            tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
+            entries[name] = {
+                "kind": weight.kind, "defined_in": type(weight).__module__.rpartition(".")[2], "shape": list(weight.shape),
+                "bytes": size, "meta": meta,
+            }
+        self._store(_block(index), tensors, {"linears": entries, "report": dict(report)})
+
+    def read_block(self, index: int) -> BlockContent:
+        """A finished block, verified."""
+        return _read_block(self.folder, index)
+
+    def write_ends(self, dense: Mapping[str, Tensor]) -> None:
+        """Store changed tensors outside the blocks, by their names in the model."""
+        self._store("ends", dict(dense), {})
+
+    def finish(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write manifest.json and return it.
+
+        report: JSON values for the manifest; of them `parameters` (of the whole model) and `unquantized_bits` (bits that the
+        parameters outside the quantized matrices take as the model stores them) give the sizes.
+        """
+        blocks = [_read_json(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())]
+        linears = [{"block": i, "linear": name, **e} for i, block in enumerate(blocks) for name, e in block["linears"].items()]
+        quantized_bytes = sum(entry["bytes"] for entry in linears)
+        quantized_weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
+        total_bits = 8 * quantized_bytes + report["unquantized_bits"]
+        files = {f"{_block(i)}.safetensors": block["file"] for i, block in enumerate(blocks)}
+        if (self.folder / "ends.json").exists():
+            files["ends.safetensors"] = _read_json(self.folder / "ends.json")["file"]
+        manifest = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "blocks": len(blocks),
+            "linears": [{key: entry[key] for key in ("block", "linear", "kind", "shape", "bytes")} for entry in linears],
+            "files": files,
+            "bits_per_weight": 8 * quantized_bytes / quantized_weights if linears else report["unquantized_bits"] / report["parameters"],
+            "bits_per_weight_total": total_bits / report["parameters"],
+            "stored_bytes": -(-total_bits // 8),
+            "layer_errors": [
+                {"block": i, "linear": name, **errors}
+                for i, block in enumerate(blocks)
+                for name, errors in block["report"].get("linears", {}).items()
+            ],
+            "notes": {str(i): block["report"]["notes"] for i, block in enumerate(blocks) if block["report"].get("notes")},
+            **report,
+        }
+        _write(self.folder / "manifest.json", _json(manifest))
+        return manifest
+
+    def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        _write(self.folder / f"{stem}.safetensors", data)
+        description["file"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _write(self.folder / f"{stem}.json", _json(description))
+
+
+class Checkpoint:
+    """A complete checkpoint. manifest: sizes, kinds, errors and provenance; block(i) and ends() read tensors."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Raises StoreError when the checkpoint is incomplete, or written by a newer harness."""
+        path = folder / "manifest.json"
+        if not path.exists():
+            raise StoreError(f"{folder}: has no manifest.json, so the checkpoint is not complete; run the sweep again to finish it")
+        manifest = _read_json(path)
+        if manifest.get("version") != VERSION:
+            raise StoreError(f"{path}: version {manifest.get('version')!r} of the format; this harness reads version {VERSION}")
+        return cls(folder, manifest)
+
+    def block(self, index: int) -> BlockContent:
+        """One block, verified against the manifest."""
+        return _read_block(self.folder, index, self.manifest["files"][f"{_block(index)}.safetensors"])
+
+    def ends(self) -> dict[str, Tensor]:
+        """Changed tensors outside the blocks; empty when there are none."""
+        entry = self.manifest["files"].get("ends.safetensors")
+        return {} if entry is None else _read_tensors(self.folder / "ends.safetensors", entry)
+
+
+def _read_block(folder: Path, index: int, entry: Mapping[str, Any] | None = None) -> BlockContent:
+    description = _read_json(folder / f"{_block(index)}.json")
+    tensors = _read_tensors(folder / f"{_block(index)}.safetensors", entry or description["file"])
+    weights: dict[str, QuantizedWeight] = {}
+    for name, linear in description["linears"].items():
+        parts = {key.removeprefix(f"{name}:"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}:")}
+        weights[name] = _kind(linear["kind"], linear["defined_in"], folder).unpack(parts, linear["meta"])
+    dense = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
+    return BlockContent(weights, dense, description["report"])
+
+
+def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
+    """The class of a layout; a method's own is registered by importing its file."""
+    if kind not in QuantizedWeight.kinds:
+        for slot in ("rounding", "transform", "tuning"):
+            if defined_in in plugins.find(slot):
+                plugins.load(slot, defined_in)
+    if kind not in QuantizedWeight.kinds:
+        raise StoreError(f'{folder}: the layout "{kind}" is defined by the method "{defined_in}", which is not installed here')
+    return QuantizedWeight.kinds[kind]
+
+
+def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+    if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise StoreError(
+            f"{path}: is damaged ({len(data)} bytes, {entry['bytes']} written; or another SHA-256); "
+            f"delete {path.parent} and run the sweep again"
+        )
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise StoreError(f"{path}: is not a safetensors file: {error}") from error
+
+
+def _block(index: int) -> str:
+    return f"block-{index:05}"
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: is damaged or cannot be read: {error}; delete {path.parent} and run the sweep again") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write to a neighbour and rename; a kill leaves the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StoreError(f"{path}: cannot be written: {error}") from error
+
+
+__all__ = ["BlockContent", "Checkpoint", "CheckpointWriter"]
