@@ -1,0 +1,169 @@
+"""What an evaluator is given and what it returns.
+
+An evaluator file (`harness/evaluators/<name>.py`) defines a class `Evaluator` with a nested frozen dataclass `Settings`, whose
+fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which `harness.plugins` reads
+without importing the file:
+
+    class Evaluator:
+        version = 1                     # raised when its numbers change; part of every score's key
+        metrics = {"perplexity": {"higher_is_better": False, "unit": "per token"}}
+
+A metric's full name is "<evaluation>/<metric>": "wikitext2/perplexity", "arc_easy/acc_norm".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from harness import sources
+from harness.cell import Cell, Evaluation, Model, cell_key
+from harness.errors import HarnessError
+from harness.events import Progress
+
+LOGITS_BYTES = 512 * 2**20                      # of the logits of one batch in float32; what bounds an automatic batch size
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A quantized (or full-precision) model that is ready to run.
+
+    model         in eval mode, on `device`
+    batch_size    sequences per forward pass; 0: chosen by the evaluator
+    manifest      of the checkpoint
+    model_folder  config, tokenizer and weights of the source model
+    cache         folder for what cells share: token windows, the full-precision model's predictions; None: kept in memory only
+    """
+
+    cell: Cell
+    model: nn.Module
+    tokenizer: Any
+    device: str
+    batch_size: int
+    manifest: dict[str, Any]
+    model_folder: Path
+    cache: Path | None = None
+
+    def progress(self, evaluation: Evaluation, step: int, steps: int) -> Progress:
+        """The event that says how far an evaluation of this subject is."""
+        return Progress(time=time.time(), cell_keys=(cell_key(self.cell),), stage=evaluation.name, step=step, steps=steps)
+
+    def batch_for(self, length: int) -> int:
+        """Sequences of `length` tokens per forward pass: batch_size, or what keeps the logits within LOGITS_BYTES (at most 64).
+
+        Always 1 where activations are rounded by the range of the whole tensor: there a sequence's numbers depend on its company.
+        """
+        if depends_on_company(self.cell):
+            return 1
+        if self.batch_size > 0:
+            return self.batch_size
+        vocabulary = int(getattr(self.model.config, "vocab_size", 32000))
+        return max(1, min(64, LOGITS_BYTES // (4 * vocabulary * max(length, 1))))
+
+    def context_length(self) -> int | None:
+        """Positions that the model was made for; None where its config does not say."""
+        config: Any = self.model.config
+        return _context_length(config.to_dict())
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one evaluation.
+
+    metrics  full name -> value; infinite or NaN where the model diverged
+    stderr   full name -> standard error, for the metrics that have one
+    items    per-item columns of equal length, with "id": what paired comparisons between cells read
+    details  how the numbers came about: window length, counts, versions; "smoke": True where a limit cut the data
+    """
+
+    metrics: dict[str, float]
+    stderr: dict[str, float] = field(default_factory=dict)
+    items: dict[str, list[Any]] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores a subject."""
+
+    version: int
+    metrics: dict[str, dict[str, Any]]
+
+    def check(self, evaluation: Evaluation, model: Model) -> list[str]:
+        """Reasons why it cannot run on this model, known before any work: missing data, unknown task, too short a context."""
+        ...
+
+    def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
+        """Progress events, then one Score. Raises EvaluationError, or DataError where the data is at fault."""
+        ...
+
+
+def depends_on_company(cell: Cell) -> bool:
+    """True where a sequence's numbers depend on what shares its batch: dynamic activation ranges over the whole tensor."""
+    activation = cell.scheme.activation
+    return activation is not None and activation.dynamic and activation.granularity == "tensor"
+
+
+def model_context_length(model: Model) -> int | None:
+    """Positions that a model was made for, from its config.json alone; None where that is not on this machine or does not say."""
+    try:
+        if sources.is_hub_id(model.source):
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(model.source, "config.json", revision=model.digest or model.revision)
+            if not isinstance(path, str):
+                return None
+            config = Path(path)
+        else:
+            config = sources.model_folder(model) / "config.json"
+        return _context_length(json.loads(config.read_text(encoding="utf-8")))
+    except (HarnessError, OSError, ValueError):
+        return None                             # a model that cannot be read is refused under its own name, not here
+
+
+def missing_data_set(repository: str) -> str | None:
+    """Why a data set of the hub cannot be read here: neither in the local cache nor is the hub reachable; None when it can."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"datasets--{repository.replace('/', '--')}"
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / repository.replace("/", "___")
+    if hub.is_dir() or prepared.is_dir():
+        return None
+    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
+        return f"the data set {repository} is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
+    if not _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        return f"the data set {repository} is not in the local cache, and the hub cannot be reached"
+    return None
+
+
+@functools.cache
+def _reachable(address: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3)
+    except urllib.error.HTTPError:
+        return True                             # it answered
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is infinite or NaN: what details may hold as JSON."""
+    return value if math.isfinite(value) else None
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    config = {**config, **(config.get("text_config") or {})}
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    return None
