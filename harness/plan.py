@@ -1,0 +1,590 @@
+"""What a sweep will do before it does anything: done, missing and refused cells, passes, evaluations, time, memory and disk.
+
+A plan reads no weights: shapes come from a model's config.json, keys from the cells, and what is done from the store. Every
+reason that any cell cannot run is collected before one is shown, so that one reading of the list repairs the whole sweep.
+
+Cells with one quantize_key share one checkpoint. Checkpoints of one model and one draw of calibration windows share a pass: each
+block is read once for all of them, and cells with the same input stream share its forward pass and its statistics.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import shutil
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psutil
+
+from harness import plugins, sources
+from harness.cell import Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
+from harness.errors import HarnessError, PlanError
+from harness.store import Store
+from harness.sweep import Runtime, Sweep
+
+if TYPE_CHECKING:
+    import pandas
+
+    from harness.methods.protocols import Shapes
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CHECKPOINTS_PER_PASS = 8                        # more would save reading alone, and lose more when a process is killed
+FLOPS_PER_THREAD = 2e10                         # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
+FLOPS_PER_GPU = 5e13                            # sustained in float32 accumulation; an order of magnitude, until records exist
+MEMORY_SHARE = 0.9                              # of what is free; the rest is for the process and the allocator's gaps
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A cell that cannot run, and every reason for it."""
+
+    cell: Cell
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk through a model's blocks.
+
+    cells    every cell whose checkpoint it makes; cells of one quantize_key share the checkpoint
+    sharing  in words, what the cells have in common
+    seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on the device; disk_bytes of its checkpoints
+    """
+
+    cells: tuple[Cell, ...]
+    sharing: str
+    seconds: float | None
+    peak_memory_bytes: int
+    disk_bytes: int
+
+    @property
+    def checkpoints(self) -> tuple[Cell, ...]:
+        """One cell per checkpoint, in order."""
+        return tuple({quantize_key(cell): cell for cell in reversed(self.cells)}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`."""
+
+    cells: tuple[Cell, ...]
+    evaluations: tuple[tuple[Evaluation, ...], ...]
+    seconds: float | None
+    peak_memory_bytes: int
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.evaluations))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """done and missing partition the cells that can run; problems concern the sweep as a whole (disk, an unwritable store)."""
+
+    sweep: Sweep
+    done: tuple[Cell, ...]
+    missing: tuple[Cell, ...]
+    refused: tuple[Refusal, ...]
+    passes: tuple[Pass, ...]
+    scorings: tuple[Scoring, ...]
+    problems: tuple[str, ...]
+    workers: int
+
+    @property
+    def checkpoints(self) -> int:
+        return sum(len(each.checkpoints) for each in self.passes)
+
+    @property
+    def evaluations(self) -> int:
+        return sum(scoring.count for scoring in self.scorings)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time, were the work spread evenly over the workers; None while some part of it has neither record nor formula."""
+        parts = [*(each.seconds for each in self.passes), *(scoring.seconds for scoring in self.scorings)]
+        known = [part for part in parts if part is not None]
+        return sum(known) / max(1, self.workers) if len(known) == len(parts) else None
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(each.disk_bytes for each in self.passes)
+
+    def require(self) -> None:
+        """Raise PlanError with every refusal at once, unless all cells can run."""
+        if self.refused or self.problems:
+            raise PlanError(render_refusals(self))
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per cell: model, method, scheme, state, missing evaluations, reasons, key."""
+        import pandas
+
+        scores = {
+            cell_key(cell): tuple(evaluation.name for evaluation in wanted)
+            for scoring in self.scorings for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True)
+        }
+        reasons = {id(refusal.cell): refusal.reasons for refusal in self.refused}
+        waiting = {cell_key(cell) for each in self.passes for cell in each.cells}
+        rows = []
+        for cell in self.sweep.cells:
+            key = cell_key(cell)
+            state = "refused" if id(cell) in reasons else "quantize" if key in waiting else "evaluate" if key in scores else "done"
+            rows.append({
+                "model": cell.model.name, "method": cell.method.name, "scheme": cell.scheme.name, "state": state,
+                "missing": ", ".join(scores.get(key, ())), "reasons": "; ".join(reasons.get(id(cell), ())), "key": key[:12],
+            })
+        return pandas.DataFrame(rows, columns=["model", "method", "scheme", "state", "missing", "reasons", "key"])
+
+
+def make(sweep: Sweep, store: Store) -> Plan:
+    """Plan a sweep against what the store already holds. Starts nothing, reads no weights."""
+    checker = _Checker(sweep.runtime)
+    refused = tuple(Refusal(cell, reasons) for cell in sweep.cells if (reasons := tuple(checker.reasons(cell))))
+    stopped = {id(refusal.cell) for refusal in refused}
+    able = [cell for cell in sweep.cells if id(cell) not in stopped]
+
+    manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, able))}
+    unmade = [cell for cell in able if manifests[quantize_key(cell)] is None]
+    unscored = {
+        id(cell): tuple(e for e in cell.evaluations if store.score(cell_key(cell), score_key(cell, e)) is None) for cell in able
+    }
+    missing = tuple(cell for cell in able if manifests[quantize_key(cell)] is None or unscored[id(cell)])
+    pending = {id(cell) for cell in missing}
+
+    workers = count_workers(sweep.runtime)
+    history = _History(store) if missing else None
+    passes = tuple(_passes(unmade, checker, history, workers)) if history else ()
+    scorings = tuple(_scorings(missing, unscored, checker, history)) if history else ()
+    problems = _problems(sweep.runtime, store, passes, scorings)
+    done = tuple(cell for cell in able if id(cell) not in pending)
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers)
+
+
+def count_workers(runtime: Runtime) -> int:
+    """Tasks that run at once on this machine: as configured, else one per share of a GPU, else one per two cores.
+
+    A cluster at an address decides for itself how many it runs; for it this is 4 per configured default, used in estimates alone.
+    """
+    if runtime.cluster.workers:
+        return runtime.cluster.workers
+    if runtime.cluster.address:
+        return 4
+    gpus = count_gpus() if runtime.device != "cpu" else 0
+    if gpus:
+        return max(1, int(gpus / max(runtime.cluster.gpus_per_task, 1 / 16)))
+    return max(1, count_cores() // 2)
+
+
+def count_cores() -> int:
+    """Cores that this process may use; a container or a batch system may allow fewer than the machine has."""
+    try:
+        return len(psutil.Process().cpu_affinity() or ()) or psutil.cpu_count() or 1
+    except AttributeError:                      # no affinity on this operating system
+        return psutil.cpu_count() or 1
+
+
+@functools.cache
+def count_gpus() -> int:
+    """CUDA devices that torch can use on this machine."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------------
+
+
+class _Checker:
+    """Asks every part of a cell once per distinct question: 1,000 cells are a few models, methods and schemes."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self._answers: dict[Hashable, Any] = {}
+
+    def reasons(self, cell: Cell) -> list[str]:
+        found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
+        if cell.method.needs:
+            found += self._once(("calibration", cell.calibration, cell.method.needs), lambda: self._calibration_reasons(cell))
+        for slot, part in _slots(cell):
+            question = ("part", slot, part, cell.scheme, cell.model)
+            found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
+        if not cell.method.is_baseline:
+            found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
+            if cell.method.rounding is None:
+                found.append(f'method "{cell.method.name}" has no rounding and would quantize nothing; set `rounding:` in its YAML')
+        for evaluation in cell.evaluations:
+            ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
+            found += self._once(("evaluation", evaluation, cell.model), ask)
+        return list(dict.fromkeys(found))
+
+    def shapes(self, model: Model) -> Shapes | None:
+        """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
+        return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def _once(self, question: Hashable, ask: Callable[[], T]) -> T:
+        if question not in self._answers:
+            self._answers[question] = ask()
+        return self._answers[question]
+
+    def _shapes(self, model: Model) -> tuple[Shapes | None, list[str]]:
+        from harness import models
+
+        try:
+            return models.shapes(sources.config_folder(model)), []
+        except HarnessError as error:
+            return None, [str(error)]
+
+    def _model_reasons(self, model: Model) -> list[str]:
+        shapes, reasons = self._once(("shapes", model), lambda: self._shapes(model))
+        if shapes is None:
+            return reasons
+        if model.dtype not in DTYPE_BYTES:
+            reasons = [*reasons, f'model "{model.name}": dtype "{model.dtype}" is none of {", ".join(DTYPE_BYTES)}']
+        free, where = free_memory(self.runtime)
+        need = shapes.parameters * DTYPE_BYTES.get(model.dtype, 4)
+        if free is not None and need > free * MEMORY_SHARE:
+            takes = f'model "{model.name}" takes {size(need)} as {model.dtype} to evaluate'
+            reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
+        return reasons
+
+    def _calibration_reasons(self, cell: Cell) -> list[str]:
+        needs = ", ".join(cell.method.needs)
+        if cell.calibration is None:
+            return [f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`']
+        calibration = cell.calibration
+        reasons = []
+        if calibration.samples < 1 or calibration.length < 2:
+            windows = f"{calibration.samples} windows of {calibration.length} tokens"
+            reasons.append(f"calibration {calibration.name}: {windows} hold no text")
+        try:
+            sources.corpus_digest(calibration.source, calibration.split)
+        except HarnessError as error:
+            reasons.append(f"calibration {calibration.name}: {error}")
+        return reasons
+
+    def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
+        if slot == "tuning":
+            return [f'tuning "{part.name}": training after rounding is not part of a pass; leave `tuning:` empty']
+        try:
+            plugin = plugins.build(slot, part.name, to_json(part)["settings"])
+        except HarnessError as error:
+            return [str(error)]
+        shapes = self.shapes(cell.model)
+        return [] if shapes is None else [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+
+    def _group_reasons(self, cell: Cell) -> list[str]:
+        shapes = self.shapes(cell.model)
+        if shapes is None:
+            return []
+        offenders: dict[int, dict[str, int]] = collections.defaultdict(dict)
+        blocks = range(shapes.blocks) if cell.scheme.overrides else range(1)
+        for block in blocks:
+            for linear in shapes.linears:
+                group = cell.scheme.weight_for(block, linear.name).group_size
+                if group == 0 or group < -1 or (group > 0 and linear.in_features % group):
+                    offenders[group][linear.name] = linear.in_features
+        return [_group_reason(group, linears) for group, linears in sorted(offenders.items())]
+
+    def _evaluation_reasons(self, evaluation: Evaluation, model: Model) -> list[str]:
+        try:
+            evaluator = plugins.build("evaluator", evaluation.evaluator, to_json(evaluation)["settings"])
+            return [f"evaluation {evaluation.name}: {reason}" for reason in evaluator.check(evaluation, model)]
+        except HarnessError as error:
+            return [f"evaluation {evaluation.name}: {error}"]
+
+
+def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
+    method = cell.method
+    return [(s, p) for s, p in (("transform", method.transform), ("rounding", method.rounding), ("tuning", method.tuning)) if p]
+
+
+def _group_reason(group: int, linears: Mapping[str, int]) -> str:
+    if group < 1:
+        return f"group size {group} is neither positive nor -1 (one group per output channel)"
+    named = [f"{name} ({width})" for name, width in list(linears.items())[:3]]
+    more = f" and {len(linears) - 3} more" if len(linears) > 3 else ""
+    return f"group size {group} does not divide in_features of {', '.join(named)}{more}"
+
+
+def free_memory(runtime: Runtime) -> tuple[int | None, str]:
+    """Bytes free on the device that tasks of this machine would use, and its name; None for a cluster that is elsewhere."""
+    if runtime.cluster.address:
+        return None, "the cluster"
+    if runtime.device != "cpu" and count_gpus():
+        import torch
+
+        return min(torch.cuda.mem_get_info(index)[0] for index in range(count_gpus())), "the GPU"
+    return psutil.virtual_memory().available, "this machine"
+
+
+def _problems(runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: Sequence[Scoring]) -> tuple[str, ...]:
+    if not passes and not scorings:
+        return ()
+    found = []
+    try:
+        store.check_writable()
+    except HarnessError as error:
+        found.append(str(error))
+    need, free = sum(each.disk_bytes for each in passes), free_disk(runtime.runs)
+    if need > free:
+        found.append(f"the checkpoints take about {size(need)}; {runtime.runs} has {size(free)} free. Set `runs=` to a larger disk")
+    return tuple(found)
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free on the disk that holds `path`, which need not exist yet."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+# --- passes and evaluations ------------------------------------------------------------------------------------------------------
+
+
+def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, workers: int) -> Iterable[Pass]:
+    """Group what is not quantized by model and calibration windows, and cut each group where memory or idle workers ask for it."""
+    by_walk: dict[Hashable, dict[str, list[Cell]]] = {}
+    for cell in unmade:
+        walk = (cell.model, cell.calibration if cell.method.needs else None)
+        by_walk.setdefault(walk, {}).setdefault(quantize_key(cell), []).append(cell)
+    walks = [sorted(by_key.values(), key=lambda cells: _stream(cells[0])) for by_key in by_walk.values()]
+    for checkpoints in walks:
+        shapes = checker.shapes(checkpoints[0][0].model)
+        assert shapes is not None, "a model without shapes is refused"
+        share = max(1, workers // len(walks))
+        for part in _cut(checkpoints, shapes, checker.runtime, share):
+            cells = tuple(cell for checkpoint in part for cell in checkpoint)
+            first = [checkpoint[0] for checkpoint in part]
+            yield Pass(
+                cells,
+                _sharing(first, shapes),
+                history.quantize_seconds(first, shapes, checker.runtime),
+                pass_memory(first, shapes),
+                sum(checkpoint_bytes(cell, shapes) for cell in first),
+            )
+
+
+def _stream(cell: Cell) -> tuple[Any, ...]:
+    """What must be equal for two cells to see the same inputs in every block; orders cells so that sharers are neighbours."""
+    if not cell.method.needs or cell.inputs == "full_precision":
+        return (0, cell.inputs)
+    return (1, cell.method.name, cell.scheme.name)
+
+
+def _cut(checkpoints: list[list[Cell]], shapes: Shapes, runtime: Runtime, share: int) -> Iterable[list[list[Cell]]]:
+    """Consecutive runs of checkpoints: few enough for memory, and one per worker of this walk unless they share a stream."""
+    limit = CHECKPOINTS_PER_PASS
+    free, _ = free_memory(runtime)
+    while free is not None and limit > 1 and pass_memory([c[0] for c in checkpoints[:limit]], shapes) > free * MEMORY_SHARE:
+        limit -= 1
+    # Checkpoints with streams of their own share nothing after block 0 but the reading, so idle workers are worth more.
+    if len({_stream(checkpoint[0]) for checkpoint in checkpoints}) > 1:
+        limit = min(limit, -(-len(checkpoints) // share))
+    count = -(-len(checkpoints) // limit)
+    size_, larger = divmod(len(checkpoints), count)
+    start = 0
+    for index in range(count):
+        end = start + size_ + (index < larger)
+        yield checkpoints[start:end]
+        start = end
+
+
+def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
+    if all(cell.method.is_baseline for cell in cells):
+        return "full precision, nothing to quantize"
+    streams = collections.Counter(_stream(cell) for cell in cells if cell.method.needs)
+    words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
+    if not streams:
+        return words[0] + ", data-free"
+    if len(cells) > 1:
+        shared = [count for count in streams.values() if count > 1]
+        words += ["statistics of block 0 shared" if not shared else f"one input stream shared by {max(shared)}"]
+    return ", ".join(words)
+
+
+def _scorings(
+    missing: Sequence[Cell], unscored: Mapping[int, tuple[Evaluation, ...]], checker: _Checker, history: _History
+) -> Iterable[Scoring]:
+    by_model: dict[Model, list[Cell]] = {}
+    for cell in missing:
+        if unscored[id(cell)]:
+            by_model.setdefault(cell.model, []).append(cell)
+    for model, cells in by_model.items():
+        cells.sort(key=lambda cell: not cell.method.is_baseline)        # stable: what others are compared with comes first
+        evaluations = tuple(unscored[id(cell)] for cell in cells)
+        shapes = checker.shapes(model)
+        assert shapes is not None, "a model without shapes is refused"
+        seconds = history.evaluate_seconds(cells, evaluations)
+        yield Scoring(tuple(cells), evaluations, seconds, shapes.parameters * DTYPE_BYTES[model.dtype])
+
+
+# --- estimates -------------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
+    """About how large a checkpoint is: codes, one scale per group and, where there are zero points, one of them."""
+    if cell.method.is_baseline:
+        return 4096
+    bits = 0.0
+    for block in range(shapes.blocks):
+        for linear in shapes.linears:
+            scheme = cell.scheme.weight_for(block, linear.name)
+            group = scheme.group_size if scheme.group_size > 0 else linear.in_features
+            overhead = (16 + (0 if scheme.symmetric else scheme.bits)) / group
+            bits += linear.out_features * linear.in_features * (scheme.bits + overhead)
+        if not cell.scheme.overrides:
+            bits *= shapes.blocks
+            break
+    return int(bits / 8) + 65536
+
+
+def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> int:
+    """Peak bytes of a pass on its device: one block in float32 twice per cell at work, Hessians, and two copies of each stream."""
+    block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
+    calibrated = [cell for cell in cells if cell.method.needs]
+    if not calibrated:
+        return 3 * block
+    calibration, dtype = calibrated[0].calibration, calibrated[0].model.dtype
+    assert calibration is not None
+    widths = {linear.group: linear.in_features for linear in shapes.linears}
+    hessians = 4 * 3 * sum(width**2 for width in widths.values())
+    stream = calibration.samples * calibration.length * shapes.hidden_size * DTYPE_BYTES[dtype]
+    inputs = 4 * calibration.samples * calibration.length * max(widths.values()) if _keeps_inputs(calibrated) else 0
+    streams = len({_stream(cell) for cell in calibrated})
+    return block * (2 + streams) + hessians + stream * (1 + streams) + inputs
+
+
+def _keeps_inputs(cells: Iterable[Cell]) -> bool:
+    return any(need in ("inputs", "reference") for cell in cells for need in cell.method.needs)
+
+
+class _History:
+    """Seconds that past records of the store took: medians by model and method, and by model and evaluation."""
+
+    def __init__(self, store: Store) -> None:
+        quantized: dict[Hashable, list[float]] = collections.defaultdict(list)
+        scored: dict[Hashable, list[float]] = collections.defaultdict(list)
+        for record in store.records():
+            model = record.cell.model.digest
+            if record.manifest and (seconds := record.manifest.get("seconds")):
+                quantized[model, record.cell.method.name].append(float(seconds))
+            for name, score in record.scores.items():
+                if seconds := score.get("seconds"):
+                    scored[model, name].append(float(seconds))
+        self.quantized = {key: statistics.median(values) for key, values in quantized.items()}
+        self.scored = {key: statistics.median(values) for key, values in scored.items()}
+
+    def quantize_seconds(self, cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> float:
+        known = [self.quantized.get((cell.model.digest, cell.method.name)) for cell in cells]
+        rate = FLOPS_PER_GPU if runtime.device != "cpu" and count_gpus() else FLOPS_PER_THREAD * max(1, count_cores() // 2)
+        return sum(quantize_flops(c, shapes) / rate + 0.01 if k is None else k for c, k in zip(cells, known, strict=True))
+
+    def evaluate_seconds(self, cells: Sequence[Cell], evaluations: Sequence[Sequence[Evaluation]]) -> float | None:
+        """None when some evaluation was never run on the model: its cost depends on data that a plan does not read."""
+        known = [
+            self.scored.get((cell.model.digest, evaluation.name))
+            for cell, wanted in zip(cells, evaluations, strict=True) for evaluation in wanted
+        ]
+        return None if None in known else sum(value for value in known if value is not None)
+
+
+def quantize_flops(cell: Cell, shapes: Shapes) -> float:
+    """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
+    if cell.method.is_baseline:
+        return 0.0
+    weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
+    widths = {linear.group: linear.in_features for linear in shapes.linears}
+    total = 20.0 * weights
+    if cell.method.needs and cell.calibration is not None:
+        tokens = cell.calibration.samples * cell.calibration.length
+        total += 2 * 2.0 * weights * tokens
+        if "hessian" in cell.method.needs:
+            total += 2.0 * tokens * sum(width**2 for width in widths.values())
+            total += sum(2.0 * linear.out_features * linear.in_features**2 for linear in shapes.linears)
+            total += sum(float(width) ** 3 for width in widths.values())
+        for part in cell.method.parts:
+            epochs = dict(part.settings).get("epochs", 0)
+            total += 6.0 * weights * tokens * (epochs if isinstance(epochs, int | float) else 0)
+    return total * shapes.blocks
+
+
+# --- in words --------------------------------------------------------------------------------------------------------------------
+
+
+def render(plan: Plan) -> str:
+    """The plan as a person reads it: one line of counts, one line per pass and per model to evaluate, then costs and places."""
+    sweep, runtime = plan.sweep, plan.sweep.runtime
+    todo = f"{len(plan.missing)} to do" if plan.missing else "nothing to do"
+    head = [f"{_count(len(sweep.cells), 'cell')}", f"{len(plan.done)} done", todo]
+    if plan.refused:
+        head.append(f"{len(plan.refused)} refused")
+    if sweep.skips:
+        head.append(f"{sum(len(skip.titles) for skip in sweep.skips)} skipped")
+    lines = [f"plan    {' · '.join(head)}"]
+    for number, each in enumerate(plan.passes, start=1):
+        cost = f"{_duration(each.seconds)} · {size(each.peak_memory_bytes)} of memory · {size(each.disk_bytes)} of disk"
+        made = f"{_count(len(each.checkpoints), 'checkpoint')}: {each.sharing}"
+        lines.append(f"pass {number:<3}{each.cells[0].model.name}   {made}   {cost}")
+    for scoring in plan.scorings:
+        cost = f"{_duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
+        cells = _count(len(scoring.cells), "cell")
+        lines.append(f"score   {scoring.cells[0].model.name}   {_count(scoring.count, 'evaluation')} of {cells}   {cost}")
+    shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
+    if shared:
+        lines.append(f"        {_count(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)")
+    lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
+    where = runtime.cluster.address or f"{_count(plan.workers, 'worker')} on this machine"
+    lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
+    if plan.missing and plan.seconds is not None:
+        lines.append(f"        about {_duration(plan.seconds)[2:]} on these workers, start-up excluded")
+    return "\n".join(lines)
+
+
+def render_refusals(plan: Plan) -> str:
+    """Every refusal at once, then the ways out."""
+    lines = []
+    if plan.refused:
+        lines += [f"{len(plan.refused)} of {_count(len(plan.sweep.cells), 'cell')} cannot run. Nothing was started.", ""]
+        width = max(len(refusal.cell.title) for refusal in plan.refused)
+        for refusal in plan.refused:
+            for index, reason in enumerate(refusal.reasons):
+                lines.append(f"  {refusal.cell.title if index == 0 else '':<{width}}  {reason}")
+        where = plan.sweep.path or "the overrides"
+        lines += ["", f"Change these in {where}, or add the cells to its `skip:` list."]
+    if plan.problems:
+        lines += ["" if plan.refused else "The sweep cannot run. Nothing was started."]
+        lines += [f"  {problem}" for problem in plan.problems]
+    return "\n".join(lines)
+
+
+def _tracking(runtime: Runtime) -> str:
+    tracking = runtime.tracking
+    return tracking.uri or {"sqlite": "mlflow.db", "none": "off"}.get(tracking.kind, tracking.kind)
+
+
+def _count(number: int, noun: str) -> str:
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "time unknown (no record yet)"
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"≈ {seconds / length:.1f} {unit}"
+    return f"≈ {max(1, round(seconds))} s"
+
+
+def size(number: float) -> str:
+    """Bytes in words, decimal units: 13.5 GB."""
+    for unit, length in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= length:
+            return f"{number / length:.1f} {unit}"
+    return f"{number / 1e3:.0f} kB"
