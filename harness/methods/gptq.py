@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 
 from harness.errors import MethodError
 from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform
+from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import CONVENTIONS, Grid, fit, shrink_range
 from harness.numerics.hessians import Factor, factored
 from harness.numerics.weights import QuantizedWeight, UniformWeight
@@ -81,7 +82,7 @@ class Rounding:
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Peak memory: three copies of weight, and four [in, in] while H is factored."""
+        """Quantize weight [out, in] float32. Peak memory: five copies of weight, or four [in, in] while H is factored."""
         assert evidence is not None, "gptq needs the Hessian"
         if not bool(torch.isfinite(weight).all()):
             raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
@@ -104,45 +105,38 @@ class Rounding:
         size = columns if scheme.group_size == -1 else scheme.group_size
         groups = columns // size
         top = 2 ** int(scheme.bits) - 1
-        order, upper = factor.order, factor.upper
-        diagonal = upper.diagonal()
+        order = factor.order
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
         channel_grid = self._fit(weight, scheme) if scheme.group_size == -1 else None
-        w = weight.masked_fill(factor.dead, 0)                                 # a copy; columns not yet rounded change in it
+        w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)
         if channel_grid is not None:
             scale[0], zero[0] = channel_grid.scale[:, 0], channel_grid.zero[:, 0]
         elif not dynamic:
             grid = self._fit(w.reshape(rows, groups, size), scheme)
-            scale.copy_(grid.scale[..., 0].T), zero.copy_(grid.zero[..., 0].T)
-        # The group of each column, in the order of rounding; a list, so that no column waits for the device.
+            scale.copy_(grid.scale[..., 0].T)
+            zero.copy_(grid.zero[..., 0].T)
         if order is not None:
             w = w[:, order]
+        # The group of each column, in the order of rounding; a list, so that no column waits for the device.
         positions = torch.arange(columns, device=w.device) if order is None or dynamic else order
         group_of = (positions // size).tolist()
-
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
-        for start in range(0, columns, self.settings.block_size):
-            end = min(start + self.settings.block_size, columns)
-            if dynamic:
-                first, last = -(-start // size), -(-end // size)               # the groups that begin in this block
+
+        def round_column(column: int, matrix: Columns) -> Tensor:
+            if dynamic and column == matrix.start:                             # fit all groups that begin in this block
+                first, last = -(-column // size), -(-(column + matrix.block.shape[1]) // size)
                 if first < last:
-                    grid = self._fit(w[:, first * size:last * size].reshape(rows, last - first, size), scheme)
+                    grid = self._fit(matrix.weight[:, first * size:last * size].reshape(rows, last - first, size), scheme)
                     scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
-            block = w[:, start:end].T.contiguous()                             # [columns of the block, out]
-            errors = torch.empty_like(block)
-            u = upper[start:end, start:end]
-            for j in range(end - start):
-                s, z = scale[group_of[start + j]], zero[group_of[start + j]]
-                code = (torch.round(block[j] / s).add_(z)).clamp_(0, top)
-                codes[start + j] = code
-                torch.sub(block[j], s * (code - z), out=errors[j])
-                errors[j] /= diagonal[start + j]
-                # A product and a subtraction, not one fused step: the authors' rounding of each update.
-                block[j + 1:] -= u[j, j + 1:, None] * errors[j]
-            w[:, end:] -= errors.T @ upper[start:end, end:]
+            s, z = scale[group_of[column]], zero[group_of[column]]
+            code = torch.round(matrix[column] / s).add_(z).clamp_(0, top)
+            codes[column] = code
+            return s * (code - z)
+
+        feed_forward(w, factor.upper, round_column, block_size=self.settings.block_size)
 
         column_group = None
         if order is None:
