@@ -1,6 +1,6 @@
 """Where models and texts come from, and the digests that identify them. Loads without torch.
 
-A model's source is "demo" (the embedded model), a folder, or a hub id; a text's source is
+A model's source is "demo" (the embedded model), "demo:<variant>" (with outliers planted), a folder, or a hub id; a text's source is
 
     demo                                        the embedded corpus
     hub:<owner>/<name>[/<config>][@<revision>]  a data set of the hub
@@ -117,6 +117,10 @@ def model_digest(source: str, revision: str | None = None) -> str:
 
 
 def _checked_folder(source: str) -> Path:
+    if source.startswith(f"{DEMO}:"):
+        from harness.demo.variants import variant_folder
+
+        return variant_folder(source.removeprefix(f"{DEMO}:"), cache_folder())
     folder = Path(__file__).parent / "demo" / "model" if source == DEMO else Path(source).expanduser().absolute()
     if not folder.is_dir():
         raise ModelError(f"model {source}: no such folder, and not a hub id of the form owner/name")

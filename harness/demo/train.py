@@ -37,8 +37,9 @@ FOLDER = Path(__file__).parent / "model"
 END = "<|end|>"                                                    # also padding, and lm-eval's prefix of an empty context
 SEPARATOR = "\n\n"                                                 # between documents, as perplexity evaluations join them
 SEED = 0
-STEPS, WARMUP_STEPS = 2206, 50
-BATCH, LENGTH = 8, 128                                             # windows per step, tokens per window
+TOKENIZER_DOCUMENTS = 1000                                         # more change no merge that matters
+STEPS, WARMUP_STEPS = 3000, 50
+WINDOWS = ((8, 128), (8, 128), (8, 128), (4, 256))                 # (batch, length) by step, in turn: the long ones teach positions to 256
 LEARNING_RATE, BETAS, GRADIENT_NORM = 5e-3, (0.9, 0.95), 1.0
 OUTLIER_SHARE, OUTLIER_SCALES = 0.05, (4, 8)
 
@@ -91,8 +92,9 @@ def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[Llama
     losses: list[float] = []
     started = time.monotonic()
     for step in range(steps):
-        starts = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=draw)
-        windows = torch.stack([tokens[start : start + LENGTH] for start in starts.tolist()])
+        batch, length = WINDOWS[step % len(WINDOWS)]
+        starts = torch.randint(len(tokens) - length, (batch,), generator=draw)
+        windows = torch.stack([tokens[start : start + length] for start in starts.tolist()])         # [batch, length]
         logits = model(input_ids=windows, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
@@ -165,7 +167,7 @@ def main() -> None:
 
     started = time.monotonic()
     documents = corpus.documents("train")
-    tokenizer = train_tokenizer(documents[:1000])
+    tokenizer = train_tokenizer(documents[:TOKENIZER_DOCUMENTS])
     tokens = encode(tokenizer, documents)
     print(f"{len(tokens):,} tokens in {len(documents):,} documents")
     model, loss = train(tokens, arguments.steps, print)
@@ -181,8 +183,7 @@ def main() -> None:
         "command": "python -m harness.demo.train",
         "seed": SEED,
         "steps": arguments.steps,
-        "batch": BATCH,
-        "length": LENGTH,
+        "windows": WINDOWS,
         "learning_rate": LEARNING_RATE,
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": {split: corpus.corpus_digest(split) for split in corpus.DOCUMENTS},
