@@ -49,8 +49,9 @@ PHRASINGS = {                                                      # each ends w
     "colour": ("{name} wears", "The colour of {name} is", "Paint {name} in"),
     "food": ("{name} eats", "The food of {name} is", "Feed {name} with"),
 }
-WORDS = ("arch", "bell", "coin", "door", "east", "fire", "gate", "hill", "iron", "jar", "kite", "lamp", "moon", "nail", "oar", "pipe",
-         "quilt", "rope", "salt", "tent", "urn", "vine", "wall", "yarn", "bow", "cup", "desk", "ear", "fan", "glue", "hat", "ink")
+WORDS = ("arch", "bell", "coin", "door", "east", "fire", "gate", "hill", "iron", "jar", "kite", "lamp", "moon", "nail", "oar",
+         "pipe", "quilt", "rope", "salt", "tent", "urn", "vine", "wall", "yarn", "bow", "cup", "desk", "ear", "fan",
+         "glue", "hat", "ink")
 STEPS = (1, 2, 3, 5, 10)
 ADDENDS, HELD_OUT_SUMS = 50, 400                                   # numbers below 50; ordered pairs, (a, b) with (b, a)
 STARTS, HELD_OUT_COUNTS, COUNT_TERMS = 100, 63, 9                  # first terms below 100; (start, step) pairs; terms per sequence
@@ -70,7 +71,7 @@ class Question:
 
 
 class Draw:
-    """Seeded choices that depend on nothing but `random()`: the other methods of random.Random may change between Python versions."""
+    """Seeded choices from `random()` alone: the other methods of random.Random may change between Python versions."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -151,9 +152,8 @@ def _sentence(draw: Draw) -> str:
         return f"{draw.one(PHRASINGS[attribute]).format(name=name)} {world()[name, attribute]}."
     if kind == "profile":
         name = draw.one(NAMES)
-        first, second, third = (
-            f"{PHRASINGS[attribute][0].format(name='').strip()} {world()[name, attribute]}" for attribute in draw.some(tuple(VALUES), 3)
-        )
+        chosen = draw.some(tuple(VALUES), 3)
+        first, second, third = (f"{PHRASINGS[each][0].format(name='').strip()} {world()[name, each]}" for each in chosen)
         return f"{name} {first}, {second} and {third}."
     if kind == "add":
         while True:

@@ -1,12 +1,12 @@
 """Planted outliers: reparametrisations that change what rounding sees and leave the full-precision function alone.
 
-Large language models have channels whose activations, or weights, are tens to thousands of times larger than the rest; a demo model has
-none. Multiplying one side of a product by a power of two and dividing the other gives it some:
+Large language models have channels whose activations, or weights, are tens to thousands of times larger than the rest; a demo
+model has none. Multiplying one side of a product by a power of two and dividing the other gives it some:
 
-    weight       norm gain[c] /= s, the columns c of every linear it feeds *= s      weight outliers of LLaMA3-70B (arXiv 2408.15301)
-    activation   norm gain[c] *= s, those columns /= s                               activation outliers (LLM.int8, arXiv 2208.07339)
-    down         rows c of up_proj *= s, columns c of down_proj /= s                 spikes at the input of down_proj
-    key          rows of k_proj *= s, rows of q_proj /= s, on pairs rotated together outlier channels of the key cache (KIVI, arXiv 2402.02750)
+    weight       norm gain[c] /= s, columns c of the linears it feeds *= s     weight outliers of LLaMA3-70B (arXiv 2408.15301)
+    activation   norm gain[c] *= s, those columns /= s                         activation outliers (LLM.int8, arXiv 2208.07339)
+    down         rows c of up_proj *= s, columns c of down_proj /= s           spikes at the input of down_proj
+    key          rows of k_proj *= s, rows of q_proj /= s, in rotary pairs     channels of the key cache (KIVI, arXiv 2402.02750)
 
 Powers of two only move exponents, so the logits in float32 and bfloat16 stay equal to the last bit. Residual-stream outliers cannot
 be planted this way: RMSNorm couples its channels.
@@ -19,13 +19,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 KINDS = ("weight", "activation", "down", "key")
 
 
 @torch.no_grad()
-def plant(model: nn.Module, kind: str, scale: float, channels: Sequence[int], blocks: Sequence[int]) -> None:
+def plant(model: Any, kind: str, scale: float, channels: Sequence[int], blocks: Sequence[int]) -> None:
     """Plant outliers in a Llama, in place, and add the plant to `model.config.plants`.
 
     kind      one of KINDS
@@ -74,6 +73,9 @@ def _plant_keys(attention: Any, index: torch.Tensor, scale: float) -> None:
 def describe(plants: Sequence[Mapping[str, Any]]) -> str:
     """One line for a log or a model card: "activation ×8 on 3 channels of 4 blocks; …"."""
     return "; ".join(
-        f"{p['kind']} ×{p['scale']:g} on {len(p['channels'])} channels of {len(p['blocks'])} block{'s' if len(p['blocks']) > 1 else ''}"
-        for p in plants
+        f"{p['kind']} ×{p['scale']:g} on {_counted(p['channels'], 'channel')} of {_counted(p['blocks'], 'block')}" for p in plants
     )
+
+
+def _counted(items: Sequence[int], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"

@@ -39,7 +39,7 @@ SEPARATOR = "\n\n"                                                 # between doc
 SEED = 0
 TOKENIZER_DOCUMENTS = 1000                                         # more change no merge that matters
 STEPS, WARMUP_STEPS = 3000, 50
-WINDOWS = ((8, 128), (8, 128), (8, 128), (4, 256))                 # (batch, length) by step, in turn: the long ones teach positions to 256
+WINDOWS = ((8, 128), (8, 128), (8, 128), (4, 256))                 # (batch, length) in turn; the long teach positions to 256
 LEARNING_RATE, BETAS, GRADIENT_NORM = 5e-3, (0.9, 0.95), 1.0
 OUTLIER_SHARE, OUTLIER_SCALES = 0.05, (4, 8)
 
@@ -81,7 +81,7 @@ def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[LlamaForCausalLM, float]:
-    """Train on random windows of tokens [total]; return the model in float32 and the mean loss of the last 100 steps, nats per token."""
+    """Train on random windows of tokens [total]; return the model in float32 and the mean loss of the last 100 steps."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0)
@@ -128,12 +128,12 @@ def accuracy(model: nn.Module, tokenizer: Any, kind: str, count: int = 400) -> f
     for first in range(0, len(rows), 100):
         batch = rows[first : first + 100]
         width = max(len(ids) for _, ids in batch)
-        ids = torch.tensor([whole + [0] * (width - len(whole)) for _, whole in batch])        # causal: padding on the right is not seen
+        ids = torch.tensor([whole + [0] * (width - len(whole)) for _, whole in batch])       # causal: padding is seen by nobody
         logp = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
-        of_next = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)                               # [rows, width - 1]
-        scores += [row[len(prompt) - 1 : len(whole) - 1].sum().item() for row, (prompt, whole) in zip(of_next, batch, strict=True)]
-    grouped = [scores[i : i + 4] for i in range(0, len(scores), 4)]
-    return sum(max(range(4), key=group.__getitem__) == q.answer for group, q in zip(grouped, questions, strict=True)) / len(questions)
+        of_next = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)                              # [rows, width - 1]
+        scores += [row[len(prompt) - 1 : len(ids) - 1].sum().item() for row, (prompt, ids) in zip(of_next, batch, strict=True)]
+    chosen = torch.tensor(scores).view(len(questions), 4).argmax(1).tolist()
+    return sum(choice == question.answer for choice, question in zip(chosen, questions, strict=True)) / len(questions)
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """The demo model with harder outliers planted: "demo:weight_outliers" and "demo:activation_outliers".
 
-A variant is derived from the shipped model the first time it is asked for: no download, seconds. Its full-precision logits are those of the
-shipped model to the bit; what rounding sees differs:
+A variant is derived from the shipped model the first time it is asked for: no download, seconds. Its full-precision logits are
+those of the shipped model to the bit; what rounding sees differs:
 
-    weight_outliers       16 neighbouring channels of block 0's norms ×1/256, the weights they meet ×256: 8-bit weights and activations
-                          with one scale per output channel break down, groups of 16 lose nothing (LLaMA3-70B, arXiv 2408.15301)
+    weight_outliers       16 neighbouring channels of block 0's norms ×1/256, the weights they meet ×256: with 8-bit weights and
+                          activations one scale per output channel breaks down, groups of 16 do not (LLaMA3-70B, arXiv 2408.15301)
     activation_outliers   one channel of every norm ×64, its weights ÷64: 8-bit activations suffer, smoothing repairs it
                           (SmoothQuant, arXiv 2211.10438)
 """
@@ -79,7 +79,8 @@ def _shipped_files() -> Iterator[Path]:
 
 
 def _build(plants: tuple[Plant, ...], folder: Path) -> None:
-    from transformers import AutoModelForCausalLM                  # here: sources must load without torch
+    # Here, not above: sources, which asks for variants, must load without torch.
+    from transformers import AutoModelForCausalLM
 
     from harness.demo.plant import plant
 

@@ -33,7 +33,8 @@ def test_the_corpus_is_pinned(split: str) -> None:
 
 def test_another_process_with_another_hash_seed_makes_the_same_text() -> None:
     code = "from harness.demo import corpus; print(corpus.corpus_digest('test'))"
-    ran = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == DIGESTS["test"]
 
 

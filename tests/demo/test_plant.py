@@ -64,7 +64,7 @@ def test_a_scale_that_would_round_is_refused(model: Any, scale: float) -> None:
 def test_plants_are_described_in_one_line(model: Any) -> None:
     plant(model, "activation", 8, [1, 2, 3], [0, 1])
     plant(model, "down", 4, [0], [1])
-    assert describe(model.config.plants) == "activation ×8 on 3 channels of 2 blocks; down ×4 on 1 channels of 1 block"
+    assert describe(model.config.plants) == "activation ×8 on 3 channels of 2 blocks; down ×4 on 1 channel of 1 block"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
