@@ -1,0 +1,122 @@
+"""NF4: the oracles of the format, and bitsandbytes' byte layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evidence import generator, llama_shapes, random_weight
+from torch import Tensor
+
+from harness.cell import Scheme, WeightScheme
+from harness.errors import MethodError
+from harness.methods.nf4 import NormalFloatWeight, Rounding
+from harness.numerics.codebooks import NF4, dynamic_table, normal_quantiles
+
+TABLE = torch.tensor(NF4)
+
+
+def quantize(weight: Tensor, block: int = 64, double: bool = False) -> NormalFloatWeight:
+    method = Rounding(Rounding.Settings(double_quantization=double))
+    quantized = method.round_layer("q_proj", weight, None, WeightScheme("nf4", 4, block), generator())
+    assert isinstance(quantized, NormalFloatWeight)
+    return quantized
+
+
+def test_the_table_is_the_normal_quantiles() -> None:
+    torch.testing.assert_close(normal_quantiles(), TABLE, atol=2e-7, rtol=0)
+
+
+def test_the_dynamic_table_has_256_entries_from_minus_one_side_to_one() -> None:
+    table = dynamic_table()
+    assert table.shape == (256,) and bool((table.diff() > 0).all())
+    assert float(table[-1]) == 1 and 0.0 in table and float(table[0]) > -1
+
+
+def test_the_largest_magnitude_of_each_block_is_exact() -> None:
+    weight = random_weight(16, 64)
+    blocks, back = weight.reshape(-1, 64), quantize(weight).dequantize().reshape(-1, 64)
+    largest = blocks.abs().argmax(1, keepdim=True)
+    torch.testing.assert_close(back.gather(1, largest), blocks.gather(1, largest), rtol=0, atol=0)
+
+
+def test_table_entries_times_the_maximum_are_fixed_points() -> None:
+    maxima = torch.tensor([0.3, 2.0, 7.5])
+    weight = (maxima[:, None] * TABLE.repeat(4)).reshape(3, 64)
+    torch.testing.assert_close(quantize(weight).dequantize(), weight, rtol=0, atol=0)
+
+
+def test_zeros_stay_zero_and_a_zero_block_too() -> None:
+    weight = random_weight(4, 64)
+    weight[:, ::3] = 0
+    weight[2] = 0
+    back = quantize(weight).dequantize()
+    assert bool((back[weight == 0] == 0).all())
+
+
+def test_the_error_is_at_most_half_the_widest_gap() -> None:
+    weight = torch.randn(32, 128, generator=generator())
+    blocks, back = weight.reshape(-1, 64), quantize(weight).dequantize().reshape(-1, 64)
+    relative = (blocks - back).abs() / blocks.abs().amax(1, keepdim=True)
+    assert float(TABLE.diff().max()) / 2 == pytest.approx(0.1519, abs=1e-4)
+    assert float(relative.max()) <= float(TABLE.diff().max()) / 2 + 1e-6
+
+
+def test_scaling_by_a_power_of_two_commutes() -> None:
+    weight = random_weight(8, 64)
+    assert torch.equal(quantize(weight * 8).dequantize(), quantize(weight).dequantize() * 8)
+
+
+def test_a_value_on_a_midpoint_takes_the_lower_entry() -> None:
+    middle = (TABLE[9] + TABLE[10]) / 2
+    weight = torch.zeros(1, 64)
+    weight[0, 0], weight[0, 1] = 1, middle
+    assert int(quantize(weight).codes[0, 1]) == 9
+
+
+def test_blocks_cross_rows_and_the_last_may_be_short() -> None:
+    weight = random_weight(3, 40)                                 # 120 weights: one block of 64, one of 56
+    quantized = quantize(weight)
+    assert quantized.maxima.read().shape == (2,)
+    assert float(quantized.maxima.read()[0]) == float(weight.reshape(-1)[:64].abs().max())
+
+
+def test_packing_puts_the_first_code_in_the_high_half() -> None:
+    quantized = quantize(random_weight(3, 33))                    # an odd number of codes
+    packed = quantized.pack()[0]["codes"]
+    assert packed.shape == (50,)
+    assert int(packed[0]) == 16 * int(quantized.codes[0, 0]) + int(quantized.codes[0, 1])
+    assert int(packed[-1]) & 15 == 7                              # padded with the code of zero
+
+
+@pytest.mark.parametrize(("double", "expected"), [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_bits_per_weight(double: bool, expected: float) -> None:
+    quantized = quantize(random_weight(256, 256), double=double)
+    assert quantized.bits_per_weight == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_packing_is_exact(double: bool) -> None:
+    quantized = quantize(random_weight(50, 72), block=32, double=double)
+    again = NormalFloatWeight.unpack(*quantized.pack())
+    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(again.codes, quantized.codes)
+
+
+def test_double_quantization_keeps_the_codes_and_little_error() -> None:
+    weight = random_weight(128, 128)
+    once, twice = quantize(weight), quantize(weight, double=True)
+    assert torch.equal(once.codes, twice.codes)
+    torch.testing.assert_close(twice.maxima.read(), once.maxima.read(), rtol=0.05, atol=1e-3)
+
+
+def test_check_refuses_what_nf4_is_not() -> None:
+    method, shapes = Rounding(Rounding.Settings()), llama_shapes()
+    assert method.check(Scheme("nf4", WeightScheme("nf4", 4, 64)), shapes) == []
+    reasons = method.check(Scheme("w3", WeightScheme("int", 3, 48)), shapes)
+    assert len(reasons) == 3 and all("mlp.down_proj" in reason for reason in reasons)
+
+
+def test_a_damaged_weight_fails_the_cell() -> None:
+    weight = random_weight(4, 64)
+    weight[1, 1] = torch.nan
+    with pytest.raises(MethodError, match="q_proj"):
+        quantize(weight)
