@@ -55,12 +55,14 @@ class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 
     kind: "error", "out_of_memory", "killed", "timeout", "lost"; reason: one line; detail: traceback or log tail.
+    retry: True when a changed plan tries the cells again (alone, or on another node), so that this is not yet their end.
     """
 
     stage: str = ""
     kind: str = "error"
     reason: str = ""
     detail: str = ""
+    retry: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,383 @@
+"""The bodies of tasks: quantize a pass, evaluate the cells of a model. Generators of events that run anywhere.
+
+A task is small, frozen and readable (`cell.to_json` makes JSON of it): which cells, which store, which device. Results go to the
+store as they are complete: blocks and manifests, one file per score. What travels back are events. A task can therefore be
+killed at any moment and be given again: finished blocks and scores are found, and only the rest is done.
+
+Whoever makes a checkpoint or scores a cell holds its lock in the store, so that two drivers on one store share work rather than
+repeat it. A failing cell leaves its task and the others go on; a failing evaluation fails alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import plugins, provenance, sources
+from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json
+from harness.errors import HarnessError
+from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
+from harness.store import Store
+
+if TYPE_CHECKING:
+    from harness.evaluators.protocols import Score, Subject
+
+log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class QuantizeTask:
+    """Make the checkpoints of cells of one model and one draw of calibration windows in one walk.
+
+    runs     the store's folder
+    device   "auto", "cpu", "cuda" or "cuda:<index>"
+    threads  CPU threads of one operation; 0: as the process has them
+    command  what the user typed, for the record
+    """
+
+    cells: tuple[Cell, ...]
+    runs: str
+    device: str = "auto"
+    threads: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluateTask:
+    """Score cells of one model; evaluations[i] are those of cells[i]. batch_size 0: chosen by the evaluator. The rest as above."""
+
+    cells: tuple[Cell, ...]
+    evaluations: tuple[tuple[Evaluation, ...], ...]
+    runs: str
+    device: str = "auto"
+    threads: int = 0
+    batch_size: int = 0
+    command: str = ""
+
+
+Task = QuantizeTask | EvaluateTask
+
+
+def run(task: Task) -> Iterator[Event]:
+    """The events of a task of either kind, between one TaskStarted and one TaskEnded. Raises nothing but what ends a process."""
+    began, keys = time.monotonic(), tuple(map(cell_key, task.cells))
+    try:
+        device = prepare(task.device, task.threads)
+    except HarnessError as error:
+        yield failure(error, keys, "task")
+        return
+    yield TaskStarted(time.time(), keys, worker=f"{socket.gethostname()}:{os.getpid()}", device=device_name(device))
+    store = Store(task.runs)
+    with _Logs(store, task.cells) as logs:
+        body = quantize(task, store, device) if isinstance(task, QuantizeTask) else evaluate(task, store, device)
+        try:
+            for event in body:
+                logs.event(event)
+                yield event
+        except Exception as error:
+            failed = failure(error, keys, "task")
+            logs.event(failed)
+            yield failed
+    yield TaskEnded(time.time(), keys, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory(device))
+
+
+def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
+    """One walk for the checkpoints that are still missing once their locks are held."""
+    sharers: dict[str, list[Cell]] = {}
+    for cell in task.cells:
+        store.open_cell(cell)
+        sharers.setdefault(quantize_key(cell), []).append(cell)
+    facts = provenance.collect(device_name(device), _threads(), task.command)
+    with ExitStack() as locks:
+        for key in sorted(sharers):             # one order for all drivers, so that none waits for another in a circle
+            locks.enter_context(store.lock(f"checkpoint-{key}"))
+        for key, cells in list(sharers.items()):
+            manifest = store.manifest(key)
+            if manifest is not None:            # another driver made it while this one waited
+                yield Quantized(time.time(), tuple(map(cell_key, cells)), record=manifest)
+                del sharers[key]
+        for event in _make_checkpoints([cells[0] for cells in sharers.values()], store, device, facts):
+            widened = _widen(event, sharers)
+            if isinstance(event, Quantized):
+                for key in widened.cell_keys:
+                    store.write_provenance(key, {"quantize": facts})
+            yield widened
+
+
+def _make_checkpoints(cells: Sequence[Cell], store: Store, device: str, facts: Mapping[str, Any]) -> Iterator[Event]:
+    """Checkpoints of distinct cells of one model: baselines at once, the others in one walk."""
+    from harness.formats import native
+    from harness.streaming import calibration, passes
+
+    if not cells:
+        return
+    folder = sources.model_folder(cells[0].model)
+    for cell in (cell for cell in cells if cell.method.is_baseline):
+        manifest = native.write_baseline(store.checkpoint_folder(quantize_key(cell)), fingerprint(cell), folder)
+        yield Quantized(time.time(), (cell_key(cell),), record=manifest)
+    cells = [cell for cell in cells if not cell.method.is_baseline]
+    if not cells:
+        return
+    writers = {}
+    for cell in cells:
+        key = quantize_key(cell)
+        writers[key] = native.CheckpointWriter(store.checkpoint_folder(key), fingerprint(cell))
+    windows = None
+    calibrated = [cell for cell in cells if cell.method.needs]
+    if calibrated:
+        assert calibrated[0].calibration is not None, "a cell that needs calibration and has none is refused by the plan"
+        windows = calibration.draw_windows(calibrated[0].calibration, load_tokenizer(folder, cells[0].model.trust_remote_code))
+    yield from passes.run_pass(cells, folder, windows, writers, device)
+
+
+def fingerprint(cell: Cell) -> dict[str, Any]:
+    """What a checkpoint folder says it is of. Equal for all cells that share it."""
+    return {
+        "quantize_key": quantize_key(cell),
+        "model": cell.model.digest,
+        "dtype": cell.model.dtype,
+        "parts": [{name: to_json(part)[name] for name in ("name", "version", "settings")} for part in cell.method.parts],
+        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
+    }
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, without asking the network."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+def _widen(event: Event, sharers: Mapping[str, Sequence[Cell]]) -> Event:
+    """An event of the cell that stands for a checkpoint, as one of every cell that shares the checkpoint."""
+    shared = {cell_key(cells[0]): tuple(map(cell_key, cells)) for cells in sharers.values()}
+    return dataclasses.replace(event, cell_keys=tuple(k for key in event.cell_keys for k in shared.get(key, (key,))))
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
+    """Score one cell after the other; a model is in memory while its cell is scored."""
+    facts = provenance.collect(device_name(device), _threads(), task.command)
+    for cell, wanted in zip(task.cells, task.evaluations, strict=True):
+        key = store.open_cell(cell)
+        with store.lock(f"cell-{key}"):
+            missing = []
+            for evaluation in wanted:
+                score = store.score(key, score_key(cell, evaluation))
+                if score is None:
+                    missing.append(evaluation)
+                else:                           # another driver made it while this one waited
+                    yield _scored(key, evaluation, score)
+            if missing:
+                try:
+                    yield from _evaluate_cell(cell, missing, store, device, task.batch_size, facts)
+                except Exception as error:
+                    yield failure(error, (key,), "load")
+        release(device)
+
+
+def _evaluate_cell(
+    cell: Cell, evaluations: Sequence[Evaluation], store: Store, device: str, batch_size: int, facts: Mapping[str, Any]
+) -> Iterator[Event]:
+    from harness.evaluators.protocols import Subject
+    from harness.runtime.load import load
+
+    key, folder = cell_key(cell), sources.model_folder(cell.model)
+    manifest = store.manifest(quantize_key(cell))
+    if manifest is None:
+        raise HarnessError(f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.root}; run the sweep again")
+    checkpoint = None if cell.method.is_baseline else store.checkpoint_folder(quantize_key(cell))
+    model, tokenizer = load(cell, folder, checkpoint, device)
+    subject = Subject(cell, model, tokenizer, device, batch_size, manifest, folder, store.root / "cache")
+    store.write_provenance(key, {"evaluate": dict(facts)})
+    for evaluation in evaluations:
+        try:
+            yield from _score(subject, evaluation, store, facts)
+        except Exception as error:
+            failed = failure(error, (key,), evaluation.name)
+            if failed.kind != "out_of_memory" or subject.batch_size == 1:
+                yield failed
+                continue
+            log.warning("%s: %s ran out of memory; trying once more with batches of 1", cell.title, evaluation.name)
+        else:
+            continue
+        release(device)                         # outside the handler, whose traceback keeps the tensors alive
+        try:
+            yield from _score(dataclasses.replace(subject, batch_size=1), evaluation, store, facts)
+        except Exception as error:
+            yield failure(error, (key,), evaluation.name)
+
+
+def _score(subject: Subject, evaluation: Evaluation, store: Store, facts: Mapping[str, Any]) -> Iterator[Event]:
+    """Progress, then Scored once the score is in the store."""
+    from harness.evaluators.protocols import Score
+
+    key, began = cell_key(subject.cell), time.monotonic()
+    evaluator = plugins.build("evaluator", evaluation.evaluator, to_json(evaluation)["settings"])
+    score: Score | None = None
+    for step in evaluator.score(subject, evaluation):
+        if isinstance(step, Score):
+            score = step
+        else:
+            yield dataclasses.replace(step, cell_keys=(key,))
+    if score is None:
+        raise HarnessError(f"evaluation {evaluation.name}: the evaluator {evaluation.evaluator} ended without a score")
+    content = {
+        "evaluation": evaluation.name,
+        "evaluator": evaluation.evaluator,
+        "settings": to_json(evaluation)["settings"],
+        "metrics": score.metrics,
+        "stderr": score.stderr,
+        "details": score.details,
+        "seconds": time.monotonic() - began,
+        "batch_size": subject.batch_size,
+        "provenance": dict(facts),
+    }
+    store.write_score(key, score_key(subject.cell, evaluation), content, score.items)
+    yield _scored(key, evaluation, content)
+
+
+def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Scored:
+    record = {name: score[name] for name in ("stderr", "seconds", "batch_size") if name in score}
+    return Scored(time.time(), (key,), evaluation=evaluation.name, metrics=dict(score["metrics"]), record=record)
+
+
+# --- the process -----------------------------------------------------------------------------------------------------------------
+
+
+def prepare(device: str, threads: int) -> str:
+    """Set this process up for a task and return its device. Raises HarnessError for a device that is not there."""
+    import torch
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning idle threads slow the other workers some tenfold
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False           # Hessians in TF32 are no longer positive definite
+    torch.backends.cudnn.allow_tf32 = False
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    if device.startswith("cuda") and not available:
+        raise HarnessError(f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto')
+    if available and device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    return device
+
+
+def device_name(device: str) -> str:
+    """"cpu", or the card's name."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def release(device: str) -> None:
+    """Give back what a finished cell held, before the next one is loaded."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes ever held: allocated on the card, or resident in this process."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024          # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def failure(error: BaseException, keys: tuple[str, ...], stage: str) -> Failed:
+    """A Failed event of an exception: kind "out_of_memory" where memory ran out, else "error"; one line, and the traceback."""
+    text = str(error) or type(error).__name__
+    kind = "out_of_memory" if is_out_of_memory(error) else "error"
+    reason = text if isinstance(error, HarnessError) else f"{type(error).__name__}: {text}"
+    detail = "".join(traceback.format_exception(error))
+    return Failed(time.time(), keys, stage=stage, kind=kind, reason=reason.strip().splitlines()[0], detail=detail)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch's own error on a card, Python's, and the plain RuntimeError of torch's CPU allocator."""
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "TorchOutOfMemoryError"):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+class _Logs:
+    """One log file per cell: every event of the cell, and whatever the harness logs while its task runs."""
+
+    def __init__(self, store: Store, cells: Iterable[Cell]) -> None:
+        self._paths = {cell_key(cell): store.log_path(cell_key(cell)) for cell in cells}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Logs:
+        root = logging.getLogger("harness")
+        handler = logging.Handler()
+        handler.emit = lambda record: self._write(self._paths, f"{record.levelname.lower()}  {record.getMessage()}")  # type: ignore[method-assign]
+        root.addHandler(handler)
+        self._stack.callback(root.removeHandler, handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def event(self, event: Event) -> None:
+        line = describe(event)
+        if line:
+            self._write(event.cell_keys or self._paths, line)
+
+    def _write(self, keys: Iterable[str], line: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        for key in keys:
+            with contextlib.suppress(OSError):              # a log that cannot be written is no reason to lose the cell
+                path = self._paths[key]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(f"{stamp}  {line}\n")
+
+
+def describe(event: Event) -> str:
+    """One line of a log; "" for what is no news."""
+    match event:
+        case Progress():
+            return f"{event.stage} {event.step}/{event.steps}"
+        case Quantized():
+            bits, seconds = event.record.get("bits_per_weight", 0.0), event.record.get("seconds", 0.0)
+            return f"quantized  {bits:.3f} bits per weight in {seconds:.1f} s"
+        case Scored():
+            return "scored  " + "  ".join(f"{name} {value:.6g}" for name, value in event.metrics.items())
+        case Failed():
+            return f"FAILED in {event.stage} ({event.kind}): {event.reason}\n{event.detail}"
+        case TaskStarted():
+            return f"started on {event.worker}, {event.device}"
+    return ""
