@@ -183,7 +183,7 @@ def main() -> None:
         "command": "python -m harness.demo.train",
         "seed": SEED,
         "steps": arguments.steps,
-        "windows": WINDOWS,
+        "windows": [f"{batch} × {length}" for batch, length in WINDOWS],
         "learning_rate": LEARNING_RATE,
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": {split: corpus.corpus_digest(split) for split in corpus.DOCUMENTS},
@@ -197,7 +197,7 @@ def main() -> None:
             "tokenizers": tokenizers.__version__,
         },
     }
-    (arguments.output / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    (arguments.output / "recipe.json").write_text(json.dumps(recipe, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

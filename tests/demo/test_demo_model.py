@@ -1,0 +1,83 @@
+"""The shipped model: loads offline, answers its questions, and is the model of this corpus."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness.demo import corpus, train
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    import torch
+
+    return AutoModelForCausalLM.from_pretrained(train.FOLDER, dtype=torch.float32, local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(train.FOLDER, local_files_only=True)
+
+
+def recipe() -> dict[str, Any]:
+    return json.loads((train.FOLDER / "recipe.json").read_text(encoding="utf-8"))
+
+
+def test_it_is_small_and_has_the_shapes_of_the_recipe(model: Any) -> None:
+    assert (train.FOLDER / "model.safetensors").stat().st_size <= 4_000_000
+    assert {name: getattr(model.config, name) for name in train.CONFIG} == train.CONFIG
+    assert sum(p.numel() for p in model.parameters()) == recipe()["parameters"]
+
+
+def test_it_was_trained_on_this_corpus() -> None:
+    assert recipe()["corpus"] == {split: corpus.corpus_digest(split) for split in corpus.DOCUMENTS}
+    assert (recipe()["steps"], recipe()["seed"]) == (train.STEPS, train.SEED)
+
+
+def test_it_answers_in_full_precision(model: Any, tokenizer: Any) -> None:
+    accuracies = {kind: train.accuracy(model, tokenizer, kind, count=100) for kind in corpus.KINDS}
+    assert sum(accuracies.values()) / len(accuracies) >= 0.85, accuracies
+    assert min(accuracies.values()) >= 0.75, accuracies
+
+
+def test_its_perplexity_is_the_recorded_one(model: Any, tokenizer: Any) -> None:
+    tokens = train.encode(tokenizer, corpus.documents("test"))
+    assert train.perplexity(model, tokens) == pytest.approx(recipe()["figures"]["perplexity"], rel=1e-3)
+
+
+def test_its_plants_cover_every_block(model: Any) -> None:
+    plants = model.config.plants
+    for kind in ("activation", "down"):
+        assert {block for plant in plants if plant["kind"] == kind for block in plant["blocks"]} == set(range(4))
+    assert {plant["scale"] for plant in plants} == set(train.OUTLIER_SCALES)
+
+
+def test_every_digit_is_a_token_and_text_survives(tokenizer: Any) -> None:
+    assert len(tokenizer) == 512
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    for text in (corpus.documents("test")[0], "é, naïve — 漢字\n\n\t!"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_tokenizer_is_made_again_from_the_corpus(tokenizer: Any) -> None:
+    again = train.train_tokenizer(corpus.documents("train")[: train.TOKENIZER_DOCUMENTS])
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", corpus.KINDS)
+def test_lm_eval_reads_the_task(kind: str) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")
+    path = Path(train.__file__).parent / "tasks" / f"demo_{kind}.yaml"
+    task = tasks.TaskManager(include_path=str(path.parent), include_defaults=False).load([path.stem])["tasks"][path.stem]
+    documents = list(task.test_docs())
+    asked = corpus.questions(kind)
+    assert len(documents) == len(asked) == 400
+    for document, question in zip(documents[:20], asked, strict=False):
+        assert task.doc_to_text(document) == question.prompt
+        assert task.doc_to_choice(document) == list(question.choices)
+        assert task.doc_to_target(document) == question.answer
