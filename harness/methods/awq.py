@@ -116,7 +116,8 @@ class Transform:
             unscaled = loss if step == 0 else unscaled
             if loss < lowest:
                 best, lowest, exponent = scales, loss, ratio
-        if best is None or not bool(torch.isfinite(best).all()):
+        # NaN to the power 0 is 1: broken activations would pass as no scaling at all.
+        if best is None or not bool(torch.isfinite(best).all() & torch.isfinite(activity).all()):
             raise MethodError(
                 f"block {block.index}: no scale for {pair.producer} → {', '.join(pair.consumers)} has a finite loss; "
                 "the activations or weights hold NaN or infinity; load the model in a wider dtype (model.dtype=float32)"
