@@ -1,0 +1,1169 @@
+"""From YAML and overrides to a checked sweep: the one module that knows Hydra.
+
+    sweeps/<name>.yaml + overrides  ->  axes of every grid  ->  each axis value composed once  ->  their product  ->  frozen cells
+
+A sweep of a thousand cells has some twenty distinct axis values; Hydra composes those (60 to 140 ms each), the product is taken
+here. Everything is typed by the dataclasses it ends in (`harness.cell`, `harness.sweep`), settings of plugins by their own YAML.
+All that is wrong with a sweep is said in one ConfigError: file, key, value and the nearest name that exists.
+The language of a sweep file and of overrides is described in docs/sweeps.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fnmatch
+import functools
+import importlib.util
+import itertools
+import os
+import re
+import sys
+import sysconfig
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import harness
+from harness import plugins, sources
+from harness.cell import (
+    ActivationScheme,
+    Calibration,
+    Cell,
+    Evaluation,
+    KVScheme,
+    Method,
+    Model,
+    Override,
+    Part,
+    Scheme,
+    Settings,
+    WeightScheme,
+    baseline_of,
+    cell_key,
+    freeze,
+)
+from harness.errors import ConfigError, HarnessError, unknown_name
+from harness.sweep import Cluster, Runtime, Skip, Sweep, Table, Tracking
+
+GROUPS = {                                      # what `harness list` calls them -> folder below conf/
+    "models": "model", "methods": "method", "transforms": "transform", "roundings": "rounding", "tunings": "tuning",
+    "schemes": "scheme", "calibrations": "calibration", "evaluations": "evaluation", "clusters": "cluster", "trackings": "tracking",
+}
+SLOTS = ("transform", "rounding", "tuning")
+AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
+EDITABLE = ("model", *SLOTS, "scheme", "calibration")           # axes with fields: "calibration.samples"
+RUNTIME = ("runs", "device", "batch_size", "fail_fast", "data", "cluster", "tracking")
+INPUTS = ("quantized", "full_precision")
+SCHEME_NAME = re.compile(
+    r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
+)
+CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
+    (Model, "dtype"): ("float32", "float16", "bfloat16"),
+    (WeightScheme, "scale_dtype"): ("float16", "bfloat16", "float32"),
+    (ActivationScheme, "granularity"): ("token", "tensor", "group"),
+    (Calibration, "packing"): ("window", "document", "join"),
+    (Cluster, "kind"): ("local", "ray"),
+    (Tracking, "kind"): ("sqlite", "server", "none"),
+}
+LEAST = {                                       # smallest value of a number
+    (WeightScheme, "bits"): 1, (ActivationScheme, "bits"): 2, (KVScheme, "bits"): 1, (KVScheme, "group_size"): 1,
+    (Calibration, "samples"): 1, (Calibration, "length"): 2, (Cluster, "workers"): 0, (Cluster, "gpus_per_task"): 0,
+}
+
+T = TypeVar("T")
+Point = dict[str, tuple[Any, bool]]               # of a grid: axis -> its value, and whether the axis has several
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that can be used in a sweep, with one line about it."""
+
+    name: str
+    title: str
+
+
+# --- the two functions that others call ----------------------------------------------------------------------------------------
+
+
+def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
+    """The sweep of a file (a name below sweeps/ or a path) with overrides applied; None: the grid that the overrides state.
+
+    Reads configs, plugin facts, and what digests need (model folders, corpora); starts nothing and writes nothing but a cache
+    of digests. Raises ConfigError with everything that is wrong.
+    """
+    problems = Problems()
+    file = _SweepFile() if name is None else _read_sweep_file(_sweep_path(name), problems)
+    edits = _parse_overrides(overrides, problems)
+    problems.check()
+    return _Resolver(file, edits, problems).sweep(tuple(overrides))
+
+
+def list_names(group: str) -> list[Entry]:
+    """What exists of a group ("models", "methods", …, "sweeps", "evaluators"), sorted by name; the first of two equal names counts.
+
+    Instant: reads the first comment line of each file, and for a method without one the title of its rounding's file.
+    """
+    if group == "evaluators":
+        return [Entry(fact.name, fact.title) for fact in plugins.find("evaluator").values()]
+    if group != "sweeps" and group not in GROUPS and group not in GROUPS.values():
+        raise ConfigError(unknown_name("group", group, [*GROUPS, "evaluators", "sweeps"]))
+    folder = GROUPS.get(group, group)
+    return [Entry(name, _title(path, folder)) for name, path in sorted(_files(folder).items())]
+
+
+# --- where configs lie ---------------------------------------------------------------------------------------------------------
+
+
+def config_roots() -> list[Path]:
+    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those beside plugins of one's own, the project's."""
+    named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
+    own = [Path(entry) / "conf" for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep) if entry]
+    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf"]
+    return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
+
+
+def _project() -> Path:
+    """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/."""
+    package = Path(harness.__file__).parent
+    shared = (Path(base) / "share" / "quantization-harness" for base in (sysconfig.get_path("data"), sys.prefix, package.parent))
+    for folder in (package, package.parent, *shared):
+        if (folder / "conf" / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"the harness's conf/ is neither beside nor inside {package}: the installation is incomplete")
+
+
+def _files(folder: str) -> dict[str, Path]:
+    """name -> YAML of a group, or of the sweeps; the first root that has a name wins."""
+    if folder == "sweeps":
+        places = [Path.cwd() / "sweeps", _project() / "sweeps"]
+    else:
+        places = [root / folder for root in config_roots()]
+    found: dict[str, Path] = {}
+    for place in places:
+        for path in sorted(place.glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def _title(path: Path, folder: str) -> str:
+    comment = _head_comment(path.read_text(encoding="utf-8", errors="replace"))
+    if comment:
+        return comment[0]
+    part = plugins.find(folder).get(path.stem) if folder in plugins.KINDS else plugins.find("rounding").get(path.stem)
+    return part.title if part is not None and folder in ("method", *SLOTS) else ""
+
+
+def _head_comment(text: str) -> list[str]:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return [line.lstrip("#").strip() for line in lines]
+
+
+# --- collecting what is wrong --------------------------------------------------------------------------------------------------
+
+
+class Problems:
+    """Everything that is wrong so far, each sentence once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, None] = {}
+
+    def add(self, problem: str) -> None:
+        self.found.setdefault(problem)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Turns a HarnessError of the body into problems."""
+        try:
+            yield
+        except HarnessError as error:
+            for line in str(error).split("\n"):
+                self.add(line)
+
+    def check(self) -> None:
+        """Raises ConfigError if there are any."""
+        if self.found:
+            count = len(self.found)
+            head = "" if count == 1 else f"{count} problems:\n  "
+            raise ConfigError(head + "\n  ".join(self.found) + "\nNothing was started.")
+
+
+# --- Hydra ---------------------------------------------------------------------------------------------------------------------
+
+
+def compose(group: str, name: str) -> dict[str, Any]:
+    """One YAML of conf/, its `defaults` composed by Hydra, interpolations resolved. Raises ConfigError naming file and line."""
+    path = _files(group).get(name)
+    if path is None:
+        raise ConfigError(unknown_name(group, name, _files(group)))
+    root = path.parent.parent
+    composed = _hydra(root, f"{group}/{name}", ())
+    content = composed.get(group)
+    return dict(content) if isinstance(content, dict) else {}
+
+
+def _hydra(root: Path, config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    others = ",".join(f"'file://{other}'" for other in config_roots() if other != root)
+    where = root / f"{config_name}.yaml"
+    try:
+        with initialize_config_dir(str(root), job_name="harness", version_base="1.3"):
+            composed = hydra_compose(config_name, overrides=[f"hydra.searchpath=[{others}]", *overrides])
+            resolved = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"{where}: {_one_line(error)}") from error
+    except YAMLError as error:
+        raise ConfigError(_yaml_problem(where, error)) from error
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error}") from error
+    return typing.cast(dict[str, Any], resolved)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file by itself, interpolations resolved; no tags, no repeated keys. Raises ConfigError naming file and line."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if text.strip() else {}
+    except YAMLError as error:
+        raise ConfigError(_yaml_problem(path, error)) from error
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a mapping is expected")
+    return {str(key): value for key, value in content.items()}
+
+
+def _yaml_problem(path: Path, error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f", line {mark.line + 1}" if mark is not None else ""
+    return f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or _one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+@dataclass
+class _Edits:
+    """Parsed overrides. axes: axis or dotted field -> values; evaluations: replace, add; runtime: dotted key -> value."""
+
+    axes: dict[str, list[Any]] = field(default_factory=dict)
+    evaluations: list[Any] | None = None
+    more_evaluations: list[Any] = field(default_factory=list)
+    evaluation_settings: dict[str, Any] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    baseline: bool | None = None
+
+
+def _parse_overrides(overrides: Sequence[str], problems: Problems) -> _Edits:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    parser, edits = OverridesParser.create(), _Edits()
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except HydraException as error:
+            problems.add(f"override {text!r}: {_one_line(error).split('; See https')[0]}")
+            continue
+        if parsed.type == OverrideType.DEL:
+            problems.add(f"override {text!r}: nothing can be deleted; give the value that is wanted instead")
+            continue
+        with problems.collect():
+            _apply(edits, parsed.key_or_group, _override_values(parsed), parsed.type == OverrideType.ADD, f"override {text!r}")
+    return edits
+
+
+def _override_values(parsed: Any) -> list[Any]:
+    from hydra.core.override_parser.types import Glob, Transformer
+    from hydra.errors import HydraException
+
+    if not parsed.is_sweep_override():
+        return [_plain(parsed.value())]
+    if isinstance(parsed.value(), Glob):
+        folder = parsed.key_or_group
+        if folder not in GROUPS.values():
+            raise ConfigError(f"override {parsed.input_line!r}: glob() chooses among the files of {', '.join(GROUPS.values())}")
+        return list(parsed.value().filter(sorted(_files(folder))))
+    try:
+        return [_plain(value) for value in parsed.sweep_iterator(transformer=Transformer.identity)]
+    except HydraException as error:
+        raise ConfigError(f"override {parsed.input_line!r}: {_one_line(error)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Hydra's quoted strings as strings."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+    return getattr(value, "text", value)
+
+
+def _apply(edits: _Edits, key: str, values: list[Any], add: bool, where: str) -> None:
+    head, _, rest = key.partition(".")
+    if key in AXES or (rest and head in EDITABLE):
+        edits.axes[key] = _flat(values) if key in AXES else values
+    elif key == "evaluations":
+        (edits.more_evaluations.extend if add else functools.partial(setattr, edits, "evaluations"))(_flat(values))
+    elif head == "evaluations":
+        edits.evaluation_settings[rest] = _single(values, where)
+    elif key == "baseline":
+        edits.baseline = bool(_single(values, where))
+    elif head in RUNTIME:
+        edits.runtime[key] = _single(values, where)
+    else:
+        known = [*AXES, *(f"{name}.<field>" for name in EDITABLE), "evaluations", "evaluations.limit", "baseline", *RUNTIME]
+        raise ConfigError(unknown_name("key", key, known, where))
+
+
+def _single(values: list[Any], where: str) -> Any:
+    if len(values) != 1:
+        raise ConfigError(f"{where}: only axes of the grid take several values; one is needed here")
+    return values[0]
+
+
+def _flat(values: Iterable[Any]) -> list[Any]:
+    """[a, b] and "a,b" are both two values of an axis."""
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]
+
+
+# --- the sweep file ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _SweepFile:
+    """A sweep file as read: axes per grid, everything else as it stands."""
+
+    path: Path | None = None
+    title: str = ""
+    description: str = ""
+    grids: list[_Grid] = field(default_factory=lambda: [_Grid({}, [])])
+    skip: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Any] = field(default_factory=list)
+    tables: list[Any] = field(default_factory=list)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    baseline: bool = True
+
+    @property
+    def where(self) -> str:
+        return str(self.path) if self.path is not None else "command line"
+
+
+@dataclass
+class _Grid:
+    """axes: axis or dotted field -> its values; zips: groups of axes that advance together."""
+
+    axes: dict[str, list[Any]]
+    zips: list[dict[str, list[Any]]]
+
+
+def _sweep_path(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"sweep {name}: no such file")
+        return path.absolute()
+    known = _files("sweeps")
+    if name not in known:
+        raise ConfigError(unknown_name("sweep", name, known))
+    return known[name]
+
+
+def _read_sweep_file(path: Path, problems: Problems) -> _SweepFile:
+    content = _read_yaml(path)
+    comment = _head_comment(path.read_text(encoding="utf-8"))
+    file = _SweepFile(path=path, title=comment[0] if comment else path.stem, description="\n".join(comment[1:]).strip())
+    shared: dict[str, list[Any]] = {}
+    for key, value in content.items():
+        where = f"{path}: {key}"
+        if _is_axis(key):
+            with problems.collect():
+                shared[key] = _axis_values(key, value, where)
+        elif key.partition(".")[0] in RUNTIME:
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
+        elif key in ("skip", "evaluations", "tables"):
+            setattr(file, key, value if isinstance(value, list) else [] if value is None else [value])
+        elif key == "baseline" and isinstance(value, bool):
+            file.baseline = value
+        elif key != "grids":
+            known = [*AXES, "grids", "skip", "evaluations", "tables", "baseline", *RUNTIME]
+            problems.add(unknown_name("key", key, known, str(path)))
+    grids = content.get("grids") or [{}]
+    file.grids = []
+    for index, entry in enumerate(grids if isinstance(grids, list) else [grids]):
+        with problems.collect():
+            file.grids.append(_read_grid(entry, shared, f"{path}: grids[{index}]", problems))
+    return file
+
+
+def _read_grid(entry: Any, shared: Mapping[str, list[Any]], where: str, problems: Problems) -> _Grid:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: a mapping of axes to values is expected, not {entry!r}")
+    axes: dict[str, list[Any]] = {}
+    zips: list[dict[str, list[Any]]] = []
+    for key, value in entry.items():
+        if key == "zip":
+            for paired in value if isinstance(value, list) else [value]:
+                zips.append(_read_zip(paired, f"{where}.zip", problems))
+        elif _is_axis(str(key)):
+            axes[str(key)] = _axis_values(str(key), value, f"{where}.{key}")
+        else:
+            problems.add(unknown_name("axis", str(key), [*AXES, *(f"{name}.<field>" for name in EDITABLE), "zip"], where))
+    own = {*axes, *(axis for paired in zips for axis in paired)}
+    inherited = {key: values for key, values in shared.items() if key not in own}
+    if own & {"rounding"}:                      # a grid that names its rounding does not inherit a method
+        inherited.pop("method", None)
+    return _Grid({**axes, **inherited}, zips)
+
+
+def _read_zip(paired: Any, where: str, problems: Problems) -> dict[str, list[Any]]:
+    if not isinstance(paired, dict):
+        raise ConfigError(f"{where}: a mapping of axes to lists of equal length is expected")
+    unknown = [str(key) for key in paired if not _is_axis(str(key))]
+    for key in unknown:
+        problems.add(unknown_name("axis", key, AXES, where))
+    axes = {str(key): _axis_values(str(key), value, where) for key, value in paired.items() if str(key) not in unknown}
+    lengths = {key: len(values) for key, values in axes.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"{where}: paired axes differ in length: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
+    return axes
+
+
+def _is_axis(key: str) -> bool:
+    head, _, rest = key.partition(".")
+    return key in AXES or (bool(rest) and head in EDITABLE)
+
+
+def _axis_values(key: str, value: Any, where: str) -> list[Any]:
+    """A list is the axis; a scalar is one value; range(…) and glob(…) mean what they mean in an override."""
+    if isinstance(value, str) and re.match(r"(range|glob|choice|sort)\(", value):
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+
+        try:
+            return _override_values(OverridesParser.create().parse_override(f"{key}={value}"))
+        except HydraException as error:
+            raise ConfigError(f"{where}: {_one_line(error)}") from error
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ConfigError(f"{where}: an axis without values")
+    return values
+
+
+# --- typed values --------------------------------------------------------------------------------------------------------------
+
+
+def typed(kind: type[T], content: Mapping[str, Any], where: str, problems: Problems) -> T | None:
+    """A dataclass from a mapping, every field checked against its annotation; None when something is wrong, said in `problems`."""
+    before = len(problems.found)
+    value = _typed(kind, content, where, problems)
+    return typing.cast(T, value) if len(problems.found) == before else None
+
+
+def _typed(kind: Any, value: Any, where: str, problems: Problems) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Any:
+        return value
+    if kind == Settings:
+        return freeze(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        return None if value is None else _typed(inner[0], value, where, problems)
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_typed(typing.get_args(kind)[0], item, f"{where}[{n}]", problems) for n, item in enumerate(items))
+    if origin is dict:
+        return dict(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
+    if dataclasses.is_dataclass(kind):
+        return _typed_fields(typing.cast(type, kind), value, where, problems)
+    if kind is bool:
+        return value if isinstance(value, bool) else _wrong(value, "true or false", where, problems)
+    if kind is int:
+        return value if type(value) is int else _wrong(value, "a whole number", where, problems)
+    if kind is float:
+        if type(value) not in (int, float):
+            return _wrong(value, "a number", where, problems)
+        return int(value) if value == int(value) else value         # 4 and 4.0 are one value and one key
+    if kind is Path:
+        return Path(value) if isinstance(value, str) else _wrong(value, "a path", where, problems)
+    assert kind is str, kind
+    return value if isinstance(value, str) else _wrong(value, "text", where, problems)
+
+
+def _typed_fields(kind: type, value: Any, where: str, problems: Problems) -> Any:
+    if not isinstance(value, dict):
+        return _wrong(value, "a mapping", where, problems)
+    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, item in value.items():
+        if key not in fields:
+            problems.add(unknown_name("field", str(key), fields, where))
+            continue
+        checked = _typed(hints[key], item, f"{where}: {key}", problems)
+        choices, least = CHOICES.get((kind, key)), LEAST.get((kind, key))
+        if choices is not None and checked is not None and checked not in choices:
+            problems.add(unknown_name(key, str(checked), choices, where))
+        if least is not None and isinstance(checked, int | float) and checked < least:
+            problems.add(f"{where}: {key}: {checked} is below {least}")
+        values[key] = checked
+    missing = [f.name for f in fields.values() if f.name not in values
+               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    for name in missing:
+        problems.add(f"{where}: {name} is missing")
+    return None if missing else kind(**values)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _wrong(value: Any, expected: str, where: str, problems: Problems) -> None:
+    problems.add(f"{where}: {expected} is expected, not {value!r}")
+
+
+def _like(default: Any, value: Any, where: str) -> Any:
+    """`value` in the type of a setting's default; None as default, and no default, take anything."""
+    if default is None or default is REQUIRED:
+        return value
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits, expected = isinstance(default, bool) and isinstance(value, bool), "true or false"
+    elif isinstance(default, float):
+        fits, expected = isinstance(value, int | float), "a number"
+        value = float(value) if fits else value
+    elif isinstance(default, int):
+        fits, expected = isinstance(value, int), "a whole number"
+    elif isinstance(default, str):
+        fits, expected = isinstance(value, str), "text"
+    elif isinstance(default, list | tuple):
+        fits, expected = isinstance(value, list | tuple), "a list"
+    else:
+        fits, expected = isinstance(value, dict), "a mapping"
+    if not fits:
+        kind = "a number" if isinstance(default, int | float) and not isinstance(default, bool) else expected
+        raise ConfigError(f"{where}: {expected if not isinstance(value, bool) else kind} is expected, not {value!r}")
+    return value
+
+
+REQUIRED = object()                             # default of a setting that has none
+
+
+@functools.cache
+def settings_of(kind: str, name: str) -> Mapping[str, Any]:
+    """Fields of a plugin's nested Settings with their literal defaults, read from its source; REQUIRED where there is none."""
+    fact = plugins.facts(kind, name)
+    tree = ast.parse(fact.path.read_text(encoding="utf-8"))
+    plugin = _class_in(tree, plugins.KINDS[kind][1])
+    settings = _class_in(plugin, "Settings") if plugin is not None else None
+    return _fields(settings, tree) if settings is not None else {}
+
+
+def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, Any]:
+    """Fields of a dataclass, those of its bases first; a base is looked up in its file or where that imports it from."""
+    found: dict[str, Any] = {}
+    for base in settings.bases:
+        if isinstance(base, ast.Name):
+            home = _home(base.id, tree)
+            inherited = _class_in(home, base.id)
+            found.update(_fields(inherited, home) if inherited is not None else {})
+    for statement in settings.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            try:
+                found[statement.target.id] = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
+            except ValueError:
+                found[statement.target.id] = REQUIRED              # computed: its type is the plugin's to check
+    return found
+
+
+def _home(name: str, tree: ast.Module) -> ast.Module:
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            spec = importlib.util.find_spec(node.module or "")
+            if spec is not None and spec.origin is not None:
+                return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return tree
+
+
+def _class_in(node: ast.Module | ast.ClassDef, name: str) -> ast.ClassDef | None:
+    return next((child for child in node.body if isinstance(child, ast.ClassDef) and child.name == name), None)
+
+
+def _checked_settings(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    problems = Problems()
+    checked = {}
+    for key, value in given.items():
+        with problems.collect():
+            if key not in known:
+                raise ConfigError(unknown_name("setting", key, known, where))
+            checked[key] = _like(known[key], value, f"{where}: {key}")
+    if problems.found:
+        raise ConfigError("\n".join(problems.found))
+    return {**{key: value for key, value in known.items() if value is not REQUIRED}, **checked}
+
+
+def _nested(content: dict[str, Any], dotted: str, value: Any) -> None:
+    """content["a"]["b"] = value for "a.b", in place; mappings that are missing or null are made."""
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        if not isinstance(content.get(parent), dict):
+            content[parent] = {}
+        content = content[parent]
+    content[leaf] = value
+
+
+# --- from axes to cells --------------------------------------------------------------------------------------------------------
+
+
+class _Resolver:
+    """Resolves every axis value once, then makes the cells. Keeps what is wrong in `problems` until the end."""
+
+    def __init__(self, file: _SweepFile, edits: _Edits, problems: Problems) -> None:
+        self.file, self.edits, self.problems = file, edits, problems
+        self.base = file.path.parent if file.path is not None else None
+        self.known: dict[Any, Any] = {}
+        self.used_settings: set[str] = set()
+        self.asked: set[str] = set()            # names of evaluations, those that failed included
+        self.runtime = self._runtime()
+
+    def sweep(self, overrides: tuple[str, ...]) -> Sweep:
+        evaluations = self._evaluations()
+        points = [point for grid in self.file.grids for point in self._points(grid)]
+        cells, skips = self._cells(points, evaluations)
+        self._check_settings_used(points)
+        self._check_skips()
+        tables = self._tables(evaluations)
+        self.problems.check()
+        file = self.file
+        name = file.path.stem if file.path is not None else "grid"
+        return Sweep(
+            name=name, title=file.title or self._ad_hoc_title(cells), description=file.description, cells=cells, skips=skips,
+            tables=tables, runtime=typing.cast(Runtime, self.runtime), path=file.path, overrides=overrides,
+        )
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T | None:
+        """make() the first time; None if it failed, and its errors are among the problems."""
+        if key not in self.known:
+            self.known[key] = None
+            with self.problems.collect():
+                self.known[key] = make()
+        return typing.cast(T | None, self.known[key])
+
+    # the grid
+
+    def _points(self, grid: _Grid) -> Iterator[Point]:
+        """Every point of a grid: axis -> (value, whether the axis has several)."""
+        edits = dict(self.edits.axes)
+        dropped = set(edits)
+        if "method" in edits or "rounding" in edits:
+            dropped |= {"method", *SLOTS}
+        axes = {key: edits.get(key, values) for key, values in grid.axes.items() if key in edits or key not in dropped}
+        zips = [{key: values for key, values in paired.items() if key not in dropped} for paired in grid.zips]
+        axes.update({key: values for key, values in edits.items() if key not in axes})
+        steps: list[list[Point]] = []
+        for paired in filter(None, zips):
+            rows = zip(*paired.values(), strict=True)
+            steps.append([{key: (value, True) for key, value in zip(paired, row, strict=True)} for row in rows])
+        steps.extend([{key: (value, len(values) > 1)} for value in values] for key, values in axes.items())
+        for combination in itertools.product(*steps):
+            yield {key: value for step in combination for key, value in step.items()}
+
+    def _cells(
+        self, points: list[Point], evaluations: tuple[Evaluation, ...]
+    ) -> tuple[tuple[Cell, ...], tuple[Skip, ...]]:
+        cells: dict[tuple[str, str], Cell] = {}
+        skipped: dict[str, dict[str, None]] = {}
+        for point in points:
+            cell = self._cell(point)
+            if cell is None:
+                continue
+            cell = dataclasses.replace(cell, evaluations=evaluations)
+            reason = self._skipped(cell)
+            if reason is not None:
+                skipped.setdefault(reason, {}).setdefault(cell.title)
+                continue
+            baseline = self.edits.baseline if self.edits.baseline is not None else self.file.baseline
+            for made in (baseline_of(cell), cell) if baseline else (cell,):
+                cells.setdefault((cell_key(made), made.title), made)
+        if not cells and not self.problems.found:
+            self.problems.add(f"{self.file.where}: every cell is skipped" if skipped else f"{self.file.where}: there are no cells")
+        return tuple(cells.values()), tuple(Skip(tuple(titles), reason) for reason, titles in skipped.items())
+
+    def _cell(self, point: Point) -> Cell | None:
+        missing = [axis for axis in ("model",) if axis not in point]
+        if not {"method", "rounding"} & set(point):
+            missing.append("method")
+        for axis in missing:
+            self.problems.add(f"{self.file.where}: no {axis}; add {axis}=<name> (known: {', '.join(_files(axis))})")
+        if missing:
+            return None
+        fields = {head: tuple((key.partition(".")[2], value, several) for key, (value, several) in point.items()
+                              if key.startswith(f"{head}.")) for head in EDITABLE}
+        seed, inputs = point.get("seed", (0, False))[0], point.get("inputs", ("quantized", False))[0]
+        if type(seed) is not int or seed < 0:
+            self.problems.add(f"{self.file.where}: seed: a whole number from 0 is expected, not {seed!r}")
+        if inputs not in INPUTS:
+            self.problems.add(unknown_name("inputs", str(inputs), INPUTS, self.file.where))
+        model = self._resolve("model", point, fields, self._model)
+        method = self._method(point, fields)
+        if method is not None and method.is_baseline:
+            return None if model is None else baseline_of(Cell(model, method, Scheme("full")))
+        scheme = self._quantizing_scheme(point, fields, method)
+        calibrated = self._calibrated(method, scheme)
+        calibration = self._calibration_of(point, fields, method, seed) if calibrated else None
+        if model is None or method is None or scheme is None or (calibrated and calibration is None):
+            return None
+        return Cell(model, method, scheme, calibration, inputs=inputs, seed=seed)
+
+    def _quantizing_scheme(self, point: Point, fields: dict[str, Any], method: Method | None) -> Scheme | None:
+        name, where = point.get("scheme", (None, False))[0], self.file.where
+        if name is not None and name != "full":
+            return self._resolve("scheme", point, fields, self._scheme)
+        if name is None:
+            self.problems.add(f"{where}: a method that quantizes needs a scheme; add scheme=<name> (w4, w4g128, w8a8, …)")
+        elif method is not None:
+            self.problems.add(f"{where}: scheme full is method none's, not {method.name}'s; the full-precision cell comes by itself")
+        return None
+
+    def _calibrated(self, method: Method | None, scheme: Scheme | None) -> bool:
+        static = scheme is not None and scheme.activation is not None and not scheme.activation.dynamic
+        return static or (method is not None and bool(method.needs))
+
+    def _calibration_of(self, point: Point, fields: dict[str, Any], method: Method | None, seed: int) -> Calibration | None:
+        if point.get("calibration", (None, False))[0] is None:
+            needs = f" ({', '.join(method.needs)})" if method is not None and method.needs else ""
+            who = f"method {method.name}{needs}" if method is not None and needs else "a static activation scheme"
+            known = ", ".join(_files("calibration"))
+            self.problems.add(f"{self.file.where}: {who} needs calibration data; add calibration=<name> (known: {known})")
+            return None
+        return self._resolve("calibration", point, fields, functools.partial(self._calibration, seed=seed), seed)
+
+    def _resolve(
+        self, axis: str, point: Point, fields: dict[str, Any], make: Callable[[str, Any], T], *more: Any
+    ) -> T | None:
+        name = point[axis][0]
+        key = (axis, repr(name), repr(fields[axis]), *more)
+        return self._once(key, lambda: make(self._name(axis, name), fields[axis]))
+
+    def _name(self, axis: str, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{self.file.where}: {axis}: a name is expected, not {value!r}")
+        return value
+
+    # the values
+
+    def _model(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Model:
+        if name in _files("model"):
+            content, where = compose("model", name), str(_files("model")[name])
+        elif sources.resolve_path(name, self.base).is_dir():
+            content, where = {"source": name}, f"model {name}"
+            name = sources.resolve_path(name, self.base).resolve().name
+        elif sources.HUB_ID.fullmatch(name) and not name.startswith("."):
+            content, where = {"source": name}, f"model {name}"
+            name = name.rsplit("/", 1)[1]
+        else:
+            hint = " A folder or a hub id owner/name is also a model."
+            raise ConfigError(unknown_name("model", name, _files("model"), self.file.where) + "." + hint)
+        for key, value, _ in fields:
+            _nested(content, key, value)
+        content = {"name": name, **content}
+        self._refuse(content, ("digest",), where)
+        model = self._typed(Model, content, where)
+        source = model.source
+        path = sources.resolve_path(source, self.base)
+        is_hub_id = sources.HUB_ID.fullmatch(source) and not path.exists()
+        if source.partition(":")[0] != sources.DEMO and not is_hub_id:
+            source = str(path)
+        return dataclasses.replace(
+            model, name=_suffixed(model.name, fields), source=source, digest=sources.model_digest(source, model.revision)
+        )
+
+    def _scheme(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Scheme:
+        if name in _files("scheme"):
+            content, where = compose("scheme", name), str(_files("scheme")[name])
+        else:
+            content, where = _scheme_by_name(name, self.file.where), f"scheme {name}"
+        for key, value, _ in fields:
+            _nested(content, key, value)
+        scheme = self._typed(Scheme, {"name": name, **content}, where)
+        scheme = dataclasses.replace(scheme, overrides=tuple(_checked_override(o, scheme, where) for o in scheme.overrides))
+        for weight in (scheme.weight, *(dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides)):
+            if weight.group_size == 0 or weight.group_size < -1:
+                raise ConfigError(f"{where}: weight.group_size {weight.group_size}: neither -1 (per output channel) nor positive")
+            if weight.format == "int" and not 1 <= weight.bits <= 8:
+                raise ConfigError(f"{where}: weight.bits {weight.bits}: integers have 1 to 8 bits")
+        return dataclasses.replace(scheme, name=_suffixed(name, fields))
+
+    def _calibration(self, name: str, fields: Sequence[tuple[str, Any, bool]], seed: int) -> Calibration:
+        where = f"calibration {name}"
+        if name in _files("calibration"):
+            content, where = compose("calibration", name), str(_files("calibration")[name])
+        elif sources.resolve_path(name, self.base).exists():
+            content = {"source": name}
+            name = sources.resolve_path(name, self.base).name.split(".")[0]
+        else:
+            hint = ". A text file or a folder of splits is one too."
+            raise ConfigError(unknown_name("calibration", name, _files("calibration"), self.file.where) + hint)
+        self._localise(content, content)
+        for key, value, _ in fields:
+            _nested(content, key, value)
+        if content.get("seed") is None:
+            content["seed"] = seed
+        self._refuse(content, ("digest",), where)
+        calibration = self._typed(Calibration, {"name": name, **content}, where)
+        source = self._text_source(calibration.source)
+        return dataclasses.replace(calibration, source=source, digest=sources.corpus_digest(source, calibration.split))
+
+    def _method(self, point: Point, fields: dict[str, Any]) -> Method | None:
+        slots = {slot: point[slot][0] for slot in SLOTS if slot in point}
+        name = point["method"][0] if "method" in point else None
+        key = ("method", repr(name), repr(slots), repr([fields[slot] for slot in SLOTS]))
+        return self._once(key, lambda: self._make_method(name, slots, fields))
+
+    def _make_method(self, name: Any, slots: dict[str, Any], fields: dict[str, Any]) -> Method:
+        content = self._method_yaml(self._name("method", name)) if name is not None else {}
+        chosen = {slot: slots[slot] if slot in slots else content.get(slot) for slot in SLOTS}
+        if name is not None and not any(content.get(slot) for slot in SLOTS):
+            chosen = dict.fromkeys(SLOTS)       # the baseline stays one, whatever is edited
+        parts: dict[str, Part | None] = {}
+        suffixes: list[tuple[str, Any, bool]] = []
+        for slot, part_name in chosen.items():
+            parts[slot] = None
+            if part_name is not None:
+                own = content.get(f"{slot}_settings") or {} if part_name == content.get(slot) else {}
+                parts[slot], used = self._part(slot, self._name(slot, part_name), own, fields[slot])
+                suffixes += used
+        if name is None or chosen != {slot: content.get(slot) for slot in SLOTS}:
+            name = self._method_name(chosen)
+        return Method(_suffixed(name, suffixes), **parts)
+
+    def _method_yaml(self, name: str) -> dict[str, Any]:
+        content = compose("method", name)
+        where = str(_files("method")[name])
+        known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS)]
+        for key in content:
+            if key not in known:
+                raise ConfigError(unknown_name("key", key, known, where))
+        return content
+
+    def _method_name(self, chosen: Mapping[str, str | None]) -> str:
+        """The method of conf/method/ with these parts and no settings of its own, else the parts' names joined."""
+        for name in _files("method"):
+            content = _read_yaml(_files("method")[name])        # not composed: this is a look at every method there is
+            if {slot: content.get(slot) for slot in SLOTS} == dict(chosen) \
+                    and not any(content.get(f"{slot}_settings") for slot in SLOTS):
+                return name
+        return "+".join(filter(None, chosen.values())) or "none"
+
+    def _part(
+        self, slot: str, name: str, own: Mapping[str, Any], fields: Sequence[tuple[str, Any, bool]]
+    ) -> tuple[Part, list[tuple[str, Any, bool]]]:
+        """The part, and those of the edited fields that it has."""
+        facts = plugins.facts(slot, name, self.file.where)
+        known = {**settings_of(slot, name)}
+        where = f"{slot} {name}"
+        if name in _files(slot):
+            where = str(_files(slot)[name])
+            content = {key: value for key, value in compose(slot, name).items() if key != "name"}
+            known.update(_checked_settings(known, content, where) if known else content)
+        used = [(key, value, several) for key, value, several in fields if key in known]
+        self.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
+        settings = _checked_settings(known, {**own, **{key: value for key, value, _ in used}}, where)
+        part = Part(
+            name=name, settings=freeze(settings), version=facts.get("version", 1), needs=tuple(sorted(facts.get("needs", ()))),
+            stochastic=facts.get("stochastic", False), activation_aware=facts.get("activation_aware", False),
+        )
+        return part, used
+
+    def _check_settings_used(self, points: list[Point]) -> None:
+        """A setting applies to the methods that have it; one that no method of the sweep has is a mistake."""
+        asked = {key for point in points for key in point if key.partition(".")[0] in SLOTS and "." in key}
+        for key in sorted(asked - self.used_settings):
+            slot = key.partition(".")[0]
+            methods = [value for (kind, *_), value in self.known.items() if kind == "method" and value is not None]
+            parts = [part for part in (getattr(method, slot) for method in methods) if part is not None]
+            known = {f"{slot}.{setting}" for part in parts for setting, _ in part.settings}
+            self.problems.add(unknown_name(f"setting of a {slot} in this sweep", key, known, self.file.where))
+
+    # skips
+
+    def _skipped(self, cell: Cell) -> str | None:
+        for rule in self.file.skip:
+            if isinstance(rule, dict) and isinstance(rule.get("reason"), str) and len(rule) > 1:
+                if all(_matches(cell, key, wanted) for key, wanted in rule.items() if key != "reason"):
+                    return str(rule["reason"]).strip()
+        return None
+
+    def _check_skips(self) -> None:
+        for index, rule in enumerate(self.file.skip):
+            where = f"{self.file.where}: skip[{index}]"
+            if not isinstance(rule, dict) or len(rule) < 2 or not str(rule.get("reason") or "").strip():
+                self.problems.add(f"{where}: axes to match and a reason are expected, not {rule!r}")
+                continue
+            for key, wanted in rule.items():
+                if key == "reason":
+                    continue
+                if not _is_axis(key):
+                    self.problems.add(unknown_name("axis", key, AXES, where))
+                elif key in GROUPS.values() and key not in ("model", "calibration"):
+                    self._check_skip_names(key, wanted, where)
+
+    def _check_skip_names(self, group: str, wanted: Any, where: str) -> None:
+        for name in wanted if isinstance(wanted, list) else [wanted]:
+            known = _files(group)
+            parsed = group == "scheme" and isinstance(name, str) and SCHEME_NAME.fullmatch(name)
+            if isinstance(name, str) and not parsed and not fnmatch.filter(known, name) and not set("*?[+") & set(name):
+                self.problems.add(unknown_name(group, name, known, where))
+
+    # evaluations
+
+    def _evaluations(self) -> tuple[Evaluation, ...]:
+        entries = self.file.evaluations if self.edits.evaluations is None else self.edits.evaluations
+        found: dict[str, Evaluation] = {}
+        limit = self.edits.evaluation_settings.get("limit")
+        if limit is not None and (type(limit) is not int or limit < 1):
+            self.problems.add(f"evaluations.limit: a whole number from 1 is expected, not {limit!r}")
+        for entry in [*entries, *self.edits.more_evaluations]:
+            with self.problems.collect():
+                name, own = _evaluation_entry(entry, self.file.where)
+                for evaluation in self._expand(name, own, ()):
+                    found.setdefault(evaluation.name, evaluation)
+        for dotted in self.edits.evaluation_settings:
+            if dotted != "limit" and dotted.partition(".")[0] not in found:
+                self.problems.add(unknown_name("evaluation", dotted.partition(".")[0], ["limit", *found], "override evaluations"))
+        return tuple(found.values())
+
+    def _expand(self, name: str, own: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[Evaluation]:
+        if name in parents:
+            raise ConfigError(f"evaluation {name}: the suite contains itself: {' > '.join((*parents, name))}")
+        self.asked.add(name)
+        content = compose("evaluation", name)
+        where = str(_files("evaluation")[name])
+        if "suite" not in content:
+            yield self._evaluation(name, content, own, where)
+            return
+        self._refuse(content, tuple(key for key in content if key != "suite"), where)
+        members = content["suite"] if isinstance(content["suite"], list) else [content["suite"]]
+        for member in members:
+            with self.problems.collect():
+                yield from self._expand(*_evaluation_entry(member, where), (*parents, name))
+
+    def _evaluation(self, name: str, content: dict[str, Any], own: Mapping[str, Any], where: str) -> Evaluation:
+        for key in content:
+            if key not in ("evaluator", "settings", "limit", "local"):
+                raise ConfigError(unknown_name("key", key, ("evaluator", "settings", "limit", "local", "suite"), where))
+        evaluator = self._name("evaluator", content.get("evaluator"))
+        facts = plugins.facts("evaluator", evaluator, where)
+        given = {**(content.get("settings") or {})}
+        self._localise(given, content)
+        edits = {dotted.partition(".")[2]: value for dotted, value in self.edits.evaluation_settings.items()
+                 if dotted.partition(".")[0] == name and "." in dotted}
+        limit = self.edits.evaluation_settings.get("limit", edits.pop("limit", content.get("limit")))
+        known = settings_of("evaluator", evaluator) or given
+        settings = _checked_settings(known, {**given, **own, **edits}, where)
+        data = self._evaluation_data(settings)
+        version = facts.get("version", 1)
+        return Evaluation(name, evaluator, settings=freeze(settings), version=version, data_digest=data, limit=limit)
+
+    def _evaluation_data(self, settings: dict[str, Any]) -> str:
+        """Identity of the data that the settings name; makes their places absolute, in place."""
+        if isinstance(settings.get("source"), str):
+            settings["source"] = self._text_source(settings["source"])
+            return sources.corpus_digest(settings["source"], str(settings.get("split", "test")))
+        if isinstance(settings.get("data_root"), str) and isinstance(settings.get("task"), str):
+            settings["data_root"] = str(sources.resolve_path(settings["data_root"], self.base))
+        return ""
+
+    # data, runtime, tables
+
+    def _localise(self, target: dict[str, Any], content: dict[str, Any]) -> None:
+        """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`."""
+        local = content.pop("local", None) or {}
+        if self.runtime is not None and self.runtime.data_root is not None:
+            root = str(self.runtime.data_root)
+            target.update({key: value.replace("{root}", root) if isinstance(value, str) else value for key, value in local.items()})
+
+    def _text_source(self, source: str) -> str:
+        is_named = source == sources.DEMO or source.startswith("hub:")
+        return source if is_named else str(sources.resolve_path(source, self.base))
+
+    def _typed(self, kind: type[T], content: dict[str, Any], where: str) -> T:
+        problems = Problems()
+        value = typed(kind, content, where, problems)
+        if value is None:
+            raise ConfigError("\n".join(problems.found))
+        return value
+
+    def _refuse(self, content: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+        for key in keys:
+            if key in content:
+                raise ConfigError(f"{where}: {key} cannot be set")
+
+    def _runtime(self) -> Runtime | None:
+        given = {**self.file.runtime, **self.edits.runtime}
+        problems = Problems()
+        choices = []
+        for group in ("cluster", "tracking"):
+            name = given.pop(group, None)
+            if isinstance(name, str) and name not in _files(group):
+                problems.add(unknown_name(group, name, _files(group), self.file.where))
+            elif isinstance(name, str):
+                choices.append(f"{group}={name}")
+            elif name is not None:
+                problems.add(f"{self.file.where}: {group}: a name is expected, not {name!r}")
+        runtime = None
+        if not problems.found:
+            with problems.collect():
+                runtime = self._make_runtime(choices, given, problems)
+        for problem in problems.found:
+            self.problems.add(problem)
+        return runtime
+
+    def _make_runtime(self, choices: list[str], given: Mapping[str, Any], problems: Problems) -> Runtime | None:
+        root = next(root for root in config_roots() if (root / "config.yaml").is_file())
+        content = _hydra(root, "config", choices)
+        from_file = {key for key in self.file.runtime if key not in self.edits.runtime}
+        for key, value in given.items():
+            _nested(content, key, value)
+        data = content.pop("data", None) or {}
+        unknown = [key for key in data if key != "root"]
+        for key in unknown:
+            problems.add(unknown_name("key", f"data.{key}", ["data.root"], self.file.where))
+        content["data_root"] = data.get("root")
+        runtime = typed(Runtime, content, self.file.where, problems)
+        if runtime is None:
+            return None
+        if runtime.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", runtime.device):
+            problems.add(unknown_name("device", runtime.device, ("auto", "cpu", "cuda", "cuda:<number>"), self.file.where))
+        data_root = None
+        if runtime.data_root is not None:
+            data_root = sources.resolve_path(str(runtime.data_root), self.base if "data.root" in from_file else None)
+            if not data_root.is_dir():
+                problems.add(f"{self.file.where}: data.root: {data_root} is not a folder")
+        return dataclasses.replace(runtime, runs=runtime.runs.expanduser().absolute(), data_root=data_root)
+
+    def _tables(self, evaluations: tuple[Evaluation, ...]) -> tuple[Table, ...]:
+        tables: list[Table] = []
+        for index, entry in enumerate(self.file.tables):
+            where = f"{self.file.where}: tables[{index}]"
+            if not isinstance(entry, dict):
+                self.problems.add(f"{where}: a mapping with name and columns is expected, not {entry!r}")
+                continue
+            columns = [{"metric": c} if isinstance(c, str) else c for c in entry.get("columns") or []]
+            table = typed(Table, {**entry, "columns": columns}, where, self.problems)
+            if table is not None:
+                tables.append(self._checked_table(table, evaluations, where))
+        names = [table.name for table in tables]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self.problems.add(f"{self.file.where}: two tables are called {name}")
+        return tuple(tables)
+
+    def _checked_table(self, table: Table, evaluations: tuple[Evaluation, ...], where: str) -> Table:
+        by_name = {evaluation.name: evaluation for evaluation in evaluations}
+        columns = []
+        for column in table.columns:
+            for metric in column.of if column.metric == "mean" else (column.metric,):
+                head, _, leaf = metric.partition("/")
+                replaced = self.edits.evaluations is not None   # a narrowed run keeps the file's table, with gaps
+                if not leaf or (head not in (*self.asked, "checkpoint", "quantize") and not replaced):
+                    known = [*by_name, "checkpoint/bits_per_weight", "quantize/seconds", "mean"]
+                    self.problems.add(unknown_name("evaluation for the column", metric, known, where))
+                elif head in by_name and column.higher_is_better is None:
+                    known_metrics = plugins.facts("evaluator", by_name[head].evaluator).get("metrics", {})
+                    better = known_metrics.get(leaf, {}).get("higher_is_better")
+                    column = dataclasses.replace(column, higher_is_better=better)
+            if column.weights and len(column.weights) != len(column.of):
+                self.problems.add(f"{where}: column {column.metric}: {len(column.weights)} weights for {len(column.of)} metrics")
+            columns.append(column)
+        if table.published and not any((root / f"{table.published}.yaml").is_file() for root in _published()):
+            self.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
+        return dataclasses.replace(table, columns=tuple(columns))
+
+    def _ad_hoc_title(self, cells: Sequence[Cell]) -> str:
+        def distinct(names: Iterable[str]) -> str:
+            return ", ".join(dict.fromkeys(names))
+
+        quantized = [cell for cell in cells if not cell.method.is_baseline] or cells
+        axes = (distinct(cell.model.name for cell in cells), distinct(cell.method.name for cell in quantized),
+                distinct(cell.scheme.name for cell in quantized))
+        return " × ".join(axes)
+
+
+def _published() -> list[Path]:
+    return [Path.cwd() / "sweeps" / "published", _project() / "sweeps" / "published"]
+
+
+def _suffixed(name: str, fields: Sequence[tuple[str, Any, bool]]) -> str:
+    """The name with the fields in which cells of one sweep differ: "gptq[damping_fraction=0.1]"."""
+    varied = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value, several in fields if several]
+    return f"{name}[{','.join(varied)}]" if varied else name
+
+
+def _scheme_by_name(name: str, where: str) -> dict[str, Any]:
+    """w<bits>[g<group>][sym][a<bits>][kv<bits>] as a scheme's mapping."""
+    match = SCHEME_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(
+            unknown_name("scheme", name, _files("scheme"), where) + ". Also w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8."
+        )
+    weight = {"bits": int(match["weight"]), "group_size": int(match["group"] or -1), "symmetric": bool(match["symmetric"])}
+    activation = {"bits": int(match["activation"])} if match["activation"] else None
+    kv = {"bits": int(match["kv"])} if match["kv"] else None
+    return {"weight": weight, "activation": activation, "kv": kv}
+
+
+def _checked_override(override: Override, scheme: Scheme, where: str) -> Override:
+    problems = Problems()
+    typed(WeightScheme, dict(override.weight), f"{where}: overrides: weight", problems)
+    typed(ActivationScheme, dict(override.activation), f"{where}: overrides: activation", problems)
+    if override.activation and scheme.activation is None:
+        problems.add(f"{where}: overrides: activation: the scheme rounds no activations, so there is nothing to override")
+    if not override.linears:
+        problems.add(f"{where}: overrides: linears: at least one name is expected")
+    if problems.found:
+        raise ConfigError("\n".join(problems.found))
+    return override
+
+
+def _evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """An item of `evaluations`: a name, or {name: {setting: value}}."""
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, dict) and len(entry) == 1:
+        ((name, settings),) = entry.items()
+        if isinstance(settings, dict):
+            return str(name), settings
+    raise ConfigError(f"{where}: evaluations: a name or {{name: {{setting: value}}}} is expected, not {entry!r}")
+
+
+def _matches(cell: Cell, key: str, wanted: Any) -> bool:
+    """Whether a skip rule's axis fits the cell. A rule on calibration, or on a slot the method leaves empty, fits null alone."""
+    value: Any = cell
+    for attribute in key.split("."):
+        owner = cell.method if value is cell and attribute in SLOTS else value
+        settings = dict(owner.settings) if isinstance(owner, Part) and attribute != "name" else None
+        value = settings.get(attribute) if settings is not None else getattr(owner, attribute, None)
+    value = getattr(value, "name", value)
+    for choice in wanted if isinstance(wanted, list) else [wanted]:
+        if isinstance(choice, str) and isinstance(value, str):
+            if fnmatch.fnmatchcase(value, choice) or value.partition("[")[0] == choice:
+                return True
+        elif choice == value:
+            return True
+    return False
