@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
+PLACES = ("source", "include", "data_root")  # settings of evaluations that say where data lies, not which data it is
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -262,8 +263,11 @@ def cell_key(cell: Cell) -> str:
 
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
-    """Identity of one evaluation of one cell; 64 hexadecimal digits."""
-    return digest({"cell": cell_key(cell), "evaluation": _identity(evaluation, drop=("name",))})
+    """Identity of one evaluation of one cell; 64 hexadecimal digits. Where data lies is left out once its digest is known."""
+    identity = _identity(evaluation, drop=("name",))
+    if evaluation.data_digest:
+        identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in PLACES}
+    return digest({"cell": cell_key(cell), "evaluation": identity})
 
 
 def baseline_of(cell: Cell) -> Cell:

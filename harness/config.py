@@ -16,6 +16,7 @@ import fnmatch
 import functools
 import importlib.util
 import itertools
+import json
 import os
 import re
 import sys
@@ -45,6 +46,7 @@ from harness.cell import (
     WeightScheme,
     baseline_of,
     cell_key,
+    digest,
     freeze,
 )
 from harness.errors import ConfigError, HarnessError, unknown_name
@@ -738,7 +740,7 @@ class _Resolver:
         if name is None:
             self.problems.add(f"{where}: a method that quantizes needs a scheme; add scheme=<name> (w4, w4g128, w8a8, …)")
         elif method is not None:
-            self.problems.add(f"{where}: scheme full is method none's, not {method.name}'s; the full-precision cell comes by itself")
+            self.problems.add(f"{where}: scheme full belongs to method none, not to {method.name}; that cell is always added")
         return None
 
     def _calibrated(self, method: Method | None, scheme: Scheme | None) -> bool:
@@ -986,8 +988,11 @@ class _Resolver:
         if isinstance(settings.get("source"), str):
             settings["source"] = self._text_source(settings["source"])
             return sources.corpus_digest(settings["source"], str(settings.get("split", "test")))
-        if isinstance(settings.get("data_root"), str) and isinstance(settings.get("task"), str):
-            settings["data_root"] = str(sources.resolve_path(settings["data_root"], self.base))
+        if isinstance(settings.get("task"), str):
+            for place in ("data_root", "include"):
+                if settings.get(place) and settings[place] != sources.DEMO:
+                    settings[place] = str(sources.resolve_path(settings[place], self.base))
+            return _task_digest(settings["task"], settings.get("include") or "", settings.get("data_root"))
         return ""
 
     # data, runtime, tables
@@ -1150,6 +1155,25 @@ def _evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         if isinstance(settings, dict):
             return str(name), settings
     raise ConfigError(f"{where}: evaluations: a name or {{name: {{setting: value}}}} is expected, not {entry!r}")
+
+
+def _task_digest(task: str, include: str, data_root: str | None) -> str:
+    """Identity of a benchmark: its task files and its data, local files by content, others by name and the task's version."""
+    from harness.evaluators import task_files
+
+    identity: list[Any] = []
+    for member in task_files.members(task, include):
+        local = task_files.local_data(member, data_root)
+        if local is not None:
+            data: Any = {split: sources.file_digest(path) for split, path in local.splits.items()}
+        elif member.config.get("custom_dataset"):
+            data = sources.corpus_digest(sources.DEMO, "test") if include == sources.DEMO else member.config["custom_dataset"]
+        else:
+            data = [member.data_set, (member.config.get("dataset_kwargs") or {}).get("revision")]
+        stock = "lm_eval" in member.path.parts                     # its wording is versioned; that of one's own files is not
+        recipe = member.config.get("metadata", {}).get("version") if stock else json.loads(json.dumps(member.config, default=str))
+        identity.append([member.name, recipe, data])
+    return digest(identity)
 
 
 def _matches(cell: Cell, key: str, wanted: Any) -> bool:
