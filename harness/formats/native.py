@@ -94,6 +94,11 @@ class CheckpointWriter:
         """Store changed tensors outside the blocks, by their names in the model."""
         self._store("ends", dict(dense), {})
 
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a checkpoint that is complete already."""
+        path = self.folder / "manifest.json"
+        return _read_json(path) if path.exists() else None
+
     def finish(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Write manifest.json and return it.
 
@@ -114,7 +119,7 @@ class CheckpointWriter:
             "blocks": len(blocks),
             "linears": [{key: entry[key] for key in ("block", "linear", "kind", "shape", "bytes")} for entry in linears],
             "files": files,
-            "bits_per_weight": 8 * quantized_bytes / quantized_weights if linears else report["unquantized_bits"] / report["parameters"],
+            "bits_per_weight": (8 * quantized_bytes / quantized_weights) if linears else total_bits / report["parameters"],
             "bits_per_weight_total": total_bits / report["parameters"],
             "stored_bytes": -(-total_bits // 8),
             "layer_errors": [

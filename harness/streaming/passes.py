@@ -1,0 +1,649 @@
+"""The walk through a model's blocks that quantizes many cells together. It exists once, here.
+
+Each block is read once. Cells stand in streams: what a block receives depends only on the stream's history, so cells with one
+history share the block's forward, its statistics and their transforms; what they share never changes a number, and a cell alone
+and the same cell in company give the same bytes.
+
+    history of a cell's stream     at block 0                  after it
+    inputs: full_precision         the embeddings              outputs of the original blocks: one stream for all such cells
+    inputs: quantized              the embeddings              outputs of the cell's own rounded blocks, one stream per distinct
+                                                               (parts, schemes of the blocks so far)
+
+Per block and cell: statistics of the original block → transform → statistics of the rewritten block → rounding, group by group
+when true-sequential → the block is stored → its dequantized weights make the stream's next inputs.
+
+Peak memory on the device: three copies of a block, the statistics of its groups, one sequence's activations. Activations of all
+sequences wait on the CPU, one copy per stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness import plugins
+from harness.cell import Cell, Part, cell_key, digest, quantize_key, to_json
+from harness.errors import DataError, HarnessError, MethodError
+from harness.events import Event, Failed, Progress, Quantized
+from harness.formats.native import CheckpointWriter
+from harness.methods.protocols import Evidence
+from harness.models.protocols import Slot, get_tensor
+from harness.numerics.weights import DenseWeight, QuantizedWeight
+from harness.streaming.blocks import Blocks, StreamedBlock
+from harness.streaming.calibration import windows_digest
+from harness.streaming.gradients import SquaredGradients
+from harness.streaming.statistics import OF_INPUTS, Collector, GroupStatistics, InputEvidence
+
+EMBEDDINGS, FULL = "embeddings", "full_precision"       # histories; all others are digests
+Statistics = dict[str, GroupStatistics]                 # by group
+
+
+def run_pass(
+    cells: Sequence[Cell],
+    folder: Path,
+    windows: Tensor | None,
+    writers: Mapping[str, CheckpointWriter],
+    device: str = "cpu",
+    *,
+    scratch: Path | None = None,
+) -> Iterator[Event]:
+    """Quantize every cell of one model, and write a checkpoint for each quantize_key.
+
+    cells    of one model, and of one calibration where they have any
+    folder   of the model
+    windows  [samples, length] tokens; None when no cell's method needs data
+    writers  by quantize_key; what they hold already is read back, not done again
+    scratch  space for squared gradients; a temporary folder when None
+
+    Yields Progress after each block, Quantized for each finished checkpoint, Failed for a cell that leaves the pass.
+    Raises ModelError when the model cannot be read: then no cell could go on.
+    """
+    with ExitStack() as stack:
+        space = scratch if scratch is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-")))
+        yield from _Pass(cells, folder, windows, writers, device, space).run()
+
+
+def generator(seed: int, block: int, name: str) -> torch.Generator:
+    """The randomness of one cell, block and linear: the same in any order of execution, on any device (it lives on the CPU)."""
+    value = hashlib.sha256(f"{seed}/{block}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(value[:8], "little") & (2**63 - 1))
+
+
+@dataclass
+class _Job:
+    """One checkpoint in the making. history: of the stream that it reads next."""
+
+    cell: Cell
+    key: str
+    cell_keys: tuple[str, ...]
+    writer: CheckpointWriter
+    transform: Any = None
+    rounding: Any = None
+    finished: int = 0                                   # blocks in the writer
+    history: str = EMBEDDINGS
+    seconds: float = 0.0
+    own_stream: bool = False                            # its transform rewrites the ends, so its stream starts elsewhere
+    added_bits: int = 0                                 # of parameters that the model does not have
+    failed: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(self.cell.method.needs)
+
+    @property
+    def reads_stream(self) -> bool:
+        return bool(self.needs)
+
+    def needs_of(self, part: Part | None) -> frozenset[str]:
+        return frozenset(part.needs) if part is not None else frozenset()
+
+
+@dataclass
+class _Rewritten:
+    """A block after a transform, shared by the cells of a stream that have the same one."""
+
+    tensors: dict[str, Tensor]
+    statistics: Statistics
+    notes: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class _Pass:
+    def __init__(
+        self, cells: Sequence[Cell], folder: Path, windows: Tensor | None, writers: Mapping[str, CheckpointWriter],
+        device: str, scratch: Path,
+    ) -> None:
+        models = {(cell.model.digest, cell.model.source, cell.model.dtype) for cell in cells}
+        assert len(models) == 1, f"one model per pass, not {sorted(models)}"
+        self.windows, self.scratch = windows, scratch
+        self.blocks = Blocks(folder, cells[0].model.dtype, device)
+        self.storage = torch.device("cpu")
+        self.jobs = self._jobs(cells, writers)
+        self.streams: dict[str, list[Tensor]] = {}
+        self.gradients: SquaredGradients | None = None
+        self.failures: list[Failed] = []
+        self.shared_seconds = 0.0
+
+    def _jobs(self, cells: Sequence[Cell], writers: Mapping[str, CheckpointWriter]) -> list[_Job]:
+        by_key: dict[str, list[Cell]] = {}
+        for cell in cells:
+            by_key.setdefault(quantize_key(cell), []).append(cell)
+        missing = [members[0].title for key, members in by_key.items() if key not in writers]
+        assert not missing, f"no writer for {missing}"
+        jobs = []
+        for key, members in by_key.items():
+            names = tuple(dict.fromkeys(cell_key(cell) for cell in members))
+            jobs.append(_Job(members[0], key, names, writers[key], finished=writers[key].finished_blocks()))
+        return jobs
+
+    # --- the walk -------------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Event]:
+        for job in self.jobs:
+            self._try(job, "start", partial(self._open, job))
+        yield from self._report_failures()
+        for job in self._alive():
+            if job.cell.method.is_baseline:
+                yield from self._finish(job)
+        self._start_streams()
+        yield from self._report_failures()
+        count = len(self.blocks)
+        for index in range(count):
+            if any(job.finished <= index for job in self._alive()) or self._streams_wanted():
+                self._walk_block(index)
+                yield from self._report_failures()
+            keys = tuple(key for job in self._alive() for key in job.cell_keys)
+            if keys:
+                yield Progress(time.time(), keys, "block", index + 1, count)
+        for job in self._alive():
+            if not job.cell.method.is_baseline:
+                yield from self._finish(job)
+
+    def _open(self, job: _Job) -> None:
+        """Build the plugins, and refuse what a pass cannot do."""
+        method = job.cell.method
+        if method.tuning is not None:
+            raise MethodError(f"{job.cell.title}: a pass rounds and does not train; tune {method.tuning.name} on its checkpoint")
+        if method.is_baseline:
+            return
+        for slot in ("transform", "rounding"):
+            part: Part | None = getattr(method, slot)
+            if part is not None:
+                setattr(job, slot, plugins.build(slot, part.name, to_json(part)["settings"]))
+        if job.reads_stream and self.windows is None:
+            needs = ", ".join(sorted(job.needs))
+            raise DataError(f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none")
+        job.own_stream = hasattr(job.transform, "rewrite_ends")
+
+    def _start_streams(self) -> None:
+        """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
+        count = len(self.blocks)
+        readers = [job for job in self._alive() if job.reads_stream and job.finished < count]
+        if readers:
+            assert self.windows is not None
+            began = time.monotonic()
+            self.streams[EMBEDDINGS] = [h.to(self.storage) for h in self.blocks.start(self.windows)]
+            if any("squared_gradient" in job.needs for job in readers):
+                self.gradients = SquaredGradients(self.blocks, self.windows, self.scratch)
+            self.shared_seconds += time.monotonic() - began
+        for job in [job for job in self._alive() if job.own_stream]:
+            self._try(job, "ends", partial(self._rewrite_ends, job))
+
+    def _rewrite_ends(self, job: _Job) -> None:
+        """A transform of the residual stream rewrites embeddings, final norm and head, and the stream starts from them.
+
+        Optional method of a Transform: rewrite_ends(ends, shapes, scheme, rng) -> the tensors outside the blocks that it changed,
+        by name; a tied head is given, and may be returned, as a tensor of its own.
+        """
+        ends = self.blocks.ends()
+        changed = job.transform.rewrite_ends(dict(ends), self.blocks.shapes, job.cell.scheme, generator(job.cell.seed, -1, "ends"))
+        job.writer.write_ends(changed)
+        job.added_bits += sum(8 * t.numel() * t.element_size() for n, t in changed.items() if n not in self.blocks.parameters)
+        if job.reads_stream and job.finished < len(self.blocks):
+            assert self.windows is not None
+            job.history = digest([EMBEDDINGS, to_json(job.cell.method.transform), to_json(job.cell.scheme), job.cell.seed])
+            if job.history not in self.streams:
+                self.streams[job.history] = [h.to(self.storage) for h in self.blocks.start(self.windows, changed)]
+
+    def _alive(self) -> list[_Job]:
+        return [job for job in self.jobs if not job.failed]
+
+    def _streams_wanted(self) -> bool:
+        return any(job.reads_stream and job.finished < len(self.blocks) for job in self._alive())
+
+    def _full_wanted(self, index: int) -> bool:
+        """Some cell will read outputs of the original block `index`: as its inputs, or as what to come close to."""
+        later = index + 1 < len(self.blocks)
+        return any(
+            (job.reads_stream and later and job.cell.inputs == FULL and not job.own_stream and job.finished < len(self.blocks))
+            or ("reference" in job.needs and (job.finished <= index or (later and job.finished < len(self.blocks))))
+            for job in self._alive()
+        )
+
+    def _walk_block(self, index: int) -> None:
+        blocks = self.blocks
+        began = time.monotonic()
+        original = blocks.tensors(index)
+        gradients = self.gradients.read(index) if self.gradients is not None else {}
+        self.shared_seconds += time.monotonic() - began
+        full = EMBEDDINGS if index == 0 else FULL
+        following: dict[str, list[Tensor]] = {}
+        alive = self._alive()
+        for job in alive:
+            if not job.reads_stream and job.finished <= index:
+                self._try(job, f"block {index}", partial(self._quantize, job, index, original, {}, None, None, {}))
+        readers = [job for job in alive if job.reads_stream and job.finished < len(blocks)]
+        histories = list(dict.fromkeys([full, *(job.history for job in readers)]))
+        references: list[Tensor] | None = None
+        for history in histories:
+            members = [job for job in readers if job.history == history and not job.failed]
+            keep = history == full and self._full_wanted(index)
+            working = [job for job in members if job.finished <= index]
+            if not (members or keep):
+                continue
+            hidden = self.streams.pop(history)
+            began = time.monotonic()
+            try:
+                statistics, outputs = self._observe(index, blocks.build(index, original), hidden, _first_needs(working), keep)
+            except Exception as error:                  # nothing of this stream can go on
+                for job in members:
+                    self._fail(job, f"block {index}", error)
+                if keep:
+                    for job in self._alive():
+                        if job.reads_stream and (job.cell.inputs == FULL or "reference" in job.needs):
+                            self._fail(job, f"block {index}", error)
+                continue
+            self.shared_seconds += time.monotonic() - began
+            if keep:
+                following[FULL] = references = outputs
+            self._walk_stream(index, original, hidden, members, statistics, references, gradients, following)
+        self.streams = following
+
+    def _walk_stream(
+        self, index: int, original: dict[str, Tensor], hidden: list[Tensor], members: list[_Job], statistics: Statistics,
+        references: list[Tensor] | None, gradients: dict[str, Tensor], following: dict[str, list[Tensor]],
+    ) -> None:
+        """Quantize the members of one stream, transform by transform, and lay out the streams that they read next."""
+        last = index + 1 == len(self.blocks)
+        rewritten: tuple[str, _Rewritten] | None = None
+        for job in sorted(members, key=lambda job: self._transform_key(job)):
+            def work(job: _Job = job) -> None:
+                nonlocal rewritten
+                made: _Rewritten | None = None
+                if job.finished <= index:
+                    key = self._transform_key(job)
+                    if job.transform is not None and (rewritten is None or rewritten[0] != key):
+                        rewritten = None                # free the last one first
+                        rewritten = key, self._rewrite(job, index, original, hidden, statistics, references, gradients)
+                    made = rewritten[1] if job.transform is not None and rewritten is not None else None
+                    parameters = self._quantize(job, index, original, statistics, hidden, references, gradients, made)
+                else:
+                    parameters = self._read_back(job, index, original)
+                if last or job.finished == len(self.blocks):
+                    return
+                if job.cell.inputs == FULL and not job.own_stream:
+                    job.history = FULL
+                    return
+                rounded = job.cell.inputs != FULL
+                job.history = self._next_history(job, index)
+                if job.history not in following:
+                    if not rounded:
+                        parameters = made.tensors if made is not None else self._retransform(job, index, original, hidden)
+                    began = time.monotonic()
+                    block = self.blocks.build(index, parameters)
+                    following[job.history] = self._observe(index, block, hidden, {}, True)[1]
+                    job.seconds += time.monotonic() - began
+
+            self._try(job, f"block {index}", work)
+
+    def _observe(
+        self, index: int, block: nn.Module, hidden: Sequence[Tensor], needs: Mapping[str, Collection[str]], keep: bool
+    ) -> tuple[Statistics, list[Tensor]]:
+        """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
+        slots = self.blocks.slots(index)
+        wanted = {slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS) for slot in slots}
+        asked = {group for group in wanted if needs.get(group) or needs.get("*")}
+        collectors = {group: Collector(group, wanted[group], len(hidden), self.storage) for group in wanted if group in asked}
+        current = 0
+
+        def receive(group: str, inputs: Tensor) -> None:
+            if group in collectors:
+                collectors[group].add(current, inputs)
+
+        outputs: list[Tensor] = []
+        if not collectors and not keep:
+            return {}, outputs
+        with torch.no_grad(), self.blocks.family.watch(block, slots if collectors else (), receive):
+            for current, sequence in enumerate(hidden):                               # `receive` reads current
+                result = self.blocks.run(block, index, current, sequence)
+                if keep:
+                    outputs.append(result.to(self.storage))
+        return {group: collector.finish() for group, collector in collectors.items()}, outputs
+
+    # --- one cell, one block --------------------------------------------------------------------------------------------------
+
+    def _rewrite(
+        self, job: _Job, index: int, original: dict[str, Tensor], hidden: list[Tensor], statistics: Statistics,
+        references: list[Tensor] | None, gradients: dict[str, Tensor],
+    ) -> _Rewritten:
+        """The block after the job's transform, and what its rounding needs to know of the rewritten block's inputs."""
+        began = time.monotonic()
+        module = self.blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
+        needs = job.needs_of(job.cell.method.transform)
+        view = self._view(job, index, module, original, needs, statistics, hidden if needs else None, references, gradients)
+        notes = job.transform.rewrite_block(view, job.cell.scheme, generator(job.cell.seed, index, "transform"))
+        tensors = _tensors(module)
+        del view
+        after = job.needs_of(job.cell.method.rounding)
+        seen: Statistics = {}
+        if after:
+            seen, _ = self._observe(index, self.blocks.build(index, tensors), hidden, {"*": after}, False)
+        return _Rewritten(tensors, seen, _json(notes), time.monotonic() - began)
+
+    def _retransform(
+        self, job: _Job, index: int, original: dict[str, Tensor], hidden: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The transformed, unrounded block of a job that was resumed behind it."""
+        needs = {"*": job.needs_of(job.cell.method.transform)}
+        statistics, _ = self._observe(index, self.blocks.build(index, original), hidden, needs, False)
+        return self._rewrite(job, index, original, hidden, statistics, None, {}).tensors
+
+    def _quantize(
+        self, job: _Job, index: int, original: dict[str, Tensor], statistics: Statistics, hidden: list[Tensor] | None,
+        references: list[Tensor] | None, gradients: dict[str, Tensor], made: _Rewritten | None = None,
+    ) -> dict[str, Tensor]:
+        """Round one block for one job, store it, and return the block's tensors with the rounded weights in their places."""
+        began = time.monotonic()
+        if job.transform is not None and made is None:
+            made = self._rewrite(job, index, original, hidden or [], statistics, references, gradients)
+        if made is not None:
+            statistics = made.statistics
+        before = made.tensors if made is not None else original
+        slots = self.blocks.slots(index)
+        needs = job.needs_of(job.cell.method.rounding)
+        tensors = dict(before)
+        weights: dict[str, QuantizedWeight] = {}
+        if job.rounding is None:
+            weights = {slot.name: DenseWeight(slot.view(before[slot.parameter]).clone()) for slot in slots}
+        elif hasattr(job.rounding, "round_block"):
+            module = self.blocks.build(index, {name: tensor.clone() for name, tensor in before.items()})
+            view = self._view(job, index, module, before, needs, statistics, hidden if needs else None, references, gradients)
+            weights = job.rounding.round_block(view, job.cell.scheme, generator(job.cell.seed, index, "block"))
+            tensors = _tensors(module)
+        else:
+            weights = self._round_layers(job, index, before, statistics, hidden, references, gradients)
+        self._assert_coverage(job, index, slots, before, weights)
+        notes = made.notes if made is not None else {}
+        report = {"linears": self._errors(slots, before, weights, needs, statistics), "notes": notes}
+        matrices = {slot.parameter for slot in slots}
+        dense = {
+            name: tensor for name, tensor in tensors.items()
+            if name not in matrices and (name not in original or not torch.equal(tensor, original[name]))
+        }
+        job.writer.write_block(index, weights, dense, report)
+        job.added_bits += sum(8 * t.numel() * t.element_size() for name, t in dense.items() if name not in original)
+        job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
+        return self._with_weights(slots, tensors, weights)
+
+    def _round_layers(
+        self, job: _Job, index: int, before: dict[str, Tensor], statistics: Statistics, hidden: list[Tensor] | None,
+        references: list[Tensor] | None, gradients: dict[str, Tensor],
+    ) -> dict[str, QuantizedWeight]:
+        """Linear by linear; with `sequential`, each group's statistics come from the block with the groups before it rounded."""
+        needs = job.needs_of(job.cell.method.rounding)
+        slots = self.blocks.slots(index)
+        sequential = bool(getattr(job.rounding, "sequential", False)) and bool(needs & set(OF_INPUTS))
+        groups = list(dict.fromkeys(slot.group for slot in slots))
+        weights: dict[str, QuantizedWeight] = {}
+        for position, group in enumerate(groups):
+            if sequential and position > 0:
+                assert hidden is not None
+                so_far = self._with_weights([slot for slot in slots if slot.name in weights], before, weights)
+                seen, _ = self._observe(index, self.blocks.build(index, so_far), hidden, {group: needs}, False)
+            else:
+                seen = statistics
+            evidence = self._evidence(job, index, needs, seen, references, gradients) if needs else {}
+            for slot in (slot for slot in slots if slot.group == group):
+                scheme = job.cell.scheme.weight_for(index, slot.name)
+                weight = slot.view(before[slot.parameter]).to(torch.float32, copy=True).contiguous()
+                rng = generator(job.cell.seed, index, slot.name)
+                try:
+                    weights[slot.name] = job.rounding.round_layer(slot.name, weight, evidence.get(slot.name), scheme, rng)
+                except HarnessError as error:
+                    raise type(error)(f"block {index}, {slot.name}: {error}") from error
+        return weights
+
+    def _read_back(self, job: _Job, index: int, original: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rounded block as the writer holds it."""
+        content = job.writer.read_block(index)
+        device = self.blocks.device
+        job.added_bits += sum(8 * t.numel() * t.element_size() for name, t in content.dense.items() if name not in original)
+        tensors = {**original, **{name: tensor.to(device) for name, tensor in content.dense.items()}}
+        return self._with_weights(self.blocks.slots(index), tensors, content.weights)
+
+    def _with_weights(
+        self, slots: Sequence[Slot], tensors: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
+    ) -> dict[str, Tensor]:
+        """The tensors with dequantized weights, in the model's dtype, in the places of the matrices; `tensors` stays as it is."""
+        placed = dict(tensors)
+        copied: set[str] = set()
+        for slot in slots:
+            value = weights[slot.name].dequantize().to(self.blocks.device, self.blocks.dtype)
+            if slot.is_whole:
+                placed[slot.parameter] = value
+                continue
+            if slot.parameter not in copied:
+                placed[slot.parameter] = placed[slot.parameter].clone()
+                copied.add(slot.parameter)
+            slot.view(placed[slot.parameter]).copy_(value)
+        return placed
+
+    # --- evidence and reports -------------------------------------------------------------------------------------------------
+
+    def _evidence(
+        self, job: _Job, index: int, needs: frozenset[str], statistics: Statistics, references: list[Tensor] | None,
+        gradients: Mapping[str, Tensor],
+    ) -> dict[str, Evidence]:
+        """Evidence by linear name; linears of a group share one object, unless gradients tell them apart."""
+        by_group: dict[str, InputEvidence] = {}
+        found: dict[str, Evidence] = {}
+        more: dict[str, Callable[[], Tensor]] = {}
+        if references is not None:
+            more["reference"] = lambda: torch.cat(references)
+        for slot in self.blocks.slots(index):
+            of_group = statistics.get(slot.group)
+            if of_group is None:
+                continue
+            if "squared_gradient" in needs:
+                own: dict[str, Callable[[], Tensor]] = {**more, "squared_gradient": partial(gradients.__getitem__, slot.name)}
+                found[slot.name] = InputEvidence(of_group, needs, job.cell.inputs, slot.name, own)
+            else:
+                found[slot.name] = by_group.setdefault(slot.group, InputEvidence(of_group, needs, job.cell.inputs, None, more))
+        return found
+
+    def _view(
+        self, job: _Job, index: int, module: nn.Module, original: Mapping[str, Tensor], needs: frozenset[str],
+        statistics: Statistics, hidden: list[Tensor] | None, references: list[Tensor] | None, gradients: Mapping[str, Tensor],
+    ) -> StreamedBlock:
+        if "reference" in needs and job.own_stream:
+            raise MethodError("full-precision references are in the original basis, and this method's transform changes the basis")
+        evidence = self._evidence(job, index, needs, statistics, references, gradients) if needs else {}
+        return StreamedBlock(
+            self.blocks, index, module, original, evidence, hidden, references if "reference" in needs else None
+        )
+
+    def _assert_coverage(
+        self, job: _Job, index: int, slots: Sequence[Slot], before: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
+    ) -> None:
+        """Every matrix of the family was returned, in its own shape and finite, and nothing else."""
+        expected = {slot.name: tuple(slot.view(before[slot.parameter]).shape) for slot in slots}
+        problems = [f"{name} was not quantized" for name in expected if name not in weights]
+        problems += [f"{name} is no matrix of this block" for name in weights if name not in expected]
+        for name, weight in weights.items():
+            if name in expected and tuple(weight.shape) != expected[name]:
+                problems.append(f"{name} came back as {list(weight.shape)}, not {list(expected[name])}")
+            elif name in expected and not bool(torch.isfinite(weight.dequantize()).all()):
+                problems.append(f"{name} came back with NaN or infinity")
+        if problems:
+            raise MethodError(f"{job.cell.title}, block {index}: " + "; ".join(problems))
+
+    def _errors(
+        self, slots: Sequence[Slot], before: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight],
+        needs: frozenset[str], statistics: Statistics,
+    ) -> dict[str, dict[str, float]]:
+        """Relative squared errors: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
+
+        A Hessian that only the company needs is not used: the report is part of the checkpoint's bytes.
+        """
+        report: dict[str, dict[str, float]] = {}
+        for slot in slots:
+            weight = slot.view(before[slot.parameter]).float()
+            quantized = weights[slot.name]
+            difference = quantized.dequantize().to(weight.device) - weight
+            entry = {
+                "weight_error": _ratio(difference.square().sum(), weight.square().sum()),
+                "bits_per_weight": quantized.bits_per_weight,
+            }
+            of_group = statistics.get(slot.group)
+            if "hessian" in needs and of_group is not None and of_group.finite and of_group.tokens:
+                hessian = of_group.values["hessian"]
+                entry["output_error"] = _ratio(((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum())
+            report[slot.name] = entry
+        return report
+
+    # --- bookkeeping ----------------------------------------------------------------------------------------------------------
+
+    def _transform_key(self, job: _Job) -> str:
+        """Equal keys rewrite a block of one stream into the same block."""
+        part = job.cell.method.transform
+        if part is None:
+            return ""
+        return digest({
+            "part": to_json(part), "scheme": _scheme(job.cell, part.activation_aware), "needs": sorted(job.needs),
+            "seed": job.cell.seed if part.stochastic else None, "after": sorted(job.needs_of(job.cell.method.rounding)),
+        })
+
+    def _next_history(self, job: _Job, index: int) -> str:
+        """Cells whose blocks up to `index` are made alike, from alike inputs, go on in one stream."""
+        method = job.cell.method
+        parts = [part for part in method.parts]
+        names = [slot.name for slot in self.blocks.slots(index)]
+        return digest({
+            "before": job.history, "parts": [to_json(method.transform), to_json(method.rounding)], "inputs": job.cell.inputs,
+            "schemes": [to_json(job.cell.scheme.weight_for(index, name)) for name in names],
+            # a transform or a block-wise rounding sees the whole scheme
+            "scheme": _scheme(job.cell, any(part.activation_aware for part in parts))
+            if method.transform is not None or hasattr(job.rounding, "round_block") else None,
+            "seed": job.cell.seed if any(part.stochastic for part in parts) else None,
+        })
+
+    def _finish(self, job: _Job) -> Iterator[Event]:
+        """Write the manifest and say so."""
+        def work() -> dict[str, Any]:
+            return job.writer.manifest() or job.writer.finish(self._manifest(job))
+
+        manifest = self._try(job, "manifest", work)
+        yield from self._report_failures()
+        if manifest is not None:
+            record = {key: manifest[key] for key in manifest if key not in ("files", "linears")}
+            yield Quantized(time.time(), job.cell_keys, record)
+
+    def _manifest(self, job: _Job) -> dict[str, Any]:
+        blocks, method = self.blocks, job.cell.method
+        widths = blocks.reader.stored_bits()
+        matrices: dict[str, int] = {}                   # elements of each parameter that are in a slot
+        linears = 0
+        if not method.is_baseline:
+            for index in range(len(blocks)):
+                parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
+                for slot in blocks.slots(index):
+                    name = blocks.family.block_prefix(index) + slot.parameter
+                    matrices[name] = matrices.get(name, 0) + slot.view(parameters[slot.parameter]).numel()
+                    linears += 1
+        total, bits = 0, job.added_bits
+        for name, elements in blocks.parameters.items():
+            total += elements
+            width = next((widths[n] for n in blocks.family.file_names(name) if n in widths), 8 * blocks.dtype.itemsize)
+            bits += width * (elements - matrices.get(name, 0))
+        covered = sum(matrices.values())
+        report: dict[str, Any] = {
+            "parameters": total,
+            "unquantized_bits": bits,
+            "coverage": {"linears": linears, "weights": covered, "share": covered / total},
+            "seconds": job.seconds + (self.shared_seconds if job.reads_stream else 0.0),
+            "methods": {slot: part.name for slot in ("transform", "rounding", "tuning") if (part := getattr(method, slot))},
+        }
+        if job.reads_stream and self.windows is not None:
+            samples, length = self.windows.shape
+            report["calibration"] = {"windows_sha256": windows_digest(self.windows), "samples": samples, "length": length}
+        return report
+
+    def _try(self, job: _Job, stage: str, work: Callable[[], Any]) -> Any:
+        """Do a job's own work; what goes wrong takes this job out of the pass and no other."""
+        if job.failed:
+            return None
+        try:
+            return work()
+        except Exception as error:                      # a method's code may raise anything
+            self._fail(job, stage, error)
+            return None
+
+    def _fail(self, job: _Job, stage: str, error: Exception) -> None:
+        if job.failed:
+            return
+        job.failed = True
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason if isinstance(error, HarnessError) else f"{type(error).__name__}: {reason}"
+        detail = "".join(traceback.format_exception(error))
+        self.failures.append(Failed(time.time(), job.cell_keys, stage, "out_of_memory" if memory else "error", reason, detail))
+
+    def _report_failures(self) -> Iterator[Event]:
+        failures, self.failures = self.failures, []
+        yield from failures
+
+
+def _first_needs(jobs: Sequence[_Job]) -> dict[str, frozenset[str]]:
+    """What the jobs want to know of the original block: for their transforms, or for their rounding where they have none."""
+    needs = frozenset(
+        need for job in jobs
+        for need in job.needs_of(job.cell.method.transform if job.transform is not None else job.cell.method.rounding)
+    )
+    return {"*": needs} if jobs else {}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: get_tensor(module, name) for name in module.state_dict()}
+
+
+def _scheme(cell: Cell, with_execution: bool) -> Any:
+    scheme = to_json(cell.scheme)
+    drop = {"name"} if with_execution else {"name", "activation", "kv"}
+    return {key: value for key, value in scheme.items() if key not in drop}
+
+
+def _ratio(error: Tensor, reference: Tensor) -> float:
+    value = float(error / reference) if float(reference) > 0 else 0.0
+    return max(value, 0.0)                              # round-off of an exact layer
+
+
+def _json(notes: Any) -> Any:
+    """A method's notes as JSON values: tensors become lists or numbers."""
+    if isinstance(notes, Tensor):
+        return notes.tolist()
+    if isinstance(notes, Mapping):
+        return {str(key): _json(value) for key, value in notes.items()}
+    if isinstance(notes, list | tuple):
+        return [_json(item) for item in notes]
+    return notes
