@@ -51,7 +51,7 @@ def resolve_path(value: str, base: Path | None = None) -> Path:
     path = Path(value).expanduser()
     if base is not None and not path.is_absolute() and (base / path).exists():
         path = base / path
-    return path.absolute()
+    return Path(os.path.abspath(path))
 
 
 def is_hub_id(source: str) -> bool:
