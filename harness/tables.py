@@ -1,0 +1,686 @@
+"""Tables of a sweep: our numbers, the published ones beside them, and which differences are real. Loads without torch.
+
+`build` makes the table, `render` prints it as Markdown, LaTeX, CSV or HTML, `frame` gives it to pandas. Rows are the cells of the
+sweep in its order, each model's baseline first; with a published table they stand in its order, and its rows that the sweep has no
+cell for are shown with their number alone. The same records give the same bytes.
+
+Marks: bold is the best of its model and bit widths; ≈ no difference from the baseline could be shown (paired test, Holm over the
+table); † stands on a part of the data only; — is a gap, with the command that fills it below. Perplexities above 10,000 are printed
+as the papers do (1.9e4); what is not a finite number is printed as "diverged".
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import plugins
+from harness.cell import Cell, Evaluation, baseline_of, cell_key, to_json
+from harness.errors import ConfigError, unknown_name
+from harness.published import Printed, Published, PublishedRow, load_published, match, same_model
+from harness.statistics import Comparison, compare, holm
+from harness.store import Record, Store
+from harness.sweep import Column, Sweep, Table
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMATS = {"md": ".md", "latex": ".tex", "csv": ".csv", "html": ".html"}
+GAP = "—"
+SCIENTIFIC_FROM = 1e4                           # perplexities above are printed as 1.9e4
+LOWER_IS_BETTER = ("perplexity", "bits_per_weight", "bits_per_weight_total", "bytes", "seconds", "peak_memory_bytes")
+ITEM_COLUMNS = {"perplexity": ("loss",)}         # metric -> columns of its items; others are named like the metric
+BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One entry. number: ours, scaled as printed, None for a gap; gap: why there is none ("missing", "failed", "absent")."""
+
+    number: float | None = None
+    stderr: float | None = None
+    published: Printed | None = None
+    published_number: float | None = None       # scaled like ours
+    comparison: Comparison | None = None
+    best: bool = False
+    smoke: bool = False
+    gap: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.number is None or self.published_number is None else self.number - self.published_number
+
+
+@dataclass(frozen=True)
+class Row:
+    """labels: texts of the label columns; cell None: a published row that the sweep has no cell for."""
+
+    labels: tuple[str, ...]
+    values: tuple[Value, ...]
+    cell: Cell | None = None
+    cell_key: str = ""
+    model: str = ""
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class ColumnHead:
+    """column as in the sweep; title with the direction that is better; published: three sub-columns."""
+
+    column: Column
+    title: str
+    higher_is_better: bool | None
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class TableData:
+    name: str
+    caption: str
+    labels: tuple[str, ...]                     # heads of the label columns
+    columns: tuple[ColumnHead, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    commands: tuple[str, ...] = field(default=())
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | None = None) -> TableData:
+    """One table of a sweep. With a store, its item results decide which cells differ from their baseline."""
+    by_key = {record.cell_key: record for record in records}
+    cells = _ordered([c for c in sweep.cells if not table.models or c.model.name in table.models])
+    published = load_published(table.published, _published_folders(sweep)) if table.published else None
+    columns = table.columns or default_columns(cells, by_key)
+    if published is not None:
+        unknown = [c.published for c in columns if c.published and c.published not in published.columns]
+        problems = [unknown_name("published column", name, published.columns, f"table {table.name}") for name in unknown]
+        if problems:
+            raise ConfigError("\n".join(problems))
+    matches, ambiguous = match(cells, published) if published is not None else ({}, [])
+    heads = tuple(_head(column, cells, published) for column in columns)
+    labels, texts = _labels(cells)
+    comparisons = compare_cells(cells, by_key, [c.metric for c in columns if c.metric != "mean"], store) if store else {}
+
+    rows: list[Row] = []
+    for cell in cells:
+        key = cell_key(cell)
+        values = tuple(
+            _value(head, by_key.get(key), matches.get(key), published, comparisons.get((key, head.column.metric))) for head in heads
+        )
+        rows.append(Row(texts[key], values, cell, key, cell.model.name, cell.method.is_baseline))
+    rows = _mark_best(rows, heads)
+    if published is not None:
+        rows = _in_published_order(rows, cells, published, matches, heads, labels)
+    notes, commands = _notes(sweep, table, rows, heads, by_key, published, ambiguous)
+    return TableData(table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands))
+
+
+def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tuple[Column, ...]:
+    """Columns of a sweep that names none: bits per weight, then the headline metric of every evaluation."""
+    records = [by_key[key] for cell in cells if (key := cell_key(cell)) in by_key]
+    size = Column("checkpoint/bits_per_weight", "bits/weight")
+    return (size, *(Column(metric, digits=4 if metric.endswith("/acc") else 2) for metric in headline(records)))
+
+
+def headline(records: Iterable[Record]) -> list[str]:
+    """The first metric of each evaluation that any record has a score of: perplexity, acc, …; in order of appearance."""
+    found: dict[str, None] = {}
+    for record in records:
+        for name in record.scores:
+            metrics = record.scores[name]["metrics"]
+            if metrics:
+                preferred = [m for m in metrics if m.rsplit("/", 1)[-1] in ("perplexity", "acc", "exact_match")]
+                found.setdefault((preferred or list(metrics))[0])
+    return list(found)
+
+
+def quality_metrics(sweep: Sweep, records: Iterable[Record]) -> list[str]:
+    """What a sweep is about: the scores its tables show, or the headline of every evaluation where it has no tables."""
+    shown = [column.metric for table in sweep.tables for column in table.columns if column.metric != "mean"]
+    return list(dict.fromkeys(m for m in shown if not m.startswith(("checkpoint/", "quantize/")))) or headline(records)
+
+
+def better_is_higher(metric: str, cells: Iterable[Cell] = ()) -> bool | None:
+    """Whether larger is better, as the evaluator of the metric says in its literals; None where nobody says."""
+    prefix, _, short = metric.rpartition("/")
+    for cell in cells:
+        for evaluation in cell.evaluations:
+            if evaluation.name == prefix or prefix.startswith(f"{evaluation.name}/"):
+                found = plugins.find("evaluator").get(evaluation.evaluator)
+                says = (found.get("metrics", {}) if found else {}).get(short, {}).get("higher_is_better")
+                if says is not None:
+                    return bool(says)
+    if short in LOWER_IS_BETTER:
+        return False
+    return True if short in ("acc", "acc_norm", "exact_match") else None
+
+
+def compare_cells(
+    cells: Sequence[Cell], by_key: Mapping[str, Record], metrics: Sequence[str], store: Store
+) -> dict[tuple[str, str], Comparison]:
+    """(cell_key, metric) -> paired test against the cell's baseline, Holm over all; pairs without common items are left out."""
+    raw: dict[tuple[str, str], Comparison] = {}
+    columns: dict[tuple[str, str], Mapping[Any, float] | None] = {}
+
+    def column(key: str, metric: str) -> Mapping[Any, float] | None:
+        if (key, metric) not in columns:
+            columns[key, metric] = _items(by_key[key], metric, store) if key in by_key else None
+        return columns[key, metric]
+
+    for cell in cells:
+        key, reference = cell_key(cell), cell_key(baseline_of(cell))
+        if key == reference:
+            continue
+        for metric in metrics:
+            ours, theirs = column(key, metric), column(reference, metric)
+            if ours is None or theirs is None or set(ours) != set(theirs):
+                continue
+            found = compare([ours[name] for name in theirs], list(theirs.values()))
+            if found is not None:
+                raw[key, metric] = found
+    adjusted = holm({name: comparison.p_value for name, comparison in raw.items()})
+    return {name: replace(comparison, adjusted=adjusted[name]) for name, comparison in raw.items()}
+
+
+def _items(record: Record, metric: str, store: Store) -> Mapping[Any, float] | None:
+    """Item results of one metric by id; None where the evaluation kept none."""
+    evaluation = _evaluation_of(record, metric)
+    items = None if evaluation is None else store.evaluation_items(record, evaluation)
+    if items is None or "id" not in items or items["id"].duplicated().any():
+        return None
+    short = metric.rsplit("/", 1)[-1]
+    for name in (metric, short, *ITEM_COLUMNS.get(short, ())):
+        if name in items:
+            return {key: float(value) for key, value in zip(items["id"], items[name], strict=True)}
+    return None
+
+
+def _evaluation_of(record: Record, metric: str) -> Evaluation | None:
+    names = [name for name, score in record.scores.items() if metric in score["metrics"]]
+    return next((e for e in reversed(record.cell.evaluations) if e.name in names), None)
+
+
+def _ordered(cells: Sequence[Cell]) -> list[Cell]:
+    """Model by model, each model's baseline first, else in the sweep's order."""
+    models = list(dict.fromkeys(cell.model.name for cell in cells))
+    return sorted(cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline))
+
+
+def _published_folders(sweep: Sweep) -> list[Path]:
+    return [] if sweep.path is None else [sweep.path.parent / "published"]
+
+
+def _head(column: Column, cells: Sequence[Cell], published: Published | None) -> ColumnHead:
+    direction = column.higher_is_better
+    if direction is None and published is not None and column.published:
+        direction = published.higher_is_better.get(column.published)
+    if direction is None:
+        directions = {better_is_higher(metric, cells) for metric in (column.of if column.metric == "mean" else (column.metric,))}
+        direction = directions.pop() if len(directions) == 1 else None
+    arrow = "" if direction is None else " ↑" if direction else " ↓"
+    return ColumnHead(column, (column.title or column.metric) + arrow, direction, bool(published and column.published))
+
+
+def _value(
+    head: ColumnHead, record: Record | None, row: PublishedRow | None, published: Published | None, found: Comparison | None
+) -> Value:
+    column = head.column
+    metrics = record.metrics() if record is not None else {}
+    number = _mean(column, metrics) if column.metric == "mean" else metrics.get(column.metric)
+    stderr = metrics.get(f"{column.metric}_stderr")
+    smoke = record is not None and bool(record.smoke_metrics() & {column.metric, *column.of})
+    printed, theirs = _published_number(head, row, published)
+    failed = record is not None and bool(record.failures)
+    return Value(
+        number=None if number is None else number * column.scale,
+        stderr=None if stderr is None else stderr * column.scale,
+        published=printed,
+        published_number=theirs,
+        comparison=found,
+        smoke=smoke,
+        gap="" if number is not None else "failed" if failed else "missing",
+    )
+
+
+def _published_number(
+    head: ColumnHead, row: PublishedRow | None, published: Published | None
+) -> tuple[Printed | None, float | None]:
+    """As printed, and scaled like ours. A fraction beside our percent is shown as percent."""
+    printed = row.values.get(head.column.published) if row is not None and head.column.published else None
+    if printed is None or published is None:
+        return None, None
+    if head.column.published in published.fractions and head.column.scale == 100:
+        scaled = float(printed) * 100
+        return Printed(f"{scaled:.{head.column.digits}f}"), scaled
+    return printed, float(printed)
+
+
+def _mean(column: Column, metrics: Mapping[str, float]) -> float | None:
+    weights = column.weights or (1.0,) * len(column.of)
+    if len(weights) != len(column.of) or not column.of:
+        counts = f"{len(column.of)} metrics in `of`, {len(weights)} in `weights`"
+        raise ConfigError(f'column "{column.title or "mean"}": {counts}; give one weight per metric')
+    if any(metric not in metrics for metric in column.of):
+        return None
+    values = [metrics[metric] for metric in column.of]
+    if not all(math.isfinite(value) for value in values):
+        return math.nan
+    return math.fsum(w * value for w, value in zip(weights, values, strict=True)) / math.fsum(weights)
+
+
+def _mark_best(rows: Sequence[Row], heads: Sequence[ColumnHead]) -> list[Row]:
+    """Best of each column among cells of one model and equal bit widths; equal when printed is equal."""
+    best: dict[tuple[Any, int], str] = {}       # (group, column) -> printed number
+    for index, head in enumerate(heads):
+        groups: dict[Any, list[Value]] = {}
+        for row in rows:
+            number = row.values[index].number
+            if row.cell is not None and not row.baseline and number is not None and math.isfinite(number):
+                groups.setdefault(_bits_group(row.cell), []).append(row.values[index])
+        for group, values in groups.items():
+            numbers = [value.number for value in values if value.number is not None]
+            if head.higher_is_better is not None and len({_text(number, head.column) for number in numbers}) > 1:
+                best[group, index] = _text((max if head.higher_is_better else min)(numbers), head.column)
+    marked = []
+    for row in rows:
+        group = None if row.cell is None or row.baseline else _bits_group(row.cell)
+        texts = [None if v.number is None else _text(v.number, heads[i].column) for i, v in enumerate(row.values)]
+        is_best = [text is not None and text == best.get((group, i)) for i, text in enumerate(texts)]
+        marked.append(replace(row, values=tuple(replace(v, best=b) for v, b in zip(row.values, is_best, strict=True))))
+    return marked
+
+
+def _bits_group(cell: Cell) -> tuple[Any, ...]:
+    scheme = cell.scheme
+    return cell.model.name, scheme.weight.bits, scheme.activation and scheme.activation.bits, scheme.kv and scheme.kv.bits
+
+
+def _in_published_order(
+    rows: Sequence[Row],
+    cells: Sequence[Cell],
+    published: Published,
+    matches: Mapping[str, PublishedRow],
+    heads: Sequence[ColumnHead],
+    labels: Sequence[str],
+) -> list[Row]:
+    """Rows in the paper's order, those it has and we lack among them; our further cells last."""
+    ordered: list[Row] = []
+    for model in dict.fromkeys(cell.model.name for cell in cells):
+        own = [row for row in rows if row.model == model]
+        cell = next(cell for cell in cells if cell.model.name == model)
+        for published_row in published.rows:
+            if not same_model(cell, published, published_row):
+                continue
+            found = [row for row in own if matches.get(row.cell_key) is published_row]
+            ordered += found
+            absent = tuple(_absent(head, published_row, published) for head in heads)
+            if not found and any(value.published is not None for value in absent):
+                texts = _published_labels(published_row)
+                ordered.append(Row(tuple(texts[label] for label in labels), absent, model=model))
+        ordered += [row for row in own if row.cell_key not in matches]
+    return ordered
+
+
+def _absent(head: ColumnHead, row: PublishedRow, published: Published) -> Value:
+    printed, scaled = _published_number(head, row, published)
+    return Value(published=printed, published_number=scaled, gap="absent")
+
+
+def _published_labels(row: PublishedRow) -> dict[str, str]:
+    activation = row.activation_bits or 16
+    weight = "" if row.weight_bits is None else f"{row.weight_bits:g}"
+    bits = weight if activation == 16 else f"W{weight}A{activation:g}"
+    group = "" if row.group_size is None else str(row.group_size)
+    return {"method": row.method, "bits": bits, "group": group, "variant": row.label}
+
+
+def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Heads and texts of the label columns; a column "variant" says what else tells cells of equal labels apart."""
+    texts: dict[str, tuple[str, ...]] = {}
+    for cell in cells:
+        texts[cell_key(cell)] = (cell.method.name, bits_text(cell), group_text(cell))
+    same: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        same.setdefault((cell.model.name, *texts[cell_key(cell)]), []).append(cell)
+    variants: dict[str, str] = {}
+    for group in same.values():
+        if len(group) > 1:
+            variants |= dict(zip(map(cell_key, group), _variants(group), strict=True))
+    if not variants:
+        return ("method", "bits", "group"), texts
+    return ("method", "bits", "group", "variant"), {key: (*text, variants.get(key, "")) for key, text in texts.items()}
+
+
+def _variants(cells: Sequence[Cell]) -> list[str]:
+    flat = [flatten(cell) for cell in cells]
+    hidden = ("scheme.name", "calibration.digest", "calibration.source")
+    names = sorted({name for facts in flat for name in facts} - set(hidden))
+    varying = [name for name in names if len({str(facts.get(name)) for facts in flat}) > 1]
+    short = {name: name.removeprefix("scheme.").removeprefix("weight.") for name in varying}
+    return [", ".join(f"{short[name]} {facts[name]}" for name in varying if name in facts) for facts in flat]
+
+
+def flatten(cell: Cell) -> dict[str, Any]:
+    """The cell as flat names: {"model.name": …, "rounding.name": …, "rounding.damping_fraction": …, "scheme.weight.bits": …}."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, item)
+        elif value is not None and value != []:
+            flat[prefix] = value
+
+    content = to_json(cell)
+    method = content.pop("method")
+    content.pop("evaluations")
+    walk("", {**content, "method": {"name": method["name"]}})
+    for slot in ("transform", "rounding", "tuning"):
+        if method[slot] is not None:
+            part = {"name": method[slot]["name"], "version": method[slot]["version"], **method[slot]["settings"]}
+            walk(slot, part)
+    return flat
+
+
+def bits_text(cell: Cell) -> str:
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf"; for a baseline the width of its dtype."""
+    scheme = cell.scheme
+    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
+    family = "" if cell.method.is_baseline or scheme.weight.format == "int" else f" {scheme.weight.format.rstrip('0123456789')}"
+    activation = f"A{scheme.activation.bits}" if scheme.activation else ""
+    kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
+    return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
+
+
+def group_text(cell: Cell) -> str:
+    """Input channels per scale; "row" for one scale per output channel."""
+    if cell.method.is_baseline:
+        return ""
+    return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
+
+
+def command_line(sweep: Sweep) -> str:
+    """What runs the sweep again; finished work is not repeated."""
+    words = [sweep.name] if sweep.path is not None else []
+    return " ".join(["harness run", *words, *sweep.overrides])
+
+
+def _notes(
+    sweep: Sweep,
+    table: Table,
+    rows: Sequence[Row],
+    heads: Sequence[ColumnHead],
+    by_key: Mapping[str, Record],
+    published: Published | None,
+    ambiguous: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    values = [value for row in rows for value in row.values]
+    notes: list[str] = []
+    if any(value.best for value in values):
+        notes.append("Bold: best of its model and bit widths.")
+    if any(value.comparison is not None for value in values):
+        count = sum(value.comparison is not None for value in values)
+        notes.append(f"≈ no difference from the baseline shown (paired test over the items, Holm over {count} tests, 5 %).")
+    limits = sorted({e.limit for row in rows if row.cell for e in row.cell.evaluations if e.limit is not None})
+    if any(value.smoke for value in values):
+        listed = f" (first {', '.join(map(str, limits))} items)" if limits else ""
+        notes.append(f"† smoke run: stands on a part of the data only{listed}; not comparable with published numbers.")
+    if published is not None and any(value.published is not None for value in values):
+        notes.append(f"Published: {published.paper}, {published.source}. Δ is ours minus published.")
+    if any(value.gap == "absent" for value in values):
+        notes.append("Rows with a published number alone are not in this sweep.")
+    notes += [f"Protocol: {line}" for line in table.protocol]
+    notes += ambiguous
+    for row in rows:
+        record = by_key.get(row.cell_key)
+        if record is not None and record.failures and any(value.gap == "failed" for value in row.values):
+            reason = record.failures[-1].get("reason", "")
+            notes.append(f"{record.cell.title} failed: {reason} (harness show {row.cell_key[:12]}).")
+    waiting = sum(any(value.gap in ("missing", "failed") for value in row.values) for row in rows)
+    commands = [command_line(sweep)] if waiting else []
+    if waiting:
+        notes.append(f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}; fill with:")
+    return notes, commands
+
+
+# -- rendering ---------------------------------------------------------------------------------------------------------
+
+
+def _text(number: float, column: Column) -> str:
+    if not math.isfinite(number):
+        return "diverged"
+    is_perplexity = any(name.endswith("perplexity") for name in (column.metric, *column.of))
+    if is_perplexity and abs(number) > SCIENTIFIC_FROM:
+        return _scientific(number)
+    return f"{number:.{column.digits}f}"
+
+
+def _scientific(number: float) -> str:
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _difference_text(value: Value, column: Column) -> str:
+    if value.published is None or value.difference is None or not math.isfinite(value.difference):
+        return ""
+    text = _text(value.difference, column)
+    if float(text) == 0:
+        return text.lstrip("-")
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _ours_text(value: Value, column: Column) -> str:
+    if value.number is None:
+        return "" if value.gap == "absent" else GAP
+    tie = "≈" if value.comparison is not None and not value.comparison.differs else ""
+    return _text(value.number, column) + tie + ("†" if value.smoke else "")
+
+
+def _grid(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Heads and texts of every printed column; bold is put around the best."""
+    heads = list(data.labels)
+    for head in data.columns:
+        heads += [head.title, "published", "Δ"] if head.published else [head.title]
+    lines = []
+    for row in data.rows:
+        line = list(row.labels)
+        for head, value in zip(data.columns, row.values, strict=True):
+            ours = _ours_text(value, head.column)
+            line.append(f"{bold[0]}{ours}{bold[1]}" if value.best else ours)
+            if head.published:
+                line += [value.published.text if value.published is not None else "", _difference_text(value, head.column)]
+        lines.append(line)
+    return heads, lines
+
+
+def render(data: TableData, format: str = "md") -> str:
+    """The table as text: md, latex, csv (full precision) or html. Ends with a newline."""
+    printers = {"md": _markdown, "latex": _latex, "csv": _csv, "html": _html}
+    if format not in printers:
+        raise ConfigError(unknown_name("table format", format, printers))
+    return printers[format](data)
+
+
+def _sections(data: TableData, lines: Sequence[list[str]]) -> list[tuple[str, list[list[str]]]]:
+    """(heading, lines) for each model; no heading where the table has one model only."""
+    sections: dict[str, list[list[str]]] = {}
+    for row, line in zip(data.rows, lines, strict=True):
+        sections.setdefault(row.model, []).append(line)
+    return list(sections.items()) if len(sections) > 1 else [("", list(lines))]
+
+
+def _markdown(data: TableData) -> str:
+    heads, lines = _grid(data, ("**", "**"))
+    heads = [head.replace("|", r"\|") for head in heads]
+    lines = [[text.replace("|", r"\|") for text in line] for line in lines]
+    widths = [max(3, *(len(line[i]) for line in [heads, *lines])) for i in range(len(heads))]
+    left = len(data.labels)
+
+    def print_line(texts: Sequence[str]) -> str:
+        padded = [text.ljust(w) if i < left else text.rjust(w) for i, (text, w) in enumerate(zip(texts, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join(f" {'-' * w} " if i < left else f" {'-' * (w - 1)}: " for i, w in enumerate(widths)) + "|"
+    out = [f"**{data.caption or data.name}**", ""]
+    for section, section_lines in _sections(data, lines):
+        out += [f"{section}:", ""] if section else []
+        out += [print_line(heads), rule, *(print_line(line) for line in section_lines), ""]
+    out += [line for note in data.notes for line in (note, "")]
+    out += [f"    {command}" for command in data.commands]
+    return "\n".join(out).rstrip() + "\n"
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "–": "--", "…": r"\ldots{}", "\n": " ",
+    "≈": r"$^{\approx}$", "†": r"$^{\dagger}$", "Δ": r"$\Delta$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
+    "·": r"$\cdot$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$", "≥": r"$\geq$", "≤": r"$\leq$", "|": "$|$",
+    "α": r"$\alpha$", "λ": r"$\lambda$",
+}
+
+
+def latex_text(text: str) -> str:
+    """Text for LaTeX: specials escaped, and what has no letter in its default encoding left as a question mark."""
+    return "".join(LATEX.get(c, c if ord(c) < 0x250 else "?") for c in text)
+
+
+def _latex_number(text: str) -> str:
+    best = text.startswith("\x02")
+    text = text.strip("\x02\x03")
+    match = re.fullmatch(r"([+-]?)([0-9.]+)(?:e\+?(-?[0-9]+))?([≈†]*)", text)
+    if match is None:
+        return latex_text(text)
+    sign, mantissa, exponent, marks = match.groups()
+    power = rf"{{\times}}10^{{{exponent}}}" if exponent else ""
+    number = f"${sign}{mantissa}{power}$" if sign or exponent else mantissa
+    return (rf"\textbf{{{mantissa}{f'${power}$' if power else ''}}}" if best else number) + latex_text(marks)
+
+
+def _latex(data: TableData) -> str:
+    heads, lines = _grid(data, ("\x02", "\x03"))
+    left = len(data.labels)
+    out = [
+        "% needs \\usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{latex_text(data.caption or data.name)}}}",
+        rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heads) - left)}}}",
+        r"\toprule",
+        " & ".join(latex_text(head) for head in heads) + r" \\",
+    ]
+    for section, section_lines in _sections(data, lines):
+        out.append(r"\midrule")
+        if section:
+            out.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{latex_text(section)}}}}} \\")
+        for line in section_lines:
+            out.append(" & ".join([*map(latex_text, line[:left]), *map(_latex_number, line[left:])]) + r" \\")
+    out += [r"\bottomrule", r"\end{tabular}"]
+    out += [rf"\par\smallskip\footnotesize {latex_text(note)}" for note in data.notes]
+    out += [rf"\texttt{{{latex_text(command)}}}" for command in data.commands]
+    return "\n".join([*out, r"\end{table}"]) + "\n"
+
+
+def _flat(data: TableData) -> list[dict[str, Any]]:
+    """One dictionary per row, numbers at full precision and scaled as printed."""
+    flat = []
+    for row in data.rows:
+        line: dict[str, Any] = {"model": row.model}
+        line |= dict(zip(data.labels, row.labels, strict=True))
+        line["cell_key"] = row.cell_key
+        for head, value in zip(data.columns, row.values, strict=True):
+            name = head.column.title or head.column.metric
+            line[name] = value.number
+            line[f"{name} stderr"] = value.stderr
+            if head.published:
+                line[f"{name} published"] = value.published_number
+                line[f"{name} difference"] = value.difference
+            line[f"{name} p"] = value.comparison.adjusted if value.comparison else None
+            line[f"{name} smoke"] = value.smoke or None
+        flat.append(line)
+    filled = {name for line in flat for name, value in line.items() if value is not None}
+    optional = (" stderr", " p", " smoke")
+    return [{n: v for n, v in line.items() if n in filled or not n.endswith(optional)} for line in flat]
+
+
+def _csv(data: TableData) -> str:
+    flat = _flat(data)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(flat[0]) if flat else list(data.labels), lineterminator="\n")
+    writer.writeheader()
+    for line in flat:
+        writer.writerow({n: "" if v is None else repr(v) if isinstance(v, float) else v for n, v in line.items()})
+    return out.getvalue()
+
+
+def frame(data: TableData) -> pandas.DataFrame:
+    """The table for a notebook: numbers at full precision, p-values after Holm; captions and notes in `.attrs`."""
+    import pandas
+
+    table = pandas.DataFrame(_flat(data))
+    table.attrs.update(caption=data.caption, notes=list(data.notes), commands=list(data.commands))
+    return table
+
+
+STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;color:#1c2733;background:#fff;margin:24px}
+table{border-collapse:collapse}caption{caption-side:top;text-align:left;font-weight:600;font-size:16px;padding-bottom:8px}
+th,td{padding:4px 12px;text-align:right;white-space:nowrap}th{border-bottom:2px solid #1c2733;cursor:pointer}
+td{border-bottom:1px solid #e4e8ec}th.l,td.l{text-align:left}tr.base td{background:#f3f6f9}td.p,th.p{color:#66717d}
+tr.section td{font-weight:600;border-bottom:1px solid #1c2733;padding-top:14px}
+td.best{font-weight:700}p{max-width:80ch;margin:8px 0}code{background:#f3f6f9;padding:2px 6px}
+"""
+SORT = """
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const index = head.cellIndex, up = head.dataset.up !== "1";
+  head.dataset.up = up ? "1" : "";
+  const key = row => { const text = row.cells[index].textContent, n = parseFloat(text); return isNaN(n) ? text : n };
+  for (const body of document.querySelectorAll("tbody")) {
+    const rows = [...body.rows].filter(row => !row.classList.contains("section"));
+    rows.sort((a, b) => {
+      const x = key(a), y = key(b);
+      if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1;
+      return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1);
+    });
+    body.append(...rows);
+  }
+};
+"""
+
+
+def _html(data: TableData) -> str:
+    heads, lines = _grid(data, ("\x02", "\x03"))
+    left = len(data.labels)
+    quiet = {left + i for i, head in enumerate(heads[left:]) if head in ("published", "Δ")}
+
+    def classes(index: int, text: str) -> str:
+        names = [n for n, on in (("l", index < left), ("p", index in quiet), ("best", text.startswith("\x02"))) if on]
+        return f' class="{" ".join(names)}"' if names else ""
+
+    title = html.escape(data.caption or data.name)
+    out = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
+    out += [f"<style>{STYLE}</style></head><body>"]
+    out += [f"<table><caption>{title}</caption><thead><tr>"]
+    out += [f"<th{classes(i, head)}>{html.escape(head)}</th>" for i, head in enumerate(heads)]
+    out += ["</tr></thead>"]
+    rows = {id(line): row for row, line in zip(data.rows, lines, strict=True)}
+    for section, section_lines in _sections(data, lines):
+        out.append("<tbody>")
+        if section:
+            out.append(f'<tr class="section"><td class="l" colspan="{len(heads)}">{html.escape(section)}</td></tr>')
+        for line in section_lines:
+            base = ' class="base"' if rows[id(line)].baseline else ""
+            entries = [(classes(i, text), html.escape(text.strip("\x02\x03"))) for i, text in enumerate(line)]
+            out.append(f"<tr{base}>{''.join(f'<td{names}>{text}</td>' for names, text in entries)}</tr>")
+        out.append("</tbody>")
+    out += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in data.notes)]
+    out += [f"<p><code>{html.escape(command)}</code></p>" for command in data.commands]
+    return "\n".join([*out, f"<script>{SORT}</script></body></html>"]) + "\n"

@@ -1,0 +1,295 @@
+"""Tables: the published number beside ours, gaps with their command, marks that mean what they say, the same bytes each time."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic_sweep import EVALUATIONS, LLAMA, TABLE, cells, fill, make_sweep, w4a8
+
+from harness.cell import ActivationScheme, Cell, Evaluation, Method, Model, Part, Scheme, WeightScheme, cell_key, score_key
+from harness.errors import ConfigError
+from harness.published import load_published, match
+from harness.store import Record, Store
+from harness.sweep import Column, Sweep, Table
+from harness.tables import TableData, better_is_higher, bits_text, build, frame, latex_text, render
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "sweeps" / "published").glob("*/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Store, TableData]:
+    sweep = make_sweep(tmp_path_factory.mktemp("study"))
+    store = fill(sweep)
+    return sweep, store, build(sweep, TABLE, records(sweep, store), store)
+
+
+def records(sweep: Sweep, store: Store) -> list[Record]:
+    return [store.record(cell) for cell in sweep.cells]
+
+
+def row_of(data: TableData, method: str, bits: str) -> tuple[str, ...]:
+    lines = render(data).splitlines()
+    rows = [[text.strip() for text in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return tuple(next(row for row in rows if row[0] == method and row[1] == bits))
+
+
+def test_the_same_records_give_the_same_bytes(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, data = made
+    again = build(sweep, TABLE, reversed(records(sweep, store)), store)
+    for format in ("md", "latex", "csv", "html"):
+        assert render(data, format) == render(again, format)
+
+
+def test_ours_published_and_the_difference(made: tuple[Sweep, Store, TableData]) -> None:
+    _, _, data = made
+    row = row_of(data, "none", "16")
+    ours, published, difference = row[4:7]
+    assert published == "6.1" and float(difference) == pytest.approx(float(ours) - 6.1, abs=0.011)
+    assert row_of(data, "QuIP", "4")[3:7] == ("", "", "6.5", "")          # not in this sweep: their number alone
+    assert row_of(data, "rtn", "8")[5:7] == ("", "")                      # w8g128 is not in the paper, w8 without groups is
+    assert row_of(data, "awq", "2")[4:7] == ("—", "1.7e+6", "")
+
+
+def test_baseline_first_gaps_and_failures_with_the_way_out(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, data = made
+    assert data.rows[0].baseline
+    assert data.commands == ("harness run llama3_8b_ptq",)
+    text = render(data)
+    assert "llama3_8b · awq · w2g128 failed: Hessian of block 12 is singular" in text
+    assert "in 2 rows; fill with:\n\n    harness run llama3_8b_ptq\n" in text
+    done = dataclasses.replace(sweep, cells=sweep.cells[:3])
+    assert build(done, TABLE, records(done, store)).commands == ()
+
+
+def test_diverged_is_shown_as_such(made: tuple[Sweep, Store, TableData]) -> None:
+    _, _, data = made
+    assert row_of(data, "rtn", "2")[4] == "diverged"
+    assert "inf" not in render(data) and "nan" not in render(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(19312.0, "1.9e4"), (2.7e6, "2.7e6"), (9999.0, "9999.00"), (math.nan, "diverged"), (math.inf, "diverged")]
+)
+def test_large_perplexities_are_printed_like_the_papers(tmp_path: Path, value: float, text: str) -> None:
+    sweep, store = one_score(tmp_path, {"wikitext2/perplexity": value})
+    assert row_of(build(sweep, sweep.tables[0], records(sweep, store)), "none", "16")[3] == text
+
+
+def one_score(root: Path, metrics: dict[str, float], limit: int | None = None) -> tuple[Sweep, Store]:
+    evaluation = dataclasses.replace(EVALUATIONS[0], limit=limit)
+    cell = Cell(LLAMA, Method("none"), Scheme("full"), evaluations=(evaluation,))
+    sweep = make_sweep(root)
+    table = Table("t", columns=(Column("wikitext2/perplexity", "ppl"),))
+    sweep = dataclasses.replace(sweep, cells=(cell,), tables=(table,), path=None, overrides=("+model=llama3_8b", "limit=8"))
+    store = Store(sweep.runtime.runs)
+    details = {"smoke": True} if limit else {}
+    store.write_score(store.open_cell(cell), score_key(cell, evaluation), {"metrics": metrics, "details": details})
+    return sweep, store
+
+
+def test_a_smoke_run_is_marked(tmp_path: Path) -> None:
+    sweep, store = one_score(tmp_path, {"wikitext2/perplexity": 7.0}, limit=8)
+    text = render(build(sweep, sweep.tables[0], [store.record(c) for c in sweep.cells]))
+    assert "7.00†" in text and "first 8 items" in text
+
+
+def test_best_is_bold_among_equal_bits_only(made: tuple[Sweep, Store, TableData]) -> None:
+    _, _, data = made
+    for index in (1, 2):
+        for bits in (8, 4, 3, 2):
+            quantized = [row for row in data.rows if row.cell is not None and not row.baseline]
+            group = [row for row in quantized if row.labels[1] == str(bits)]
+            values = [r.values[index] for r in group if r.values[index].number is not None]
+            finite = [v.number for v in values if v.number is not None and math.isfinite(v.number)]
+            target = min(finite) if index == 1 else max(finite)
+            for value in values:
+                if value.best:
+                    assert value.number == pytest.approx(target, abs=0.005)
+    assert not any(row.values[0].best for row in data.rows)              # all equal: no best
+    assert not data.rows[0].values[1].best
+
+
+def test_ties_are_marked_and_real_differences_are_not(made: tuple[Sweep, Store, TableData]) -> None:
+    _, _, data = made
+    for bits, tie in (("8", True), ("3", False)):
+        assert ("≈" in row_of(data, "gptq", bits)[4]) is tie
+        assert ("≈" in row_of(data, "gptq", bits)[7]) is tie
+    assert "Holm over" in render(data)
+
+
+def test_without_items_nothing_is_claimed(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, _ = made
+    assert "≈" not in render(build(sweep, TABLE, records(sweep, store)))
+
+
+def test_markdown_is_aligned(made: tuple[Sweep, Store, TableData]) -> None:
+    lines = [line for line in render(made[2]).splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1
+    assert len({tuple(m.start() for m in re.finditer(r"\|", line)) for line in lines}) == 1
+
+
+def test_csv_has_full_precision(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, data = made
+    rows = list(csv.DictReader(io.StringIO(render(data, "csv"))))
+    by_key = {row["cell_key"]: row for row in rows if row["cell_key"]}
+    for record in records(sweep, store):
+        value = record.metrics().get("wikitext2/perplexity")
+        assert by_key[record.cell_key]["WikiText2"] == ("" if value is None else repr(value))
+    assert {row["model"] for row in rows} == {"llama3_8b"}
+
+
+def test_frame_holds_numbers(made: tuple[Sweep, Store, TableData]) -> None:
+    table = frame(made[2])
+    assert table["WikiText2"].dtype == float and "Holm" in " ".join(table.attrs["notes"])
+
+
+def test_latex_is_balanced_and_escaped(made: tuple[Sweep, Store, TableData]) -> None:
+    text = render(made[2], "latex")
+    assert text.count("{") == text.count("}") and text.count("$") % 2 == 0
+    assert text.isascii() and "?" not in text
+    body = text[text.index(r"\toprule") : text.index(r"\bottomrule")]
+    counts = {len(re.findall(r"(?<!\\)&", line)) for line in body.splitlines() if line.endswith(r"\\")}
+    assert len(counts) == 1
+    assert latex_text("50% of a_b & {c} # $ ~ ^ \\") == (
+        r"50\% of a\_b \& \{c\} \# \$ \textasciitilde{} \textasciicircum{} \textbackslash{}"
+    )
+
+
+def test_html_is_self_contained_and_escaped(made: tuple[Sweep, Store, TableData]) -> None:
+    text = render(made[2], "html")
+    assert "http" not in text and "src=" not in text
+    assert "Perplexity &amp; accuracy" in text
+
+    class Balance(HTMLParser):
+        open_tags: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag != "meta":
+                self.open_tags.append(tag)
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open_tags.pop() == tag
+
+    parser = Balance()
+    parser.feed(text)
+    assert parser.open_tags == []
+
+
+def test_unknown_names_are_answered_with_the_nearest(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, data = made
+    with pytest.raises(ConfigError, match='did you mean "html"'):
+        render(data, "htm")
+    with pytest.raises(ConfigError, match='did you mean "llama3-empirical-study/table1"'):
+        load_published("llama3-empirical-studi/table1")
+    wrong = dataclasses.replace(TABLE, columns=(Column("wikitext2/perplexity", published="wikitext"),))
+    with pytest.raises(ConfigError, match='did you mean "wikitext2"'):
+        build(sweep, wrong, records(sweep, store))
+
+
+def test_weighted_mean_and_its_gap(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, _ = made
+    of = ("arc_easy/acc", "checkpoint/bits_per_weight")
+    column = Column("mean", "mix", of=of, weights=(3.0, 1.0), digits=6)
+    data = build(sweep, Table("t", columns=(column,)), records(sweep, store))
+    metrics = store.record(sweep.cells[0]).metrics()
+    assert data.rows[0].values[0].number == pytest.approx((3 * metrics[of[0]] + metrics[of[1]]) / 4)
+    assert data.rows[-1].values[0].number is None
+    with pytest.raises(ConfigError, match="one weight per metric"):
+        build(sweep, Table("t", columns=(dataclasses.replace(column, weights=(1.0,)),)), records(sweep, store))
+
+
+def test_cells_of_equal_labels_are_told_apart(tmp_path: Path) -> None:
+    first = cells(LLAMA, ("gptq",), (4,))[1]
+    both = (first, dataclasses.replace(first, inputs="full_precision"))
+    sweep = dataclasses.replace(make_sweep(tmp_path), cells=both)
+    data = build(sweep, Table("t", columns=TABLE.columns[:1]), [])
+    assert data.labels[-1] == "variant"
+    assert [row.labels[-1] for row in data.rows] == ["inputs quantized", "inputs full_precision"]
+
+
+def test_two_models_are_two_sections(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, _ = made
+    both = dataclasses.replace(sweep, cells=(*cells(Model("demo", "demo", digest="x"), ("rtn",), (4,)), *sweep.cells))
+    data = build(both, TABLE, records(both, store), store)
+    text = render(data)
+    assert text.index("demo:") < text.index("llama3_8b:")
+    assert [row.baseline for row in data.rows if row.model == "demo"] == [True, False]
+    assert not any(v.published for row in data.rows if row.model == "demo" for v in row.values)   # the paper is of another model
+
+
+def test_labels() -> None:
+    assert bits_text(w4a8(LLAMA)) == "W4A8"
+    assert bits_text(cells(LLAMA)[0]) == "16"
+    nf4 = Cell(LLAMA, Method("rtn", rounding=Part("rtn")), Scheme("nf4", WeightScheme("nf4", 4, 64)))
+    assert bits_text(nf4) == "4 nf"
+
+
+def test_direction_comes_from_the_evaluator() -> None:
+    assert better_is_higher("wikitext2/perplexity", cells(LLAMA)) is False
+    assert better_is_higher("arc_easy/acc", cells(LLAMA)) is True
+    assert better_is_higher("strange/number") is None
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_published_files_are_whole(path: Path) -> None:
+    published = load_published(f"{path.parent.name}/{path.stem}")
+    assert published.path.samefile(path) and published.rows and published.arxiv and f"table{published.table}" == path.stem
+    assert all(row.values.keys() <= published.columns and row.method for row in published.rows)
+
+
+def test_published_numbers_keep_their_text(tmp_path: Path) -> None:
+    published = load_published("llama3-empirical-study/table1")
+    row = next(row for row in published.rows if row.method == "RTN" and row.weight_bits == 2 and row.group_size == 128)
+    assert row.values["wikitext2"].text == "1.9e+3" and row.values["wikitext2"] == 1900.0
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "table1.yaml").write_text("paper: p\nrows: []\n")
+    with pytest.raises(ConfigError, match=r'"arxiv" is missing(.|\n)*"columns" is missing'):
+        load_published("study/table1", [tmp_path])
+    (folder / "table1.yaml").write_text(
+        'paper: p\narxiv: "1"\nversion: v1\ntable: 1\nmodel: m\ncolumns: [{name: ppl}]\n'
+        "rows:\n  - {method: RTN, values: {pppl: 1}}\n"
+    )
+    with pytest.raises(ConfigError, match=r'"w_bits" is missing(.|\n)*no column "pppl"; did you mean "ppl"'):
+        load_published("study/table1", [tmp_path])
+
+
+def test_rows_are_matched_by_model_method_and_scheme() -> None:
+    published = load_published("llama3-70b-per-channel/table1")
+    model = Model("llama3_70b", "meta-llama/Meta-Llama-3-70B", digest="x")
+    per_channel = Scheme("w8", WeightScheme(bits=8))
+    rtn = Cell(model, Method("rtn", rounding=Part("rtn")), per_channel)
+    smooth = Scheme("w8a8", WeightScheme(bits=8), ActivationScheme(bits=8))
+    bi_smoothing = Cell(model, Method("bi_smoothing", transform=Part("bi_smoothing")), smooth)
+    other = dataclasses.replace(rtn, model=Model("llama2_7b", "meta-llama/Llama-2-7b-hf"))
+    matches, ambiguous = match([rtn, bi_smoothing, other], published)
+    assert list(matches) == [cell_key(rtn)] and matches[cell_key(rtn)].label == "LLaMA3-70B, W8A16"
+    assert len(ambiguous) == 1 and "3 published rows fit" in ambiguous[0]
+
+
+def test_fractions_stand_as_percent_beside_percent(tmp_path: Path) -> None:
+    model = Model("llama3_70b", "meta-llama/Meta-Llama-3-70B", digest="x")
+    evaluation = Evaluation("piqa", "lm_eval_tasks")
+    cell = Cell(model, Method("rtn", rounding=Part("rtn")), Scheme("w8", WeightScheme(bits=8)), evaluations=(evaluation,))
+    column = Column("piqa/acc", "PIQA", published="piqa", digits=2, scale=100.0)
+    table = Table("t", columns=(column,), published="llama3-70b-per-channel/table1")
+    sweep = dataclasses.replace(make_sweep(tmp_path), cells=(cell,), tables=(table,))
+    row = next(row for row in build(sweep, table, []).rows if row.cell is cell)
+    assert row.values[0].published is not None and row.values[0].published.text == "81.66"
+
+
+def test_tables_load_without_torch() -> None:
+    program = (
+        "import sys, harness.tables, harness.plots, harness.statistics, harness.published\n"
+        "heavy = {'torch', 'mlflow', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
