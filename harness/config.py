@@ -2,8 +2,9 @@
 
     sweeps/<name>.yaml + overrides  ->  axes of every grid  ->  each axis value composed once  ->  their product  ->  frozen cells
 
-A sweep of a thousand cells has some twenty distinct axis values; Hydra composes those (60 to 140 ms each), the product is taken
-here. Everything is typed by the dataclasses it ends in (`harness.cell`, `harness.sweep`), settings of plugins by their own YAML.
+A sweep of a thousand cells has some forty distinct axis values. Hydra composes config.yaml and every value whose YAML has a
+`defaults` list (60 to 140 ms each); a value without one is its file. The product is taken here. Everything is typed by the
+dataclasses it ends in (`harness.cell`, `harness.sweep`), settings of plugins by their own YAML and source.
 All that is wrong with a sweep is said in one ConfigError: file, key, value and the nearest name that exists.
 The language of a sweep file and of overrides is described in docs/sweeps.md.
 """
@@ -11,6 +12,7 @@ The language of a sweep file and of overrides is described in docs/sweeps.md.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import fnmatch
 import functools
@@ -197,15 +199,17 @@ class Problems:
 # --- Hydra ---------------------------------------------------------------------------------------------------------------------
 
 
-def compose(group: str, name: str) -> dict[str, Any]:
-    """One YAML of conf/, its `defaults` composed by Hydra, interpolations resolved. Raises ConfigError naming file and line."""
+def compose(group: str, name: str, where: str = "") -> dict[str, Any]:
+    """One YAML of conf/, its `defaults` composed by Hydra, interpolations resolved. Raises ConfigError naming file and line.
+
+    where: what asked for it, for the message when there is no such name.
+    """
     path = _files(group).get(name)
     if path is None:
-        raise ConfigError(unknown_name(group, name, _files(group)))
-    root = path.parent.parent
-    composed = _hydra(root, f"{group}/{name}", ())
-    content = composed.get(group)
-    return dict(content) if isinstance(content, dict) else {}
+        raise ConfigError(unknown_name(group, name, _files(group), where))
+    if re.search(r"^(defaults:|# @package)", _read_text(path), re.MULTILINE):
+        return _mapping(_hydra(path.parent.parent, f"{group}/{name}", ()).get(group), path)
+    return _read_yaml(path, group)
 
 
 def _hydra(root: Path, config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -231,22 +235,42 @@ def _hydra(root: Path, config_name: str, overrides: Sequence[str]) -> dict[str, 
     return typing.cast(dict[str, Any], resolved)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file by itself, interpolations resolved; no tags, no repeated keys. Raises ConfigError naming file and line."""
+def _read_yaml(path: Path, package: str | None = None) -> dict[str, Any]:
+    """A YAML file by itself, interpolations resolved; no tags, no repeated keys. Raises ConfigError naming file and line.
+
+    package: where Hydra would put it, so that an interpolation means the same: ${model.source} in a file of model/.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        text = path.read_text(encoding="utf-8")
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=True) if text.strip() else {}
+        config = OmegaConf.create(_read_text(path))
+        if package is None:
+            content = OmegaConf.to_container(config, resolve=True)
+        else:
+            content = OmegaConf.to_container(OmegaConf.create({package: config}).get(package), resolve=True)
     except YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from error
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from error
+    return _mapping(content, path)
+
+
+def _mapping(content: Any, path: Path) -> dict[str, Any]:
+    """The mapping that a file holds; an empty file holds an empty one."""
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a mapping is expected")
     return {str(key): value for key, value in content.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def _yaml_problem(path: Path, error: Exception) -> str:
@@ -389,7 +413,7 @@ def _sweep_path(name: str) -> Path:
 
 def _read_sweep_file(path: Path, problems: Problems) -> _SweepFile:
     content = _read_yaml(path)
-    comment = _head_comment(path.read_text(encoding="utf-8"))
+    comment = _head_comment(_read_text(path))
     file = _SweepFile(path=path, title=comment[0] if comment else path.stem, description="\n".join(comment[1:]).strip())
     shared: dict[str, list[Any]] = {}
     for key, value in content.items():
@@ -640,6 +664,7 @@ class _Resolver:
         self.file, self.edits, self.problems = file, edits, problems
         self.base = file.path.parent if file.path is not None else None
         self.known: dict[Any, Any] = {}
+        self.composed: dict[tuple[str, str], dict[str, Any]] = {}
         self.used_settings: set[str] = set()
         self.asked: set[str] = set()            # names of evaluations, those that failed included
         self.runtime = self._runtime()
@@ -666,6 +691,12 @@ class _Resolver:
             with self.problems.collect():
                 self.known[key] = make()
         return typing.cast(T | None, self.known[key])
+
+    def _compose(self, group: str, name: str, where: str = "") -> dict[str, Any]:
+        """`compose`, once per name; a copy that may be edited."""
+        if (group, name) not in self.composed:
+            self.composed[group, name] = compose(group, name, where)
+        return copy.deepcopy(self.composed[group, name])
 
     # the grid
 
@@ -772,7 +803,7 @@ class _Resolver:
 
     def _model(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Model:
         if name in _files("model"):
-            content, where = compose("model", name), str(_files("model")[name])
+            content, where = self._compose("model", name), str(_files("model")[name])
         elif sources.resolve_path(name, self.base).is_dir():
             content, where = {"source": name}, f"model {name}"
             name = sources.resolve_path(name, self.base).resolve().name
@@ -798,7 +829,7 @@ class _Resolver:
 
     def _scheme(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Scheme:
         if name in _files("scheme"):
-            content, where = compose("scheme", name), str(_files("scheme")[name])
+            content, where = self._compose("scheme", name), str(_files("scheme")[name])
         else:
             content, where = _scheme_by_name(name, self.file.where), f"scheme {name}"
         for key, value, _ in fields:
@@ -815,7 +846,7 @@ class _Resolver:
     def _calibration(self, name: str, fields: Sequence[tuple[str, Any, bool]], seed: int) -> Calibration:
         where = f"calibration {name}"
         if name in _files("calibration"):
-            content, where = compose("calibration", name), str(_files("calibration")[name])
+            content, where = self._compose("calibration", name), str(_files("calibration")[name])
         elif sources.resolve_path(name, self.base).exists():
             content = {"source": name}
             name = sources.resolve_path(name, self.base).name.split(".")[0]
@@ -856,7 +887,7 @@ class _Resolver:
         return Method(_suffixed(name, suffixes), **parts)
 
     def _method_yaml(self, name: str) -> dict[str, Any]:
-        content = compose("method", name)
+        content = self._compose("method", name, self.file.where)
         where = str(_files("method")[name])
         known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS)]
         for key in content:
@@ -871,7 +902,10 @@ class _Resolver:
             if {slot: content.get(slot) for slot in SLOTS} == dict(chosen) \
                     and not any(content.get(f"{slot}_settings") for slot in SLOTS):
                 return name
-        return "+".join(filter(None, chosen.values())) or "none"
+        name = "+".join(filter(None, chosen.values())) or "none"
+        if name in _files("method"):            # of other parts: awq's rounding alone is not AWQ
+            return "+".join(f"{slot}={part}" for slot, part in chosen.items() if part is not None)
+        return name
 
     def _part(
         self, slot: str, name: str, own: Mapping[str, Any], fields: Sequence[tuple[str, Any, bool]]
@@ -882,7 +916,7 @@ class _Resolver:
         where = f"{slot} {name}"
         if name in _files(slot):
             where = str(_files(slot)[name])
-            content = {key: value for key, value in compose(slot, name).items() if key != "name"}
+            content = {key: value for key, value in self._compose(slot, name).items() if key != "name"}
             known.update(_checked_settings(known, content, where) if known else content)
         used = [(key, value, several) for key, value, several in fields if key in known]
         self.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
@@ -925,6 +959,8 @@ class _Resolver:
                     self.problems.add(unknown_name("axis", key, AXES, where))
                 elif key in GROUPS.values() and key not in ("model", "calibration"):
                     self._check_skip_names(key, wanted, where)
+                elif "." in key:
+                    self._check_skip_field(key, where)
 
     def _check_skip_names(self, group: str, wanted: Any, where: str) -> None:
         for name in wanted if isinstance(wanted, list) else [wanted]:
@@ -933,14 +969,28 @@ class _Resolver:
             if isinstance(name, str) and not parsed and not fnmatch.filter(known, name) and not set("*?[+") & set(name):
                 self.problems.add(unknown_name(group, name, known, where))
 
+    def _check_skip_field(self, key: str, where: str) -> None:
+        head, *names = key.split(".")
+        kind: Any = {"model": Model, "scheme": Scheme, "calibration": Calibration}.get(head)
+        if kind is None:                        # a part's settings
+            methods = [value for (axis, *_), value in self.known.items() if axis == "method" and value is not None]
+            parts = [part for part in (getattr(method, head) for method in methods) if part is not None]
+            known = {setting for part in parts for setting, _ in part.settings}
+            if methods and names[0] not in known:
+                self.problems.add(unknown_name("setting", key, [f"{head}.{name}" for name in known], where))
+            return
+        for name in names:
+            fields = _hints(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+            if name not in fields:
+                self.problems.add(unknown_name("field", name, fields, f"{where}: {key}"))
+                return
+            kind = next((arg for arg in typing.get_args(fields[name]) if dataclasses.is_dataclass(arg)), fields[name])
+
     # evaluations
 
     def _evaluations(self) -> tuple[Evaluation, ...]:
         entries = self.file.evaluations if self.edits.evaluations is None else self.edits.evaluations
         found: dict[str, Evaluation] = {}
-        limit = self.edits.evaluation_settings.get("limit")
-        if limit is not None and (type(limit) is not int or limit < 1):
-            self.problems.add(f"evaluations.limit: a whole number from 1 is expected, not {limit!r}")
         for entry in [*entries, *self.edits.more_evaluations]:
             with self.problems.collect():
                 name, own = _evaluation_entry(entry, self.file.where)
@@ -951,11 +1001,11 @@ class _Resolver:
                 self.problems.add(unknown_name("evaluation", dotted.partition(".")[0], ["limit", *found], "override evaluations"))
         return tuple(found.values())
 
-    def _expand(self, name: str, own: Mapping[str, Any], parents: tuple[str, ...]) -> Iterator[Evaluation]:
+    def _expand(self, name: str, own: Mapping[str, Any], parents: tuple[str, ...], asker: str = "") -> Iterator[Evaluation]:
         if name in parents:
             raise ConfigError(f"evaluation {name}: the suite contains itself: {' > '.join((*parents, name))}")
         self.asked.add(name)
-        content = compose("evaluation", name)
+        content = self._compose("evaluation", name, asker or self.file.where)
         where = str(_files("evaluation")[name])
         if "suite" not in content:
             yield self._evaluation(name, content, own, where)
@@ -964,7 +1014,7 @@ class _Resolver:
         members = content["suite"] if isinstance(content["suite"], list) else [content["suite"]]
         for member in members:
             with self.problems.collect():
-                yield from self._expand(*_evaluation_entry(member, where), (*parents, name))
+                yield from self._expand(*_evaluation_entry(member, where), (*parents, name), where)
 
     def _evaluation(self, name: str, content: dict[str, Any], own: Mapping[str, Any], where: str) -> Evaluation:
         for key in content:
@@ -977,6 +1027,8 @@ class _Resolver:
         edits = {dotted.partition(".")[2]: value for dotted, value in self.edits.evaluation_settings.items()
                  if dotted.partition(".")[0] == name and "." in dotted}
         limit = self.edits.evaluation_settings.get("limit", edits.pop("limit", content.get("limit")))
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ConfigError(f"evaluation {name}: limit: a whole number from 1 is expected, not {limit!r}")
         known = settings_of("evaluator", evaluator) or given
         settings = _checked_settings(known, {**given, **own, **edits}, where)
         data = self._evaluation_data(settings)
@@ -1051,7 +1103,7 @@ class _Resolver:
         for key in unknown:
             problems.add(unknown_name("key", f"data.{key}", ["data.root"], self.file.where))
         content["data_root"] = data.get("root")
-        runtime = typed(Runtime, content, self.file.where, problems)
+        runtime = typed(Runtime, content, self.file.where if given else str(root / "config.yaml"), problems)
         if runtime is None:
             return None
         if runtime.device != "auto" and not re.fullmatch(r"cpu|cuda(:\d+)?", runtime.device):
