@@ -4,8 +4,8 @@ A byte-level BPE tokenizer of 512 entries (every digit its own token) and a Llam
 world of `corpus`. Two choices make it behave like the large models of the papers when its bits are taken away:
 
     small batches, no weight decay      it knows its facts nearly perfectly, with weights that are spread rather than shrunk
-    planted activation outliers         5 % of the channels that enter q, k, v, gate, up and down are 4 or 8 times larger
-                                        (`plant`; the function is unchanged to the bit), as the residual streams of large models are
+    planted activation outliers         5 % of the channels that enter q, k, v, gate and up are 4 or 8 times larger (`plant`; the
+                                        function is unchanged to the bit), as the normalised residual streams of large models are
 
 The plain model loses nothing at 4 bits; with the outliers every step from 8 to 2 bits shows, and calibration has something to win.
 The recipe is seeded and single-threaded; another processor or torch version rounds differently and gives other weights of the same
@@ -110,13 +110,13 @@ def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[Llama
 
 
 def plant_outliers(model: LlamaForCausalLM) -> None:
-    """Give OUTLIER_SHARE of the channels of every block's inputs activations 4 or 8 times larger, in place; the function stays."""
+    """Give OUTLIER_SHARE of the channels behind every norm of the blocks activations 4 or 8 times larger, in place; the function stays."""
     draw = torch.Generator().manual_seed(SEED)
-    for kind, size in (("activation", CONFIG["hidden_size"]), ("down", CONFIG["intermediate_size"])):
-        for block in range(CONFIG["num_hidden_layers"]):
-            channels = torch.randperm(size, generator=draw)[: round(OUTLIER_SHARE * size)].tolist()
-            for i, scale in enumerate(OUTLIER_SCALES):
-                plant(model, kind, scale, channels[i :: len(OUTLIER_SCALES)], [block])
+    count = round(OUTLIER_SHARE * model.config.hidden_size)
+    for block in range(model.config.num_hidden_layers):
+        channels = torch.randperm(model.config.hidden_size, generator=draw)[:count].tolist()
+        for i, scale in enumerate(OUTLIER_SCALES):
+            plant(model, "activation", scale, channels[i :: len(OUTLIER_SCALES)], [block])
 
 
 @torch.no_grad()
