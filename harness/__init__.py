@@ -1,0 +1,73 @@
+"""Sweeps of model × method × bit width for quantized language models, from a notebook:
+
+    import harness
+    harness.plan("demo")                            # one row per cell: done, to do, or refused and why
+    records = harness.run("demo", "cluster=local")  # carries it out, or finishes it; one row per cell with every metric
+    harness.table("demo")                           # the sweep's table at full precision
+
+Overrides are those of the shell. Everything is imported when it is used: importing the package takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas
+
+importlib.import_module("harness.plan")         # loaded first, so that loading it later does not replace the function of its name
+
+__all__ = ["__version__", "plan", "run", "table"]
+__version__ = "0.1.0"
+
+
+def plan(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
+    """What a sweep would do, one row per cell: state (done, evaluate, quantize, refused), missing evaluations, reasons.
+
+    `.attrs["text"]` is the plan as `harness plan` prints it. Raises ConfigError when the sweep itself is wrong.
+    """
+    from harness.config import load_sweep
+    from harness.plan import make, render
+    from harness.store import Store
+
+    loaded = load_sweep(*_split(sweep, overrides))
+    made = make(loaded, Store(loaded.runtime.runs))
+    frame = made.frame()
+    frame.attrs["text"] = render(made)
+    return frame
+
+
+def run(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
+    """Carry a sweep out, or finish it; one row per cell with its metrics and, where it failed, the reason.
+
+    Raises PlanError with every refusal before anything starts. `.attrs["summary"]` is the summary that `harness run` prints.
+    """
+    from harness import driver
+    from harness.config import load_sweep
+
+    summary = driver.run(load_sweep(*_split(sweep, overrides)))
+    frame = driver.frame(summary.records)
+    frame.attrs["summary"] = summary.text
+    return frame
+
+
+def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
+    """A table of a sweep, its first when no name is given: numbers at full precision, published ones beside ours."""
+    from harness import tables
+    from harness.config import load_sweep
+    from harness.errors import ConfigError, unknown_name
+    from harness.store import Store
+
+    loaded = load_sweep(*_split(sweep, overrides))
+    store = Store(loaded.runtime.runs)
+    chosen = next((each for each in loaded.tables if not name or each.name == name), None)
+    if chosen is None:
+        raise ConfigError(unknown_name("table", name, [each.name for each in loaded.tables], f"sweep {loaded.name}"))
+    return tables.frame(tables.build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
+
+
+def _split(sweep: str | None, overrides: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    from harness.__main__ import split_arguments
+
+    return split_arguments(sweep, list(overrides))

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import psutil
 
 from harness import plugins, sources
 from harness.cell import Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from harness.methods.protocols import Shapes
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-CHECKPOINTS_PER_PASS = 8                        # more would save reading alone, and lose more when a process is killed
+CHECKPOINTS_PER_PASS = 16                       # more would save reading alone, and every stream waits on the CPU
 FLOPS_PER_THREAD = 2e10                         # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
 FLOPS_PER_GPU = 5e13                            # sustained in float32 accumulation; an order of magnitude, until records exist
 MEMORY_SHARE = 0.9                              # of what is free; the rest is for the process and the allocator's gaps
@@ -54,7 +53,8 @@ class Pass:
 
     cells    every cell whose checkpoint it makes; cells of one quantize_key share the checkpoint
     sharing  in words, what the cells have in common
-    seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on the device; disk_bytes of its checkpoints
+    seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on device and CPU together; disk_bytes of its
+             checkpoints
     """
 
     cells: tuple[Cell, ...]
@@ -174,18 +174,17 @@ def count_workers(runtime: Runtime) -> int:
         return runtime.cluster.workers
     if runtime.cluster.address:
         return 4
-    gpus = count_gpus() if runtime.device != "cpu" else 0
-    if gpus:
-        return max(1, int(gpus / max(runtime.cluster.gpus_per_task, 1 / 16)))
+    if uses_gpu(runtime):
+        return max(1, int(count_gpus() / max(runtime.cluster.gpus_per_task, 1 / 16)))
     return max(1, count_cores() // 2)
 
 
 def count_cores() -> int:
     """Cores that this process may use; a container or a batch system may allow fewer than the machine has."""
     try:
-        return len(psutil.Process().cpu_affinity() or ()) or psutil.cpu_count() or 1
+        return len(os.sched_getaffinity(0))
     except AttributeError:                      # no affinity on this operating system
-        return psutil.cpu_count() or 1
+        return os.cpu_count() or 1
 
 
 @functools.cache
@@ -213,10 +212,8 @@ class _Checker:
         for slot, part in _slots(cell):
             question = ("part", slot, part, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
-        if not cell.method.is_baseline:
+        if not cell.method.is_baseline and not any("group size" in reason for reason in found):
             found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
-            if cell.method.rounding is None:
-                found.append(f'method "{cell.method.name}" has no rounding and would quantize nothing; set `rounding:` in its YAML')
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
             found += self._once(("evaluation", evaluation, cell.model), ask)
@@ -315,11 +312,23 @@ def free_memory(runtime: Runtime) -> tuple[int | None, str]:
     """Bytes free on the device that tasks of this machine would use, and its name; None for a cluster that is elsewhere."""
     if runtime.cluster.address:
         return None, "the cluster"
-    if runtime.device != "cpu" and count_gpus():
+    if uses_gpu(runtime):
         import torch
 
         return min(torch.cuda.mem_get_info(index)[0] for index in range(count_gpus())), "the GPU"
-    return psutil.virtual_memory().available, "this machine"
+    return available_memory(), "this machine"
+
+
+def available_memory() -> int:
+    """Bytes of main memory that processes may still take."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def uses_gpu(runtime: Runtime) -> bool:
+    """Whether tasks on this machine run on a GPU."""
+    return runtime.device != "cpu" and count_gpus() > 0
 
 
 def _problems(runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: Sequence[Scoring]) -> tuple[str, ...]:
@@ -365,7 +374,7 @@ def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, worker
                 cells,
                 _sharing(first, shapes),
                 history.quantize_seconds(first, shapes, checker.runtime),
-                pass_memory(first, shapes),
+                sum(pass_memory(first, shapes)),
                 sum(checkpoint_bytes(cell, shapes) for cell in first),
             )
 
@@ -380,8 +389,7 @@ def _stream(cell: Cell) -> tuple[Any, ...]:
 def _cut(checkpoints: list[list[Cell]], shapes: Shapes, runtime: Runtime, share: int) -> Iterable[list[list[Cell]]]:
     """Consecutive runs of checkpoints: few enough for memory, and one per worker of this walk unless they share a stream."""
     limit = CHECKPOINTS_PER_PASS
-    free, _ = free_memory(runtime)
-    while free is not None and limit > 1 and pass_memory([c[0] for c in checkpoints[:limit]], shapes) > free * MEMORY_SHARE:
+    while limit > 1 and not _fits([checkpoint[0] for checkpoint in checkpoints[:limit]], shapes, runtime):
         limit -= 1
     # Checkpoints with streams of their own share nothing after block 0 but the reading, so idle workers are worth more.
     if len({_stream(checkpoint[0]) for checkpoint in checkpoints}) > 1:
@@ -444,24 +452,35 @@ def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
     return int(bits / 8) + 65536
 
 
-def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> int:
-    """Peak bytes of a pass on its device: one block in float32 twice per cell at work, Hessians, and two copies of each stream."""
+def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
+    """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
+
+    On the device: three copies of a block, the statistics of its groups and their factorisation. On the CPU: one copy of every
+    sequence per input stream, twice where inputs themselves are kept.
+    """
     block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
     calibrated = [cell for cell in cells if cell.method.needs]
     if not calibrated:
-        return 3 * block
+        return 3 * block, 0
     calibration, dtype = calibrated[0].calibration, calibrated[0].model.dtype
-    assert calibration is not None
+    assert calibration is not None, "a cell that needs calibration and has none is refused"
     widths = {linear.group: linear.in_features for linear in shapes.linears}
-    hessians = 4 * 3 * sum(width**2 for width in widths.values())
-    stream = calibration.samples * calibration.length * shapes.hidden_size * DTYPE_BYTES[dtype]
-    inputs = 4 * calibration.samples * calibration.length * max(widths.values()) if _keeps_inputs(calibrated) else 0
+    statistics = 4 * 3 * sum(width**2 for width in widths.values()) if any("hessian" in c.method.needs for c in calibrated) else 0
+    tokens = calibration.samples * calibration.length
+    stream = tokens * shapes.hidden_size * DTYPE_BYTES[dtype]
+    kept = tokens * sum(widths.values()) * DTYPE_BYTES[dtype] if any("inputs" in c.method.needs for c in calibrated) else 0
     streams = len({_stream(cell) for cell in calibrated})
-    return block * (2 + streams) + hessians + stream * (1 + streams) + inputs
+    return 3 * block + statistics, stream * (1 + 2 * streams) + kept
 
 
-def _keeps_inputs(cells: Iterable[Cell]) -> bool:
-    return any(need in ("inputs", "reference") for cell in cells for need in cell.method.needs)
+def _fits(cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> bool:
+    if runtime.cluster.address:
+        return True
+    device, host = pass_memory(cells, shapes)
+    free = available_memory() * MEMORY_SHARE
+    if not uses_gpu(runtime):
+        return device + host <= free
+    return host <= free and device <= (free_memory(runtime)[0] or 0) * MEMORY_SHARE
 
 
 class _History:
@@ -482,7 +501,7 @@ class _History:
 
     def quantize_seconds(self, cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> float:
         known = [self.quantized.get((cell.model.digest, cell.method.name)) for cell in cells]
-        rate = FLOPS_PER_GPU if runtime.device != "cpu" and count_gpus() else FLOPS_PER_THREAD * max(1, count_cores() // 2)
+        rate = FLOPS_PER_GPU if uses_gpu(runtime) else FLOPS_PER_THREAD * max(1, count_cores() // 2)
         return sum(quantize_flops(c, shapes) / rate + 0.01 if k is None else k for c, k in zip(cells, known, strict=True))
 
     def evaluate_seconds(self, cells: Sequence[Cell], evaluations: Sequence[Sequence[Evaluation]]) -> float | None:
@@ -528,11 +547,11 @@ def render(plan: Plan) -> str:
         head.append(f"{sum(len(skip.titles) for skip in sweep.skips)} skipped")
     lines = [f"plan    {' · '.join(head)}"]
     for number, each in enumerate(plan.passes, start=1):
-        cost = f"{_duration(each.seconds)} · {size(each.peak_memory_bytes)} of memory · {size(each.disk_bytes)} of disk"
+        cost = f"{duration(each.seconds)} · {size(each.peak_memory_bytes)} of memory · {size(each.disk_bytes)} of disk"
         made = f"{_count(len(each.checkpoints), 'checkpoint')}: {each.sharing}"
         lines.append(f"pass {number:<3}{each.cells[0].model.name}   {made}   {cost}")
     for scoring in plan.scorings:
-        cost = f"{_duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
+        cost = f"{duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
         cells = _count(len(scoring.cells), "cell")
         lines.append(f"score   {scoring.cells[0].model.name}   {_count(scoring.count, 'evaluation')} of {cells}   {cost}")
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
@@ -542,7 +561,7 @@ def render(plan: Plan) -> str:
     where = runtime.cluster.address or f"{_count(plan.workers, 'worker')} on this machine"
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
     if plan.missing and plan.seconds is not None:
-        lines.append(f"        about {_duration(plan.seconds)[2:]} on these workers, start-up excluded")
+        lines.append(f"        about {duration(plan.seconds)[2:]} on these workers, start-up excluded")
     return "\n".join(lines)
 
 
@@ -573,7 +592,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-def _duration(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     if seconds is None:
         return "time unknown (no record yet)"
     for unit, length in (("h", 3600), ("min", 60)):

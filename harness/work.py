@@ -110,38 +110,33 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
             if manifest is not None:            # another driver made it while this one waited
                 yield Quantized(time.time(), tuple(map(cell_key, cells)), record=manifest)
                 del sharers[key]
-        for event in _make_checkpoints([cells[0] for cells in sharers.values()], store, device, facts):
-            widened = _widen(event, sharers)
+        for event in _walk([cell for cells in sharers.values() for cell in cells], store, device):
             if isinstance(event, Quantized):
-                for key in widened.cell_keys:
+                for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
-            yield widened
+            yield event
 
 
-def _make_checkpoints(cells: Sequence[Cell], store: Store, device: str, facts: Mapping[str, Any]) -> Iterator[Event]:
-    """Checkpoints of distinct cells of one model: baselines at once, the others in one walk."""
-    from harness.formats import native
-    from harness.streaming import calibration, passes
+def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
+    """The pass over cells of one model and one calibration."""
+    from harness.formats.native import CheckpointWriter
+    from harness.streaming.calibration import draw_windows
+    from harness.streaming.passes import run_pass
 
     if not cells:
         return
     folder = sources.model_folder(cells[0].model)
-    for cell in (cell for cell in cells if cell.method.is_baseline):
-        manifest = native.write_baseline(store.checkpoint_folder(quantize_key(cell)), fingerprint(cell), folder)
-        yield Quantized(time.time(), (cell_key(cell),), record=manifest)
-    cells = [cell for cell in cells if not cell.method.is_baseline]
-    if not cells:
-        return
     writers = {}
     for cell in cells:
         key = quantize_key(cell)
-        writers[key] = native.CheckpointWriter(store.checkpoint_folder(key), fingerprint(cell))
+        writers[key] = CheckpointWriter(store.checkpoint_folder(key), fingerprint(cell))
+    calibrations = {cell.calibration for cell in cells if cell.method.needs}
+    assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
-    calibrated = [cell for cell in cells if cell.method.needs]
-    if calibrated:
-        assert calibrated[0].calibration is not None, "a cell that needs calibration and has none is refused by the plan"
-        windows = calibration.draw_windows(calibrated[0].calibration, load_tokenizer(folder, cells[0].model.trust_remote_code))
-    yield from passes.run_pass(cells, folder, windows, writers, device)
+    for calibration in calibrations:
+        assert calibration is not None, "a cell that needs calibration and has none is refused by the plan"
+        windows = draw_windows(calibration, load_tokenizer(folder, cells[0].model.trust_remote_code))
+    yield from run_pass(cells, folder, windows, writers, device)
 
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
@@ -160,12 +155,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-def _widen(event: Event, sharers: Mapping[str, Sequence[Cell]]) -> Event:
-    """An event of the cell that stands for a checkpoint, as one of every cell that shares the checkpoint."""
-    shared = {cell_key(cells[0]): tuple(map(cell_key, cells)) for cells in sharers.values()}
-    return dataclasses.replace(event, cell_keys=tuple(k for key in event.cell_keys for k in shared.get(key, (key,))))
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,266 @@
+"""The commands: plan, run, status, table, show, publish, ui, list, doctor.
+
+A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
+
+    harness run demo
+    harness run llama3_8b_ptq cluster=ray rounding=gptq,rtn
+    harness run model=demo method=rtn,gptq scheme=w4,w3
+
+Exit codes: 0 all cells done, 1 a cell failed or another error, 2 a config is wrong, 3 the plan refuses, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.errors import ConfigError, HarnessError, unknown_name
+
+if TYPE_CHECKING:
+    from harness.store import Store
+    from harness.sweep import Sweep
+
+app = typer.Typer(
+    name="harness", help="Distributed sweeps of model × method × bit width for quantized language models.",
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)
+AXES = ("model", "method", "transform", "rounding", "scheme", "calibration", "cluster", "tracking")      # values: conf/<axis>/
+PLAIN_KEYS = (
+    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "batch_size", "fail_fast",
+    "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.address", "tracking.uri",
+)
+INPUTS = ("quantized", "full_precision")
+FORMATS = ("md", "latex", "csv", "html")
+GROUPS = (
+    "sweeps", "models", "methods", "schemes", "calibrations", "evaluations", "evaluators", "transforms", "roundings", "clusters",
+    "trackings",
+)
+
+
+# --- completion ------------------------------------------------------------------------------------------------------------------
+
+
+def complete_sweep(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Names of sweeps and, as the first word may be one too, overrides."""
+    from harness.config import list_names
+
+    yield from ((entry.name, entry.title) for entry in list_names("sweeps") if entry.name.startswith(incomplete))
+    yield from complete_override(incomplete)
+
+
+def complete_override(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Keys of overrides; after "=", and after each comma of a list, the names of that group."""
+    from harness.config import list_names
+
+    key, equals, value = incomplete.partition("=")
+    if not equals:
+        yield from ((f"{name}=", "") for name in (*AXES, *PLAIN_KEYS) if name.startswith(incomplete))
+        return
+    chosen, comma, last = value.rpartition(",")
+    if key == "inputs":
+        names = [(name, "") for name in INPUTS]
+    elif key in AXES or key == "evaluations":
+        names = [(entry.name, entry.title) for entry in list_names(key if key in AXES else "evaluations")]
+    else:
+        return
+    taken = chosen.split(",")
+    yield from ((f"{key}={chosen}{comma}{name}", title) for name, title in names if name.startswith(last) and name not in taken)
+
+
+def complete_group(incomplete: str) -> list[str]:
+    """Groups of `harness list`."""
+    return [group for group in GROUPS if group.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> Iterator[tuple[str, str]]:
+    """Cells in ./runs, by the first digits of their keys."""
+    from harness.store import Store
+
+    store = Store("runs")
+    for key in store.cell_keys():
+        cell = store.cell(key) if key.startswith(incomplete) else None
+        if cell is not None:
+            yield key[:12], cell.title
+
+
+SweepArgument = Annotated[str | None, typer.Argument(
+    metavar="[SWEEP]", help="A file of sweeps/, a path, or the first override.", autocompletion=complete_sweep,
+)]
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[KEY=VALUE]...", help="Changes to the sweep: axes take lists (scheme=w4,w3).", autocompletion=complete_override,
+)]
+Runs = Annotated[str, typer.Option("--runs", help="The folder that holds results.")]
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Say what a sweep would do: done, missing, refused with all reasons, passes, time, memory, disk. Starts nothing."""
+    from harness.plan import make, render
+
+    loaded, store = _load(sweep, overrides)
+    made = make(loaded, store)
+    print(render(made))
+    if not made.refused and not made.problems:
+        print(f"next    {_again('run', sweep, overrides)}")
+    made.require()
+
+
+@app.command()
+def run(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Carry a sweep out, or finish it: what is done is not done again."""
+    from harness import display, driver
+
+    signal.signal(signal.SIGTERM, _interrupt)   # a batch system ends jobs so: stop as tidily as for Ctrl-C
+    loaded, _ = _load(sweep, overrides)
+    summary = driver.run(loaded, display.show_events())
+    print(summary.text)
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """How far a sweep is, here or in another process."""
+    from harness import display
+
+    loaded, store = _load(sweep, overrides)
+    print(display.status(store, loaded.name, loaded.cells))
+
+
+@app.command()
+def table(
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    form: Annotated[str, typer.Option("--format", "-f", help="md, latex, csv or html.")] = "md",
+    name: Annotated[str, typer.Option("--table", "-t", help="One table of the sweep by name; all when not given.")] = "",
+) -> None:
+    """Print a sweep's tables, published numbers beside ours; gaps name the command that fills them."""
+    from harness import tables
+
+    if form not in FORMATS:
+        raise ConfigError(unknown_name("table format", form, FORMATS))
+    loaded, store = _load(sweep, overrides)
+    names = [each.name for each in loaded.tables]
+    if name and name not in names:
+        raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
+    records = [store.record(cell) for cell in loaded.cells]
+    chosen = [each for each in loaded.tables if not name or each.name == name]
+    print("\n".join(tables.render(tables.build(loaded, each, records, store), form) for each in chosen), end="")
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)], runs: Runs = "runs"
+) -> None:
+    """Everything known of one cell: config, scores, layer errors, failures, how it was made and how to make it again."""
+    from harness import display
+    from harness.store import Store
+
+    store = Store(runs)
+    cell = store.cell(store.find(key))
+    if cell is None:
+        raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
+    print(display.record_text(store.record(cell), store, display.command_for(cell)))
+
+
+@app.command()
+def publish(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Send a sweep's results from the store to tracking again; runs that are there are completed, never duplicated."""
+    from harness import tracking
+
+    loaded, store = _load(sweep, overrides)
+    print(tracking.publish(store, loaded))
+
+
+@app.command()
+def ui(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", autocompletion=complete_override)] = None,
+    port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000,
+) -> None:
+    """Open MLflow's pages on the tracked results; ends with Ctrl-C."""
+    from harness import tracking
+    from harness.config import load_runtime
+
+    raise typer.Exit(tracking.serve(load_runtime(overrides or []), port))
+
+
+@app.command("list")
+def list_command(group: Annotated[str, typer.Argument(help=", ".join(GROUPS), autocompletion=complete_group)] = "sweeps") -> None:
+    """What there is to choose from: sweeps, models, methods, schemes, …"""
+    from harness.config import list_names
+
+    entries = list_names(group)
+    width = max((len(entry.name) for entry in entries), default=0)
+    for entry in entries:
+        print(f"{entry.name:<{width}}  {entry.title}".rstrip())
+
+
+@app.command()
+def doctor(runs: Runs = "runs") -> None:
+    """Check this machine: versions, cores, memory, disk, GPUs, Ray, MLflow, permissions; what is wrong and what to do."""
+    from harness import doctor as checks
+
+    found = checks.examine(runs)
+    print(checks.render(found))
+    raise typer.Exit(int(any(each.level == "wrong" for each in found)))
+
+
+# --- what the commands share -----------------------------------------------------------------------------------------------------
+
+
+def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]:
+    from harness.config import load_sweep
+    from harness.store import Store
+
+    name, changes = split_arguments(sweep, overrides)
+    if name is None and not changes:
+        raise ConfigError("name a sweep (`harness list sweeps`) or state a grid, e.g. model=demo method=rtn scheme=w4")
+    loaded = load_sweep(name, changes)
+    return loaded, Store(loaded.runtime.runs)
+
+
+def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """(name, overrides): the first word is an override when it has a "=" and is no file."""
+    rest = list(overrides or [])
+    if sweep is not None and ("=" in sweep or sweep.startswith(("+", "~"))) and not os.path.exists(sweep):
+        return None, [sweep, *rest]
+    return sweep, rest
+
+
+def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:
+    import shlex
+
+    words = [word for word in (sweep, *(overrides or [])) if word]
+    return f"harness {command} {shlex.join(words)}"
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line: errors meant for the user are printed without a traceback, unless HARNESS_DEBUG=1."""
+    try:
+        app(standalone_mode=True)
+    except HarnessError as error:
+        if os.environ.get("HARNESS_DEBUG") == "1":
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:                     # `harness table … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""What a person sees in the shell: a sweep while it runs, its summary, its state, and one record in full. Loads without torch.
+
+`show_events` chooses a live view for a terminal and plain lines for a pipe or a log; both print a line per finished or failed cell.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from harness.cell import Cell, cell_key, quantize_key, to_json
+from harness.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
+from harness.plan import Plan, duration
+from harness.store import Record, Store, is_running
+
+SHOWN_AT_ONCE = 8                               # running cells in the live view
+SHOWN_METRICS = 6                               # on a cell's line
+
+
+class Tally:
+    """How far a sweep is: what each cell still waits for, fed with events.
+
+    units of work are checkpoints and evaluations; a block or a batch is a fraction of one. They give the remaining time.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.cells: dict[str, Cell] = {cell_key(cell): cell for cell in plan.sweep.cells}
+        self.pending: dict[str, set[str]] = {cell_key(cell): set() for cell in plan.missing}
+        for each in plan.passes:
+            for cell in each.cells:
+                self.pending[cell_key(cell)].add("checkpoint")
+        for scoring in plan.scorings:
+            for cell, evaluations in zip(scoring.cells, scoring.evaluations, strict=True):
+                self.pending[cell_key(cell)] |= {evaluation.name for evaluation in evaluations}
+        self.units = sum(map(len, self.pending.values()))
+        self.failed: dict[str, Failed] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+        self.running: dict[str, Progress] = {}
+        self.began = time.monotonic()
+
+    @property
+    def done(self) -> list[str]:
+        """Keys of the missing cells that are now complete."""
+        return [key for key, waits in self.pending.items() if not waits and key not in self.failed]
+
+    @property
+    def fraction(self) -> float:
+        """Share of the work that is done or can no longer be done."""
+        if not self.units:
+            return 1.0
+        left = sum(len(waits) for key, waits in self.pending.items() if key not in self.failed)
+        underway = sum(step.step / step.steps for key, step in self.running.items() if step.steps and key not in self.failed)
+        return min(1.0, max(0.0, (self.units - left + min(underway, left)) / self.units))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until a twentieth is done, from which one may extrapolate."""
+        fraction = self.fraction
+        return None if fraction < 0.05 else (time.monotonic() - self.began) * (1 - fraction) / fraction
+
+    def add(self, event: Event) -> list[str]:
+        """Take in an event; return the keys of the cells that it completes."""
+        finished = []
+        for key in event.cell_keys:
+            if key not in self.pending:
+                continue
+            waits = self.pending[key]
+            match event:
+                case Progress():
+                    self.running[key] = event
+                case Quantized():
+                    waits.discard("checkpoint")
+                    self.running.pop(key, None)
+                case Scored():
+                    waits.discard(event.evaluation)
+                    self.metrics.setdefault(key, {}).update(event.metrics)
+                    self.running.pop(key, None)
+                case Failed():
+                    self.running.pop(key, None)
+                    if not event.retry:
+                        self.failed[key] = event
+                case _:
+                    continue
+            if not waits and isinstance(event, Quantized | Scored) and key not in self.failed:
+                finished.append(key)
+        return finished
+
+
+class Display(Protocol):
+    """Shows a running sweep. event: after the tally has taken it in, with the cells that it completed."""
+
+    def line(self, text: str) -> None: ...
+
+    def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing: for notebooks and tests."""
+
+    def line(self, text: str) -> None:
+        pass
+
+    def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Lines:
+    """A line per checkpoint, finished cell and failure: for pipes and logs."""
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
+        for line in news(event, tally, finished):
+            self.line(line)
+
+    def close(self) -> None:
+        pass
+
+
+class Live:
+    """The same lines, and below them a bar, the remaining time and what is being worked on."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live as RichLive
+
+        self._console = Console(highlight=False)
+        self._live = RichLive("", console=self._console, refresh_per_second=8, transient=True)
+        self._live.start()
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
+        for line in news(event, tally, finished):
+            self.line(line)
+        self._live.update(self._view(tally))
+
+    def _view(self, tally: Tally) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        bar = Table.grid(padding=(0, 2))
+        left = tally.seconds_left
+        remaining = f"{duration(left)} left" if left is not None else ""
+        failed = f"{len(tally.failed)} failed" if tally.failed else ""
+        done = f"{len(tally.done)} of {len(tally.pending)} cells"
+        bar.add_row(ProgressBar(total=1.0, completed=tally.fraction, width=30), done, remaining, failed)
+        rows = Table.grid(padding=(0, 2))
+        for key, step in list(tally.running.items())[-SHOWN_AT_ONCE:]:
+            rows.add_row(f"  {tally.cells[key].title}", f"{step.stage} {step.step}/{step.steps}")
+        return Group(bar, rows)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+def show_events() -> Display:
+    """A live view when a person looks at a terminal, else lines."""
+    return Live() if sys.stdout.isatty() else Lines()
+
+
+def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
+    """The lines that an event is worth."""
+    lines = []
+    if isinstance(event, Quantized):
+        for key in event.cell_keys:
+            if key in tally.cells and not tally.cells[key].method.is_baseline and key not in finished:
+                bits, seconds = event.record.get("bits_per_weight", 0.0), event.record.get("seconds", 0.0)
+                lines.append(f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s")
+    if isinstance(event, Failed):
+        again = "; tried again alone" if event.retry else ""
+        for key in event.cell_keys:
+            title = tally.cells[key].title if key in tally.cells else key[:12]
+            word, look = ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
+            lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
+    if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):
+        lines.append(f"start   {event.worker} on {event.device}")
+    lines += [f"  ok    {tally.cells[key].title}    {short_metrics(tally.metrics.get(key, {}))}" for key in finished]
+    return lines
+
+
+def short_metrics(metrics: Mapping[str, float]) -> str:
+    """The first few metrics on one line."""
+    shown = [f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN_METRICS]]
+    return "  ".join(shown) + (f"  and {len(metrics) - SHOWN_METRICS} more" if len(metrics) > SHOWN_METRICS else "")
+
+
+# --- a sweep's state and one record ----------------------------------------------------------------------------------------------
+
+
+def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
+    """How far a sweep is: a count per state, the failures with their reasons, and whether a driver is at work on it."""
+    state = store.sweep_state(name) or {}
+    running = bool(state) and is_running(state)
+    lines, counts = [], {"done": 0, "partly": 0, "waiting": 0, "failed": 0}
+    for cell in cells:
+        record, now = store.record(cell), state.get("cells", {}).get(cell_key(cell), {})
+        if record.complete:
+            counts["done"] += 1
+            continue
+        if record.failures:
+            kind = "failed"
+            lines.append(f"FAIL    {cell.title}    {record.failures[-1].get('reason', '')}    harness show {record.cell_key[:8]}")
+        else:
+            kind = "partly" if record.manifest is not None or record.scores else "waiting"
+        if running and now.get("state") in ("quantizing", "evaluating"):
+            lines.append(f"now     {cell.title}    {now.get('stage', '')} {now.get('step', '')}/{now.get('steps', '')}")
+        counts[kind] += 1
+    total = sum(counts.values())
+    words = [f"{counts['done']} of {total} cells done"] + [f"{n} {kind}" for kind, n in counts.items() if n and kind != "done"]
+    if running:
+        since = time.strftime("%H:%M:%S", time.localtime(state["started"]))
+        words.append(f"running since {since} (process {state['owner']['pid']})")
+    return "\n".join([f"status  {name}: {' · '.join(words)}", *lines])
+
+
+def record_text(record: Record, store: Store, command: str) -> str:
+    """Everything known of a cell: what it is, what it scored, how its layers fared, how it was made and how to make it again."""
+    import yaml
+
+    cell = record.cell
+    sections = [f"{cell.title}\n  cell        {record.cell_key}\n  checkpoint  {quantize_key(cell)}"]
+    config = {name: value for name, value in to_json(cell).items() if name != "evaluations"}
+    sections.append("config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
+    sections.append("scores\n" + _indent(_scores(record) or "none yet"))
+    if record.layer_errors:
+        sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
+    for failure in record.failures:
+        text = f"{failure.get('stage', '')}: {failure.get('reason', '')}\n{failure.get('detail', '')}"
+        sections.append(f"failure ({failure.get('kind', '')})\n" + _indent(text))
+    if record.provenance:
+        sections.append("made by\n" + _indent(yaml.safe_dump(record.provenance, sort_keys=False, allow_unicode=True)))
+    sections.append(f"log     {store.log_path(record.cell_key)}\nagain   {command}")
+    return "\n\n".join(sections)
+
+
+def command_for(cell: Cell) -> str:
+    """The command that makes one cell by itself, from its names."""
+    words = [f"model={cell.model.name}", f"method={cell.method.name}", f"scheme={cell.scheme.name}"]
+    if cell.method.needs and cell.calibration is not None:
+        words.append(f"calibration={cell.calibration.name}")
+        if cell.inputs != "quantized":
+            words.append(f"inputs={cell.inputs}")
+    if cell.seed:
+        words.append(f"seed={cell.seed}")
+    if cell.evaluations:
+        names = ",".join(evaluation.name for evaluation in cell.evaluations)
+        words.append(f"'evaluations=[{names}]'" if "," in names else f"evaluations={names}")
+    return " ".join(("harness run", *words))
+
+
+def _scores(record: Record) -> str:
+    metrics = record.metrics()
+    width = max(map(len, metrics), default=0)
+    lines = []
+    for name, value in metrics.items():
+        if not name.endswith("_stderr"):
+            error = metrics.get(f"{name}_stderr")
+            lines.append(f"{name:<{width}}  {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
+    lines += [f"{name}  (missing)" for name in record.missing]
+    return "\n".join(lines)
+
+
+def _layer_errors(record: Record) -> str:
+    def relative(row: Mapping[str, Any]) -> float:
+        numbers = [value for value in row.values() if isinstance(value, float)]
+        return numbers[0] if numbers else 0.0
+
+    rows = sorted(record.layer_errors, key=relative, reverse=True)
+    lines = []
+    for row in rows[:10]:
+        facts = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float) and k != "block")
+        lines.append(f"block {row.get('block')}  {row.get('linear')}  {facts}")
+    return "\n".join(lines + ([f"… and {len(rows) - 10} more"] if len(rows) > 10 else []))
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.rstrip().splitlines())

@@ -1,0 +1,216 @@
+"""Plan, run, record: what `harness run` and `harness.run()` do. The one writer of failures, of a sweep's state and of tracking.
+
+Checkpoints and scores are written where they are made (`work`); the driver turns the events that travel back into what people look
+at while the sweep runs. It may be killed at any moment: the same command goes on from what the store holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import schedule, tables, tracking
+from harness.cell import cell_key
+from harness.display import Display, Silent, Tally
+from harness.errors import HarnessError
+from harness.events import Event, Failed, Progress, Quantized, Scored
+from harness.plan import Plan, make, render
+from harness.store import Record, Store, SweepState, is_running, write_aside
+from harness.sweep import Sweep
+
+if TYPE_CHECKING:
+    import pandas
+
+log = logging.getLogger(__name__)
+
+TABLE_FORMATS = {"md": "md", "csv": "csv", "latex": "tex", "html": "html"}       # of tables.render -> suffix
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. records: of all cells of the sweep; failed: cell key -> reason; files: tables by format, on disk."""
+
+    plan: Plan
+    records: tuple[Record, ...]
+    failed: dict[str, str]
+    seconds: float
+    interrupted: bool = False
+    files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 when a cell failed, 130 when interrupted."""
+        return 130 if self.interrupted else int(bool(self.failed))
+
+    @property
+    def text(self) -> str:
+        """What succeeded, what failed, and in the last line what to type next."""
+        done = sum(record.complete for record in self.records)
+        words = [f"{done} of {len(self.records)} cells"]
+        if self.failed:
+            words.append(f"{len(self.failed)} failed")
+        words.append(f"{self.seconds:.0f} s")
+        lines = [f"{'stopped' if self.interrupted else 'done'}    {' · '.join(words)}"]
+        lines += [f"warning {warning}" for warning in self.warnings]
+        sweep = self.plan.sweep
+        if self.interrupted or done < len(self.records):
+            lines.append(f"resume  {tables.command_line(sweep)}")
+        elif sweep.path is not None or not self.records:
+            lines.append(f"next    harness table {' '.join((sweep.name, *sweep.overrides))}   ·   harness ui")
+        else:
+            lines.append(f"next    harness show {self.records[0].cell_key[:8]}   ·   harness ui")
+        return "\n".join(lines)
+
+
+def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summary:
+    """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
+
+    A KeyboardInterrupt ends all tasks and is reported in the summary; whatever was complete stays in the store.
+    """
+    store, began = Store(sweep.runtime.runs), time.monotonic()
+    plan = make(sweep, store)
+    plan.require()
+    display = display or Silent()
+    text = render(plan)
+    display.line(text)
+    other = store.sweep_state(sweep.name)
+    if plan.missing and other and is_running(other):
+        display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
+    recorder = _Recorder(plan, store, display, text)
+    interrupted = False
+    try:
+        with ExitStack() as stack:
+            events = schedule.run(plan, command)
+            stack.callback(_close, events)
+            for event in events:
+                recorder.event(event)
+                if sweep.runtime.fail_fast and recorder.tally.failed:
+                    break
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        display.close()
+    return recorder.end(time.monotonic() - began, interrupted)
+
+
+def _close(events: Iterator[Event]) -> None:
+    close = getattr(events, "close", None)
+    if close is not None:
+        close()
+
+
+class _Recorder:
+    """Turns events into failures on disk, the sweep's state, tracking and lines for people."""
+
+    def __init__(self, plan: Plan, store: Store, display: Display, plan_text: str) -> None:
+        self.plan, self.store, self.display = plan, store, display
+        self.tally = Tally(plan)
+        self.warnings: list[str] = []
+        self.cells = self.tally.cells
+        waiting = {cell_key(cell) for cell in plan.missing}
+        for key in waiting:
+            store.open_cell(self.cells[key])
+            store.clear_failures(key)           # they are tried again
+        titles = {key: cell.title for key, cell in self.cells.items()}
+        self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
+        self.tracker = self._guard(lambda: tracking.open_tracker(plan.sweep, plan_text))
+        for cell in plan.done:
+            self.state.update(cell_key(cell), "done")
+            self._track(cell_key(cell), "done")
+        self.state.save()
+
+    def event(self, event: Event) -> None:
+        """Take in one event."""
+        finished = self.tally.add(event)
+        match event:
+            case Progress():
+                doing = "quantizing" if event.stage == "block" else "evaluating"
+                for key in event.cell_keys:
+                    self.state.update(key, doing, stage=event.stage, step=event.step, steps=event.steps)
+            case Quantized() | Scored():
+                for key in event.cell_keys:
+                    state = "done" if key in finished else "evaluating"
+                    self.state.update(key, state)
+                    self._track(key, state)
+            case Failed() if not event.retry:
+                failure = {name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")}
+                for key in event.cell_keys:
+                    self.store.write_failure(key, failure)
+                    self.state.update(key, "failed", reason=event.reason)
+                    self._track(key, "failed")
+        self.display.event(event, self.tally, finished)
+
+    def end(self, seconds: float, interrupted: bool) -> Summary:
+        """Write tables and figures, close the tracking, say what happened."""
+        sweep = self.plan.sweep
+        records = tuple(self.store.record(cell) for cell in sweep.cells)
+        failed = {key: event.reason for key, event in self.tally.failed.items()}
+        files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
+        self.state.end()
+        paths = tuple(path for each in files.values() for path in each)
+        summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
+        tracker = self.tracker
+        if tracker is not None:
+            self._guard(lambda: tracker.finish(files, self._figures(records), summary.text))
+        return Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
+
+    def _figures(self, records: tuple[Record, ...]) -> dict[str, Any]:
+        from harness import plots
+
+        return self._guard(lambda: plots.figures(self.plan.sweep, records)) or {}
+
+    def _track(self, key: str, state: str) -> None:
+        tracker = self.tracker
+        if tracker is not None:
+            self._guard(lambda: tracker.cell(self.store.record(self.cells[key]), state))
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """What fails here is told, once, and stops nothing: the store has the results, `harness publish` sends them later."""
+        try:
+            return work()
+        except Exception as error:              # tracking must never end a sweep, whatever its libraries raise
+            log.warning("tracking or tables failed", exc_info=error)
+            sentence = f"{_first_line(error)}; the store has all results, `harness publish` sends them to tracking"
+            if sentence not in self.warnings:
+                self.warnings.append(sentence)
+                self.display.line(f"warning {sentence}")
+            return None
+
+
+def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dict[str, tuple[Path, ...]]:
+    """The sweep's tables in every format, below runs/tables/<sweep>/; name of a table -> its files."""
+    written: dict[str, tuple[Path, ...]] = {}
+    for table in sweep.tables:
+        data = tables.build(sweep, table, records, store)
+        paths = []
+        for format_name, suffix in TABLE_FORMATS.items():
+            path = store.root / "tables" / sweep.name / f"{table.name}.{suffix}"
+            content = tables.render(data, format_name).encode()
+            write_aside(path, lambda aside, content=content: aside.write_bytes(content))  # type: ignore[misc]
+            paths.append(path)
+        written[table.name] = tuple(paths)
+    return written
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def frame(records: Iterable[Record]) -> pandas.DataFrame:
+    """One row per cell: names, state, every metric by its full name, and the reason where it failed."""
+    import pandas
+
+    rows = []
+    for record in records:
+        state = "done" if record.complete else "failed" if record.failures else "missing"
+        names = {"model": record.cell.model.name, "method": record.cell.method.name, "scheme": record.cell.scheme.name}
+        reason = "" if record.complete or not record.failures else record.failures[-1].get("reason", "")
+        rows.append({**names, "state": state, **record.metrics(), "failure": reason, "key": record.cell_key[:12]})
+    return pandas.DataFrame(rows)
