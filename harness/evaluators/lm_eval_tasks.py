@@ -153,7 +153,7 @@ def _reasons(task: TaskFile, settings: Evaluator.Settings) -> Iterator[str]:
     wanted = [str(task.config[key]) for key in ("test_split", "validation_split") if task.config.get(key)]
     if not any(split in local.splits for split in wanted):
         yield f"{task.name}: none of {', '.join(f'{split}.jsonl' for split in wanted)} in {local.folder}"
-    shots = settings.num_fewshot if settings.num_fewshot is not None else fixed
+    shots = settings.num_fewshot if settings.num_fewshot is not None and fixed != 0 else fixed
     if shots and _examples_split(task, local) is None and not (task.config.get("fewshot_config") or {}).get("samples"):
         examples = str(task.config.get("fewshot_split") or task.config.get("training_split") or "train")
         yield (
@@ -525,11 +525,9 @@ def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[st
                 row["correct"] = max(correct, row.get("correct", 0.0))      # by any of the task's filters
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     items = {name: [row.get(name) for row in rows.values()] for name in columns}
-    if "correct" in items:
-        if all(value in (0.0, 1.0) for value in items["correct"]):
-            items["correct"] = [int(value) for value in items["correct"]]
-        else:
-            del items["correct"]                # a probability (truthfulqa_mc2), not right or wrong
+    correct_column = items.pop("correct", [None])
+    if all(value in (0.0, 1.0) for value in correct_column):    # not a probability, as truthfulqa_mc2 has
+        items["correct"] = [value == 1.0 for value in correct_column]
     return items
 
 

@@ -65,7 +65,7 @@ def _stock(shared: Path, tmp_path: Path, task: str, limit: int, **arguments: Any
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         return simple_evaluate(
             model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=16), tasks=[f"{task}_local"],
-            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), limit=limit, bootstrap_iters=1,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), limit=limit, bootstrap_iters=10,
             **arguments,
         )
 
@@ -100,7 +100,7 @@ def test_worked_examples_are_the_same(shared: Path, tmp_path: Path) -> None:
     theirs = stock(shared, tmp_path, "gsm8k", 3, num_fewshot=1, gen_kwargs="max_gen_toks=8")
     built = lm_eval_tasks._built(Evaluator.Settings(task="gsm8k", data_root=str(shared / "data"), num_fewshot=1), 3)
     ours = [instance.args[0] for instance in built.instances]
-    assert ours == [sample["arguments"][0][0] for sample in theirs["samples"]["gsm8k_local"]]
+    assert ours == [sample["arguments"][0][0] for sample in theirs["samples"]["gsm8k_local"][:3]]
 
 
 def test_a_group_reads_one_file_by_subject(shared: Path) -> None:
