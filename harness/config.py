@@ -11,22 +11,18 @@ The language of a sweep file and of overrides is described in docs/sweeps.md.
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import fnmatch
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import re
 import sys
 import sysconfig
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,21 +34,20 @@ from harness.cell import (
     Calibration,
     Cell,
     Evaluation,
-    KVScheme,
     Method,
     Model,
     Override,
     Part,
     Scheme,
-    Settings,
     WeightScheme,
     baseline_of,
     cell_key,
     digest,
     freeze,
 )
-from harness.errors import ConfigError, HarnessError, unknown_name
-from harness.sweep import Cluster, Runtime, Skip, Sweep, Table, Tracking
+from harness.errors import ConfigError, unknown_name
+from harness.sweep import Runtime, Skip, Sweep, Table
+from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed
 
 GROUPS = {                                      # what `harness list` calls them -> folder below conf/
     "models": "model", "methods": "method", "transforms": "transform", "roundings": "rounding", "tunings": "tuning",
@@ -66,19 +61,6 @@ INPUTS = ("quantized", "full_precision")
 SCHEME_NAME = re.compile(
     r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
-CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
-    (Model, "dtype"): ("float32", "float16", "bfloat16"),
-    (WeightScheme, "scale_dtype"): ("float16", "bfloat16", "float32"),
-    (ActivationScheme, "granularity"): ("token", "tensor", "group"),
-    (Calibration, "packing"): ("window", "document", "join"),
-    (Cluster, "kind"): ("local", "ray"),
-    (Tracking, "kind"): ("sqlite", "server", "none"),
-}
-LEAST = {                                       # smallest value of a number
-    (WeightScheme, "bits"): 1, (ActivationScheme, "bits"): 2, (KVScheme, "bits"): 1, (KVScheme, "group_size"): 1,
-    (Calibration, "samples"): 1, (Calibration, "length"): 2, (Cluster, "workers"): 0, (Cluster, "gpus_per_task"): 0,
-}
-
 T = TypeVar("T")
 Point = dict[str, tuple[Any, bool]]               # of a grid: axis -> its value, and whether the axis has several
 
@@ -91,7 +73,7 @@ class Entry:
     title: str
 
 
-# --- the two functions that others call ----------------------------------------------------------------------------------------
+# --- what others call ----------------------------------------------------------------------------------------------------------
 
 
 def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
@@ -105,6 +87,18 @@ def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
     edits = _parse_overrides(overrides, problems)
     problems.check()
     return _Resolver(file, edits, problems).sweep(tuple(overrides))
+
+
+def load_runtime(overrides: Sequence[str] = ()) -> Runtime:
+    """Where and how things run, without a sweep: conf/config.yaml with overrides of runs, cluster, tracking, … applied."""
+    problems = Problems()
+    edits = _parse_overrides(overrides, problems)
+    if edits.axes or edits.evaluations is not None or edits.more_evaluations or edits.evaluation_settings:
+        problems.add(f"only {', '.join(RUNTIME)} can be overridden here")
+    problems.check()
+    runtime = _Resolver(_SweepFile(), edits, problems).runtime
+    problems.check()
+    return typing.cast(Runtime, runtime)
 
 
 def list_names(group: str) -> list[Entry]:
@@ -165,35 +159,6 @@ def _title(path: Path, folder: str) -> str:
 def _head_comment(text: str) -> list[str]:
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return [line.lstrip("#").strip() for line in lines]
-
-
-# --- collecting what is wrong --------------------------------------------------------------------------------------------------
-
-
-class Problems:
-    """Everything that is wrong so far, each sentence once."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, None] = {}
-
-    def add(self, problem: str) -> None:
-        self.found.setdefault(problem)
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Turns a HarnessError of the body into problems."""
-        try:
-            yield
-        except HarnessError as error:
-            for line in str(error).split("\n"):
-                self.add(line)
-
-    def check(self) -> None:
-        """Raises ConfigError if there are any."""
-        if self.found:
-            count = len(self.found)
-            head = "" if count == 1 else f"{count} problems:\n  "
-            raise ConfigError(head + "\n  ".join(self.found) + "\nNothing was started.")
 
 
 # --- Hydra ---------------------------------------------------------------------------------------------------------------------
@@ -493,167 +458,6 @@ def _axis_values(key: str, value: Any, where: str) -> list[Any]:
     return values
 
 
-# --- typed values --------------------------------------------------------------------------------------------------------------
-
-
-def typed(kind: type[T], content: Mapping[str, Any], where: str, problems: Problems) -> T | None:
-    """A dataclass from a mapping, every field checked against its annotation; None when something is wrong, said in `problems`."""
-    before = len(problems.found)
-    value = _typed(kind, content, where, problems)
-    return typing.cast(T, value) if len(problems.found) == before else None
-
-
-def _typed(kind: Any, value: Any, where: str, problems: Problems) -> Any:
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
-    if kind == Settings:
-        return freeze(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
-    if origin in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
-        return None if value is None else _typed(inner[0], value, where, problems)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_typed(typing.get_args(kind)[0], item, f"{where}[{n}]", problems) for n, item in enumerate(items))
-    if origin is dict:
-        return dict(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
-    if dataclasses.is_dataclass(kind):
-        return _typed_fields(typing.cast(type, kind), value, where, problems)
-    if kind is bool:
-        return value if isinstance(value, bool) else _wrong(value, "true or false", where, problems)
-    if kind is int:
-        return value if type(value) is int else _wrong(value, "a whole number", where, problems)
-    if kind is float:
-        if type(value) not in (int, float):
-            return _wrong(value, "a number", where, problems)
-        return int(value) if value == int(value) else value         # 4 and 4.0 are one value and one key
-    if kind is Path:
-        return Path(value) if isinstance(value, str) else _wrong(value, "a path", where, problems)
-    assert kind is str, kind
-    return value if isinstance(value, str) else _wrong(value, "text", where, problems)
-
-
-def _typed_fields(kind: type, value: Any, where: str, problems: Problems) -> Any:
-    if not isinstance(value, dict):
-        return _wrong(value, "a mapping", where, problems)
-    hints, fields = _hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, item in value.items():
-        if key not in fields:
-            problems.add(unknown_name("field", str(key), fields, where))
-            continue
-        checked = _typed(hints[key], item, f"{where}: {key}", problems)
-        choices, least = CHOICES.get((kind, key)), LEAST.get((kind, key))
-        if choices is not None and checked is not None and checked not in choices:
-            problems.add(unknown_name(key, str(checked), choices, where))
-        if least is not None and isinstance(checked, int | float) and checked < least:
-            problems.add(f"{where}: {key}: {checked} is below {least}")
-        values[key] = checked
-    missing = [f.name for f in fields.values() if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    for name in missing:
-        problems.add(f"{where}: {name} is missing")
-    return None if missing else kind(**values)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _wrong(value: Any, expected: str, where: str, problems: Problems) -> None:
-    problems.add(f"{where}: {expected} is expected, not {value!r}")
-
-
-def _like(default: Any, value: Any, where: str) -> Any:
-    """`value` in the type of a setting's default; None as default, and no default, take anything."""
-    if default is None or default is REQUIRED:
-        return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits, expected = isinstance(default, bool) and isinstance(value, bool), "true or false"
-    elif isinstance(default, float):
-        fits, expected = isinstance(value, int | float), "a number"
-        value = float(value) if fits else value
-    elif isinstance(default, int):
-        fits, expected = isinstance(value, int), "a whole number"
-    elif isinstance(default, str):
-        fits, expected = isinstance(value, str), "text"
-    elif isinstance(default, list | tuple):
-        fits, expected = isinstance(value, list | tuple), "a list"
-    else:
-        fits, expected = isinstance(value, dict), "a mapping"
-    if not fits:
-        kind = "a number" if isinstance(default, int | float) and not isinstance(default, bool) else expected
-        raise ConfigError(f"{where}: {expected if not isinstance(value, bool) else kind} is expected, not {value!r}")
-    return value
-
-
-REQUIRED = object()                             # default of a setting that has none
-
-
-@functools.cache
-def settings_of(kind: str, name: str) -> Mapping[str, Any]:
-    """Fields of a plugin's nested Settings with their literal defaults, read from its source; REQUIRED where there is none."""
-    fact = plugins.facts(kind, name)
-    tree = ast.parse(fact.path.read_text(encoding="utf-8"))
-    plugin = _class_in(tree, plugins.KINDS[kind][1])
-    settings = _class_in(plugin, "Settings") if plugin is not None else None
-    return _fields(settings, tree) if settings is not None else {}
-
-
-def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, Any]:
-    """Fields of a dataclass, those of its bases first; a base is looked up in its file or where that imports it from."""
-    found: dict[str, Any] = {}
-    for base in settings.bases:
-        if isinstance(base, ast.Name):
-            home = _home(base.id, tree)
-            inherited = _class_in(home, base.id)
-            found.update(_fields(inherited, home) if inherited is not None else {})
-    for statement in settings.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            try:
-                found[statement.target.id] = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
-            except ValueError:
-                found[statement.target.id] = REQUIRED              # computed: its type is the plugin's to check
-    return found
-
-
-def _home(name: str, tree: ast.Module) -> ast.Module:
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            spec = importlib.util.find_spec(node.module or "")
-            if spec is not None and spec.origin is not None:
-                return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return tree
-
-
-def _class_in(node: ast.Module | ast.ClassDef, name: str) -> ast.ClassDef | None:
-    return next((child for child in node.body if isinstance(child, ast.ClassDef) and child.name == name), None)
-
-
-def _checked_settings(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    problems = Problems()
-    checked = {}
-    for key, value in given.items():
-        with problems.collect():
-            if key not in known:
-                raise ConfigError(unknown_name("setting", key, known, where))
-            checked[key] = _like(known[key], value, f"{where}: {key}")
-    if problems.found:
-        raise ConfigError("\n".join(problems.found))
-    return {**{key: value for key, value in known.items() if value is not REQUIRED}, **checked}
-
-
-def _nested(content: dict[str, Any], dotted: str, value: Any) -> None:
-    """content["a"]["b"] = value for "a.b", in place; mappings that are missing or null are made."""
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        if not isinstance(content.get(parent), dict):
-            content[parent] = {}
-        content = content[parent]
-    content[leaf] = value
-
-
 # --- from axes to cells --------------------------------------------------------------------------------------------------------
 
 
@@ -814,7 +618,7 @@ class _Resolver:
             hint = " A folder or a hub id owner/name is also a model."
             raise ConfigError(unknown_name("model", name, _files("model"), self.file.where) + "." + hint)
         for key, value, _ in fields:
-            _nested(content, key, value)
+            set_nested(content, key, value)
         content = {"name": name, **content}
         self._refuse(content, ("digest",), where)
         model = self._typed(Model, content, where)
@@ -833,7 +637,7 @@ class _Resolver:
         else:
             content, where = _scheme_by_name(name, self.file.where), f"scheme {name}"
         for key, value, _ in fields:
-            _nested(content, key, value)
+            set_nested(content, key, value)
         scheme = self._typed(Scheme, {"name": name, **content}, where)
         scheme = dataclasses.replace(scheme, overrides=tuple(_checked_override(o, scheme, where) for o in scheme.overrides))
         for weight in (scheme.weight, *(dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides)):
@@ -855,7 +659,7 @@ class _Resolver:
             raise ConfigError(unknown_name("calibration", name, _files("calibration"), self.file.where) + hint)
         self._localise(content, content)
         for key, value, _ in fields:
-            _nested(content, key, value)
+            set_nested(content, key, value)
         if content.get("seed") is None:
             content["seed"] = seed
         self._refuse(content, ("digest",), where)
@@ -917,10 +721,10 @@ class _Resolver:
         if name in _files(slot):
             where = str(_files(slot)[name])
             content = {key: value for key, value in self._compose(slot, name).items() if key != "name"}
-            known.update(_checked_settings(known, content, where) if known else content)
+            known.update(checked_settings(known, content, where) if known else content)
         used = [(key, value, several) for key, value, several in fields if key in known]
         self.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
-        settings = _checked_settings(known, {**own, **{key: value for key, value, _ in used}}, where)
+        settings = checked_settings(known, {**own, **{key: value for key, value, _ in used}}, where)
         part = Part(
             name=name, settings=freeze(settings), version=facts.get("version", 1), needs=tuple(sorted(facts.get("needs", ()))),
             stochastic=facts.get("stochastic", False), activation_aware=facts.get("activation_aware", False),
@@ -980,7 +784,7 @@ class _Resolver:
                 self.problems.add(unknown_name("setting", key, [f"{head}.{name}" for name in known], where))
             return
         for name in names:
-            fields = _hints(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+            fields = hints_of(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
             if name not in fields:
                 self.problems.add(unknown_name("field", name, fields, f"{where}: {key}"))
                 return
@@ -1030,7 +834,7 @@ class _Resolver:
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ConfigError(f"evaluation {name}: limit: a whole number from 1 is expected, not {limit!r}")
         known = settings_of("evaluator", evaluator) or given
-        settings = _checked_settings(known, {**given, **own, **edits}, where)
+        settings = checked_settings(known, {**given, **own, **edits}, where)
         data = self._evaluation_data(settings)
         version = facts.get("version", 1)
         return Evaluation(name, evaluator, settings=freeze(settings), version=version, data_digest=data, limit=limit)
@@ -1097,7 +901,7 @@ class _Resolver:
         content = _hydra(root, "config", choices)
         from_file = {key for key in self.file.runtime if key not in self.edits.runtime}
         for key, value in given.items():
-            _nested(content, key, value)
+            set_nested(content, key, value)
         data = content.pop("data", None) or {}
         unknown = [key for key in data if key != "root"]
         for key in unknown:
