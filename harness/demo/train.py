@@ -110,7 +110,7 @@ def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[Llama
 
 
 def plant_outliers(model: LlamaForCausalLM) -> None:
-    """Give OUTLIER_SHARE of the channels behind every norm of the blocks activations 4 or 8 times larger, in place; the function stays."""
+    """Make activations 4 or 8 times larger on OUTLIER_SHARE of the channels behind every norm of the blocks, in place."""
     draw = torch.Generator().manual_seed(SEED)
     count = round(OUTLIER_SHARE * model.config.hidden_size)
     for block in range(model.config.num_hidden_layers):
