@@ -1,0 +1,55 @@
+"""A linear whose weight is quantized and whose input may be: the module that stands in a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from harness.numerics.weights import QuantizedWeight
+
+MODES = ("dense", "packed")
+
+
+class QuantizedLinear(nn.Module):
+    """y = round(x) W'ᵀ + b.
+
+    mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
+    mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
+    Both give the same bits.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device,
+        activation: Callable[[Tensor], Tensor] | None = None, mode: str = "dense",
+    ) -> None:
+        super().__init__()
+        assert mode in MODES, mode
+        self.out_features, self.in_features = weight.shape
+        self.mode, self.kind, self.activation = mode, weight.kind, activation
+        self._dtype = dtype
+        self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        if mode == "dense":
+            self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
+        else:
+            parts, self._meta = weight.pack()
+            self._layout = type(weight)
+            for name, part in parts.items():
+                self.register_buffer(f"packed_{name}", part.to(device), persistent=False)
+            self._parts = tuple(parts)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized matrix [out, in] in the model's dtype."""
+        if self.mode == "dense":
+            return self.get_buffer("dense")
+        parts = {name: self.get_buffer(f"packed_{name}") for name in self._parts}
+        return self._layout.unpack(parts, self._meta).dequantize().to(self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.activation is None else self.activation(x)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, mode={self.mode}"
