@@ -23,10 +23,11 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int
     return total
 
 
-def damped(hessian: Tensor, damping_fraction: float) -> tuple[Tensor, Tensor]:
+def damped(hessian: Tensor, damping_fraction: float, *, dead_last: bool = False) -> tuple[Tensor, Tensor]:
     """A copy of hessian [in, in] ready to factor, and its dead columns [in] bool (never active: zero diagonal).
 
-    Dead columns get a unit diagonal; then damping_fraction * mean(diagonal) is added to the whole diagonal.
+    Dead columns get a unit diagonal; then damping_fraction * mean(diagonal) is added to the whole diagonal. dead_last: the
+    damping first, of the mean with the zeros, then the unit diagonal (SpQR).
     Raises MethodError when the Hessian holds NaN or infinity: no damping helps then.
     """
     if not bool(torch.isfinite(hessian).all()):
@@ -37,8 +38,11 @@ def damped(hessian: Tensor, damping_fraction: float) -> tuple[Tensor, Tensor]:
     h = hessian.clone()
     diagonal = h.diagonal()                                       # a view: writing to it writes to h
     dead = diagonal == 0
-    diagonal[dead] = 1
+    if not dead_last:
+        diagonal[dead] = 1
     diagonal += damping_fraction * diagonal.mean()
+    if dead_last:
+        diagonal[dead] = 1
     return h, dead
 
 
