@@ -1,4 +1,4 @@
-"""The demo model's recipe: `python -m harness.demo.train` writes harness/demo/model/, in about two minutes on one CPU core.
+"""The demo model's recipe: `python -m harness.demo.train` writes harness/demo/model/, in about three minutes on one CPU core.
 
 A byte-level BPE tokenizer of 512 entries (every digit its own token) and a Llama of width 64 with 4 blocks, trained by steps on the
 world of `corpus`. Two choices make it behave like the large models of the papers when its bits are taken away:

@@ -5,7 +5,7 @@ those of the shipped model to the bit; what rounding sees differs:
 
     weight_outliers       16 neighbouring channels of block 0's norms ×1/256, the weights they meet ×256: with 8-bit weights and
                           activations one scale per output channel breaks down, groups of 16 do not (LLaMA3-70B, arXiv 2408.15301)
-    activation_outliers   one channel of every norm ×64, its weights ÷64: 8-bit activations suffer, smoothing repairs it
+    activation_outliers   one channel of every norm ×256, its weights ÷256: 8-bit activations break down, smoothing repairs it
                           (SmoothQuant, arXiv 2211.10438)
 """
 
@@ -37,7 +37,7 @@ class Plant:
 
 VARIANTS = {
     "weight_outliers": (Plant("weight", 256, tuple(range(16, 32)), (0,)),),
-    "activation_outliers": (Plant("activation", 64, (21,), (0, 1, 2, 3)),),
+    "activation_outliers": (Plant("activation", 256, (21,), (0, 1, 2, 3)),),
 }
 
 
