@@ -86,7 +86,7 @@ def score_against_size(records: Sequence[Record], metric: str) -> Figure | None:
         axes.scatter(sizes, [record.metrics()[metric] for record in group], s=36, zorder=3, label=label, **_style(index))
     full = [record for record in points if record.cell.method.is_baseline]
     if full:
-        style = {"color": "#777777", "marker": "s", "s": 36}
+        style: dict[str, Any] = {"color": "#777777", "marker": "s", "s": 36}
         axes.scatter(full[0].metrics()[SIZE] / factor, full[0].metrics()[metric], label=FULL_PRECISION, **style)
     best = front(points, metric, higher)
     corners = [(record.metrics()[SIZE] / factor, record.metrics()[metric]) for record in best]

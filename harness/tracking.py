@@ -1,0 +1,604 @@
+"""Records into MLflow while a sweep runs, and again at any time from the store. The only importer of MLflow, loaded on use.
+
+One experiment per study; in it one parent run per sweep (tag `harness.sweep`) with one child run per cell (tag `harness.key`). A
+run is looked up by its tag before one is made, so that a sweep that was killed, repeated or published again completes its runs
+and never doubles them.
+
+    child    params: the cell, flat. Metrics: every number under its full name. Artifacts: cell, layer errors as table and figure,
+             each evaluation with its items, log, environment, failures.
+    parent   one curve per method and score, "wikitext2/perplexity/gptq", with the bit width as step (its charts page draws them);
+             the plan, tables, figures; a description that says what to open.
+
+MLflow would store an infinity as 1.8e308 and cut long values without a word: here what is not finite becomes the tag `diverged`,
+and what is cut says so. Nothing in this module may cost a result: the store has everything, and `publish` builds the runs again
+from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import getpass
+import json
+import logging
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from harness import plots, tables
+from harness.cell import Cell, cell_key, digest, score_key, to_json
+from harness.errors import TrackingError
+from harness.store import Record, Store, write_json
+from harness.sweep import Runtime, Sweep, Tracking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARAM_LIMIT, TAG_LIMIT, KEY_LIMIT = 6000, 8000, 250             # characters; MLflow cuts beyond them silently
+BATCH_PARAMS, BATCH_METRICS = 100, 1000                         # entries of one log_batch
+ITEM_ROWS_SHOWN = 1000                                          # of per-item results; the Parquet file has all
+STATUS = {                                                      # state of a cell -> status of its run
+    "waiting": "SCHEDULED",
+    "quantizing": "RUNNING",
+    "evaluating": "RUNNING",
+    "done": "FINISHED",
+    "failed": "FAILED",
+    "refused": "FAILED",
+    "unfinished": "KILLED",
+}
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",                         # with it on, one of 200 runs failed
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
+}
+OPEN_THIS = """\
+**What to open**
+
+- *Charts* (the tab beside the runs table, or *Model metrics* of this run): one curve per method, the bit width as step.
+- *Artifacts* of this run: `tables/` (the tables as HTML, Markdown, LaTeX, CSV), `figures/`, `plan.txt`.
+- The **+** before this run's name in the runs table opens its cells, one run each: parameters, every metric, layer errors,
+  per-item results, log.
+"""
+
+
+class Tracker(Protocol):
+    """Where a sweep's records go while it runs."""
+
+    def cell(self, record: Record, state: str) -> None:
+        """Note what is known of a cell now. state: a key of STATUS."""
+
+    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
+        """Close the sweep. files: table name -> its files; summary: the last lines that the run printed."""
+
+
+class NullTracker:
+    """Tracking is off."""
+
+    def cell(self, record: Record, state: str) -> None:
+        pass
+
+    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
+        pass
+
+
+def open_tracker(sweep: Sweep, plan_text: str = "") -> Tracker:
+    """The tracker of a sweep's runtime. Raises TrackingError where the tracking store cannot be reached or refuses."""
+    tracking = sweep.runtime.tracking
+    if tracking.kind == "none":
+        return NullTracker()
+    return MLflowTracker(sweep, plan_text)
+
+
+def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None = None) -> str:
+    """Build the MLflow runs of a sweep, or of everything in the store, again from the records. Returns what was done, one line.
+
+    Runs that are there are completed; doing it twice changes nothing. Cells of which nothing is known yet are left out.
+    """
+    if sweep is None:
+        cells = tuple(record.cell for record in store.records())
+        runtime = Runtime(store.root, tracking=tracking or Tracking())
+        sweep = Sweep("store", f"Everything in {store.root.name}", "All cells of the store.", cells, (), (), runtime)
+    elif tracking is not None:
+        sweep = dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, tracking=tracking))
+    if sweep.runtime.tracking.kind == "none":
+        raise TrackingError("tracking=none keeps no runs; publish with tracking=sqlite or tracking=server tracking.uri=http://…")
+    records = [store.record(cell) for cell in sweep.cells]
+    known = [record for record in records if record.manifest or record.scores or record.failures]
+    tracker = MLflowTracker(sweep, "", rebuild=True)
+    for record in known:
+        tracker.cell(record, _state(record))
+    files: dict[str, list[Path]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for table in sweep.tables:
+            data = tables.build(sweep, table, records, store)
+            for format, suffix in tables.FORMATS.items():
+                path = Path(folder) / f"{table.name}{suffix}"
+                path.write_text(tables.render(data, format), encoding="utf-8")
+                files.setdefault(table.name, []).append(path)
+        tracker.finish(files, plots.figures(sweep, records), "")
+    left = f"; {len(records) - len(known)} have no results yet" if len(known) < len(records) else ""
+    return f'published {len(known)} cells as experiment "{tracker.experiment}" in {tracker.uri}{left}'
+
+
+def _state(record: Record) -> str:
+    return "done" if record.complete else "failed" if record.failures else "unfinished"
+
+
+class MLflowTracker:
+    """One parent run per sweep, one child run per cell, in a tracking server or in mlflow.db beside runs/.
+
+    Writes to SQLite are serialised over processes by a lock of the store.
+    """
+
+    def __init__(self, sweep: Sweep, plan_text: str, rebuild: bool = False) -> None:
+        """rebuild: send artifacts even where MLflow has those of the same results."""
+        self.sweep, self.rebuild = sweep, rebuild
+        self.store = Store(sweep.runtime.runs)
+        self.uri = tracking_uri(sweep.runtime.tracking, sweep.runtime.runs)
+        self.experiment = sweep.runtime.tracking.experiment or sweep.name or "sweeps"
+        self.states: dict[str, str] = {}
+        self._names = _run_names(sweep.cells)
+        self._curves = _curves(sweep.cells)
+        self._children: dict[str, Any] = {}
+        self._parent_metrics: dict[tuple[str, int], float] = {}
+        with self._writing(f"open {self.uri}"):
+            if self.uri.startswith("http"):
+                _check_server(self.uri)
+            self.mlflow = _import_mlflow()
+            self.client = self.mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            self.experiment_id = self._find_experiment()
+            self.parent_id = self._find_parent(plan_text)
+
+    # -- the three calls -----------------------------------------------------------------------------------------------
+
+    def cell(self, record: Record, state: str) -> None:
+        """Note what is known of a cell now; new numbers, params and artifacts only. Raises TrackingError."""
+        key = record.cell_key
+        self.states[key] = state
+        with self._writing(f"record {record.cell.title} in {self.uri}"):
+            run = self._child(record)
+            metrics = record.metrics()
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            new = {name: value for name, value in finite.items() if run.data.metrics.get(_metric_name(name)) != value}
+            params = {name: value for name, value in _params(record.cell).items() if name not in run.data.params}
+            tags = {"harness.state": state, "harness.evaluations": ", ".join(sorted(record.scores)) or "none yet"}
+            diverged = [f"{name} = {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
+            if diverged or "diverged" in run.data.tags:
+                tags["diverged"] = ", ".join(diverged) or "no"
+            if record.failures and state == "failed":
+                tags["failure"] = str(record.failures[-1].get("reason", ""))
+            if record.smoke:
+                tags["smoke"] = "stands on a part of the data only"
+            for name, value in record.provenance.items():
+                if isinstance(value, str | int | float | bool):
+                    tags[f"environment.{name}"] = str(value)
+            fingerprint = _fingerprint(record)
+            is_new = self.rebuild or run.data.tags.get("harness.artifacts") != fingerprint
+            if is_new and state in ("done", "failed", "unfinished"):
+                with tempfile.TemporaryDirectory() as folder:
+                    _write_artifacts(Path(folder), record, self.store)
+                    self.client.log_artifacts(run.info.run_id, folder)
+                tags["harness.artifacts"] = fingerprint             # last: an interrupted upload is done again
+            tags = {name: value for name, value in tags.items() if run.data.tags.get(name) != _cut(value, TAG_LIMIT)}
+            self._log(run.info.run_id, new, params, tags)
+            self._set_status(run.info.run_id, run.info.status, STATUS[state])
+            self._children[key] = self.client.get_run(run.info.run_id)
+            self._log_curve(record)
+
+    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
+        """Keep tables and figures with the parent, describe it, end it. Raises TrackingError."""
+        with self._writing(f'close sweep "{self.sweep.name}" in {self.uri}'):
+            for key, state in self.states.items():
+                if STATUS[state] in ("SCHEDULED", "RUNNING"):
+                    self._set_status(self._children[key].info.run_id, STATUS[state], STATUS["unfinished"])
+            first = ""
+            with tempfile.TemporaryDirectory() as folder:
+                root = Path(folder)
+                for paths in files.values():
+                    for path in paths:
+                        text = path.read_text(encoding="utf-8")
+                        _write(root / "tables" / path.name, text)
+                        first = first or (text if path.suffix == ".md" else "")
+                for name, figure in figures.items():
+                    plots.save(figure, root / "figures", name, ("png", "svg"))
+                if summary:
+                    _write(root / "summary.txt", summary)
+                self.client.log_artifacts(self.parent_id, folder)
+            done = sum(state == "done" for state in self.states.values())
+            failed = sum(state in ("failed", "refused") for state in self.states.values())
+            progress = f"{done} of {len(self.sweep.cells)} cells done" + (f", {failed} failed" if failed else "")
+            tags = {"harness.progress": progress, "mlflow.note.content": self._description(progress, first)}
+            self._log(self.parent_id, {}, {}, tags)
+            status = "FAILED" if failed else "FINISHED" if done == len(self.sweep.cells) else "KILLED"
+            self.client.set_terminated(self.parent_id, status)
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def _find_experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise TrackingError(
+                    f'experiment "{self.experiment}" was deleted in {self.uri}; restore it there (mlflow experiments restore '
+                    f"-x {found.experiment_id}) or name another with tracking.experiment=NAME"
+                )
+            return str(found.experiment_id)
+        note = f"{self.sweep.title}\n\n{self.sweep.description}\n\n{OPEN_THIS}".strip()
+        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _cut(note, TAG_LIMIT)}
+        place = None if self.uri.startswith("http") else _artifact_folder(self.sweep.runtime.runs).as_uri()
+        return str(self.client.create_experiment(self.experiment, artifact_location=place, tags=tags))
+
+    def _find_parent(self, plan_text: str) -> str:
+        quote = '"' if "'" in self.sweep.name else "'"
+        named = f"tags.`harness.sweep` = {quote}{self.sweep.name}{quote}"
+        runs = self.client.search_runs([self.experiment_id], named, order_by=["attributes.start_time ASC"])
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        tags = {"mlflow.note.content": self._description("running", ""), "harness.command": tables.command_line(self.sweep)}
+        if parents:
+            parent = parents[0]
+            self._parent_metrics = self._curve_points(parent)
+            for run in self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'"):
+                self._children[run.data.tags.get("harness.key", "")] = run
+            if not self.rebuild:
+                self.client.update_run(parent.info.run_id, "RUNNING")
+        else:
+            marks = {"harness.sweep": self.sweep.name, **_origin(self.sweep)}
+            parent = self.client.create_run(self.experiment_id, run_name=self.sweep.title or self.sweep.name, tags=marks)
+        run_id = str(parent.info.run_id)
+        params = {name: value for name, value in _sweep_params(self.sweep).items() if name not in parent.data.params}
+        self._log(run_id, {}, params, tags)
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            if plan_text:
+                _write(root / "plan.txt", plan_text)
+            write_json(root / "sweep.json", _sweep_json(self.sweep), durable=False)
+            if self.sweep.path is not None and self.sweep.path.is_file():
+                _write(root / self.sweep.path.name, self.sweep.path.read_text(encoding="utf-8"))
+            self.client.log_artifacts(run_id, folder)
+        return run_id
+
+    def _child(self, record: Record) -> Any:
+        """The run of a cell: the one it had, or a new one."""
+        key = record.cell_key
+        if key not in self._children:
+            found = self._search(f"tags.`harness.key` = '{key}' and tags.mlflow.parentRunId = '{self.parent_id}'")
+            if found:
+                self._children[key] = found[0]
+            else:
+                name = self._names.get(key, record.cell.title)
+                tags = {"mlflow.parentRunId": self.parent_id, "harness.key": key, "harness.checkpoint": record.quantize_key}
+                tags |= {**_origin(self.sweep), "harness.command": f"harness show {key[:12]}"}
+                self._children[key] = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        return self._children[key]
+
+    def _search(self, filter: str) -> list[Any]:
+        found: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], filter, max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def _log_curve(self, record: Record) -> None:
+        """A cell's scores as points of the parent's curves."""
+        metrics, points = record.metrics(), {}
+        curve, step = self._curves.get(record.cell_key, ("", 0))
+        for metric in tables.quality_metrics(self.sweep, [record]) if curve else []:
+            value = metrics.get(metric, math.nan)
+            name = _metric_name(f"{metric}/{curve}")
+            if math.isfinite(value) and self._parent_metrics.get((name, step)) != value:
+                points[name, step] = value
+        if points:
+            now = int(time.time() * 1000)
+            batch = [self.mlflow.entities.Metric(name, value, now, at) for (name, at), value in points.items()]
+            self.client.log_batch(self.parent_id, metrics=batch)
+            self._parent_metrics |= points
+
+    def _curve_points(self, parent: Any) -> dict[tuple[str, int], float]:
+        """(metric, step) -> the value last written, so that repeating a sweep adds no second point."""
+        points: dict[tuple[str, int], float] = {}
+        for name in parent.data.metrics:
+            for metric in sorted(self.client.get_metric_history(parent.info.run_id, name), key=lambda m: m.timestamp):
+                points[name, metric.step] = metric.value
+        return points
+
+    def _log(self, run_id: str, metrics: Mapping[str, float], params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        entities, now = self.mlflow.entities, int(time.time() * 1000)
+        measured = [entities.Metric(_metric_name(name), value, now, 0) for name, value in metrics.items()]
+        facts = [entities.Param(_key(name), _cut(str(value), PARAM_LIMIT)) for name, value in params.items()]
+        marks = [entities.RunTag(_key(name), _cut(value, TAG_LIMIT)) for name, value in tags.items()]
+        while measured or facts or marks:       # one batch for any ordinary cell
+            self.client.log_batch(run_id, measured[: BATCH_METRICS // 2], facts[:BATCH_PARAMS], marks[:BATCH_PARAMS])
+            measured, facts, marks = measured[BATCH_METRICS // 2 :], facts[BATCH_PARAMS:], marks[BATCH_PARAMS:]
+
+    def _set_status(self, run_id: str, now: str, wanted: str) -> None:
+        if now == wanted:
+            return
+        if wanted in ("SCHEDULED", "RUNNING"):
+            self.client.update_run(run_id, wanted)
+        else:
+            self.client.set_terminated(run_id, wanted)
+
+    def _description(self, progress: str, table: str) -> str:
+        parts = [f"**{self.sweep.title or self.sweep.name}** — {progress}", self.sweep.description, OPEN_THIS]
+        command = f"Run again, or complete: `{tables.command_line(self.sweep)}`"
+        text = "\n\n".join(part.strip() for part in (*parts, command, table) if part.strip())
+        if len(text) > TAG_LIMIT:
+            text = "\n\n".join((*parts, command, "The table is too long for this page; it is in *Artifacts*."))
+        return text
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        lock = contextlib.nullcontext() if self.uri.startswith("http") else self.store.lock("tracking")
+        with _translated(what), lock:
+            yield
+
+
+# -- where it is, and how to look at it --------------------------------------------------------------------------------
+
+
+def tracking_uri(tracking: Tracking, runs: Path) -> str:
+    """What MLflow is told: the database beside runs/, or the server. Raises TrackingError for a kind that does not exist."""
+    if tracking.kind == "server":
+        if not re.match(r"https?://", tracking.uri):
+            raise TrackingError(f'tracking=server needs tracking.uri=http://HOST:PORT, not "{tracking.uri}"')
+        return tracking.uri.rstrip("/")
+    if tracking.kind == "sqlite":
+        return tracking.uri or f"sqlite:///{runs.resolve().parent / 'mlflow.db'}"
+    raise TrackingError(f'no tracking "{tracking.kind}"; known: none, server, sqlite')
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to start: its words, what its environment adds, where its pages will be."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+    url: str
+
+
+def ui_command(tracking: Tracking, runs: Path, port: int = 5000) -> Command:
+    """The command that serves MLflow's pages on the loopback interface. Raises TrackingError where there is nothing to show, or
+    the port is taken."""
+    uri = tracking_uri(tracking, runs)
+    if tracking.kind == "server":
+        raise TrackingError(f"the tracking server shows its own pages: open {uri}")
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not database.exists():
+        raise TrackingError(f"{database} does not exist: nothing was tracked here yet. Run a sweep, or `harness publish SWEEP`")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise TrackingError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+    stores = ("--backend-store-uri", uri, "--default-artifact-root", _artifact_folder(runs).as_uri())
+    words = (sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}")
+
+
+def serve(runtime: Runtime, port: int = 5000) -> int:
+    """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
+    if runtime.tracking.kind == "server":
+        print(f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}")
+        return 0
+    command = ui_command(runtime.tracking, runtime.runs, port)
+    print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
+    process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return 0
+
+
+def _artifact_folder(runs: Path) -> Path:
+    return runs.resolve().parent / "mlruns"
+
+
+def _check_server(uri: str) -> None:
+    """MLflow retries for minutes; this asks once."""
+    try:
+        with urllib.request.urlopen(f"{uri}/health", timeout=10):
+            pass
+    except urllib.error.HTTPError as error:
+        way_out = "; start the server with --allowed-hosts naming this host" if error.code == 403 else ""
+        raise TrackingError(f"the tracking server at {uri} answers {error.code} {error.reason}{way_out}") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise TrackingError(f"no tracking server at {uri} ({reason}); start it, or run with tracking=sqlite") from error
+
+
+def _import_mlflow() -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+    import mlflow.entities
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """What MLflow, its database or the network raise, as TrackingError."""
+    try:
+        yield
+    except TrackingError:
+        raise
+    except Exception as error:
+        foreign = (type(error).__module__ or "").split(".")[0]
+        if isinstance(error, OSError) or foreign in ("mlflow", "sqlalchemy", "requests", "urllib3", "alembic", "sqlite3"):
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise TrackingError(f"could not {what}: {first}") from error
+        raise
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def _run_names(cells: Sequence[Cell]) -> dict[str, str]:
+    """cell_key -> "gptq · w4g32", with the model where there are several, and the key where that is not enough."""
+    several = len({cell.model.name for cell in cells}) > 1
+    names = {}
+    for cell in cells:
+        own = "full precision" if cell.method.is_baseline else f"{cell.method.name} · {cell.scheme.name}"
+        names[cell_key(cell)] = f"{cell.model.name} · {own}" if several else own
+    listed = list(names.values())
+    return {key: name if listed.count(name) == 1 else f"{name} · {key[:6]}" for key, name in names.items()}
+
+
+def _curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
+    """cell_key -> (curve, step): "gptq" at its bit width; model, group, activation and KV bits join where they tell cells apart.
+
+    A fractional width is a curve of its own, since steps are whole numbers.
+    """
+    models = {cell.model.name for cell in cells}
+    groups = {tables.group_text(cell) for cell in cells if not cell.method.is_baseline}
+    curves: dict[str, tuple[str, int]] = {}
+    taken: set[tuple[str, int]] = set()
+    for cell in cells:
+        scheme, words = cell.scheme, [cell.method.name if not cell.method.is_baseline else "full_precision"]
+        bits = tables.BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits
+        if not cell.method.is_baseline:
+            words += [f"g{tables.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
+            words += [f"A{scheme.activation.bits}"] if scheme.activation else []
+            words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
+            words += [f"{bits:g}bit"] if bits != int(bits) else []
+        name = " ".join(words) if len(models) == 1 else f"{' '.join(words)}/{cell.model.name}"
+        if (name, round(bits)) in taken:
+            name = f"{name} {cell_key(cell)[:6]}"
+        taken.add((name, round(bits)))
+        curves[cell_key(cell)] = (name, round(bits))
+    return curves
+
+
+def _params(cell: Cell) -> dict[str, Any]:
+    """The cell, flat, under the names that its YAML has; what a reader filters by stands first."""
+    flat = tables.flatten(cell)
+    first = {
+        "model": flat.pop("model.name"),
+        "method": flat.pop("method.name"),
+        "scheme": flat.pop("scheme.name"),
+        "bits": tables.bits_text(cell),
+        "group": tables.group_text(cell) or "none",
+        "calibration": flat.pop("calibration.name", "none"),
+    }
+    for slot in ("transform", "rounding", "tuning"):
+        if f"{slot}.name" in flat:
+            first[slot] = flat.pop(f"{slot}.name")
+    renamed = {name.removeprefix("scheme."): value for name, value in flat.items()}
+    return {**first, **{name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in renamed.items()}}
+
+
+def _sweep_params(sweep: Sweep) -> dict[str, Any]:
+    names = {
+        "models": [cell.model.name for cell in sweep.cells],
+        "methods": [cell.method.name for cell in sweep.cells],
+        "schemes": [cell.scheme.name for cell in sweep.cells],
+        "evaluations": [evaluation.name for cell in sweep.cells for evaluation in cell.evaluations],
+    }
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in names.items()} | {"cells": len(sweep.cells)}
+
+
+def _sweep_json(sweep: Sweep) -> dict[str, Any]:
+    return {
+        "name": sweep.name,
+        "title": sweep.title,
+        "overrides": list(sweep.overrides),
+        "cells": [{"title": cell.title, "cell_key": cell_key(cell), "cell": to_json(cell)} for cell in sweep.cells],
+        "skips": [{"titles": list(skip.titles), "reason": skip.reason} for skip in sweep.skips],
+    }
+
+
+def _origin(sweep: Sweep) -> dict[str, str]:
+    return {"mlflow.source.name": tables.command_line(sweep), "mlflow.source.type": "JOB", "mlflow.user": _user()}
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _fingerprint(record: Record) -> str:
+    """Changes when anything does that a cell's artifacts show."""
+    scores = {name: score["metrics"] for name, score in record.scores.items()}
+    shown = [record.layer_errors, scores, record.failures, record.provenance]
+    return digest(json.loads(json.dumps(shown, default=str), parse_constant=str))
+
+
+def _write_artifacts(folder: Path, record: Record, store: Store) -> None:
+    cell = record.cell
+    identity = {"title": cell.title, "cell_key": record.cell_key, "quantize_key": record.quantize_key}
+    write_json(folder / "cell.json", {**identity, "cell": to_json(cell)}, durable=False)
+    write_json(folder / "environment.json", record.provenance, durable=False)
+    _write_layer_errors(folder, record)
+    for evaluation in cell.evaluations:
+        if evaluation.name not in record.scores:
+            continue
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", evaluation.name)
+        write_json(folder / "evaluations" / f"{name}.json", record.scores[evaluation.name], durable=False)
+        items = store.evaluation_items(record, evaluation)
+        if items is not None:
+            (folder / "items").mkdir(exist_ok=True)
+            path = store.items_path(record.cell_key, score_key(cell, evaluation))
+            (folder / "items" / f"{name}.parquet").write_bytes(path.read_bytes())
+            shown = f"{name}.csv" if len(items) <= ITEM_ROWS_SHOWN else f"{name}-first-{ITEM_ROWS_SHOWN}.csv"
+            items.head(ITEM_ROWS_SHOWN).to_csv(folder / "items" / shown, index=False)
+    if store.log_path(record.cell_key).is_file():
+        _write(folder / "log.txt", store.log_path(record.cell_key).read_text(encoding="utf-8", errors="replace"))
+    if record.failures:
+        parts = [[str(failure.get(name, "")) for name in ("stage", "kind", "reason", "detail")] for failure in record.failures]
+        texts = [f"{stage}: {kind}: {reason}\n\n{detail}\n" for stage, kind, reason, detail in parts]
+        _write(folder / "failures.txt", "\n".join(texts))
+
+
+def _write_layer_errors(folder: Path, record: Record) -> None:
+    rows = record.layer_errors
+    if not rows:
+        return
+    import pandas
+
+    pandas.DataFrame(rows).to_csv(folder / "layer_errors.csv", index=False)
+    figure = plots.layer_errors(record)
+    if figure is not None:
+        plots.save(figure, folder, "layer_errors", ("png",))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _metric_name(name: str) -> str:
+    """MLflow takes letters, digits and _ - . space / : only."""
+    return _key(re.sub(r"[^\w\-. /:]", "_", name))
+
+
+def _key(name: str) -> str:
+    return name if len(name) <= KEY_LIMIT else f"{name[: KEY_LIMIT - 9]}~{digest(name)[:8]}"
+
+
+def _cut(text: str, limit: int) -> str:
+    """Text within MLflow's limit; what is cut says so."""
+    if len(text) <= limit:
+        return text
+    note = f" … [cut: {len(text)} characters in all; see the artifacts]"
+    return text[: limit - len(note)] + note
