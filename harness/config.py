@@ -46,7 +46,7 @@ from harness.cell import (
     freeze,
 )
 from harness.errors import ConfigError, unknown_name
-from harness.sweep import Runtime, Skip, Sweep, Table
+from harness.sweep import Column, Runtime, Skip, Sweep, Table
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed
 
 GROUPS = {                                      # what `harness list` calls them -> folder below conf/
@@ -926,8 +926,13 @@ class _Resolver:
             if not isinstance(entry, dict):
                 self.problems.add(f"{where}: a mapping with name and columns is expected, not {entry!r}")
                 continue
-            columns = [{"metric": c} if isinstance(c, str) else c for c in entry.get("columns") or []]
-            table = typed(Table, {**entry, "columns": columns}, where, self.problems)
+            table = typed(Table, {**entry, "columns": []}, where, self.problems)
+            columns = entry.get("columns") or []
+            for number, column in enumerate(columns if isinstance(columns, list) else [columns]):
+                content = {"metric": column} if isinstance(column, str) else column
+                checked = typed(Column, content, f"{where}: columns[{number}]", self.problems)
+                if table is not None and checked is not None:
+                    table = dataclasses.replace(table, columns=(*table.columns, checked))
             if table is not None:
                 tables.append(self._checked_table(table, evaluations, where))
         names = [table.name for table in tables]

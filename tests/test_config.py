@@ -1,0 +1,414 @@
+"""Sweep files and overrides become cells, or one message that says everything that is wrong."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from harness import config
+from harness.cell import Cell, cell_key, quantize_key, score_key
+from harness.config import list_names, load_runtime, load_sweep
+from harness.errors import ConfigError
+from harness.sweep import Sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+GRID = ["model=demo", "calibration=demo"]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory without configs of its own, and no hub."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("HARNESS_CONF", "HARNESS_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Callable[..., Sweep]:
+    def load(text: str, *overrides: str) -> Sweep:
+        path = tmp_path / "study.yaml"
+        path.write_text(text)
+        return load_sweep(str(path), overrides)
+
+    return load
+
+
+def titles(sweep: Sweep) -> list[str]:
+    return [cell.title for cell in sweep.cells]
+
+
+def quantized(sweep: Sweep) -> list[Cell]:
+    return [cell for cell in sweep.cells if not cell.method.is_baseline]
+
+
+def problem(*overrides: str, name: str | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(name, overrides)
+    return str(caught.value)
+
+
+# --- everything that ships -----------------------------------------------------------------------------------------------------
+
+SHIPPED = [(folder, entry.name) for folder in config.GROUPS.values() for entry in list_names(folder)]
+
+
+@pytest.mark.parametrize("group, name", SHIPPED)
+def test_every_yaml_composes_and_says_what_it_is(group: str, name: str) -> None:
+    assert isinstance(config.compose(group, name), dict)
+    (title,) = [entry.title for entry in list_names(group) if entry.name == name]
+    assert title, f"conf/{group}/{name}.yaml needs a first line that says what it is"
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_names("models")])
+def test_every_model_resolves_without_network(name: str) -> None:
+    (cell,) = load_sweep(None, [f"model={name}", "method=none"]).cells
+    assert cell.model.digest and cell.model.name == name
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_names("schemes") if entry.name != "full"])
+def test_every_scheme_resolves(name: str) -> None:
+    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={name}"]))
+    assert cell.scheme.name == name
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_names("methods") if entry.name != "none"])
+def test_every_method_resolves(name: str) -> None:
+    (cell,) = quantized(load_sweep(None, [*GRID, f"method={name}", "scheme=w4"]))
+    assert cell.method.name == name
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in list_names("evaluations")])
+def test_every_evaluation_resolves(name: str) -> None:
+    (cell,) = load_sweep(None, ["model=demo", "method=none", f"evaluations={name}"]).cells
+    assert cell.evaluations
+    for evaluation in cell.evaluations:
+        assert score_key(cell, evaluation)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_resolves(path: Path, request: pytest.FixtureRequest) -> None:
+    if "shared" in path.read_text():
+        request.getfixturevalue("shared")
+    sweep = load_sweep(path.stem)
+    assert sweep.cells and sweep.title and sweep.path == path
+    keys = Counter((cell_key(cell), cell.title) for cell in sweep.cells)
+    assert max(keys.values()) == 1
+
+
+def test_a_scheme_file_says_what_its_name_says() -> None:
+    for entry in list_names("schemes"):
+        if config.SCHEME_NAME.fullmatch(entry.name):
+            (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={entry.name}"]))
+            parsed = config._scheme_by_name(entry.name, "")
+            for part in ("weight", "activation", "kv"):
+                for field, value in (parsed[part] or {}).items():
+                    assert getattr(getattr(cell.scheme, part), field) == value, (entry.name, part, field)
+
+
+# --- the grid ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_product_has_its_baseline_first() -> None:
+    sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4,w3g32"])
+    assert titles(sweep) == ["demo · none · full", "demo · rtn · w4", "demo · rtn · w3g32", "demo · gptq · w4", "demo · gptq · w3g32"]
+    assert titles(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "baseline=false"])) == ["demo · rtn · w4"]
+
+
+def test_schemes_by_name() -> None:
+    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "scheme=w3g48syma6kv2"]))
+    assert (cell.scheme.weight.bits, cell.scheme.weight.group_size, cell.scheme.weight.symmetric) == (3, 48, True)
+    assert cell.scheme.activation is not None and cell.scheme.activation.bits == 6
+    assert cell.scheme.kv is not None and cell.scheme.kv.bits == 2
+
+
+def test_one_key_whether_a_scheme_is_a_file_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (by_file,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "scheme=w4g32"]))
+    (tmp_path / "conf" / "scheme").mkdir(parents=True)
+    (tmp_path / "conf" / "scheme" / "mine.yaml").write_text("weight: {bits: 4.0, group_size: 32}\n")
+    monkeypatch.setenv("HARNESS_CONF", str(tmp_path / "conf"))
+    (mine,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "scheme=mine"]))
+    assert quantize_key(mine) == quantize_key(by_file) and mine.title != by_file.title
+
+
+def test_axes_of_the_override_grammar() -> None:
+    sweep = load_sweep(None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=*sym)", "seed=range(2,5)"])
+    cells = quantized(sweep)
+    assert {cell.scheme.name for cell in cells} == {"w4g32", "w4g64", "w4g128"}
+    assert sorted({cell.seed for cell in cells}) == [2, 3, 4]
+    assert titles(load_sweep(None, [*GRID, "method=[rtn,gptq]", "+scheme='w4'"])) == titles(
+        load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4"])
+    )
+
+
+def test_the_seed_feeds_the_calibration_unless_that_has_its_own() -> None:
+    cells = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "seed=0,1"]))
+    assert [cell.calibration and cell.calibration.seed for cell in cells] == [0, 1]
+    (cell, *_) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "seed=5", "calibration.seed=7"]))
+    assert cell.calibration is not None and (cell.seed, cell.calibration.seed) == (5, 7)
+
+
+def test_a_data_free_method_has_one_cell_whatever_the_calibration() -> None:
+    cells = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "seed=0,1,2", "inputs=quantized,full_precision"]))
+    assert [cell.calibration for cell in cells] == [None]
+
+
+def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
+    sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4", "rounding.damping_fraction=0.01,0.1", "calibration.samples=8"])
+    assert titles(sweep)[1:] == ["demo · rtn · w4", "demo · gptq[damping_fraction=0.01] · w4", "demo · gptq[damping_fraction=0.1] · w4"]
+    last = sweep.cells[-1]
+    assert last.method.rounding is not None and last.method.rounding["damping_fraction"] == 0.1
+    assert last.calibration is not None and last.calibration.samples == 8
+    (cell,) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "rounding.damping_fraction=1", "model.dtype=bfloat16"]))
+    assert cell.method.name == "gptq" and cell.model.dtype == "bfloat16"
+    assert cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
+
+
+def test_slots_replace_the_method(sweep_file: Callable[..., Sweep]) -> None:
+    text = "model: demo\ncalibration: demo\ngrids:\n  - {method: [none, rtn, awq], scheme: [w4]}\n"
+    assert titles(sweep_file(text, "rounding=gptq,rtn"))[1:] == ["demo · gptq · w4", "demo · rtn · w4"]
+    assert titles(sweep_file(text, "rounding=gptq", "transform=awq"))[1:] == ["demo · awq_gptq · w4"]
+    edited = sweep_file(text, "transform=null")
+    assert titles(edited)[1:] == ["demo · rtn · w4", "demo · rounding=awq · w4"], "AWQ's clipping alone is not AWQ"
+
+
+def test_overrides_replace_axes_of_every_grid(sweep_file: Callable[..., Sweep]) -> None:
+    text = """
+model: demo
+calibration: demo
+grids:
+  - {method: rtn, scheme: [w8, w4]}
+  - zip: {method: [gptq, awq], scheme: [w3, w4]}
+"""
+    assert titles(sweep_file(text))[1:] == ["demo · rtn · w8", "demo · rtn · w4", "demo · gptq · w3", "demo · awq · w4"]
+    assert titles(sweep_file(text, "scheme=w2"))[1:] == ["demo · rtn · w2", "demo · gptq · w2", "demo · awq · w2"]
+    assert titles(sweep_file(text, "method=rtn"))[1:] == ["demo · rtn · w8", "demo · rtn · w4", "demo · rtn · w3"]
+
+
+def test_skips_have_reasons(sweep_file: Callable[..., Sweep]) -> None:
+    text = """
+model: demo
+calibration: demo
+grids: {method: [rtn, gptq], scheme: [w4, w3, w2]}
+skip:
+  - {method: gptq, scheme: [w2, w3], reason: not published}
+  - {scheme.weight.bits: 2, reason: useless}
+"""
+    sweep = sweep_file(text)
+    assert titles(sweep)[1:] == ["demo · rtn · w4", "demo · rtn · w3", "demo · gptq · w4"]
+    assert {skip.reason: skip.titles for skip in sweep.skips} == {
+        "not published": ("demo · gptq · w3", "demo · gptq · w2"), "useless": ("demo · rtn · w2",),
+    }
+    bad = text + "  - {method: gtpq, reason: x}\n  - {scheme.weight.bit: 2, reason: x}\n  - {method: rtn}\n"
+    with pytest.raises(ConfigError) as caught:
+        sweep_file(bad)
+    for said in ('did you mean "gptq"', 'did you mean "bits"', "skip[4]: axes to match and a reason"):
+        assert said in str(caught.value)
+
+
+def test_a_sweep_file_says_its_title_and_runtime(sweep_file: Callable[..., Sweep], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    text = "# A title\n# And what it claims.\nmodel: demo\nmethod: none\ndata: {root: data}\ncluster: local\ncluster.workers: 3\nruns: kept\n"
+    sweep = sweep_file(text, "cluster.workers=1", "tracking=none")
+    assert (sweep.name, sweep.title, sweep.description) == ("study", "A title", "And what it claims.")
+    assert sweep.runtime.data_root == tmp_path / "data" and sweep.runtime.runs == Path.cwd() / "kept"
+    assert (sweep.runtime.cluster.kind, sweep.runtime.cluster.workers, sweep.runtime.tracking.kind) == ("local", 1, "none")
+
+
+def test_runtime_changes_no_key() -> None:
+    grid = [*GRID, "method=gptq", "scheme=w4", "evaluations=demo_perplexity"]
+    elsewhere = ["cluster=local", "tracking=none", "runs=/elsewhere", "device=cpu", "batch_size=3", "fail_fast=true"]
+    for one, other in zip(load_sweep(None, grid).cells, load_sweep(None, [*grid, *elsewhere]).cells, strict=True):
+        assert (quantize_key(one), cell_key(one)) == (quantize_key(other), cell_key(other))
+        assert [score_key(one, e) for e in one.evaluations] == [score_key(other, e) for e in other.evaluations]
+    assert load_runtime(elsewhere).runs == Path("/elsewhere")
+
+
+def test_keys_do_not_depend_on_where_data_lies(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        folder = tmp_path / place / "text" / "wikitext-2-raw"
+        folder.mkdir(parents=True)
+        for split in ("valid", "test"):
+            (folder / f"{split}.jsonl").write_text(f'{{"text": "{split}"}}\n')
+    grid = ["model=demo", "method=gptq", "scheme=w4", "calibration=wikitext2", "evaluations=wikitext2"]
+    (one, other) = (quantized(load_sweep(None, [*grid, f"data.root={tmp_path / place}"]))[0] for place in ("a", "b"))
+    assert quantize_key(one) == quantize_key(other)
+    assert score_key(one, one.evaluations[0]) == score_key(other, other.evaluations[0])
+    (hub,) = quantized(load_sweep(None, grid))
+    assert score_key(hub, hub.evaluations[0]) != score_key(one, one.evaluations[0])
+
+
+def test_models_and_calibrations_may_be_paths(tmp_path: Path) -> None:
+    model = Path(config.harness.__file__).parent / "demo" / "model"
+    shutil.copytree(model, tmp_path / "my model")
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    (cell,) = quantized(load_sweep(None, [f"model='{tmp_path}/my model'", "method=gptq", "scheme=w4", f"calibration={tmp_path}/text.txt"]))
+    assert cell.model.name == "my model" and cell.calibration is not None and cell.calibration.name == "text"
+    (demo,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=w4"]))
+    assert cell.model.digest == demo.model.digest
+    (hub,) = load_sweep(None, ["model=owner/Some-Model-7B", "method=none"]).cells
+    assert (hub.model.name, hub.model.source) == ("Some-Model-7B", "owner/Some-Model-7B")
+
+
+# --- evaluations and tables ----------------------------------------------------------------------------------------------------
+
+
+def test_suites_expand_and_settings_can_be_edited() -> None:
+    overrides = [*GRID, "method=rtn", "scheme=w4", "evaluations=demo_perplexity,demo,demo_facts", "evaluations.limit=20"]
+    (_, cell) = load_sweep(None, [*overrides, "evaluations.demo_perplexity.length=64"]).cells
+    assert [e.name for e in cell.evaluations] == ["demo_perplexity", "demo_facts", "demo_add", "demo_count", "demo_copy"]
+    assert {e.limit for e in cell.evaluations} == {20} and cell.evaluations[0]["length"] == 64
+    (whole, _) = load_sweep(None, overrides[:-1]).cells
+    assert score_key(cell, cell.evaluations[1]) != score_key(cell, whole.evaluations[1])
+
+
+def test_tables_are_checked(sweep_file: Callable[..., Sweep]) -> None:
+    text = """
+model: demo
+method: none
+evaluations: [demo_perplexity]
+tables:
+  - name: one
+    columns: [demo_perplexity/perplexity, {metric: checkpoint/bits_per_weight, digits: 3}]
+"""
+    (table,) = sweep_file(text).tables
+    assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[1].digits == 3
+    with pytest.raises(ConfigError) as caught:
+        sweep_file(text + "  - name: one\n    columns: [demo_perplexty/perplexity, {metric: x/y, digit: 1}]\n    published: no/such\n")
+    for said in ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such.yaml", "two tables are called one"):
+        assert said in str(caught.value)
+
+
+# --- what is wrong is said -----------------------------------------------------------------------------------------------------
+
+
+def test_all_offenders_at_once_with_the_nearest_name() -> None:
+    said = problem("model=dmeo", "method=gtpq", "scheme=w4q8", "evaluations=demo_perplexty", "cluster=lokal")
+    for near in ("demo", "gptq", "demo_perplexity", "local"):
+        assert f'did you mean "{near}"' in said
+    assert 'no scheme "w4q8"' in said and said.startswith("5 problems") and "Nothing was started." in said
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("clustr=local", 'did you mean "cluster"'),
+        ("rounding.damping=0.1", 'did you mean "rounding.damping_fraction"'),
+        ("rounding.block_size=1.5", "block_size: a whole number is expected, not 1.5"),
+        ("rounding.act_order=1", "act_order: true or false is expected, not 1"),
+        ("calibration.sampels=1", 'did you mean "samples"'),
+        ("calibration.samples=0", "samples: 0 is below 1"),
+        ("calibration.packing=windows", 'did you mean "window"'),
+        ("model.dtype=float16x", 'did you mean "float16"'),
+        ("model.digest=abc", "digest cannot be set"),
+        ("scheme.weight.bits=nine", "bits: a number is expected"),
+        ("scheme.weight.bits=9", "integers have 1 to 8 bits"),
+        ("scheme.weight.group_size=0", "group_size 0"),
+        ("inputs=full_precison", 'did you mean "full_precision"'),
+        ("seed=-1", "seed: a whole number from 0"),
+        ("scheme=full", "scheme full belongs to method none"),
+        ("cluster.workers=two", "workers: a whole number is expected"),
+        ("runs=a,b", "only axes of the grid take several values"),
+        ("tracking.uir=x", 'did you mean "uri"'),
+        ("data.root=/nowhere/at/all", "/nowhere/at/all is not a folder"),
+        ("data.rot=x", 'did you mean "data.root"'),
+        ("evaluations.limit=0", "limit: a whole number from 1"),
+        ("evaluations.demo_perplexity.lenght=3", 'did you mean "length"'),
+        ("evaluations.demo_facts.task=x", 'no evaluation "demo_facts"'),
+        ("model=[", "override 'model=['"),
+        ("~model", "nothing can be deleted"),
+    ],
+)
+def test_a_wrong_override_is_answered(override: str, expected: str) -> None:
+    key = override.split("=")[0]
+    grid = [*GRID, "method=gptq", "scheme=w4", "evaluations=demo_perplexity"]
+    assert expected in problem(*(entry for entry in grid if entry.split("=")[0] != key), override)
+
+
+def test_what_a_grid_lacks_is_said() -> None:
+    assert "no model; add model=<name>" in problem("method=rtn", "scheme=w4")
+    assert "no method; add method=<name>" in problem("model=demo", "scheme=w4")
+    assert "needs a scheme" in problem("model=demo", "method=rtn")
+    assert "gptq (hessian) needs calibration data; add calibration=<name>" in problem("model=demo", "method=gptq", "scheme=w4")
+    assert 'did you mean "demo"' in problem(name="dmo")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("model: demo\nmethod: [rtn\n", r"study\.yaml, line 3: not valid YAML"),
+        ("model: demo\nmodel: other\n", "duplicate key"),
+        ("model: !!python/object/apply:os.system ['true']\n", r"study\.yaml, line 1: not valid YAML: could not determine a constructor"),
+        ("- a\n- b\n", "a mapping is expected"),
+        ("model: demo\ngrid: {method: rtn}\n", 'no key "grid"; did you mean "grids"'),
+        ("model: demo\ngrids: {metod: rtn}\n", 'did you mean "method"'),
+        ("model: demo\ngrids: {zip: {method: [rtn, gptq], scheme: [w4]}}\n", "paired axes differ in length: method 2, scheme 1"),
+        ("model: demo\ngrids: {method: [], scheme: [w4]}\n", "an axis without values"),
+        ("model: demo\nmethod: rtn\nscheme: w4\nskip: [{method: rtn, reason: because}, {method: none, reason: because}]\n", "every cell"),
+    ],
+)
+def test_a_wrong_sweep_file_is_answered(sweep_file: Callable[..., Sweep], text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        sweep_file(text)
+
+
+# --- where configs are found ---------------------------------------------------------------------------------------------------
+
+
+def test_configs_of_ones_own_come_first_and_compose(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "conf" / "model"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# Mine\ndefaults: [demo, _self_]\ndtype: bfloat16\n")
+    (tmp_path / "here" / "sweeps").mkdir()
+    (tmp_path / "here" / "sweeps" / "study.yaml").write_text("# My study\nmodel: mine\nmethod: none\n")
+    assert ("mine", "Mine") in [(entry.name, entry.title) for entry in list_names("models")]
+    assert ("study", "My study") in [(entry.name, entry.title) for entry in list_names("sweeps")]
+    (cell,) = load_sweep("study").cells
+    assert (cell.model.name, cell.model.source, cell.model.dtype) == ("mine", "demo", "bfloat16")
+
+
+def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
+    """The layout of a wheel: conf/ and sweeps/ inside the package, no checkout around it."""
+    package = tmp_path / "site" / "harness"
+    shutil.copytree(ROOT / "harness", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("conf", "sweeps"):
+        shutil.copytree(ROOT / folder, package / folder)
+    code = "from harness.config import *; s = load_sweep('demo'); print(s.path, len(s.cells), len(list_names('methods')))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    path, cells, methods = ran.stdout.rsplit(maxsplit=2)
+    assert Path(path) == package / "sweeps" / "demo.yaml" and int(cells) >= 16 and int(methods) >= 4
+
+
+def test_names_are_listed_without_hydra() -> None:
+    code = "import sys; from harness.config import list_names; list_names('methods'); sys.exit('hydra' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_thousand_cells_compose_each_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: Counter[str] = Counter()
+    real_compose, real_hydra = config.compose, config._hydra
+
+    def compose(group: str, name: str, where: str = "") -> dict[str, object]:
+        composed[f"{group}/{name}"] += 1
+        return real_compose(group, name, where)
+
+    def hydra(root: Path, name: str, overrides: list[str]) -> dict[str, object]:
+        composed[name] += 1
+        return real_hydra(root, name, overrides)
+
+    monkeypatch.setattr(config, "compose", compose)
+    monkeypatch.setattr(config, "_hydra", hydra)
+    sweep = load_sweep(None, [*GRID, "method=gptq,awq", "scheme=glob(w*)", "seed=range(0,25)", "evaluations=demo"])
+    assert len(sweep.cells) > 1000
+    assert max(composed.values()) == 1 and composed["config"] == 1
+    assert len({cell_key(cell) for cell in sweep.cells}) == len(sweep.cells)

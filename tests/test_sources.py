@@ -1,0 +1,163 @@
+"""Texts and models are read from what a folder holds, and named by what is in it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness import sources
+from harness.cell import Model
+from harness.errors import DataError, ModelError
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    sources._file_digests.cache_clear()
+    sources._hub_commit.cache_clear()
+    yield
+    sources._file_digests.cache_clear()
+    sources._hub_commit.cache_clear()
+
+
+def write_model(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+ROWS = ["first", "", "third\nwith a line", "ünï\u2028code"]
+
+
+@pytest.mark.parametrize("field", sources.TEXT_FIELDS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_rows_come_back_in_order(tmp_path: Path, field: str, suffix: str) -> None:
+    text = "".join(json.dumps({field: row}, ensure_ascii=False) + "\n" for row in ROWS)
+    content = text.encode()
+    (tmp_path / f"test{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    assert sources.read_corpus(str(tmp_path), "test") == ROWS
+    assert sources.read_corpus(str(tmp_path / f"test{suffix}"), "any") == ROWS
+
+
+def test_plain_text_is_one_document_verbatim(tmp_path: Path) -> None:
+    text = "a\r\nb\n\n c \n"
+    (tmp_path / "plain.txt").write_bytes(text.encode())
+    assert sources.read_corpus(str(tmp_path / "plain.txt"), "") == [text]
+
+
+def test_parquet_shards_are_joined_in_order(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number, rows in enumerate((ROWS[:2], ROWS[2:])):
+        parquet.write_table(pyarrow.table({"text": rows, "id": [0] * len(rows)}), tmp_path / f"train-0000{number}-of-00002.parquet")
+    assert sources.read_corpus(str(tmp_path), "train") == ROWS
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-12])
+    with pytest.raises(DataError, match=r"line 2.*none of the fields text.*body"):
+        sources.read_corpus(str(tmp_path), "test")
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        sources.read_corpus(str(tmp_path), "broken")
+    with pytest.raises(DataError, match=r"torn\.jsonl\.gz: cannot be read"):
+        sources.read_corpus(str(tmp_path), "torn")
+    with pytest.raises(DataError, match='no split "tset"; did you mean "test"'):
+        sources.read_corpus(str(tmp_path), "tset")
+    with pytest.raises(DataError, match="no such file or folder"):
+        sources.read_corpus(str(tmp_path / "nowhere"), "test")
+    with pytest.raises(DataError, match="expected hub:"):
+        sources.corpus_digest("hub:wikitext", "test")
+
+
+def test_a_corpus_is_known_by_content_not_by_place(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test.jsonl").write_text('{"text": "a"}\n')
+    first = sources.corpus_digest(str(tmp_path / "a"), "test")
+    assert sources.corpus_digest(str(tmp_path / "b"), "test") == first
+    (tmp_path / "b" / "test.jsonl").write_text('{"text": "b"}\n')
+    assert sources.corpus_digest(str(tmp_path / "b"), "test") != first
+
+
+def test_a_model_is_known_by_what_changes_its_numbers(tmp_path: Path) -> None:
+    digest = sources.model_digest(str(write_model(tmp_path / "a")))
+    assert sources.model_digest(str(write_model(tmp_path / "b"))) == digest
+    (tmp_path / "b" / "README.md").write_text("other words")
+    assert sources.model_digest(str(tmp_path / "b")) == digest
+    assert sources.model_digest(str(write_model(tmp_path / "c", b"others"))) != digest
+    (tmp_path / "b" / "tokenizer.json").write_text('{"other": 1}')
+    assert sources.model_digest(str(tmp_path / "b")) != digest
+
+
+def test_large_files_are_hashed_once_and_again_when_they_change(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(b"x" * (2 << 20))
+    first = sources.file_digest(path)
+    assert (tmp_path / "cache" / "digests.json").is_file()
+    status = path.stat()
+    path.write_bytes(b"y" * (2 << 20))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sources.file_digest(path) == first, "same path, size and time: remembered"
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert sources.file_digest(path) != first
+    (tmp_path / "cache" / "digests.json").write_text("damaged")
+    sources._file_digests.cache_clear()
+    assert sources.file_digest(path)
+
+
+def test_folders_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        sources.model_digest(str(tmp_path / "absent"))
+    (tmp_path / "pickled").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        sources.model_digest(str(tmp_path / "pickled"))
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin would have to be unpickled"):
+        sources.model_folder(Model("pickled", str(tmp_path / "pickled")))
+
+
+def test_a_hub_id_is_a_commit_or_unresolved(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert sources.model_digest("owner/name", commit) == commit
+    unresolved = sources.model_digest("owner/name")
+    assert unresolved.startswith(sources.UNRESOLVED)
+    with pytest.raises(ModelError, match="could not be asked"):
+        sources.model_folder(Model("name", "owner/name", digest=unresolved))
+    with pytest.raises(ModelError, match="cannot download owner/name"):
+        sources.model_folder(Model("name", "owner/name", digest=commit))
+    sources._hub_commit.cache_clear()
+    refs = tmp_path / "hub" / "hub" / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(commit)
+    assert sources.model_digest("owner/name") == commit, "what the hub's cache knows needs no network"
+
+
+def test_paths_are_relative_to_the_sweep_then_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sweeps" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert sources.resolve_path("data", tmp_path / "sweeps") == tmp_path / "sweeps" / "data"
+    assert sources.resolve_path("other/../else", tmp_path / "sweeps") == tmp_path / "else"
+    assert sources.resolve_path("/absolute", tmp_path) == Path("/absolute")
+
+
+def test_the_demo_is_a_model_and_a_corpus() -> None:
+    assert (sources.model_folder(Model("demo", "demo")) / "config.json").is_file()
+    assert sources.corpus_digest("demo", "test") != sources.corpus_digest("demo", "calibration")
+    assert len(sources.read_corpus("demo", "test")) > 10
+
+
+def test_shared_texts_are_read(shared: Path) -> None:
+    assert len(sources.read_corpus(str(shared / "data" / "text" / "wikitext-2-raw"), "test")) == 4358
+    assert len(sources.read_corpus(str(shared / "data" / "text" / "c4"), "calibration")) == 400
