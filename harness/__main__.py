@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,7 +36,6 @@ PLAIN_KEYS = (
     "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.address", "tracking.uri",
 )
 INPUTS = ("quantized", "full_precision")
-FORMATS = ("md", "latex", "csv", "html")
 GROUPS = (
     "sweeps", "models", "methods", "schemes", "calibrations", "evaluations", "evaluators", "transforms", "roundings", "clusters",
     "trackings",
@@ -144,8 +144,8 @@ def table(
     """Print a sweep's tables, published numbers beside ours; gaps name the command that fills them."""
     from harness import tables
 
-    if form not in FORMATS:
-        raise ConfigError(unknown_name("table format", form, FORMATS))
+    if form not in tables.FORMATS:
+        raise ConfigError(unknown_name("table format", form, tables.FORMATS))
     loaded, store = _load(sweep, overrides)
     names = [each.name for each in loaded.tables]
     if name and name not in names:
@@ -171,24 +171,22 @@ def show(
 
 
 @app.command()
-def publish(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """Send a sweep's results from the store to tracking again; runs that are there are completed, never duplicated."""
+def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "runs") -> None:
+    """Send a sweep's results, or without a name everything in --runs, to tracking again; completes runs, never doubles them."""
     from harness import tracking
+    from harness.store import Store
 
-    loaded, store = _load(sweep, overrides)
+    loaded, store = _load(sweep, overrides) if sweep else (None, Store(runs))
     print(tracking.publish(store, loaded))
 
 
 @app.command()
-def ui(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", autocompletion=complete_override)] = None,
-    port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000,
-) -> None:
-    """Open MLflow's pages on the tracked results; ends with Ctrl-C."""
+def ui(runs: Runs = "runs", port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000) -> None:
+    """Serve MLflow's pages on the results beside a runs folder; ends with Ctrl-C."""
     from harness import tracking
-    from harness.config import load_runtime
+    from harness.sweep import Runtime
 
-    raise typer.Exit(tracking.serve(load_runtime(overrides or []), port))
+    raise typer.Exit(tracking.serve(Runtime(Path(runs)), port))
 
 
 @app.command("list")

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TABLE_FORMATS = {"md": "md", "csv": "csv", "latex": "tex", "html": "html"}       # of tables.render -> suffix
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -150,6 +148,8 @@ class _Recorder:
         """Write tables and figures, close the tracking, say what happened."""
         sweep = self.plan.sweep
         records = tuple(self.store.record(cell) for cell in sweep.cells)
+        for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
+            self._track(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
         self.state.end()
@@ -189,8 +189,8 @@ def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dic
     for table in sweep.tables:
         data = tables.build(sweep, table, records, store)
         paths = []
-        for format_name, suffix in TABLE_FORMATS.items():
-            path = store.root / "tables" / sweep.name / f"{table.name}.{suffix}"
+        for format_name, suffix in tables.FORMATS.items():
+            path = store.root / "tables" / sweep.name / f"{table.name}{suffix}"
             content = tables.render(data, format_name).encode()
             write_aside(path, lambda aside, content=content: aside.write_bytes(content))  # type: ignore[misc]
             paths.append(path)

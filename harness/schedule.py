@@ -17,18 +17,22 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
+import queue
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from harness import provenance, work
+from harness import events, provenance, work
 from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
 from harness.errors import ScheduleError
 from harness.events import Event, Failed, Quantized, Scored, TaskStarted
@@ -39,15 +43,18 @@ from harness.work import EvaluateTask, QuantizeTask, Task
 POLL_SECONDS = 1.0                              # how long an executor waits for events before deadlines are looked at
 SILENCE_SECONDS = 90.0                          # after which Ray is asked whether a task's node still lives
 STOP_SECONDS = 5.0                              # between asking a process to end and ending it
+PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
+PRELOADED = ["torch", "harness.work", "harness.streaming.passes", "harness.runtime.load"]     # what every task imports
 TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a task's process ended. kind "" is a normal end, else as in `events.Failed`."""
+    """How a task's process ended. kind "" is a normal end, else kind, reason and detail are those of `events.Failed`."""
 
     kind: str = ""
     reason: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ class _Board:
             self._again(job, unfinished, together=end.kind == "lost")
         kind, reason = end.kind or "error", end.reason or "the task ended without a result for this cell"
         stage = "quantize" if quantizing else "evaluate"
-        yield Failed(time.time(), tuple(keys), stage=stage, kind=kind, reason=reason, retry=retry)
+        yield Failed(time.time(), tuple(keys), stage=stage, kind=kind, reason=reason, detail=end.detail, retry=retry)
 
     def _again(self, job: _Job, unfinished: set[Any], together: bool = False) -> None:
         """Queue unfinished work once more: each checkpoint or cell by itself, or as it was on another node."""
@@ -288,8 +295,8 @@ class InProcess:
     def wait(self) -> list[Message]:
         if self._current is None:
             return []
-        number, events = self._current
-        event = next(events, None)
+        number, stream = self._current
+        event = next(stream, None)
         if event is not None:
             return [Message(number, event)]
         self._current = None
@@ -310,53 +317,80 @@ class InProcess:
 
 
 class Processes:
-    """A fresh process per task on this machine. Each sees one of its GPUs, where there are any."""
+    """A fresh process per task on this machine. Each sees one of its GPUs, where there are any.
+
+    A worker reads its task as JSON from its standard input and writes events as lines of JSON to a pipe; what libraries print goes
+    to a file, whose end is the detail of a failure.
+    """
 
     def __init__(self, workers: int, runtime: Runtime) -> None:
         self.slots = workers
         self.threads = max(1, count_cores() // workers)
         self._gpus = count_gpus() if runtime.device != "cpu" else 0
-        self._context = multiprocessing.get_context("spawn")
-        self._running: dict[int, tuple[Any, multiprocessing.connection.Connection, int]] = {}
+        self._news: queue.Queue[Message] = queue.Queue()
+        self._running: dict[int, tuple[subprocess.Popen[str], int]] = {}
 
     def submit(self, number: int, task: Task) -> None:
-        taken = [place for _, _, place in self._running.values()]
+        taken = {place for _, place in self._running.values()}
         place = next(place for place in range(self.slots) if place not in taken)
-        environment = process_environment(self.threads)
+        environment = {**os.environ, **process_environment(self.threads)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = _visible_gpu(place % self._gpus)
-        ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_serve, args=(theirs, os.getpid(), encode(task)), daemon=True)
-        with _environment(environment):         # a spawned interpreter reads it before it loads torch
-            process.start()
-        theirs.close()
-        self._running[number] = process, ours, place
+        ours, theirs = os.pipe()
+        printed = tempfile.TemporaryFile("w+", errors="replace")
+        command = [sys.executable, "-c", "from harness.schedule import serve; serve()", str(theirs), str(os.getpid())]
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=(theirs,), text=True,
+        )
+        os.close(theirs)
+        self._running[number] = process, place
+        threading.Thread(target=self._listen, args=(number, process, ours, printed), daemon=True).start()
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:          # one that died at once is told of by its exit
+            json.dump(encode(task), process.stdin)
+
+    def _listen(self, number: int, process: subprocess.Popen[str], pipe: int, printed: IO[str]) -> None:
+        with open(pipe, encoding="utf-8") as lines, printed:
+            for line in lines:
+                if line.endswith("\n"):                                    # a killed worker may leave half a line
+                    self._news.put(Message(number, decode_event(json.loads(line))))
+            code = process.wait()
+            printed.seek(0, os.SEEK_END)
+            printed.seek(max(0, printed.tell() - PRINTED_BYTES))
+            self._news.put(Message(number, _exit_of(code, printed.read())))
 
     def wait(self) -> list[Message]:
-        pipes = {pipe: number for number, (_, pipe, _) in self._running.items()}
-        ready = multiprocessing.connection.wait(list(pipes), POLL_SECONDS)
-        return [self._read(pipes[pipe]) for pipe in ready if isinstance(pipe, multiprocessing.connection.Connection)]
-
-    def _read(self, number: int) -> Message:
-        process, pipe, _ = self._running[number]
+        messages = []
         try:
-            return Message(number, pipe.recv())
-        except EOFError:
-            process.join(STOP_SECONDS)
-            del self._running[number]
-            pipe.close()
-            return Message(number, _exit_of(process.exitcode))
+            messages.append(self._news.get(timeout=POLL_SECONDS))
+            while True:
+                messages.append(self._news.get_nowait())
+        except queue.Empty:
+            pass
+        known = [message for message in messages if message.number in self._running]       # a cancelled task has no more news
+        for message in known:
+            if isinstance(message.news, Exit):
+                del self._running[message.number]
+        return known
 
     def cancel(self, number: int) -> None:
-        process, pipe, _ = self._running.pop(number)
+        process, _ = self._running.pop(number)
         _end([process])
-        pipe.close()
 
     def close(self) -> None:
-        _end([process for process, _, _ in self._running.values()])
-        for _, pipe, _ in self._running.values():
-            pipe.close()
+        _end([process for process, _ in self._running.values()])
         self._running.clear()
+
+
+def serve() -> None:
+    """The main function of a worker process. Arguments: the pipe for events, the driver's process id."""
+    pipe, driver = int(sys.argv[1]), int(sys.argv[2])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the driver decides what an interrupt ends
+    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
+    with open(pipe, "w", encoding="utf-8") as out:
+        for event in work.run(decode(json.load(sys.stdin))):
+            out.write(json.dumps(encode_event(event)) + "\n")
+            out.flush()
 
 
 def process_environment(threads: int) -> dict[str, str]:
@@ -377,13 +411,15 @@ def decode(data: Mapping[str, Any]) -> Task:
     return from_json(TASKS[data["kind"]], data["task"])
 
 
-def _serve(pipe: Any, driver: int, data: Mapping[str, Any]) -> None:
-    """The main function of a worker process: send a task's events through the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the driver decides what an interrupt ends
-    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
-    for event in work.run(decode(data)):
-        pipe.send(event)
-    pipe.close()
+def encode_event(event: Event) -> dict[str, Any]:
+    """An event as JSON values."""
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def decode_event(data: Mapping[str, Any]) -> Event:
+    """The inverse of `encode_event`."""
+    fields = {name: value for name, value in data.items() if name != "event"}
+    return typing.cast(Event, getattr(events, data["event"])(**{**fields, "cell_keys": tuple(data["cell_keys"])}))
 
 
 def _end_with(driver: int) -> None:
@@ -393,25 +429,27 @@ def _end_with(driver: int) -> None:
     os._exit(1)
 
 
-def _exit_of(code: int | None) -> Exit:
+def _exit_of(code: int, printed: str) -> Exit:
     if code == 0:
         return Exit()
-    if code is not None and code < 0:
+    if code < 0:
         name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
         hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
-        return Exit("killed", f"the worker process was ended by {name}{hint}")
-    return Exit("killed", f"the worker process ended with code {code}")
+        return Exit("killed", f"the worker process was ended by {name}{hint}", printed)
+    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing")
+    return Exit("error", f"the worker process ended with code {code}: {last}", printed)
 
 
-def _end(processes: Sequence[Any]) -> None:
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
     for process in processes:
         process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        if process.is_alive():
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
-            process.join()
+            process.wait()
 
 
 def _visible_gpu(index: int) -> str:
@@ -455,9 +493,10 @@ class RayCluster:
         self._check({"CPU": float(self.threads), "GPU": gpus}, resources)
         fit = [int(resources.get(name, 0) / amount) for name, amount in (("CPU", self.threads), ("GPU", gpus)) if amount]
         self.slots = max(1, min(fit) if cluster.address else min([workers, *fit]))
+        # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
+        environment = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         self._remote = self._ray.remote(
-            num_cpus=self.threads, num_gpus=gpus, max_retries=0, max_calls=1, num_returns="streaming",
-            runtime_env={"env_vars": process_environment(self.threads)},
+            num_cpus=self.threads, num_gpus=gpus, max_retries=0, max_calls=1, num_returns="streaming", **environment
         )(_stream)
         self._running: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
@@ -476,7 +515,7 @@ class RayCluster:
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
                 "num_cpus": count_cores(),
-                "_system_config": {"preload_python_modules": ["torch", "transformers", "harness.work"]},
+                "_system_config": {"preload_python_modules": PRELOADED},
             }
             # "local", because a stale cluster file makes a plain init join what no longer runs.
             with _environment(process_environment(self.threads)):
