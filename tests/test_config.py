@@ -119,7 +119,8 @@ def test_a_scheme_file_says_what_its_name_says() -> None:
 
 def test_the_product_has_its_baseline_first() -> None:
     sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4,w3g32"])
-    assert titles(sweep) == ["demo · none · full", "demo · rtn · w4", "demo · rtn · w3g32", "demo · gptq · w4", "demo · gptq · w3g32"]
+    points = ["none · full", "rtn · w4", "rtn · w3g32", "gptq · w4", "gptq · w3g32"]
+    assert titles(sweep) == [f"demo · {point}" for point in points]
     assert titles(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "baseline=false"])) == ["demo · rtn · w4"]
 
 
@@ -162,12 +163,15 @@ def test_a_data_free_method_has_one_cell_whatever_the_calibration() -> None:
 
 
 def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
-    sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4", "rounding.damping_fraction=0.01,0.1", "calibration.samples=8"])
-    assert titles(sweep)[1:] == ["demo · rtn · w4", "demo · gptq[damping_fraction=0.01] · w4", "demo · gptq[damping_fraction=0.1] · w4"]
+    edits = ["rounding.damping_fraction=0.01,0.1", "calibration.samples=8"]
+    sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4", *edits])
+    methods = ["rtn", "gptq[damping_fraction=0.01]", "gptq[damping_fraction=0.1]"]
+    assert titles(sweep)[1:] == [f"demo · {method} · w4" for method in methods]
     last = sweep.cells[-1]
     assert last.method.rounding is not None and last.method.rounding["damping_fraction"] == 0.1
     assert last.calibration is not None and last.calibration.samples == 8
-    (cell,) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "rounding.damping_fraction=1", "model.dtype=bfloat16"]))
+    edits = ["rounding.damping_fraction=1", "model.dtype=bfloat16"]
+    (cell,) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", *edits]))
     assert cell.method.name == "gptq" and cell.model.dtype == "bfloat16"
     assert cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
 
@@ -216,7 +220,8 @@ skip:
 
 def test_a_sweep_file_says_its_title_and_runtime(sweep_file: Callable[..., Sweep], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    text = "# A title\n# And what it claims.\nmodel: demo\nmethod: none\ndata: {root: data}\ncluster: local\ncluster.workers: 3\nruns: kept\n"
+    head = "# A title\n# And what it claims.\nmodel: demo\nmethod: none\n"
+    text = head + "data: {root: data}\ncluster: local\ncluster.workers: 3\nruns: kept\n"
     sweep = sweep_file(text, "cluster.workers=1", "tracking=none")
     assert (sweep.name, sweep.title, sweep.description) == ("study", "A title", "And what it claims.")
     assert sweep.runtime.data_root == tmp_path / "data" and sweep.runtime.runs == Path.cwd() / "kept"
@@ -250,7 +255,8 @@ def test_models_and_calibrations_may_be_paths(tmp_path: Path) -> None:
     model = Path(config.harness.__file__).parent / "demo" / "model"
     shutil.copytree(model, tmp_path / "my model")
     (tmp_path / "text.txt").write_text("some words " * 100)
-    (cell,) = quantized(load_sweep(None, [f"model='{tmp_path}/my model'", "method=gptq", "scheme=w4", f"calibration={tmp_path}/text.txt"]))
+    axes = [f"model='{tmp_path}/my model'", "method=gptq", "scheme=w4", f"calibration={tmp_path}/text.txt"]
+    (cell,) = quantized(load_sweep(None, axes))
     assert cell.model.name == "my model" and cell.calibration is not None and cell.calibration.name == "text"
     (demo,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=w4"]))
     assert cell.model.digest == demo.model.digest
@@ -282,9 +288,10 @@ tables:
     (table,) = sweep_file(text).tables
     assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[1].digits == 3
     with pytest.raises(ConfigError) as caught:
-        sweep_file(text + "  - name: one\n    columns: [demo_perplexty/perplexity, {metric: x/y, digit: 1}]\n    published: no/such\n")
-    for said in ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such.yaml", "two tables are called one"):
-        assert said in str(caught.value)
+        sweep_file(text + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x/y, digit: 1}]\n")
+    said = ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such.yaml", "two tables are called one")
+    for sentence in said:
+        assert sentence in str(caught.value)
 
 
 # --- what is wrong is said -----------------------------------------------------------------------------------------------------
@@ -346,13 +353,13 @@ def test_what_a_grid_lacks_is_said() -> None:
     [
         ("model: demo\nmethod: [rtn\n", r"study\.yaml, line 3: not valid YAML"),
         ("model: demo\nmodel: other\n", "duplicate key"),
-        ("model: !!python/object/apply:os.system ['true']\n", r"study\.yaml, line 1: not valid YAML: could not determine a constructor"),
+        ("model: !!python/object/apply:os.system ['true']\n", "line 1: not valid YAML: could not determine a constructor"),
         ("- a\n- b\n", "a mapping is expected"),
         ("model: demo\ngrid: {method: rtn}\n", 'no key "grid"; did you mean "grids"'),
         ("model: demo\ngrids: {metod: rtn}\n", 'did you mean "method"'),
         ("model: demo\ngrids: {zip: {method: [rtn, gptq], scheme: [w4]}}\n", "paired axes differ in length: method 2, scheme 1"),
         ("model: demo\ngrids: {method: [], scheme: [w4]}\n", "an axis without values"),
-        ("model: demo\nmethod: rtn\nscheme: w4\nskip: [{method: rtn, reason: because}, {method: none, reason: because}]\n", "every cell"),
+        ("model: demo\nmethod: rtn\nscheme: w4\nskip: [{method: rtn, reason: because}]\n", "every cell is skipped"),
     ],
 )
 def test_a_wrong_sweep_file_is_answered(sweep_file: Callable[..., Sweep], text: str, expected: str) -> None:
@@ -390,7 +397,7 @@ def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
 
 
 def test_names_are_listed_without_hydra() -> None:
-    code = "import sys; from harness.config import list_names; list_names('methods'); sys.exit('hydra' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys; from harness.config import *; list_names('methods'); sys.exit(bool({'hydra', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
