@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -288,10 +289,9 @@ tables:
     (table,) = sweep_file(text).tables
     assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[1].digits == 3
     with pytest.raises(ConfigError) as caught:
-        sweep_file(text + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x/y, digit: 1}]\n")
-    said = ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such.yaml", "two tables are called one")
-    for sentence in said:
-        assert sentence in str(caught.value)
+        sweep_file(text + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x/y, digit: 1}]")
+    for said in ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such.yaml", "tables are called one"):
+        assert said in str(caught.value)
 
 
 # --- what is wrong is said -----------------------------------------------------------------------------------------------------
@@ -365,6 +365,24 @@ def test_what_a_grid_lacks_is_said() -> None:
 def test_a_wrong_sweep_file_is_answered(sweep_file: Callable[..., Sweep], text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         sweep_file(text)
+
+
+# --- what docs/sweeps.md shows -------------------------------------------------------------------------------------------------
+
+DOCUMENT = (ROOT / "docs" / "sweeps.md").read_text()
+COMMANDS = [line.partition(" #")[0] for line in DOCUMENT.splitlines() if line.startswith("harness run ")]
+
+
+def test_the_documented_sweep_resolves(sweep_file: Callable[..., Sweep]) -> None:
+    sweep = sweep_file(DOCUMENT.split("```yaml\n")[1].split("```")[0])
+    assert sweep.title == "GPTQ and RTN on Llama 2 at 4 and 3 bits" and len(sweep.skips) == 2 and len(sweep.cells) > 10
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_documented_commands_resolve(command: str) -> None:
+    words = shlex.split(command)[2:]
+    name = None if "=" in words[0] else words.pop(0)
+    assert load_sweep(name, words).cells
 
 
 # --- where configs are found ---------------------------------------------------------------------------------------------------
