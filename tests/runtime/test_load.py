@@ -124,7 +124,7 @@ def test_a_rounded_cache_decodes_as_it_scores(tiny_model: Callable[..., Path], f
             result = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
             cache = result.past_key_values
             steps.append(result.logits)
-    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+    assert float((torch.cat(steps, 1) - whole).norm() / whole.norm()) < 1e-4
 
 
 def test_all_problems_of_a_scheme_at_once(tiny_model: Callable[..., Path]) -> None:
@@ -143,7 +143,7 @@ def test_damage_is_noticed(tiny_model: Callable[..., Path], tmp_path: Path) -> N
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(bytes(data))
-    with pytest.raises(StoreError, match="block-00001.*is damaged"):
+    with pytest.raises(StoreError, match=r"block-00001.*is damaged"):
         load(c, folder, checkpoint)
     path.write_bytes(bytes(data[:-100]))
     with pytest.raises(StoreError, match="is damaged"):
