@@ -290,7 +290,7 @@ tables:
     assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[1].digits == 3
     with pytest.raises(ConfigError) as caught:
         sweep_file(text + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x, digit: 1}]")
-    for said in ('did you mean "demo_perplexity"', 'did you mean "digits"', "no sweeps/published/no/such", "two tables are called one"):
+    for said in ('mean "demo_perplexity"', 'mean "digits"', "no sweeps/published/no/such", "two tables are called one"):
         assert said in str(caught.value)
 
 
