@@ -20,6 +20,23 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def demo_sweep(tmp_path: Path) -> Callable[..., Any]:
+    """demo_sweep("method=rtn", "scheme=w4", …) -> a Sweep of the embedded model in this process, results in tmp_path/runs."""
+
+    def make(*overrides: str) -> Any:
+        from harness.config import load_sweep
+
+        own = ["model=demo", f"runs={tmp_path / 'runs'}", "tracking=none", "device=cpu"]
+        if any("gptq" in override or "awq" in override for override in overrides):
+            own += ["calibration=demo", "calibration.samples=4", "calibration.length=64"]
+        if not any(override.startswith("cluster") for override in overrides):
+            own += ["cluster=local", "cluster.workers=1"]
+        return load_sweep(None, [*own, *overrides])
+
+    return make
+
+
 # model_type -> what differs from the common tiny shape; a new family adds its line
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
