@@ -1,22 +1,11 @@
 """Rounding of activations at run time: simulated, the values are rounded to a grid and the product is computed in floating point.
 
-With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("tensor") or a group of channels of one token:
-
-    grid          scale                              codes                         source
-    smoothquant   max(|x|, 1e-5) / m                 round(x / scale)              SmoothQuant, arXiv 2211.10438
-    compressed    |x| / ((2^b - 1) / 2)              clamped to -2^(b-1) … m       compressed-tensors
-    llama_quant   max(|x|, 2e-3) / (m - 1)           clamped to -m … m - 1         arXiv 2408.15301; 126 where others have 127
-    asymmetric    (hi - lo) / (2^b - 1)              shifted by round(-lo/scale)   GPTQ's rule; whatever the grid's name
-
-format float8_e4m3 and float8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
-activation's own dtype, as the references do. Dynamic scales are of the tensor in hand; a "tensor" scale is of one sequence, never
+The grids are those of `numerics.activations`. Dynamic scales are of the tensor in hand; a "tensor" scale is of one sequence, never
 of its batch mates, so that a batch scores as its items do alone. Static scales are one number per linear, the largest |x| over the
 calibration windows (smallest and largest value when asymmetric), and codes are clamped.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,10 +13,7 @@ from torch import Tensor
 from harness.cell import ActivationScheme, Scheme
 from harness.errors import MethodError, unknown_name
 from harness.methods.protocols import Shapes
-
-GRIDS = ("smoothquant", "compressed", "llama_quant")
-GRANULARITIES = ("token", "tensor", "group")
-FLOATS = {"float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+from harness.numerics.activations import FLOATS, GRANULARITIES, GRIDS, round_dynamic, round_to_range
 
 
 def check(scheme: Scheme, shapes: Shapes) -> list[str]:
@@ -56,6 +42,8 @@ def _problems(scheme: ActivationScheme) -> list[str]:
         problems.append(unknown_name("activation format", scheme.format, ("int", *FLOATS)))
     if scheme.format == "int" and scheme.grid not in GRIDS:
         problems.append(unknown_name("activation grid", scheme.grid, GRIDS))
+    if scheme.format == "int" and scheme.grid == "omniquant" and scheme.symmetric:
+        problems.append('activation grid "omniquant" is asymmetric only; use activation.symmetric=false')
     if scheme.granularity not in GRANULARITIES:
         problems.append(unknown_name("activation granularity", scheme.granularity, GRANULARITIES))
     if scheme.format == "int" and not 2 <= scheme.bits <= 16:
@@ -92,44 +80,7 @@ class ActivationQuantizer:
         if not scheme.dynamic:
             if self.lo is None or self.hi is None:
                 raise MethodError(f"{self.name}: static activation scales need calibration data before the model runs")
-            return _rounded(x, self.lo, self.hi, scheme)
-        if scheme.granularity == "group":
-            if scheme.group_size < 1 or x.shape[-1] % scheme.group_size:
-                raise MethodError(f"{self.name}: activation group size {scheme.group_size} does not divide {x.shape[-1]} inputs")
-            groups = x.unflatten(-1, (-1, scheme.group_size))
-            return _rounded(groups, *_range(groups, (-1,)), scheme).flatten(-2)
-        axes = (-1,) if scheme.granularity == "token" else tuple(range(1 if x.ndim > 2 else 0, x.ndim))
-        return _rounded(x, *_range(x, axes), scheme)
-
-
-def _range(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
-
-
-def _rounded(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme) -> Tensor:
-    """x on the grid of the range [lo, hi], which broadcasts against x."""
-    magnitude = torch.maximum(lo.abs(), hi.abs())
-    if scheme.format != "int":
-        target = FLOATS[scheme.format]
-        top = torch.finfo(target).max
-        scale = (magnitude / top).clamp(min=torch.finfo(x.dtype).tiny)
-        return (x / scale).clamp(-top, top).to(target).to(x.dtype) * scale
-    bits = scheme.bits
-    top, m = 2**bits - 1, 2 ** (bits - 1) - 1
-    if not scheme.symmetric:
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
-        empty = (lo == 0) & (hi == 0)
-        scale = torch.where(empty, torch.ones_like(hi), (hi - lo) / top).clamp(min=torch.finfo(x.dtype).tiny)
-        zero = torch.round(-lo / scale)
-        return ((torch.round(x / scale) + zero).clamp(0, top) - zero) * scale
-    rule: Callable[[Tensor], Tensor]
-    if scheme.grid == "smoothquant":
-        scale = magnitude.clamp(min=1e-5) / m
-        rule = (lambda codes: codes) if scheme.dynamic else (lambda codes: codes.clamp(-m - 1, m))
-    elif scheme.grid == "compressed":
-        scale = (magnitude / (top / 2)).clamp(min=torch.finfo(x.dtype).eps)
-        rule = lambda codes: codes.clamp(-m - 1, m)                                    # noqa: E731
-    else:
-        scale = magnitude.clamp(min=2e-3) / (m - 1)
-        rule = lambda codes: codes.clamp(-m, m - 1)                                    # noqa: E731
-    return rule(torch.round(x / scale)) * scale
+            return round_to_range(x, self.lo, self.hi, scheme)
+        if scheme.granularity == "group" and (scheme.group_size < 1 or x.shape[-1] % scheme.group_size):
+            raise MethodError(f"{self.name}: activation group size {scheme.group_size} does not divide {x.shape[-1]} inputs")
+        return round_dynamic(x, scheme)

@@ -1,0 +1,79 @@
+"""Grids of activations: values go to a grid and stay numbers; the product is computed in floating point.
+
+With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("tensor") or a group of channels of one token:
+
+    grid          scale                              codes                         source
+    smoothquant   max(|x|, 1e-5) / m                 round(x / scale)              SmoothQuant, arXiv 2211.10438
+    compressed    |x| / ((2^b - 1) / 2)              clamped to -2^(b-1) … m       compressed-tensors
+    llama_quant   max(|x|, 2e-3) / (m - 1)           clamped to -m … m - 1         arXiv 2408.15301; 126 where others have 127
+    omniquant     clamp((hi - lo) / (2^b - 1), …)    shifted by round(-lo/scale)   OmniQuant, arXiv 2308.13137; asymmetric only,
+                                                                                   the range need not hold zero
+    asymmetric    (hi - lo) / (2^b - 1)              shifted by round(-lo/scale)   GPTQ's rule; of every other grid's name
+
+format float8_e4m3 and float8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
+activation's own dtype, as the references do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from harness.cell import ActivationScheme
+
+GRIDS = ("smoothquant", "compressed", "llama_quant", "omniquant")
+GRANULARITIES = ("token", "tensor", "group")
+FLOATS = {"float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+Round = Callable[[Tensor], Tensor]
+
+
+def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torch.round) -> Tensor:
+    """x [..., tokens, in] on grids of its own ranges, in x's dtype. group_size must divide in.
+
+    to_integers: torch.round, or a rounding that lets gradients through (`learning.round_through`).
+    """
+    if scheme.granularity == "group":
+        groups = x.unflatten(-1, (-1, scheme.group_size))
+        return round_to_range(groups, *_range(groups, (-1,)), scheme, to_integers).flatten(-2)
+    axes = (-1,) if scheme.granularity == "token" else tuple(range(1 if x.ndim > 2 else 0, x.ndim))
+    return round_to_range(x, *_range(x, axes), scheme, to_integers)
+
+
+def _range(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+
+
+def round_to_range(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, to_integers: Round = torch.round) -> Tensor:
+    """x on the grid of the range [lo, hi], which broadcasts against x."""
+    magnitude = torch.maximum(lo.abs(), hi.abs())
+    if scheme.format != "int":
+        target = FLOATS[scheme.format]
+        top = torch.finfo(target).max
+        scale = (magnitude / top).clamp(min=torch.finfo(x.dtype).tiny)
+        return (x / scale).clamp(-top, top).to(target).to(x.dtype) * scale
+    bits = scheme.bits
+    top, m = 2**bits - 1, 2 ** (bits - 1) - 1
+    if not scheme.symmetric and scheme.grid == "omniquant":
+        scale = ((hi - lo) / top).clamp(1e-5, 1e4)
+        zero = torch.round((-lo / scale).clamp(-1e4, 1e4))
+        return ((to_integers(x / scale) + zero).clamp(0, top) - zero) * scale
+    if not scheme.symmetric:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        empty = (lo == 0) & (hi == 0)
+        scale = torch.where(empty, torch.ones_like(hi), (hi - lo) / top).clamp(min=torch.finfo(x.dtype).tiny)
+        zero = torch.round(-lo / scale)
+        return ((to_integers(x / scale) + zero).clamp(0, top) - zero) * scale
+    rule: Round
+    if scheme.grid == "smoothquant":
+        scale = magnitude.clamp(min=1e-5) / m
+        rule = (lambda codes: codes) if scheme.dynamic else (lambda codes: codes.clamp(-m - 1, m))
+    elif scheme.grid == "compressed":
+        scale = (magnitude / (top / 2)).clamp(min=torch.finfo(x.dtype).eps)
+        rule = lambda codes: codes.clamp(-m - 1, m)                                    # noqa: E731
+    else:
+        scale = magnitude.clamp(min=2e-3) / (m - 1)
+        rule = lambda codes: codes.clamp(-m, m - 1)                                    # noqa: E731
+    return rule(to_integers(x / scale)) * scale
