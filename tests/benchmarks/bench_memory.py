@@ -1,0 +1,114 @@
+"""Peak memory of a pass must not grow with the depth of the model: 4, 16 and 32 blocks, measured in processes of their own.
+
+    python tests/benchmarks/bench_memory.py [--method gptq] [--hidden 256]
+
+For each depth a random model of LLaMA's shape is written to disk and quantized on the CPU; what is printed is the growth of the
+process's resident memory during the pass (peak minus the value after imports), beside the size of the weights. A pass holds one
+block, a few copies of it, and the calibration activations, so the growth stays while the weights grow eightfold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+DEPTHS = (4, 16, 32)
+
+CHILD = """
+import json, resource, sys, threading, time
+from pathlib import Path
+import psutil, torch, transformers
+from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, quantize_key
+from harness import plugins
+from harness.events import Failed
+from harness.formats.native import CheckpointWriter
+from harness.streaming.passes import run_pass
+from transformers import AutoModelForCausalLM
+folder, store, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+plugins.load("rounding", method)
+part = Part(method, needs=tuple(plugins.facts("rounding", method).get("needs", ())))
+model = Model("random", str(folder), digest="random")
+cells = [Cell(model, Method(method, rounding=part), Scheme("w", WeightScheme(bits=bits, group_size=128))) for bits in (4, 3)]
+writers = {quantize_key(c): CheckpointWriter(store / quantize_key(c), {}) for c in cells}
+windows = torch.randint(0, 250, (8, 64), generator=torch.Generator().manual_seed(0))
+process = psutil.Process()
+torch.linalg.cholesky(torch.eye(64)); torch.eye(64) @ torch.eye(64)
+before, peak, done = process.memory_info().rss, 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, process.memory_info().rss)
+        time.sleep(0.005)
+thread = threading.Thread(target=watch); thread.start()
+began = time.monotonic()
+failed = [event.reason for event in run_pass(cells, folder, windows, writers) if isinstance(event, Failed)]
+seconds = time.monotonic() - began
+done = True; thread.join()
+assert not failed, failed
+print(json.dumps({"growth": peak - before, "seconds": seconds}))
+"""
+
+
+def write_model(folder: Path, blocks: int, hidden: int) -> int:
+    """A random model, its blocks written as one shard each so that writing needs no memory either; returns its bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    inner, generator = hidden * 11 // 4 // 128 * 128, torch.Generator().manual_seed(0)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": hidden, "head_dim": 64,
+        "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64, "max_position_embeddings": 256, "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    sizes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    listed: dict[str, str] = {}
+    total = 0
+
+    def shard(number: int, tensors: dict[str, torch.Tensor]) -> int:
+        name = f"model-{number:05}.safetensors"
+        save_file(tensors, folder / name)
+        listed.update(dict.fromkeys(tensors, name))
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    for index in range(blocks):
+        prefix = f"model.layers.{index}."
+        tensors = {f"{prefix}{n}.weight": torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in sizes.items()}
+        tensors |= {f"{prefix}{n}_layernorm.weight": torch.ones(hidden) for n in ("input", "post_attention")}
+        total += shard(index, tensors)
+    ends = {n: torch.randn(256, hidden, generator=generator) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    total += shard(blocks, {**ends, "model.norm.weight": torch.ones(hidden)})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--hidden", type=int, default=256)
+    arguments = parser.parse_args()
+    first = None
+    print(f"{arguments.method}, hidden size {arguments.hidden}, two cells in company, 8 windows of 64 tokens, float32, one thread")
+    for blocks in DEPTHS:
+        with tempfile.TemporaryDirectory() as scratch:
+            size = write_model(Path(scratch) / "model", blocks, arguments.hidden)
+            command = [sys.executable, "-c", CHILD, f"{scratch}/model", f"{scratch}/store", arguments.method]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        measured = json.loads(output.splitlines()[-1])
+        first = first or measured["growth"]
+        print(
+            f"{blocks:3} blocks   weights {size / 2**20:6.0f} MiB   growth of memory {measured['growth'] / 2**20:6.0f} MiB   "
+            f"{measured['growth'] / first:5.2f} of the first   {measured['seconds'] / blocks:5.2f} s per block"
+        )
+
+
+if __name__ == "__main__":
+    main()
