@@ -6,8 +6,11 @@ and never doubles them.
 
     child    params: the cell, flat. Metrics: every number under its full name. Artifacts: cell, layer errors as table and figure,
              each evaluation with its items, log, environment, failures.
-    parent   one curve per method and score, "wikitext2/perplexity/gptq", with the bit width as step (its charts page draws them);
-             the plan, tables, figures; a description that says what to open.
+    parent   one curve per method and score, "wikitext2/perplexity gptq", with the bit width as step; the plan, tables, figures; a
+             description that says what to open.
+
+The charts page of MLflow 3.17 draws only the runs that are unfolded, which at first is the parent alone, under one heading per part
+of a metric's name before its last slash. So the curves share the headings of the cells' metrics, and none stands empty.
 
 MLflow would store an infinity as 1.8e308 and cut long values without a word: here what is not finite becomes the tag `diverged`,
 and what is cut says so. Nothing in this module may cost a result: the store has everything, and `publish` builds the runs again
@@ -62,13 +65,15 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
 }
+MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
+SHORT_GUIDE = "open the run for its tables and figures, its + for one run per cell, the chart icon for score against bits"
 OPEN_THIS = """\
 **What to open**
 
-- *Charts* (the tab beside the runs table, or *Model metrics* of this run): one curve per method, the bit width as step.
-- *Artifacts* of this run: `tables/` (the tables as HTML, Markdown, LaTeX, CSV), `figures/`, `plan.txt`.
-- The **+** before this run's name in the runs table opens its cells, one run each: parameters, every metric, layer errors,
-  per-item results, log.
+- *Model metrics* of this run, or the chart icon above the runs table: one curve per method, the bit width as step.
+- *Artifacts* of this run: `tables/` (HTML, Markdown, LaTeX, CSV), `figures/`, `plan.txt`.
+- The **+** before this run's name in the runs table: its cells, one run each, with parameters, every metric, layer errors,
+  per-item results and log. *Columns* above the table shows their metrics side by side.
 """
 
 
@@ -173,6 +178,7 @@ class MLflowTracker:
             new = {name: value for name, value in finite.items() if run.data.metrics.get(_metric_name(name)) != value}
             params = {name: value for name, value in _params(record.cell).items() if name not in run.data.params}
             tags = {"harness.state": state, "harness.evaluations": ", ".join(sorted(record.scores)) or "none yet"}
+            tags["mlflow.note.content"] = _cell_description(record, state)
             diverged = [f"{name} = {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
             if diverged or "diverged" in run.data.tags:
                 tags["diverged"] = ", ".join(diverged) or "no"
@@ -234,7 +240,7 @@ class MLflowTracker:
                     f"-x {found.experiment_id}) or name another with tracking.experiment=NAME"
                 )
             return str(found.experiment_id)
-        note = f"{self.sweep.title}\n\n{self.sweep.description}\n\n{OPEN_THIS}".strip()
+        note = f"{self.sweep.title}: {SHORT_GUIDE}\n\n{self.sweep.description}\n\n{OPEN_THIS}".strip()
         tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _cut(note, TAG_LIMIT)}
         place = None if self.uri.startswith("http") else _artifact_folder(self.sweep.runtime.runs).as_uri()
         return str(self.client.create_experiment(self.experiment, artifact_location=place, tags=tags))
@@ -296,9 +302,10 @@ class MLflowTracker:
         """A cell's scores as points of the parent's curves."""
         metrics, points = record.metrics(), {}
         curve, step = self._curves.get(record.cell_key, ("", 0))
-        for metric in tables.quality_metrics(self.sweep, [record]) if curve else []:
+        drawn = (*tables.quality_metrics(self.sweep, [record]), "checkpoint/bits_per_weight", "quantize/seconds")
+        for metric in drawn if curve else []:
             value = metrics.get(metric, math.nan)
-            name = _metric_name(f"{metric}/{curve}")
+            name = _metric_name(f"{metric} {curve}")
             if math.isfinite(value) and self._parent_metrics.get((name, step)) != value:
                 points[name, step] = value
         if points:
@@ -387,13 +394,13 @@ def ui_command(tracking: Tracking, runs: Path, port: int = 5000) -> Command:
             raise TrackingError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
     stores = ("--backend-store-uri", uri, "--default-artifact-root", _artifact_folder(runs).as_uri())
     words = (sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
-    return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}")
+    return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}/#/experiments?{MODEL_TRAINING}")
 
 
 def serve(runtime: Runtime, port: int = 5000) -> int:
     """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
     if runtime.tracking.kind == "server":
-        print(f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}")
+        print(f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}")
         return 0
     command = ui_command(runtime.tracking, runtime.runs, port)
     print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
@@ -480,7 +487,7 @@ def _curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
             words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
             words += [f"{bits:g}bit"] if bits != int(bits) else []
-        name = " ".join(words) if len(models) == 1 else f"{' '.join(words)}/{cell.model.name}"
+        name = " ".join(words if len(models) == 1 else [cell.model.name, *words])
         if (name, round(bits)) in taken:
             name = f"{name} {cell_key(cell)[:6]}"
         taken.add((name, round(bits)))
@@ -504,6 +511,17 @@ def _params(cell: Cell) -> dict[str, Any]:
             first[slot] = flat.pop(f"{slot}.name")
     renamed = {name.removeprefix("scheme."): value for name, value in flat.items()}
     return {**first, **{name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in renamed.items()}}
+
+
+def _cell_description(record: Record, state: str) -> str:
+    metrics = record.metrics()
+    shown = {metric: metrics[metric] for metric in tables.headline([record]) if metric in metrics}
+    lines = [f"**{record.cell.title}** — {state}", ""]
+    lines += [f"- {name}: {value:.4g}" if math.isfinite(value) else f"- {name}: diverged" for name, value in shown.items()]
+    if record.failures and state == "failed":
+        lines += [f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"]
+    files = "`layer_errors.png`, `evaluations/`, `items/` (per-item results), `log.txt`, `cell.json` (all settings)"
+    return "\n".join([*lines, "", f"*Artifacts*: {files}."])
 
 
 def _sweep_params(sweep: Sweep) -> dict[str, Any]:
