@@ -200,10 +200,8 @@ def _scorer(settings: Evaluator.Settings, subject: Subject) -> str:
 
 
 def _batch_tokens(subject: Subject, requests: Sequence[Pair]) -> int:
-    """Tokens per forward pass: what batch_size sequences of the longest request hold, or a default that fits small cards."""
-    if subject.batch_size > 0:
-        return subject.batch_size * max(len(inputs) for inputs, _ in requests)
-    return scoring.BATCH_TOKENS
+    """Tokens per forward pass: what batch_size sequences of the longest request hold; 0: the scorer's own default."""
+    return subject.batch_size * max(len(inputs) for inputs, _ in requests)
 
 
 # --- built tasks, shared by the cells of a process -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A request is a path of tokens: context, then continuation. All requests together
 few-shot examples of one subject, the twin sentences of one schema are its common stems. A *row* is a part of that trie laid out
 as one sequence: every node is one token, its position is its depth, and it attends to its ancestors alone,
 
-    mask[i, j] = 0 where node j lies on the path from the root to node i, else -inf
+    mask[i, j] = node j lies on the path from the root to node i
 
 so that the model's numbers for a path are those that it gives to the path alone, up to the order of floating-point sums.
 
@@ -32,7 +32,9 @@ Tokens = np.ndarray                             # [tokens] int32
 Answer = tuple[float, bool]                     # log-likelihood of the continuation; whether greedy decoding would produce it
 
 ROW_TOKENS = 4096                               # most tokens in a row that more than one path shares
-BATCH_TOKENS = 8192                             # tokens in one forward pass, padding included
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}     # tokens in one forward pass, padding included; on a CPU more than fits the caches
+                                                # costs twice as much per token
+LEAST_FILLED = 0.75                             # a row shorter than this share of the longest waits for the next batch
 MASK_ELEMENTS = 2**24                           # of the attention masks of one forward pass
 
 
@@ -113,9 +115,13 @@ def plan_rows(requests: Sequence[tuple[Tokens, Tokens]], hidden_size: int, most_
 
 @torch.inference_mode()
 def scores(
-    model: nn.Module, requests: Sequence[tuple[Tokens, Tokens]], device: str, batch_tokens: int = BATCH_TOKENS
+    model: nn.Module, requests: Sequence[tuple[Tokens, Tokens]], device: str, batch_tokens: int = 0
 ) -> Iterator[dict[int, Answer]]:
-    """Answers by request, batch after batch. requests: (input, targets) from `clip`; logits are read in float32."""
+    """Answers by request, batch after batch; logits are read in float32.
+
+    requests: (input, targets) from `clip`.   batch_tokens: per forward pass, 0 is BATCH_TOKENS of the device.
+    """
+    batch_tokens = batch_tokens or BATCH_TOKENS.get(torch.device(device).type, BATCH_TOKENS["cuda"])
     config: Any = model.config
     config = getattr(config, "text_config", None) or config
     rows = plan_rows(requests, int(config.hidden_size), max(1, LOGITS_BYTES // (4 * int(config.vocab_size))))
@@ -123,9 +129,10 @@ def scores(
     start = 0
     while start < len(rows):
         longest = rows[start].length
-        count = max(1, min(batch_tokens // longest, MASK_ELEMENTS // longest**2))
-        yield _answers(model, rows[start : start + count], device)
-        start += count
+        most = max(1, min(batch_tokens // longest, MASK_ELEMENTS // longest**2))
+        batch = [row for row in rows[start : start + most] if row.length >= LEAST_FILLED * longest]
+        yield _answers(model, batch, device)
+        start += len(batch)
 
 
 def _answers(model: nn.Module, rows: Sequence[Row], device: str) -> dict[int, Answer]:
@@ -159,8 +166,10 @@ def _answers(model: nn.Module, rows: Sequence[Row], device: str) -> dict[int, An
 
 def _logits_at(model: Any, ids: Tensor, positions: Tensor, sees: Tensor, nodes: Tensor) -> Tensor:
     """Logits [nodes, vocabulary] at flat places of the batch; the head never sees the others."""
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    mask = sees[:, None]
+    if model.config._attn_implementation == "eager":    # adds its mask to the scores
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = arguments[0]
