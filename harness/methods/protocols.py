@@ -109,6 +109,8 @@ class Shapes:
     parameters: int                             # of the whole model
     tied_head: bool = False
     rotations: bool = False                     # residual-stream rotations leave the function unchanged (RMSNorm only)
+    query_key: tuple[str, str] | None = None    # linears that make queries and keys, with nothing but rotary positions (halves of
+                                                # a head turned against each other) between them and their product
     experts: int = 0
     notes: tuple[str, ...] = ()
 
@@ -120,6 +122,7 @@ class BlockView(Protocol):
     module: nn.Module
     shapes: Shapes
     evidence: Mapping[str, Evidence]            # by linear name
+    notes: dict[str, Any]                       # a block-wise rounding writes here what the record should hold: JSON values
 
     def linear(self, name: str) -> nn.Linear: ...
 
@@ -131,9 +134,16 @@ class BlockView(Protocol):
         """Full-precision outputs on full-precision inputs, one tensor per sequence; needs "reference"."""
         ...
 
-    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None,
+        receive: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """The block's output [1, length, hidden] for one sequence, with `weights` in place of named parameters
-        ("self_attn.q_proj.weight"); differentiable in them."""
+        ("self_attn.q_proj.weight"); differentiable in them.
+
+        receive(linear, its input [..., in]) returns what the linear shall see instead: rounded activations, or what it was
+        given by a method that only watches. Linears that are parts of one parameter are asked for once, by the first's name.
+        """
         ...
 
     def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -39,6 +39,9 @@ class Family(DecoderFamily):
             ScalePair("mlp.up_proj", ("mlp.down_proj",), "linear"),
         )
 
+    def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
+        return None if config.model_type == "qwen3" else ("self_attn.q_proj", "self_attn.k_proj")
+
 
 def _biased(config: PretrainedConfig) -> set[str]:
     if config.model_type == "qwen2":

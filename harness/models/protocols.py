@@ -90,6 +90,10 @@ class DecoderFamily:
         """Where a scale on an input can be folded; () where nowhere."""
         return ()
 
+    def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
+        """The linears of queries and keys where a scale on one can be undone in the other; None where a norm stands between."""
+        return None
+
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
         """What a plan should tell the user about this model."""
         return ()
@@ -193,6 +197,7 @@ class DecoderFamily:
             parameters=sum(p.numel() for p in model.parameters()),
             tied_head=bool(tied(model)),
             rotations=self.rotations,
+            query_key=self.query_key(config),
             experts=max(getattr(text, key, None) or 0 for key in ("num_local_experts", "num_experts", "n_routed_experts")),
             notes=self.notes(config),
         )

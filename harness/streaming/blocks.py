@@ -7,7 +7,8 @@ class passes): its blocks are replaced by recorders, and only the modules before
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ class StreamedBlock:
         self._blocks, self._original, self._hidden, self._references = blocks, original, hidden, references
         self._slots = {slot.name: slot for slot in blocks.slots(index)}
         self._regions: dict[tuple[str, int], Call] = {}
+        self.notes: dict[str, Any] = {}
 
     def linear(self, name: str) -> nn.Linear:
         """The linear itself, or a stand-in over the part of a fused parameter; write to its weight in place."""
@@ -164,9 +166,12 @@ class StreamedBlock:
             raise MethodError('a method that reads full-precision outputs must name "reference" in `needs`')
         return self._references
 
-    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, receive: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Tensor:
         args, kwargs = self._blocks.uniform_call(self.index)
-        result = functional_call(self.module, self._parameters(weights), (hidden.to(self._blocks.device), *args), kwargs)
+        with self._watched(receive):
+            result = functional_call(self.module, self._parameters(weights), (hidden.to(self._blocks.device), *args), kwargs)
         return self._blocks.family.output(result)
 
     def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -200,6 +205,28 @@ class StreamedBlock:
                 handle.remove()
             self._regions[region, index] = taken[0]
         return self._regions[region, index]
+
+    @contextmanager
+    def _watched(self, receive: Callable[[str, Tensor], Tensor] | None) -> Iterator[None]:
+        """While open, every module that owns matrices sees receive(the first of them, its input) in place of its input."""
+        owners: dict[str, list[Slot]] = {}
+        for slot in self._slots.values() if receive is not None else ():
+            owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+        handles = []
+        for owner, members in owners.items():
+            if len({slot.group for slot in members}) > 1:
+                raise MethodError(f"inputs inside the fused experts {owner} of block {self.index} cannot be reached one by one")
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = members[0].name) -> tuple[Any, ...]:
+                assert receive is not None
+                return (receive(name, args[0]), *args[1:])
+
+            handles.append(self.module.get_submodule(owner).register_forward_pre_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _parameters(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """`weights` under the names of real parameters: parts of a fused parameter are put into a copy of it, differentiably."""

@@ -143,8 +143,8 @@ class _Pass:
         assert not missing, f"no writer for {missing}"
         jobs = []
         for key, members in by_key.items():
-            names = tuple(dict.fromkeys(cell_key(cell) for cell in members))
-            jobs.append(_Job(members[0], key, names, writers[key], finished=writers[key].finished_blocks()))
+            names, writer = tuple(dict.fromkeys(cell_key(cell) for cell in members)), writers[key]
+            jobs.append(_Job(members[0], key, names, writer, finished=writer.finished_blocks(), seconds=writer.seconds()))
         return jobs
 
     # --- the walk -------------------------------------------------------------------------------------------------------------
@@ -163,6 +163,9 @@ class _Pass:
             if any(job.finished <= index for job in self._alive()) or self._streams_wanted():
                 self._walk_block(index)
                 yield from self._report_failures()
+            for job in self._alive():
+                if job.finished <= index:
+                    job.writer.write_seconds(self._seconds(job))
             keys = tuple(key for job in self._alive() for key in job.cell_keys)
             if keys:
                 yield Progress(time.time(), keys, "block", index + 1, count)
@@ -373,6 +376,7 @@ class _Pass:
         slots = self.blocks.slots(index)
         needs = job.needs_of(job.cell.method.rounding)
         tensors = dict(before)
+        notes = dict(made.notes) if made is not None else {}
         weights: dict[str, QuantizedWeight] = {}
         if job.rounding is None:
             weights = {slot.name: DenseWeight(slot.view(before[slot.parameter]).clone()) for slot in slots}
@@ -381,11 +385,12 @@ class _Pass:
             view = self._view(job, index, module, before, needs, statistics, hidden if needs else None, references, gradients)
             weights = job.rounding.round_block(view, job.cell.scheme, generator(job.cell.seed, index, "block"))
             tensors = _tensors(module)
+            notes |= _json(view.notes)
         else:
             weights = self._round_layers(job, index, before, statistics, hidden, references, gradients)
         self._assert_coverage(job, index, slots, before, weights)
-        notes = made.notes if made is not None else {}
-        report = {"linears": self._errors(slots, before, weights, needs, statistics), "notes": notes}
+        # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
+        report = {"linears": self._errors(slots, tensors, weights, needs, statistics), "notes": notes}
         matrices = {slot.parameter for slot in slots}
         dense = {
             name: tensor for name, tensor in tensors.items()
@@ -426,8 +431,8 @@ class _Pass:
 
     def _read_back(self, job: _Job, index: int, original: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rounded block as the writer holds it."""
-        content = job.writer.read_block(index)
         device = self.blocks.device
+        content = job.writer.read_block(index, device)
         job.added_bits += sum(8 * t.numel() * t.element_size() for name, t in content.dense.items() if name not in original)
         tensors = {**original, **{name: tensor.to(device) for name, tensor in content.dense.items()}}
         return self._with_weights(self.blocks.slots(index), tensors, content.weights)
@@ -581,13 +586,17 @@ class _Pass:
             "parameters": total,
             "unquantized_bits": bits,
             "coverage": {"linears": linears, "weights": covered, "share": covered / total},
-            "seconds": job.seconds + (self.shared_seconds if job.reads_stream else 0.0),
+            "seconds": self._seconds(job),
             "methods": {slot: part.name for slot in ("transform", "rounding", "tuning") if (part := getattr(method, slot))},
         }
         if job.reads_stream and self.windows is not None:
             samples, length = self.windows.shape
             report["calibration"] = {"windows_sha256": windows_digest(self.windows), "samples": samples, "length": length}
         return report
+
+    def _seconds(self, job: _Job) -> float:
+        """What the cell would have cost alone: its own work, and in full what it shares with others of its stream."""
+        return job.seconds + (self.shared_seconds if job.reads_stream else 0.0)
 
     def _try(self, job: _Job, stage: str, work: Callable[[], Any]) -> Any:
         """Do a job's own work; what goes wrong takes this job out of the pass and no other."""

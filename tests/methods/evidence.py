@@ -192,7 +192,7 @@ def llama_shapes(
     parameters = blocks * (sum(s.out_features * s.in_features for s in linears) + 2 * width) + 2 * 256 * width + width
     return Shapes(
         family="llama", blocks=blocks, linears=linears, pairs=pairs, hidden_size=width, heads=heads, kv_heads=kv_heads,
-        head_dim=width // heads, parameters=parameters, rotations=rotations,
+        head_dim=width // heads, parameters=parameters, rotations=rotations, query_key=("self_attn.q_proj", "self_attn.k_proj"),
     )
 
 
@@ -214,6 +214,7 @@ class FakeBlock:
         self.module: nn.Module = DecoderBlock(width, inner, heads, kv_heads, generator(seed))
         self._inputs = correlated_inputs(width, sequences=sequences, length=length, seed=seed + 1)
         self._needs, self._basis = needs, basis
+        self.notes: dict[str, Any] = {}
         with torch.no_grad():
             self._references = [self.module(x[None]) for x in self._inputs]
         self.observe()
@@ -266,8 +267,20 @@ class FakeBlock:
     def references(self) -> Sequence[Tensor]:
         return self._references
 
-    def run(self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        return functional_call(self.module, dict(weights or {}), (hidden,))
+    def run(
+        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, receive: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Tensor:
+        handles = [] if receive is None else [
+            self.linear(shape.name).register_forward_pre_hook(
+                lambda _module, args, name=shape.name: (receive(name, args[0]), *args[1:])
+            )
+            for shape in self.shapes.linears
+        ]
+        try:
+            return functional_call(self.module, dict(weights or {}), (hidden,))
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         inner = {name.removeprefix(f"{region}."): value for name, value in (weights or {}).items()}
