@@ -66,7 +66,7 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
 }
 MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
-SHORT_GUIDE = "open the run for its tables and figures, its + for one run per cell, the chart icon for score against bits"
+SHORT_GUIDE = "open the run for its tables, its + for one run per cell, the chart icon for curves"
 OPEN_THIS = """\
 **What to open**
 

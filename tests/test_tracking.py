@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +59,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Store, MLflow
     records = [store.record(cell) for cell in sweep.cells]
     tracker.finish({"table1": [table]}, figures(sweep, records), "done    3 of 5 cells")
     return sweep, store, tracker
+
+
+@pytest.fixture(scope="module")
+def schema(made: tuple[Sweep, Store, MLflowTracker], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and no runs: making them takes seconds, copying them does not."""
+    path = tmp_path_factory.mktemp("schema") / "mlflow.db"
+    shutil.copy(made[0].runtime.runs.parent / "mlflow.db", path)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for table in ("latest_metrics", "metrics", "params", "tags", "runs", "experiment_tags"):
+            database.execute(f"DELETE FROM {table}")
+        database.execute("DELETE FROM experiments WHERE experiment_id > 0")
+        database.commit()
+    return path
 
 
 def runs_of(tracker: MLflowTracker) -> dict[str, Any]:
@@ -143,7 +159,8 @@ def test_publishing_again_changes_nothing(made: tuple[Sweep, Store, MLflowTracke
     assert {n: r.data.params for n, r in runs.items()} == {n: r.data.params for n, r in again.items()}
 
 
-def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path) -> None:
+def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -> None:
+    shutil.copy(schema, tmp_path / "mlflow.db")
     sweep = make_sweep(tmp_path, published=False)
     store = fill(sweep)
     sweep = dataclasses.replace(sweep, cells=sweep.cells[:3])
@@ -243,7 +260,8 @@ def test_params_are_flat_and_short() -> None:
     assert params["weight.bits"] == 4 and params["rounding"] == "gptq" and params["seed"] == 0
 
 
-def test_a_later_evaluation_joins_the_same_run(tmp_path: Path) -> None:
+def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> None:
+    shutil.copy(schema, tmp_path / "mlflow.db")
     sweep = make_sweep(tmp_path, published=False)
     store = fill(sweep)
     sweep = dataclasses.replace(sweep, cells=sweep.cells[1:2])
