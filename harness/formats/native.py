@@ -1,6 +1,7 @@
 """The harness's own checkpoint: exactly what each method stores, block by block.
 
     fingerprint.json            what the checkpoint is of; written first, and compared when a pass resumes
+    seconds.json                time spent so far, so that a resumed pass reports all of it; no part of the checkpoint
     block-00000.safetensors     the packed tensors of one block: "<linear>:<part>", and "dense:<name>" for what a transform changed
     block-00000.json            kind, shape and meta of each linear, size and SHA-256 of the file above, the block's report
     ends.safetensors, .json     changed tensors outside the blocks, where there are any
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -86,13 +88,22 @@ class CheckpointWriter:
             }
         self._store(_block(index), tensors, {"linears": entries, "report": dict(report)})
 
-    def read_block(self, index: int) -> BlockContent:
-        """A finished block, verified."""
-        return _read_block(self.folder, index)
+    def read_block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
+        """A finished block, verified, its tensors on the device."""
+        return _read_block(self.folder, index, device)
 
     def write_ends(self, dense: Mapping[str, Tensor]) -> None:
         """Store changed tensors outside the blocks, by their names in the model."""
         self._store("ends", dict(dense), {})
+
+    def seconds(self) -> float:
+        """Time that earlier passes spent on this checkpoint."""
+        path = self.folder / "seconds.json"
+        return float(_read_json(path)) if path.exists() else 0.0
+
+    def write_seconds(self, seconds: float) -> None:
+        """Remember the time spent so far, for a pass that resumes."""
+        _write(self.folder / "seconds.json", _json(seconds))
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a checkpoint that is complete already."""
@@ -131,6 +142,7 @@ class CheckpointWriter:
             **report,
         }
         _write(self.folder / "manifest.json", _json(manifest))
+        (self.folder / "seconds.json").unlink(missing_ok=True)
         return manifest
 
     def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -158,9 +170,9 @@ class Checkpoint:
             raise StoreError(f"{path}: version {manifest.get('version')!r} of the format; this harness reads version {VERSION}")
         return cls(folder, manifest)
 
-    def block(self, index: int) -> BlockContent:
-        """One block, verified against the manifest."""
-        return _read_block(self.folder, index, self.manifest["files"][f"{_block(index)}.safetensors"])
+    def block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
+        """One block, verified against the manifest, its tensors on the device."""
+        return _read_block(self.folder, index, device, self.manifest["files"][f"{_block(index)}.safetensors"])
 
     def ends(self) -> dict[str, Tensor]:
         """Changed tensors outside the blocks; empty when there are none."""
@@ -168,9 +180,12 @@ class Checkpoint:
         return {} if entry is None else _read_tensors(self.folder / "ends.safetensors", entry)
 
 
-def _read_block(folder: Path, index: int, entry: Mapping[str, Any] | None = None) -> BlockContent:
+def _read_block(
+    folder: Path, index: int, device: str | torch.device = "cpu", entry: Mapping[str, Any] | None = None
+) -> BlockContent:
     description = _read_json(folder / f"{_block(index)}.json")
-    tensors = _read_tensors(folder / f"{_block(index)}.safetensors", entry or description["file"])
+    stored = _read_tensors(folder / f"{_block(index)}.safetensors", entry or description["file"])
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}      # layouts dequantize where a pass would
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
         parts = {key.removeprefix(f"{name}:"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}:")}

@@ -54,7 +54,7 @@ def load(
     _load_ends(model, family, reader, stored, dtype, target)
     quantizers: list[ActivationQuantizer] = []
     for index in range(count):
-        content = stored.block(index) if stored is not None and quantized else None
+        content = stored.block(index, target) if stored is not None and quantized else None
         quantizers += _load_block(cell, model, family, config, reader, index, content, dtype, target, mode)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(target))
