@@ -73,7 +73,7 @@ class Evaluator:
         if context is None or length <= context:
             return []
         return [
-            f"{evaluation.name}: {self.settings.prompt_tokens} + {self.settings.new_tokens} tokens, but {model.name} was made for "
+            f"{self.settings.prompt_tokens} + {self.settings.new_tokens} tokens, but {model.name} was made for "
             f"{context}; lower prompt_tokens or new_tokens"
         ]
 

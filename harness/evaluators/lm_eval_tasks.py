@@ -90,11 +90,11 @@ class Evaluator:
         try:
             tasks = task_files.members(self.settings.task, self.settings.include)
         except HarnessError as error:
-            return [f"{evaluation.name}: {error}"]
+            return [str(error)]
         reasons: dict[str, None] = {}           # ordered and without repeats: the 57 tasks of a group lack one data set
         for task in tasks:
             for reason in _reasons(task, self.settings):
-                reasons[f"{evaluation.name}: {reason}"] = None
+                reasons[reason] = None
         return list(reasons)
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:

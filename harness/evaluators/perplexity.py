@@ -45,7 +45,7 @@ class Evaluator:
         self.settings = settings
 
     def check(self, evaluation: Evaluation, model: Model) -> list[str]:
-        return check_windows(self.settings, evaluation, model)
+        return check_windows(self.settings, model)
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
         windows = read_windows(self.settings, subject)[: evaluation.limit]

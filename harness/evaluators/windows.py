@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import sources
-from harness.cell import Evaluation, Model, digest
+from harness.cell import Model, digest
 from harness.errors import DataError, EvaluationError, HarnessError, unknown_name
 from harness.evaluators.protocols import Subject, missing_data_set, model_context_length
 
@@ -84,24 +84,24 @@ def window_length(settings: WindowSettings, context: int | None) -> int:
     return settings.length or min(context or 2048, 2048)
 
 
-def check_windows(settings: WindowSettings, evaluation: Evaluation, model: Model) -> list[str]:
+def check_windows(settings: WindowSettings, model: Model) -> list[str]:
     """Reasons why a model cannot read these windows: its context is too short, or the text is missing."""
     reasons = []
     context = model_context_length(model)
     if context is not None and settings.length > context:
         reasons.append(
-            f"{evaluation.name}: windows of {settings.length} tokens, but {model.name} was made for at most {context}; "
+            f"windows of {settings.length} tokens, but {model.name} was made for at most {context}; "
             f"set the evaluation's length to {context}, or to 0 for each model's own context (other lengths give other numbers)"
         )
     try:
         sources.corpus_digest(settings.source, settings.split)
     except HarnessError as error:
-        reasons.append(f"{evaluation.name}: {error}")
+        reasons.append(str(error))
     if settings.source.startswith("hub:"):
         repo = "/".join(settings.source.removeprefix("hub:").split("@")[0].split(":")[0].split("/")[:2])
         missing = missing_data_set(repo)
         if missing:
-            reasons.append(f"{evaluation.name}: {missing}; set data.root to a folder with text/<name>/{settings.split}.jsonl.gz")
+            reasons.append(f"{missing}; set data.root to a folder with text/<name>/{settings.split}.jsonl.gz")
     return reasons
 
 
