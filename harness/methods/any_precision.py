@@ -2,7 +2,7 @@
 
 Any-Precision LLM: Low-Cost Deployment of Multiple, Different-Sized LLMs (arXiv 2402.10517), §3.
 Objective: min sum F (w - w')² per output row, with F = sum over sequences of (d loss / d W)², the diagonal of the Fisher
-information (SqueezeLLM, arXiv 2306.07629). Weighted k-means with 2^seed_bits clusters per row; then every cluster is divided in two by
+information (SqueezeLLM, arXiv 2306.07629). Weighted k-means with 2^seed_bits clusters per row; then every cluster is divided by
 2-means, again and again: 2^b values for b bits, and the code at b bits is the first b bits of every finer code.
 
 A cell serves one width, scheme.weight.bits. Cells of one seed are nested in each other whatever their widths, since they start

@@ -26,6 +26,14 @@ FORMATS = ("int", "nf4", "fp4", "fp8", "fp8_e4m3", "mx", "any")
 WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 1.08, 1.7, 2.7)
 
 
+# Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights.
+SMALL: dict[tuple[str, str], dict[str, Any]] = {("rounding", "vptq"): {"vector_length": 4, "index_bits": 6}}
+
+
+def built(slot: str, name: str) -> Any:
+    return plugins.build(slot, name, SMALL.get((slot, name), {}))
+
+
 def facts_of(slot: str, name: str) -> plugins.Facts:
     return plugins.facts(slot, name)
 
@@ -51,7 +59,7 @@ def accepted_scheme(method: Any, shapes: Any) -> Scheme:
 
 def quantized(name: str, block: FakeBlock, scheme: Scheme, seed: int = 0) -> dict[str, QuantizedWeight]:
     """Every linear of a block, rounded as a pass would: layer by layer, or the block at once."""
-    method = plugins.build("rounding", name, {})
+    method = built("rounding", name)
     needs = facts_of("rounding", name).get("needs", ())
     if hasattr(method, "round_block"):
         return method.round_block(block, scheme, generator(seed))
@@ -113,7 +121,7 @@ def test_settings_are_frozen_and_typos_get_the_nearest_name(slot: str, name: str
 
 @pytest.mark.parametrize(("slot", "name"), PLUGINS)
 def test_check_returns_reasons_and_never_raises(slot: str, name: str) -> None:
-    method, shapes = plugins.build(slot, name, {}), llama_shapes()
+    method, shapes = built(slot, name), llama_shapes()
     for format_ in ("int", "nf4", "unheard-of"):
         for bits in (0, 1, 1.5, 4, 17):
             for group_size in (-1, 0, 7, 16, 10_000):
@@ -124,7 +132,7 @@ def test_check_returns_reasons_and_never_raises(slot: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_impossible_schemes_are_refused(name: str) -> None:
-    method, shapes = plugins.build("rounding", name, {}), llama_shapes()
+    method, shapes = built("rounding", name), llama_shapes()
     assert method.check(Scheme("odd", WeightScheme("unheard-of")), shapes)
     assert method.check(Scheme("odd", WeightScheme("int", bits=17)), shapes)
 
@@ -132,7 +140,7 @@ def test_impossible_schemes_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_a_scheme_that_is_accepted_quantizes_every_linear(name: str) -> None:
     block = block_for("rounding", name)
-    scheme = accepted_scheme(plugins.build("rounding", name, {}), block.shapes)
+    scheme = accepted_scheme(built("rounding", name), block.shapes)
     weights = quantized(name, block, scheme)
     assert set(weights) == {shape.name for shape in block.shapes.linears}
     for shape in block.shapes.linears:
@@ -149,7 +157,7 @@ def test_a_scheme_that_is_accepted_quantizes_every_linear(name: str) -> None:
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_packing_is_exact_and_sizes_are_honest(name: str) -> None:
     block = block_for("rounding", name)
-    scheme = accepted_scheme(plugins.build("rounding", name, {}), block.shapes)
+    scheme = accepted_scheme(built("rounding", name), block.shapes)
     for result in quantized(name, block, scheme).values():
         tensors, meta = result.pack()
         assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
@@ -169,7 +177,7 @@ def json_round_trip(meta: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ROUNDINGS)
 def test_the_same_inputs_give_the_same_bits_whatever_the_global_state(name: str) -> None:
-    scheme = accepted_scheme(plugins.build("rounding", name, {}), llama_shapes())
+    scheme = accepted_scheme(built("rounding", name), llama_shapes())
     runs: list[dict[str, Tensor]] = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -183,7 +191,7 @@ def test_the_same_inputs_give_the_same_bits_whatever_the_global_state(name: str)
 def test_only_a_stochastic_method_depends_on_its_seed(name: str) -> None:
     if facts_of("rounding", name).get("stochastic", False):
         pytest.skip("draws from its seed")
-    scheme = accepted_scheme(plugins.build("rounding", name, {}), llama_shapes())
+    scheme = accepted_scheme(built("rounding", name), llama_shapes())
     first, second = (quantized(name, block_for("rounding", name), scheme, seed) for seed in (1, 2))
     for linear, result in first.items():
         assert torch.equal(result.dequantize(), second[linear].dequantize()), linear
@@ -191,7 +199,7 @@ def test_only_a_stochastic_method_depends_on_its_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")])
 def test_weights_and_evidence_are_not_written_to(name: str) -> None:
-    method = plugins.build("rounding", name, {})
+    method = built("rounding", name)
     needs = facts_of("rounding", name).get("needs", ())
     scheme = accepted_scheme(method, llama_shapes())
     weight, inputs = random_weight(32, 32), correlated_inputs(32)
@@ -208,10 +216,10 @@ def test_weights_and_evidence_are_not_written_to(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")])
 def test_a_layer_alone_equals_the_layer_in_company(name: str) -> None:
     """What `once` keeps from an earlier linear with the same input must not change a later one."""
-    scheme = accepted_scheme(plugins.build("rounding", name, {}), llama_shapes())
+    scheme = accepted_scheme(built("rounding", name), llama_shapes())
     together = quantized(name, block_for("rounding", name), scheme)
     block = block_for("rounding", name)
-    method = plugins.build("rounding", name, {})
+    method = built("rounding", name)
     evidence = block.evidence["self_attn.v_proj"] if facts_of("rounding", name).get("needs", ()) else None
     weight = block.linear("self_attn.v_proj").weight.detach()
     alone = method.round_layer("self_attn.v_proj", weight, evidence, scheme.weight, generator())
@@ -221,7 +229,7 @@ def test_a_layer_alone_equals_the_layer_in_company(name: str) -> None:
 @pytest.mark.parametrize("name", list(plugins.find("transform")))
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_a_transform_leaves_the_function_of_the_block(name: str, kv_heads: int) -> None:
-    method = plugins.build("transform", name, {})
+    method = built("transform", name)
     block = FakeBlock(needs=facts_of("transform", name).get("needs", ()), kv_heads=kv_heads)
     if name.startswith(("quarot", "spinquant", "hadamard", "rotation")):
         pytest.skip("rotates the residual stream of the whole model, of which a block is a part")
