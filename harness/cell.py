@@ -259,7 +259,17 @@ def quantize_key(cell: Cell) -> str:
 
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
-    return digest({"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)})
+    identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
+    if has_static_activations(cell.scheme):
+        identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    return digest(identity)
+
+
+def has_static_activations(scheme: Scheme) -> bool:
+    """Some activations have scales fixed from calibration data, which a cell then needs whatever its method."""
+    if scheme.activation is None:
+        return False
+    return not scheme.activation.dynamic or any(dict(o.activation).get("dynamic") is False for o in scheme.overrides)
 
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
