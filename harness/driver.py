@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import schedule, tables, tracking
-from harness.cell import cell_key
+from harness.cell import cell_key, digest
 from harness.display import Display, Silent, Tally
 from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored
@@ -60,9 +60,9 @@ class Summary:
         if self.interrupted or done < len(self.records):
             lines.append(f"resume  {tables.command_line(sweep)}")
         elif sweep.path is not None or not self.records:
-            lines.append(f"next    harness table {' '.join((sweep.name, *sweep.overrides))}   ·   harness ui")
+            lines.append(f"next    harness table {' '.join((sweep.name, *sweep.overrides))}   ·   {_ui(sweep)}")
         else:
-            lines.append(f"next    harness show {self.records[0].cell_key[:8]}   ·   harness ui")
+            lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}")
         return "\n".join(lines)
 
 
@@ -78,6 +78,12 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summ
     text = render(plan)
     display.line(text)
     other = store.sweep_state(sweep.name)
+    if not plan.missing and other and other.get("tracked") == _tracked(sweep):
+        display.close()                         # all done and all told before: only the tables may have changed
+        records = tuple(store.record(cell) for cell in sweep.cells)
+        written = write_tables(sweep, records, store)
+        paths = tuple(path for each in written.values() for path in each)
+        return Summary(plan, records, {}, time.monotonic() - began, files=paths)
     if plan.missing and other and is_running(other):
         display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
     recorder = _Recorder(plan, store, display, text)
@@ -152,12 +158,14 @@ class _Recorder:
             self._track(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
-        self.state.end()
         paths = tuple(path for each in files.values() for path in each)
         summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
         tracker = self.tracker
         if tracker is not None:
             self._guard(lambda: tracker.finish(files, self._figures(records), summary.text))
+        if not self.warnings:
+            self.state.content["tracked"] = _tracked(sweep)
+        self.state.end()
         return Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
 
     def _figures(self, records: tuple[Record, ...]) -> dict[str, Any]:
@@ -196,6 +204,22 @@ def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dic
             paths.append(path)
         written[table.name] = tuple(paths)
     return written
+
+
+def _tracked(sweep: Sweep) -> list[str]:
+    """What a sweep's state says of tracking: where it went, and of which cells."""
+    tracking_ = sweep.runtime.tracking
+    return [tracking_.kind, tracking_.uri, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
+
+
+def _runs(sweep: Sweep) -> str:
+    """The option that names a store which is not ./runs."""
+    runs = sweep.runtime.runs
+    return "" if runs.absolute() == Path("runs").absolute() else f" --runs {runs}"
+
+
+def _ui(sweep: Sweep) -> str:
+    return f"open {sweep.runtime.tracking.uri}" if sweep.runtime.tracking.kind == "server" else f"harness ui{_runs(sweep)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -362,7 +362,7 @@ def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, worker
     for cell in unmade:
         walk = (cell.model, cell.calibration if cell.method.needs else None)
         by_walk.setdefault(walk, {}).setdefault(quantize_key(cell), []).append(cell)
-    walks = [sorted(by_key.values(), key=lambda cells: _stream(cells[0])) for by_key in by_walk.values()]
+    walks = [_by_stream(list(by_key.values())) for by_key in by_walk.values()]
     for checkpoints in walks:
         shapes = checker.shapes(checkpoints[0][0].model)
         assert shapes is not None, "a model without shapes is refused"
@@ -379,8 +379,14 @@ def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, worker
             )
 
 
+def _by_stream(checkpoints: list[list[Cell]]) -> list[list[Cell]]:
+    """In the sweep's order, but for those that share a stream, which become neighbours."""
+    order = {stream: number for number, stream in enumerate(dict.fromkeys(_stream(cells[0]) for cells in checkpoints))}
+    return sorted(checkpoints, key=lambda cells: order[_stream(cells[0])])
+
+
 def _stream(cell: Cell) -> tuple[Any, ...]:
-    """What must be equal for two cells to see the same inputs in every block; orders cells so that sharers are neighbours."""
+    """What must be equal for two cells to see the same inputs in every block."""
     if not cell.method.needs or cell.inputs == "full_precision":
         return (0, cell.inputs)
     return (1, cell.method.name, cell.scheme.name)

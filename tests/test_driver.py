@@ -1,0 +1,235 @@
+"""The driver: what is recorded while a sweep runs, and that killing it loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import driver, schedule
+from harness.cell import cell_key
+from harness.display import Live, Silent, Tally, news, record_text, status
+from harness.errors import PlanError, TrackingError
+from harness.events import Event, Failed, Progress, Quantized, Scored
+from harness.plan import make
+from harness.store import Store
+from harness.sweep import Sweep
+
+Make = Callable[..., Sweep]
+SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
+
+
+class Kept(Silent):
+    """A display that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def event(self, event: Event, tally: Tally, finished: Any) -> None:
+        self.lines += news(event, tally, finished)
+
+
+def test_a_sweep_from_nothing_to_done_and_once_more(demo_sweep: Make) -> None:
+    sweep, display = demo_sweep("method=rtn", "scheme=w4,w3", *SMALL), Kept()
+    summary = driver.run(sweep, display)
+    assert summary.exit_code == 0 and all(record.complete for record in summary.records)
+    assert display.lines[0].startswith("plan    3 cells")
+    assert sum(line.startswith("  ok") for line in display.lines) == 3
+    assert summary.text.splitlines()[0].startswith("done    3 of 3 cells")
+    store = Store(sweep.runtime.runs)
+    state = store.sweep_state(sweep.name)
+    assert state is not None and state["ended"] and {cell["state"] for cell in state["cells"].values()} == {"done"}
+    files = {path: path.stat().st_mtime_ns for path in store.root.rglob("scores/*.json")}
+    again = driver.run(sweep)
+    assert again.exit_code == 0 and files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_new_evaluation_of_a_finished_sweep_runs_alone(demo_sweep: Make) -> None:
+    driver.run(demo_sweep("method=rtn", "scheme=w4", *SMALL))
+    more = demo_sweep("method=rtn", "scheme=w4", "evaluations=[demo_perplexity,demo_facts]", "evaluations.limit=2")
+    plan = make(more, Store(more.runtime.runs))
+    assert not plan.passes and [e.name for wanted in plan.scorings[0].evaluations for e in wanted] == ["demo_facts"] * 2
+    assert driver.run(more).exit_code == 0
+
+
+def test_refusals_stop_before_anything_starts(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4,w4g96")
+    with pytest.raises(PlanError, match="group size 96"):
+        driver.run(sweep)
+    assert not list(sweep.runtime.runs.rglob("*.safetensors"))
+
+
+def script(monkeypatch: pytest.MonkeyPatch, act: Callable[[Any], Iterator[Event]]) -> None:
+    monkeypatch.setattr(schedule, "run", lambda plan, command="": act(plan))
+
+
+def test_failures_are_kept_and_resumed(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, display = demo_sweep("method=rtn", "scheme=w4,w3", *SMALL), Kept()
+
+    def act(plan: Any) -> Iterator[Event]:
+        keys = tuple(map(cell_key, plan.missing))
+        yield Failed(time.time(), keys[:2], stage="block 0", kind="killed", reason="gone", retry=True)
+        yield Failed(time.time(), keys[:1], stage="block 0", reason="NaN in the Hessian", detail="Traceback")
+
+    with monkeypatch.context() as patched:
+        script(patched, act)
+        summary = driver.run(sweep, display)
+    assert summary.exit_code == 1
+    assert list(summary.failed.values()) == ["NaN in the Hessian"]
+    assert summary.text.splitlines()[-1].startswith("resume  harness run")
+    store, key = Store(sweep.runtime.runs), next(iter(summary.failed))
+    assert [failure["reason"] for failure in store.failures(key)] == ["NaN in the Hessian"]
+    assert "FAIL" in status(store, sweep.name, sweep.cells) and "NaN" in status(store, sweep.name, sweep.cells)
+    assert sum(line.startswith("again") for line in display.lines) == 2
+    assert driver.run(sweep).exit_code == 0
+    assert not store.failures(key)                                              # forgotten, as the work succeeded
+
+
+def test_fail_fast_stops_at_the_first_failure(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(plan: Any) -> Iterator[Event]:
+        for cell in plan.missing:
+            yield Failed(time.time(), (cell_key(cell),), reason="no")
+
+    script(monkeypatch, act)
+    assert len(driver.run(demo_sweep("method=rtn", "scheme=w4,w3", "fail_fast=true")).failed) == 1
+
+
+def test_an_interrupt_is_a_summary(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def act(plan: Any) -> Iterator[Event]:
+        try:
+            yield Progress(time.time(), (cell_key(plan.missing[0]),), "block", 1, 4)
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    script(monkeypatch, act)
+    summary = driver.run(demo_sweep("method=rtn", "scheme=w4"))
+    assert closed and summary.exit_code == 130 and "resume  harness run" in summary.text
+
+
+def test_broken_tracking_never_stops_a_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def cell(self, record: Any, state: str) -> None:
+            raise RuntimeError("database is locked")
+
+        def finish(self, files: Any, figures: Any, summary: str) -> None:
+            raise TrackingError("the server is gone")
+
+    monkeypatch.setattr(driver.tracking, "open_tracker", lambda sweep, text: Broken())
+    summary = driver.run(demo_sweep("method=rtn", "scheme=w4", *SMALL))
+    assert summary.exit_code == 0
+    assert len(summary.warnings) == 2 and "harness publish" in summary.warnings[0]
+
+
+def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    tally = Tally(make(sweep, Store(sweep.runtime.runs)))
+    first, second = map(cell_key, sweep.cells)
+    assert tally.units == 4 and tally.fraction == 0 and tally.seconds_left is None
+    assert tally.add(Quantized(0.0, (first,))) == []
+    assert tally.add(Scored(0.0, (first,), evaluation="demo_perplexity", metrics={"a": 1.0})) == [first]
+    assert tally.fraction == 0.5 and tally.seconds_left is not None
+    tally.add(Progress(0.0, (second,), "block", 2, 4))
+    assert tally.fraction == pytest.approx(0.625)
+    tally.add(Failed(0.0, (second,), reason="r"))
+    assert tally.fraction == 1.0 and tally.done == [first] and list(tally.failed) == [second]
+
+
+def test_the_live_view_draws_every_event(demo_sweep: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    tally, live = Tally(make(sweep, Store(sweep.runtime.runs))), Live()
+    key = cell_key(sweep.cells[0])
+    for event in (Progress(0.0, (key,), "block", 1, 4), Quantized(0.0, (key,)), Failed(0.0, (key,), stage="load", reason="[bad] thing")):
+        live.event(event, tally, tally.add(event))
+    live.close()
+    assert "[bad] thing" in capsys.readouterr().out
+
+
+def test_a_record_in_full(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=gptq", "scheme=w4", *SMALL)
+    (record,) = [record for record in driver.run(sweep).records if not record.cell.method.is_baseline]
+    text = record_text(record, Store(sweep.runtime.runs), "harness run again")
+    for words in (record.cell_key, "demo_perplexity/perplexity", "layer errors", "q_proj", "damping", "made by", "harness run again"):
+        assert words in text
+
+
+COMMAND = (
+    "model=demo", "method=rtn,gptq", "scheme=w4,w3", "calibration=demo", "calibration.samples=8", "evaluations=demo_perplexity",
+    "evaluations.limit=8", "tracking=none", "device=cpu",
+)
+
+
+def harness(*words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "harness", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def table_of(runs: Path, sweep_file: Path) -> str:
+    done = harness("table", str(sweep_file), f"runs={runs}")
+    out, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, out
+    return out
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in two minutes"
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+SWEEP_FILE = """\
+# A sweep to be killed
+model: demo
+calibration: demo
+calibration.samples: 8
+grids:
+  - method: [rtn, gptq]
+    scheme: [w4, w3]
+evaluations: [{demo_perplexity: {}}]
+tables:
+  - name: main
+    columns:
+      - {metric: checkpoint/bits_per_weight}
+      - {metric: demo_perplexity/perplexity, digits: 6}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> None:
+    """Killed after its first score and run again, a sweep repeats no finished cell and makes the same table to the byte."""
+    sweep_file = tmp_path / "killed.yaml"
+    sweep_file.write_text(SWEEP_FILE)
+    common = ("tracking=none", "device=cpu", "cluster=local", "cluster.workers=1", "evaluations.limit=8")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = harness("run", str(sweep_file), f"runs={killed}", *common)
+    wait_for(lambda: any(killed.glob("cells/*/scores/*.json")), process)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=60)
+    if how != signal.SIGKILL:
+        assert process.returncode == 130, out
+        assert out.splitlines()[-1].startswith("resume  harness run"), out
+    finished = {path: path.stat().st_mtime_ns for p in ("cells/*/scores/*.json", "checkpoints/*/manifest.json") for path in killed.glob(p)}
+    assert finished
+    for runs in (killed, whole):
+        process = harness("run", str(sweep_file), f"runs={runs}", *common)
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out
+    assert finished == {path: path.stat().st_mtime_ns for path in finished}
+    tables = [(runs / "tables" / "killed" / "main.md").read_bytes() for runs in (killed, whole)]
+    assert tables[0] == tables[1] and b"3.2" in tables[0]

@@ -1,0 +1,320 @@
+"""Scheduling: the same events everywhere, changed plans after kills, no process left behind.
+
+The policy is tested against a scripted executor; the executors that start processes are tested with the embedded model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import schedule
+from harness.cell import cell_key, quantize_key
+from harness.errors import ScheduleError
+from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
+from harness.plan import Plan, make, render
+from harness.schedule import Exit, InProcess, Message, Processes, decode, decode_event, encode, encode_event, make_executor
+from harness.store import Store
+from harness.sweep import Cluster, Sweep
+from harness.work import EvaluateTask, QuantizeTask, Task
+
+Make = Callable[..., Sweep]
+SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
+
+
+def plan_of(sweep: Sweep) -> Plan:
+    return make(sweep, Store(sweep.runtime.runs))
+
+
+class Script:
+    """An executor that does what a function says of each task: events, then how the task ends."""
+
+    threads = 1
+
+    def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int = 1) -> None:
+        self.act, self.slots = act, slots
+        self.tasks: list[Task] = []
+        self.queue: list[Message] = []
+        self.cancelled: list[int] = []
+        self.closed = False
+
+    def submit(self, number: int, task: Task) -> None:
+        self.tasks.append(task)
+        self.queue += [Message(number, news) for news in self.act(task)]
+
+    def wait(self) -> list[Message]:
+        return [self.queue.pop(0)] if self.queue else []
+
+    def cancel(self, number: int) -> None:
+        self.cancelled.append(number)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def well(task: Task) -> list[Event | Exit]:
+    """Every task succeeds."""
+    if isinstance(task, QuantizeTask):
+        return [*(Quantized(0.0, (cell_key(cell),)) for cell in task.cells), Exit()]
+    scored = [Scored(0.0, (cell_key(c),), evaluation=e.name) for c, es in zip(task.cells, task.evaluations, strict=True) for e in es]
+    return [*scored, Exit()]
+
+
+def play(plan: Plan, script: Script, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    monkeypatch.setattr(schedule, "make_executor", lambda runtime, workers: script)
+    events = list(schedule.run(plan, "harness run test"))
+    assert script.closed
+    return events
+
+
+def names(task: Task) -> set[str]:
+    return {f"{cell.method.name} {cell.scheme.name}" for cell in task.cells}
+
+
+def test_evaluations_follow_their_checkpoints(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(well)
+    events = play(plan_of(demo_sweep("method=rtn,gptq", "scheme=w4,w3", *SMALL)), script, monkeypatch)
+    assert [type(task).__name__ for task in script.tasks] == ["QuantizeTask", "EvaluateTask"] * 2
+    assert names(script.tasks[0]) == names(script.tasks[1]) == {"none full", "rtn w4", "rtn w3"}
+    assert sum(isinstance(event, Scored) for event in events) == 5
+
+
+def test_ready_cells_are_spread_over_free_slots(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(well, slots=2)
+    play(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3", *SMALL)), script, monkeypatch)
+    assert sorted(len(task.cells) for task in script.tasks if isinstance(task, EvaluateTask)) in ([1, 1, 2], [2, 2], [1, 3])
+
+
+def test_a_killed_pass_is_split_and_tried_once(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and "gptq w3" in names(task):
+            return [Exit("killed", "ended by SIGKILL", "last words")]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL)), script, monkeypatch)
+    tried = [names(task) for task in script.tasks if isinstance(task, QuantizeTask) and "none full" not in names(task)]
+    assert tried == [{"gptq w4", "gptq w3", "gptq w2"}, {"gptq w4"}, {"gptq w3"}, {"gptq w2"}]
+    first, last = [event for event in events if isinstance(event, Failed)]
+    assert first.retry and len(first.cell_keys) == 3 and first.kind == "killed"
+    assert not last.retry and len(last.cell_keys) == 1 and last.detail == "last words"
+    assert sum(isinstance(event, Scored) for event in events) == 3                # none, w4, w2
+
+
+def test_a_killed_evaluation_blames_the_cell_it_was_at(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, EvaluateTask) and "rtn w4" in names(task):
+            done = [event for event in well(task)[:-1] if isinstance(event, Scored)]
+            position = next(i for i, cell in enumerate(task.cells) if cell.scheme.name == "w4")
+            return [*done[:position], Exit("killed", "gone")]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), script, monkeypatch)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [event.retry for event in failed] == [True, False]
+    assert all(len(event.cell_keys) == 1 for event in failed)
+    assert sum(isinstance(event, Scored) for event in events) == 4
+    alone = [names(task) for task in script.tasks if isinstance(task, EvaluateTask) and len(task.cells) == 1]
+    assert {"rtn w4"} in alone
+
+
+def test_memory_that_ran_out_in_company_is_tried_alone(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and "gptq w3" in names(task) and len(task.cells) > 1:
+            (poor,) = [cell for cell in task.cells if cell.scheme.name == "w3"]
+            others = [Quantized(0.0, (cell_key(cell),)) for cell in task.cells if cell is not poor]
+            return [Failed(0.0, (cell_key(poor),), stage="block 0", kind="out_of_memory", reason="full"), *others, Exit()]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=gptq", "scheme=w4,w3", *SMALL)), script, monkeypatch)
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.retry
+    assert {"gptq w3"} in [names(task) for task in script.tasks if isinstance(task, QuantizeTask)]
+    assert sum(isinstance(event, Scored) for event in events) == 3
+
+
+def test_a_lost_node_is_tried_as_it_was(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [Exit("lost", "node gone")]
+
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and "rtn w4" in names(task) and losses:
+            return [losses.pop()]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=rtn", "scheme=w4,w3", *SMALL)), script, monkeypatch)
+    tried = [names(task) for task in script.tasks if isinstance(task, QuantizeTask)]
+    assert tried[0] == tried[1]
+    assert sum(isinstance(event, Scored) for event in events) == 3
+
+
+def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask):
+            return [Failed(0.0, (cell_key(task.cells[-1]),), stage="block 2", reason="NaN"), *well(task)[:-2], Exit()]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=rtn", "scheme=w4,w3", *SMALL)), script, monkeypatch)
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert not failed.retry
+    assert sum(isinstance(event, Scored) for event in events) == 2
+
+
+def test_a_task_over_its_time_is_ended(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(lambda task: [] if isinstance(task, QuantizeTask) else well(task))
+    sweep = demo_sweep("method=none", "scheme=full", *SMALL)
+    cluster = dataclasses.replace(sweep.runtime.cluster, task_timeout_seconds=0.05)
+    sweep = dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=cluster))
+    (failed,) = play(plan_of(sweep), script, monkeypatch)
+    assert isinstance(failed, Failed) and failed.kind == "timeout" and script.cancelled == [1]
+
+
+def test_an_end_without_a_word_is_a_failure(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), Script(lambda task: [Exit()]), monkeypatch)
+    assert [type(event) for event in events] == [Failed] and "without a result" in str(events[0])
+
+
+def test_nothing_to_do_starts_nothing(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dataclasses.replace(plan_of(demo_sweep("method=none", "scheme=full")), passes=(), scorings=())
+    monkeypatch.setattr(schedule, "make_executor", lambda runtime, workers: pytest.fail("an executor was made"))
+    assert list(schedule.run(plan)) == []
+
+
+def test_events_and_tasks_cross_as_json(demo_sweep: Make) -> None:
+    events: list[Event] = [
+        TaskStarted(1.0, ("a",), worker="h:1", device="cpu"), Progress(1.0, ("a", "b"), "block", 1, 4),
+        Quantized(1.0, ("a",), record={"seconds": 1.0}), Scored(1.0, ("a",), "e", {"e/m": float("inf")}, {}),
+        Failed(1.0, ("a",), "s", "killed", "r", "d", True), TaskEnded(1.0, (), 2.0, 3),
+    ]
+    assert [decode_event(json.loads(json.dumps(encode_event(event)))) for event in events] == events
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    for task in (QuantizeTask(sweep.cells, "r"), EvaluateTask(sweep.cells, tuple(c.evaluations for c in sweep.cells), "r")):
+        assert decode(json.loads(json.dumps(encode(task)))) == task
+
+
+def test_the_executor_follows_the_cluster(demo_sweep: Make) -> None:
+    runtime = demo_sweep("method=rtn", "scheme=w4").runtime
+    assert isinstance(make_executor(runtime, 1), InProcess)
+    assert isinstance(make_executor(runtime, 2), Processes)
+    timed = dataclasses.replace(runtime, cluster=Cluster("local", task_timeout_seconds=9))
+    assert isinstance(make_executor(timed, 1), Processes)                       # a deadline needs a process to end
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+def wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid), f"process {pid} was left behind"
+
+
+def worker(event: Event) -> int:
+    assert isinstance(event, TaskStarted)
+    return int(event.worker.rpartition(":")[2])
+
+
+def checkpoint_bytes(sweep: Sweep) -> dict[str, bytes]:
+    store = Store(sweep.runtime.runs)
+    folders = {quantize_key(cell): store.checkpoint_folder(quantize_key(cell)) for cell in sweep.cells}
+    return {f"{key}/{path.name}": path.read_bytes() for key, folder in folders.items() for path in folder.glob("*.safetensors")}
+
+
+def moved(sweep: Sweep, folder: Path, cluster: Cluster) -> Sweep:
+    return dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, runs=folder, cluster=cluster))
+
+
+def test_closing_ends_the_worker_processes(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=gptq", "scheme=w4", "cluster=local", "cluster.workers=2")
+    events = schedule.run(plan_of(sweep))
+    pid = worker(next(event for event in events if isinstance(event, TaskStarted)))
+    assert alive(pid)
+    events.close()                                                              # type: ignore[attr-defined]
+    wait_gone(pid)
+
+
+@pytest.mark.slow
+def test_processes_survive_a_kill(demo_sweep: Make, tmp_path: Path) -> None:
+    """A killed worker's pass is split; the checkpoints are those of an undisturbed run, byte for byte."""
+    sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false")
+    list(schedule.run(plan_of(sweep)))
+    disturbed = moved(sweep, tmp_path / "disturbed", Cluster("local", workers=2))
+    events = disturb(schedule.run(one_pass(plan_of(disturbed))))
+    check_recovery(events, disturbed, sweep)
+
+
+def one_pass(plan: Plan) -> Plan:
+    """All checkpoints in one pass, however many workers there are."""
+    cells = tuple(cell for each in plan.passes for cell in each.cells)
+    return dataclasses.replace(plan, passes=(dataclasses.replace(plan.passes[0], cells=cells),))
+
+
+def disturb(events: Iterator[Event]) -> list[Event]:
+    """Kill the first worker when its first block is done."""
+    seen, killed = [], False
+    for event in events:
+        seen.append(event)
+        if isinstance(event, Progress) and not killed:
+            os.kill(worker(next(e for e in seen if isinstance(e, TaskStarted))), signal.SIGKILL)
+            killed = True
+    return seen
+
+
+def check_recovery(events: list[Event], disturbed: Sweep, undisturbed: Sweep) -> None:
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert failed and all(event.retry and event.kind == "killed" for event in failed), failed
+    assert {k for e in events if isinstance(e, Quantized) for k in e.cell_keys} == set(map(cell_key, disturbed.cells))
+    assert checkpoint_bytes(disturbed) == checkpoint_bytes(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Any]:
+    """One Ray cluster of two processors on the loopback interface."""
+    with schedule._environment(schedule.process_environment(1)):
+        ray = schedule._import_ray()
+        ray.init(
+            address="local", include_dashboard=False, num_cpus=2, num_gpus=0, log_to_driver=False, logging_level=40,
+            _node_ip_address="127.0.0.1",
+        )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_checkpoints_and_survives_a_kill(ray_cluster: Any, demo_sweep: Make, tmp_path: Path) -> None:
+    sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false")
+    list(schedule.run(plan_of(sweep)))
+    on_ray = moved(sweep, tmp_path / "ray", Cluster("ray", workers=2))
+    check_recovery(disturb(schedule.run(one_pass(plan_of(on_ray)))), on_ray, sweep)
+
+
+@pytest.mark.slow
+def test_ray_refuses_what_no_node_can_take(ray_cluster: Any, demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4")
+    wanting = dataclasses.replace(sweep.runtime, device="cuda", cluster=Cluster("ray", workers=1))
+    with pytest.raises(ScheduleError, match=r"1 GPU.*gpus_per_task"):
+        make_executor(wanting, 1)
+    many = dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1, settings={"cpus_per_task": 64}))
+    with pytest.raises(ScheduleError, match="64 CPU"):
+        make_executor(many, 1)
+
+
+def test_the_plan_is_what_runs(demo_sweep: Make) -> None:
+    """In this process, for real: after the run the plan has nothing left."""
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    events = list(schedule.run(plan_of(sweep)))
+    assert sum(isinstance(event, Scored) for event in events) == 2
+    assert "nothing to do" in render(plan_of(sweep))
