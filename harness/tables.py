@@ -151,11 +151,13 @@ def quality_metrics(sweep: Sweep, records: Iterable[Record]) -> list[str]:
 
 def better_is_higher(metric: str, cells: Iterable[Cell] = ()) -> bool | None:
     """Whether larger is better, as the evaluator of the metric says in its literals; None where nobody says."""
-    prefix, _, short = metric.rpartition("/")
+    short = metric.rpartition("/")[2]
     for cell in cells:
         for evaluation in cell.evaluations:
-            if evaluation.name == prefix or prefix.startswith(f"{evaluation.name}/"):
+            own = metric.removeprefix(f"{evaluation.name}/")
+            if own != metric:
                 found = plugins.find("evaluator").get(evaluation.evaluator)
+                short = own.partition("/")[0]               # "exact_match/strict-match" is an exact_match
                 says = (found.get("metrics", {}) if found else {}).get(short, {}).get("higher_is_better")
                 if says is not None:
                     return bool(says)
@@ -192,13 +194,19 @@ def compare_cells(
 
 
 def _items(record: Record, metric: str, store: Store) -> Mapping[Any, float] | None:
-    """Item results of one metric by id; None where the evaluation kept none."""
+    """Item results of one metric by id; None where the evaluation kept none of it."""
     evaluation = _evaluation_of(record, metric)
     items = None if evaluation is None else store.evaluation_items(record, evaluation)
-    if items is None or "id" not in items or items["id"].duplicated().any():
+    if items is None or evaluation is None or "id" not in items or items["id"].duplicated().any():
         return None
-    short = metric.rsplit("/", 1)[-1]
-    for name in (metric, short, *ITEM_COLUMNS.get(short, ())):
+    if metric.startswith(f"{evaluation.name}/"):
+        own = metric.removeprefix(f"{evaluation.name}/")
+    else:                                       # one task of a group of tasks
+        task, _, own = metric.partition("/")
+        if "task" not in items or task not in set(items["task"]):
+            return None
+        items = items[items["task"] == task]
+    for name in (own, *ITEM_COLUMNS.get(own, ())):
         if name in items:
             return {key: float(value) for key, value in zip(items["id"], items[name], strict=True)}
     return None
@@ -411,7 +419,12 @@ def group_text(cell: Cell) -> str:
 def command_line(sweep: Sweep) -> str:
     """What runs the sweep again; finished work is not repeated."""
     words = [sweep.name] if sweep.path is not None else []
-    return " ".join(["harness run", *words, *sweep.overrides])
+    return without_password(" ".join(["harness run", *words, *sweep.overrides]))
+
+
+def without_password(text: str) -> str:
+    """Text with the user and password left out of every address: what is shown or tracked goes through here."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1", text)
 
 
 def _notes(
@@ -571,7 +584,7 @@ def _latex(data: TableData) -> str:
     out = [
         "% needs \\usepackage{booktabs}",
         r"\begin{table}",
-        r"\centering",
+        r"\centering\small\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{latex_text(data.caption or data.name)}}}",
         rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heads) - left)}}}",
         r"\toprule",
@@ -585,7 +598,7 @@ def _latex(data: TableData) -> str:
             out.append(" & ".join([*map(latex_text, line[:left]), *map(_latex_number, line[left:])]) + r" \\")
     out += [r"\bottomrule", r"\end{tabular}"]
     out += [rf"\par\smallskip\footnotesize {latex_text(note)}" for note in data.notes]
-    out += [rf"\texttt{{{latex_text(command)}}}" for command in data.commands]
+    out += [rf"\par\texttt{{{latex_text(command)}}}" for command in data.commands]
     return "\n".join([*out, r"\end{table}"]) + "\n"
 
 

@@ -133,7 +133,8 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
                 files.setdefault(table.name, []).append(path)
         tracker.finish(files, plots.figures(sweep, records), "")
     left = f"; {len(records) - len(known)} have no results yet" if len(known) < len(records) else ""
-    return f'published {len(known)} cells as experiment "{tracker.experiment}" in {tracker.uri}{left}'
+    place = tables.without_password(tracker.uri)
+    return f'published {len(known)} cells as experiment "{tracker.experiment}" in {place}{left}'
 
 
 def _state(record: Record) -> str:
@@ -186,7 +187,7 @@ class MLflowTracker:
                 tags["failure"] = str(record.failures[-1].get("reason", ""))
             if record.smoke:
                 tags["smoke"] = "stands on a part of the data only"
-            for name, value in record.provenance.items():
+            for name, value in _flat(record.provenance).items():
                 if isinstance(value, str | int | float | bool):
                     tags[f"environment.{name}"] = str(value)
             fingerprint = _fingerprint(record)
@@ -267,10 +268,10 @@ class MLflowTracker:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             if plan_text:
-                _write(root / "plan.txt", plan_text)
+                _write(root / "plan.txt", tables.without_password(plan_text))
             write_json(root / "sweep.json", _sweep_json(self.sweep), durable=False)
             if self.sweep.path is not None and self.sweep.path.is_file():
-                _write(root / self.sweep.path.name, self.sweep.path.read_text(encoding="utf-8"))
+                _write(root / self.sweep.path.name, tables.without_password(self.sweep.path.read_text(encoding="utf-8")))
             self.client.log_artifacts(run_id, folder)
         return run_id
 
@@ -446,13 +447,13 @@ def _translated(what: str) -> Iterator[None]:
     """What MLflow, its database or the network raise, as TrackingError."""
     try:
         yield
-    except TrackingError:
-        raise
+    except TrackingError as error:
+        raise TrackingError(tables.without_password(str(error))) from error.__cause__
     except Exception as error:
         foreign = (type(error).__module__ or "").split(".")[0]
         if isinstance(error, OSError) or foreign in ("mlflow", "sqlalchemy", "requests", "urllib3", "alembic", "sqlite3"):
             first = (str(error) or type(error).__name__).splitlines()[0]
-            raise TrackingError(f"could not {what}: {first}") from error
+            raise TrackingError(tables.without_password(f"could not {what}: {first}")) from error
         raise
 
 
@@ -538,7 +539,7 @@ def _sweep_json(sweep: Sweep) -> dict[str, Any]:
     return {
         "name": sweep.name,
         "title": sweep.title,
-        "overrides": list(sweep.overrides),
+        "overrides": [tables.without_password(override) for override in sweep.overrides],
         "cells": [{"title": cell.title, "cell_key": cell_key(cell), "cell": to_json(cell)} for cell in sweep.cells],
         "skips": [{"titles": list(skip.titles), "reason": skip.reason} for skip in sweep.skips],
     }
@@ -566,7 +567,8 @@ def _write_artifacts(folder: Path, record: Record, store: Store) -> None:
     cell = record.cell
     identity = {"title": cell.title, "cell_key": record.cell_key, "quantize_key": record.quantize_key}
     write_json(folder / "cell.json", {**identity, "cell": to_json(cell)}, durable=False)
-    write_json(folder / "environment.json", record.provenance, durable=False)
+    facts = json.loads(tables.without_password(json.dumps(record.provenance, default=str)))
+    write_json(folder / "environment.json", facts, durable=False)
     _write_layer_errors(folder, record)
     for evaluation in cell.evaluations:
         if evaluation.name not in record.scores:
@@ -614,8 +616,16 @@ def _key(name: str) -> str:
     return name if len(name) <= KEY_LIMIT else f"{name[: KEY_LIMIT - 9]}~{digest(name)[:8]}"
 
 
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _cut(text: str, limit: int) -> str:
-    """Text within MLflow's limit; what is cut says so."""
+    """Text within MLflow's limit and without passwords; what is cut says so."""
+    text = tables.without_password(text)
     if len(text) <= limit:
         return text
     note = f" … [cut: {len(text)} characters in all; see the artifacts]"

@@ -20,7 +20,7 @@ from harness.errors import ConfigError
 from harness.published import load_published, match
 from harness.store import Record, Store
 from harness.sweep import Column, Sweep, Table
-from harness.tables import TableData, better_is_higher, bits_text, build, frame, latex_text, render
+from harness.tables import TableData, better_is_higher, bits_text, build, compare_cells, frame, latex_text, render
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "sweeps" / "published").glob("*/*.yaml"))
 
@@ -129,6 +129,26 @@ def test_ties_are_marked_and_real_differences_are_not(made: tuple[Sweep, Store, 
 def test_without_items_nothing_is_claimed(made: tuple[Sweep, Store, TableData]) -> None:
     sweep, store, _ = made
     assert "≈" not in render(build(sweep, TABLE, records(sweep, store)))
+
+
+def test_tasks_of_a_group_are_tested_on_their_own_items(tmp_path: Path) -> None:
+    group = Evaluation("two_tasks", "lm_eval_tasks")
+    baseline = dataclasses.replace(cells(LLAMA)[0], evaluations=(group,))
+    cell = dataclasses.replace(cells(LLAMA, ("gptq",), (4,))[1], evaluations=(group,))
+    sweep = dataclasses.replace(make_sweep(tmp_path), cells=(baseline, cell))
+    store = Store(sweep.runtime.runs)
+    for each, first in ((baseline, 1.0), (cell, 0.0)):
+        task = ["first"] * 40 + ["second"] * 40
+        items = {"id": [f"{t}/{i}" for i, t in enumerate(task)], "task": task, "acc": [first] * 40 + [1.0] * 40}
+        metrics = {"two_tasks/acc": first / 2 + 0.5, "first/acc": first, "second/acc": 1.0, "other/acc": 1.0}
+        store.write_score(store.open_cell(each), score_key(each, group), {"metrics": metrics}, items)
+    known = {record.cell_key: record for record in records(sweep, store)}
+    found = compare_cells(sweep.cells, known, ["two_tasks/acc", "first/acc", "second/acc", "other/acc"], store)
+    key = cell_key(cell)
+    assert {metric: comparison.items for (_, metric), comparison in found.items()} == {
+        "two_tasks/acc": 80, "first/acc": 40, "second/acc": 40,
+    }
+    assert found[key, "first/acc"].differs and found[key, "two_tasks/acc"].differs and not found[key, "second/acc"].differs
 
 
 def test_markdown_is_aligned(made: tuple[Sweep, Store, TableData]) -> None:

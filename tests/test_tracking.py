@@ -193,6 +193,7 @@ def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_p
     assert len(run.data.params["model.source"]) == PARAM_LIMIT
     assert run.data.params["model.source"].endswith(f"[cut: {PARAM_LIMIT + 500} characters in all; see the artifacts]")
     assert _cut("short", 10) == "short"
+    assert _cut("harness run x tracking.uri=http://me:secret@host:5000", 99) == "harness run x tracking.uri=http://host:5000"
     assert len(_key("a" * 300)) == 250 and _key("a" * 300) != _key("a" * 299 + "b")
 
 
