@@ -63,6 +63,7 @@ STATUS = {                                                      # state of a cel
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",                         # with it on, one of 200 runs failed
     "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",           # two lines per cell into our display otherwise
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
 }
 MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
