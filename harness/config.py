@@ -1020,7 +1020,7 @@ def _evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 def _task_digest(task: str, include: str, data_root: str | None) -> str:
     """Identity of a benchmark: its task files and its data, local files by content, others by name and the task's version."""
-    from harness.evaluators import task_files
+    from harness import task_files
 
     identity: list[Any] = []
     for member in task_files.members(task, include):

@@ -1,9 +1,9 @@
 """Benchmarks of EleutherAI's lm-evaluation-harness. The only importer of lm_eval.
 
-A task is what its YAML says (`task_files`): stock tasks, our own in `tasks/`, or those of a folder that the evaluation includes.
-Its items come from the hub, or from <data_root>/tasks/<task>/<split>.jsonl, which then replaces the data set in memory: nothing is
-written, and no split is read that has no file. Scores are lm-eval's own, computed by its `evaluate`; only what answers the requests
-is ours (`scoring`), unless `scorer: lm_eval` asks for lm-eval's model.
+A task is what its YAML says (`harness.task_files`): stock tasks, our own in `tasks/`, or those of a folder that the evaluation
+includes. Its items come from the hub, or from <data_root>/tasks/<task>/<split>.jsonl, which then replaces the data set in memory:
+nothing is written, and no split is read that has no file. Scores are lm-eval's own, computed by its `evaluate`; only what answers
+the requests is ours (`scoring`), unless `scorer: lm_eval` asks for lm-eval's model.
 
 Where we differ from `simple_evaluate`: log-probabilities are taken in float32 (lm-eval takes them in the dtype of the logits, so
 that in bfloat16 many choices tie and the first one wins); standard errors of means have their closed form; a group's score is the
@@ -28,13 +28,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from harness import task_files
 from harness.cell import Evaluation, Model, digest
 from harness.errors import DataError, EvaluationError, HarnessError, unknown_name
-from harness.evaluators import scoring, task_files
+from harness.evaluators import scoring
 from harness.evaluators.protocols import Score, Subject, depends_on_company, missing_data_set
-from harness.evaluators.task_files import LocalData, TaskFile
 from harness.evaluators.windows import tokenizer_digest
 from harness.events import Progress
+from harness.task_files import LocalData, TaskFile
 
 SCORERS = ("auto", "shared_prefix", "lm_eval")
 LIKELIHOOD_TASKS = ("loglikelihood", "multiple_choice")

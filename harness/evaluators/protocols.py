@@ -117,15 +117,7 @@ def depends_on_company(cell: Cell) -> bool:
 def model_context_length(model: Model) -> int | None:
     """Positions that a model was made for, from its config.json alone; None where that is not on this machine or does not say."""
     try:
-        if sources.is_hub_id(model.source):
-            from huggingface_hub import try_to_load_from_cache
-
-            path = try_to_load_from_cache(model.source, "config.json", revision=model.digest or model.revision)
-            if not isinstance(path, str):
-                return None
-            config = Path(path)
-        else:
-            config = sources.model_folder(model) / "config.json"
+        config = sources.config_folder(model) / "config.json"
         return _context_length(json.loads(config.read_text(encoding="utf-8")))
     except (HarnessError, OSError, ValueError):
         return None                             # a model that cannot be read is refused under its own name, not here

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from subjects import last, stories
 
+from harness import task_files
 from harness.cell import Evaluation, Model, Scheme
 from harness.cell import KVScheme as KV
 from harness.errors import ConfigError, DataError, EvaluationError
-from harness.evaluators import lm_eval_tasks, task_files
+from harness.evaluators import lm_eval_tasks
 from harness.evaluators.lm_eval_tasks import Evaluator
 
 TASKS = [

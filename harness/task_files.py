@@ -1,8 +1,8 @@
 """The YAML files of lm-eval tasks, read without importing lm-eval: which file a name means, which splits it reads, and where
 a local copy of its data lies. Loads without torch, so that a plan answers at once.
 
-A name is looked up in the folder that the evaluation includes ("demo": the embedded model's tasks), then in `tasks/` beside this
-file, then among the task files that come with lm-eval.
+A name is looked up in the folder that the evaluation includes ("demo": the embedded model's tasks), then in `evaluators/tasks/`,
+then among the task files that come with lm-eval.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import yaml
 from harness import sources
 from harness.errors import ConfigError, DataError, unknown_name
 
-OWN = Path(__file__).parent / "tasks"
-DEMO = Path(__file__).parents[1] / "demo" / "tasks"
+OWN = Path(__file__).parent / "evaluators" / "tasks"
+DEMO = Path(__file__).parent / "demo" / "tasks"
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 NAME_LINE = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
