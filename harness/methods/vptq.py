@@ -215,17 +215,21 @@ class Rounding:
         left = weight
         for bits in self.index_bits(scheme.bits):
             if bits:
-                books.append(as_stored(self._learn(left, importance, 2**bits, rng), dtype))
+                books.append(as_stored(self._learn(left, rows, importance, 2**bits, rng), dtype))
                 indices, left = assign(weight, prepared.upper, books, settings.block_size, rows)
         restored = torch.empty_like(indices)
         restored[..., prepared.order] = indices
         codebooks = tuple(Codebook(entries, index) for entries, index in zip(books, restored, strict=True))
         return VectorWeight(codebooks, rows, scale, offset, dtype)
 
-    def _learn(self, matrix: Tensor, importance: Tensor, k: int, rng: Generator) -> Tensor:
-        """k entries [k, v] for the vectors of matrix [out, in], weighted by their column's importance [in]."""
+    def _learn(self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator) -> Tensor:
+        """k entries [k, v] for the vectors of matrix [out, in], weighted by their column's importance [in].
+
+        A vector with padding beyond `rows` counts by its share of real weights.
+        """
         vectors = matrix.T.reshape(matrix.shape[1], -1, self.settings.vector_length)              # [in, vectors, v]
-        weights = importance.unsqueeze(1).expand(-1, vectors.shape[1]).flatten()
+        real = (torch.arange(matrix.shape[0], device=matrix.device) < rows).float().reshape(-1, self.settings.vector_length).mean(1)
+        weights = (importance.unsqueeze(1) * real).flatten()
         return cluster_vectors(
             vectors.flatten(0, 1), weights, k, rng, iterations=self.settings.iterations, tolerance=self.settings.tolerance
         )
