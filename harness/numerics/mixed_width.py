@@ -87,7 +87,7 @@ class MixedWidthWeight(QuantizedWeight):
 
 
 def binarize(values: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale and mean of each row of values [..., g]: mean + scale (2 code - 1); scale = mean|w|, as published not centred."""
+    """Codes, scale and mean of each row of values [..., g]: mean + scale (2 code - 1); scale = mean|w| not centred, as published"""
     mean = as_stored(values.mean(-1, keepdim=True), scale_dtype)
     scale = as_stored(values.abs().mean(-1, keepdim=True), scale_dtype)
     return (values >= mean).to(torch.uint8), scale, mean
