@@ -552,7 +552,7 @@ class _Resolver:
             return None
         fields = {head: tuple((key.partition(".")[2], value, several) for key, (value, several) in point.items()
                               if key.startswith(f"{head}.")) for head in EDITABLE}
-        seed, inputs = point.get("seed", (0, False))[0], point.get("inputs", ("quantized", False))[0]
+        seed, inputs = point.get("seed", (0, False))[0], point["inputs"][0] if "inputs" in point else self._method_inputs(point)
         if type(seed) is not int or seed < 0:
             self.problems.add(f"{self.file.where}: seed: a whole number from 0 is expected, not {seed!r}")
         if inputs not in INPUTS:
@@ -693,11 +693,21 @@ class _Resolver:
     def _method_yaml(self, name: str) -> dict[str, Any]:
         content = self._compose("method", name, self.file.where)
         where = str(_files("method")[name])
-        known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS)]
+        known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS), "inputs"]
         for key in content:
             if key not in known:
                 raise ConfigError(unknown_name("key", key, known, where))
+        if content.get("inputs", INPUTS[0]) not in INPUTS:
+            raise ConfigError(unknown_name("inputs", str(content["inputs"]), INPUTS, where))
         return content
+
+    def _method_inputs(self, point: Point) -> str:
+        """What the method is calibrated on as published, where neither sweep nor override says it: the YAML's `inputs`."""
+        name = point["method"][0] if "method" in point else None
+        if not isinstance(name, str) or name not in _files("method"):
+            return INPUTS[0]
+        content = self._once(("method inputs", name), lambda: self._method_yaml(name)) or {}
+        return str(content.get("inputs", INPUTS[0]))
 
     def _method_name(self, chosen: Mapping[str, str | None]) -> str:
         """The method of conf/method/ with these parts and no settings of its own, else the parts' names joined."""

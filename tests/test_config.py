@@ -177,6 +177,13 @@ def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
     assert cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
 
 
+def test_a_method_is_calibrated_as_published_unless_told() -> None:
+    inputs = {cell.method.name: cell.inputs for cell in quantized(load_sweep(None, [*GRID, "method=awq,gptq", "scheme=w4g32"]))}
+    assert inputs == {"awq": "full_precision", "gptq": "quantized"}
+    (told,) = quantized(load_sweep(None, [*GRID, "method=awq", "scheme=w4g32", "inputs=quantized"]))
+    assert told.inputs == "quantized"
+
+
 def test_slots_replace_the_method(sweep_file: Callable[..., Sweep]) -> None:
     text = "model: demo\ncalibration: demo\ngrids:\n  - {method: [none, rtn, awq], scheme: [w4]}\n"
     assert titles(sweep_file(text, "rounding=gptq,rtn"))[1:] == ["demo · gptq · w4", "demo · rtn · w4"]
