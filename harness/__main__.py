@@ -12,11 +12,10 @@ Exit codes: 0 all cells done, 1 a cell failed or another error, 2 a config is wr
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -118,7 +117,6 @@ def run(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     """Carry a sweep out, or finish it: what is done is not done again."""
     from harness import display, driver
 
-    signal.signal(signal.SIGTERM, _interrupt)   # a batch system ends jobs so: stop as tidily as for Ctrl-C
     loaded, _ = _load(sweep, overrides)
     summary = driver.run(loaded, display.show_events())
     print(summary.text)
@@ -237,10 +235,6 @@ def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:
 
     words = [word for word in (sweep, *(overrides or [])) if word]
     return f"harness {command} {shlex.join(words)}"
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ at while the sweep runs. It may be killed at any moment: the same command goes o
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -90,10 +93,13 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summ
     interrupted = False
     try:
         with ExitStack() as stack:
+            stop = stack.enter_context(_interrupts())
             events = schedule.run(plan, command)
             stack.callback(_close, events)
             for event in events:
                 recorder.event(event)
+                if stop.is_set():               # the exception was raised where nobody could see it
+                    raise KeyboardInterrupt
                 if sweep.runtime.fail_fast and recorder.tally.failed:
                     break
     except KeyboardInterrupt:
@@ -101,6 +107,27 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summ
     finally:
         display.close()
     return recorder.end(time.monotonic() - began, interrupted)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM (so batch systems end jobs) raise KeyboardInterrupt; the flag keeps one that a `__del__` swallows."""
+    stop = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in handled}
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]       # as nohup asks
+    try:
+        for number in taken:
+            signal.signal(number, interrupt)
+        yield stop
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def _close(events: Iterator[Event]) -> None:

@@ -4,12 +4,13 @@ Three executors give the same events for the same plan:
 
     local, one worker     in this process, one task after the other: no start-up, and a debugger stops where it should
     local, more workers   a fresh process per task on this machine, without Ray
-    ray                   a fresh process per task on a Ray cluster, started here (loopback only) or reached at an address
+    ray                   workers of a Ray cluster, started here (loopback only) or reached at an address
 
-A fresh process per task, because what a task leaves behind on a card would be counted against the next one. Evaluations are
-submitted as checkpoints appear. A task that is killed, or a cell that ran out of memory in company, is tried once more by a
-changed plan: each unfinished checkpoint alone. What was alone already is not tried again in this run; a node that was lost changes
-the plan by itself. The next run of the sweep starts from whatever the store holds.
+On GPUs every task has a fresh process, because what a task leaves behind on a card would be counted against the next one; on CPUs
+Ray's workers are used again, because importing torch takes longer than many a task. Evaluations are submitted as checkpoints
+appear. A task that is killed, or a cell that ran out of memory in company, is tried once more by a changed plan: each unfinished
+checkpoint alone. What was alone already is not tried again in this run; a node that was lost changes the plan by itself. The next
+run of the sweep starts from whatever the store holds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ POLL_SECONDS = 1.0                              # how long an executor waits for
 SILENCE_SECONDS = 90.0                          # after which Ray is asked whether a task's node still lives
 STOP_SECONDS = 5.0                              # between asking a process to end and ending it
 PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
-PRELOADED = ["torch", "harness.work", "harness.streaming.passes", "harness.runtime.load"]     # what every task imports
 TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
 
 
@@ -476,7 +476,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 class RayCluster:
-    """A fresh Ray worker per task. Starts a cluster of its own on the loopback interface unless an address is given.
+    """Tasks on a Ray cluster: one of its own on the loopback interface unless an address is given.
 
     cluster.settings go to `ray.init` (num_cpus, num_gpus, …), but for cpus_per_task, which is the CPU share of one task.
     """
@@ -494,9 +494,11 @@ class RayCluster:
         fit = [int(resources.get(name, 0) / amount) for name, amount in (("CPU", self.threads), ("GPU", gpus)) if amount]
         self.slots = max(1, min(fit) if cluster.address else min([workers, *fit]))
         # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
-        environment = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
+        options = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
+        if gpus:
+            options["max_calls"] = 1            # a fresh process per task; on the CPU a process keeps its imports (5 s) and no more
         self._remote = self._ray.remote(
-            num_cpus=self.threads, num_gpus=gpus, max_retries=0, max_calls=1, num_returns="streaming", **environment
+            num_cpus=self.threads, num_gpus=gpus, max_retries=0, num_returns="streaming", **options
         )(_stream)
         self._running: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}
@@ -515,7 +517,6 @@ class RayCluster:
                 "include_dashboard": False,
                 "_node_ip_address": "127.0.0.1",
                 "num_cpus": count_cores(),
-                "_system_config": {"preload_python_modules": PRELOADED},
             }
             # "local", because a stale cluster file makes a plain init join what no longer runs.
             with _environment(process_environment(self.threads)):

@@ -162,7 +162,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     """Score one cell after the other; a model is in memory while its cell is scored."""
+    import harness.evaluators.protocols
+    import harness.runtime.load  # noqa: F401  (both before the freeze below)
+
     facts = provenance.collect(device_name(device), _threads(), task.command)
+    gc.freeze()                                 # else each collection between two models walks all of torch: 0.2 s
+    try:
+        yield from _evaluate_cells(task, store, device, facts)
+    finally:
+        gc.unfreeze()
+
+
+def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mapping[str, Any]) -> Iterator[Event]:
     for cell, wanted in zip(task.cells, task.evaluations, strict=True):
         key = store.open_cell(cell)
         with store.lock(f"cell-{key}"):

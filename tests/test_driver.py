@@ -151,7 +151,8 @@ def test_the_live_view_draws_every_event(demo_sweep: Make, capsys: pytest.Captur
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     tally, live = Tally(make(sweep, Store(sweep.runtime.runs))), Live()
     key = cell_key(sweep.cells[0])
-    for event in (Progress(0.0, (key,), "block", 1, 4), Quantized(0.0, (key,)), Failed(0.0, (key,), stage="load", reason="[bad] thing")):
+    failed = Failed(0.0, (key,), stage="load", reason="[bad] thing")
+    for event in (Progress(0.0, (key,), "block", 1, 4), Quantized(0.0, (key,)), failed):
         live.event(event, tally, tally.add(event))
     live.close()
     assert "[bad] thing" in capsys.readouterr().out
@@ -161,27 +162,18 @@ def test_a_record_in_full(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w4", *SMALL)
     (record,) = [record for record in driver.run(sweep).records if not record.cell.method.is_baseline]
     text = record_text(record, Store(sweep.runtime.runs), "harness run again")
-    for words in (record.cell_key, "demo_perplexity/perplexity", "layer errors", "q_proj", "damping", "made by", "harness run again"):
+    for words in (record.cell_key, "demo_perplexity/perplexity", "layer errors", "q_proj", "damping", "made by", "run again"):
         assert words in text
-
-
-COMMAND = (
-    "model=demo", "method=rtn,gptq", "scheme=w4,w3", "calibration=demo", "calibration.samples=8", "evaluations=demo_perplexity",
-    "evaluations.limit=8", "tracking=none", "device=cpu",
-)
 
 
 def harness(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "harness", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def table_of(runs: Path, sweep_file: Path) -> str:
-    done = harness("table", str(sweep_file), f"runs={runs}")
-    out, _ = done.communicate(timeout=120)
-    assert done.returncode == 0, out
-    return out
+    # What a shell starts in its background ignores interrupts; the process under test must not inherit that.
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -224,7 +216,8 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> N
     if how != signal.SIGKILL:
         assert process.returncode == 130, out
         assert out.splitlines()[-1].startswith("resume  harness run"), out
-    finished = {path: path.stat().st_mtime_ns for p in ("cells/*/scores/*.json", "checkpoints/*/manifest.json") for path in killed.glob(p)}
+    patterns = ("cells/*/scores/*.json", "checkpoints/*/manifest.json")
+    finished = {path: path.stat().st_mtime_ns for pattern in patterns for path in killed.glob(pattern)}
     assert finished
     for runs in (killed, whole):
         process = harness("run", str(sweep_file), f"runs={runs}", *common)

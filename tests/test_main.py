@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,13 +89,13 @@ def test_errors_come_without_a_traceback_unless_asked_for(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "harness", "plan", "no_such_sweep"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("ConfigError: ") and "Traceback" not in done.stderr
-    import os
-
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HARNESS_DEBUG": "1"})
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("words", [("--help",), ("list",), ("list", "methods"), ("status", "demo"), ("table", "demo"), ("doctor", "--help")])
+@pytest.mark.parametrize("words", [
+    ("--help",), ("list",), ("list", "methods"), ("status", "demo"), ("table", "demo"), ("doctor", "--help"),
+])
 def test_commands_that_look_need_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom harness.__main__ import app\n"

@@ -64,8 +64,8 @@ def well(task: Task) -> list[Event | Exit]:
     """Every task succeeds."""
     if isinstance(task, QuantizeTask):
         return [*(Quantized(0.0, (cell_key(cell),)) for cell in task.cells), Exit()]
-    scored = [Scored(0.0, (cell_key(c),), evaluation=e.name) for c, es in zip(task.cells, task.evaluations, strict=True) for e in es]
-    return [*scored, Exit()]
+    pairs = [(c, e) for c, wanted in zip(task.cells, task.evaluations, strict=True) for e in wanted]
+    return [*(Scored(0.0, (cell_key(c),), evaluation=e.name) for c, e in pairs), Exit()]
 
 
 def play(plan: Plan, script: Script, monkeypatch: pytest.MonkeyPatch) -> list[Event]:
