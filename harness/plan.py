@@ -599,6 +599,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """Seconds in the unit a person would use: "3.2 h", "14 s"; a sentence where nothing is known."""
     if seconds is None:
         return "time unknown (no record yet)"
     for unit, length in (("h", 3600), ("min", 60)):

@@ -82,6 +82,8 @@ class ColumnHead:
 
 @dataclass(frozen=True)
 class TableData:
+    """A table with its values but without a form: labels and columns, rows in order, and the notes printed below it."""
+
     name: str
     caption: str
     labels: tuple[str, ...]                     # heads of the label columns

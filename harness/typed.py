@@ -127,6 +127,7 @@ def _typed_fields(kind: type, value: Any, where: str, problems: Problems) -> Any
 
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
+    """The field types of a dataclass, resolved."""
     return typing.get_type_hints(kind)
 
 
@@ -198,6 +199,7 @@ def _class_in(node: ast.Module | ast.ClassDef, name: str) -> ast.ClassDef | None
 
 
 def checked_settings(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`given` with the types of `known`, a plugin's settings with their defaults. Raises ConfigError with every problem."""
     problems = Problems()
     checked = {}
     for key, value in given.items():

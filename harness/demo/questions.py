@@ -14,18 +14,22 @@ from harness.demo import corpus
 
 
 def facts(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_facts, as the split "test"."""
     return _test_split("facts")
 
 
 def add(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_add, as the split "test"."""
     return _test_split("add")
 
 
 def count(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_count, as the split "test"."""
     return _test_split("count")
 
 
 def copy(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_copy, as the split "test"."""
     return _test_split("copy")
 
 
