@@ -31,7 +31,7 @@ lint: install  ## ruff and mypy
 bench: install  ## speed and memory, each figure beside its reference in one run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-demo-model: install  ## train the embedded demo model again from its committed recipe (about two minutes)
+demo-model: install  ## train the embedded demo model again from its committed recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.demo.train
 
 constraints: install  ## write the versions of the present environment to constraints.txt

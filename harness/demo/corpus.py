@@ -142,7 +142,7 @@ def corpus_digest(split: str) -> str:
     return hashlib.sha256(json.dumps(_documents(split), ensure_ascii=True).encode()).hexdigest()
 
 
-_MIX = ("fact",) * 6 + ("profile",) * 3 + ("add",) * 3 + ("count",) + ("copy",) * 2
+_MIX = ("fact",) * 6 + ("profile",) * 3 + ("add",) * 6 + ("count",) + ("copy",) * 2
 
 
 def _sentence(draw: Draw) -> str:
