@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.cell import Cell, cell_key, quantize_key, to_json
+from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
 from harness.plan import Plan, duration
 from harness.store import Record, Store, is_running
@@ -245,7 +246,52 @@ def record_text(record: Record, store: Store, command: str) -> str:
 
 
 def command_for(cell: Cell) -> str:
-    """The command that makes one cell by itself, from its names."""
+    """The command that makes one cell by itself: its names, and what differs from what their files say today.
+
+    Where no such command exists (a configuration was renamed, a version raised, a corpus changed), what it was is in the record.
+    """
+    import shlex
+
+    from harness.config import load_sweep
+
+    words = _names(cell)
+    for _ in range(2):                          # once with names alone to see what differs, once to see that it is the same cell
+        try:
+            made = next(c for c in load_sweep(None, [*words, "baseline=false"]).cells if c.method.name == cell.method.name)
+        except (HarnessError, StopIteration):
+            break
+        if cell_key(made) == cell_key(cell):
+            return " ".join(["harness run", *map(shlex.quote, words)])
+        words += _differences(cell, made)
+    return f"the configuration has changed since; nearest: harness run {shlex.join(words)}"
+
+
+def _differences(cell: Cell, made: Cell) -> list[str]:
+    """Overrides that lead from one cell towards another of the same names."""
+    found = []
+    parts = {slot: (getattr(cell.method, slot), getattr(made.method, slot)) for slot in ("transform", "rounding", "tuning")}
+    groups = {name: (getattr(cell, name), getattr(made, name)) for name in ("calibration", "scheme", "model")}
+    for slot, (wanted, given) in parts.items():
+        if wanted is not None and given is not None:
+            found += _changed(slot, to_json(wanted)["settings"], to_json(given)["settings"])
+    for group, (wanted, given) in groups.items():
+        found += _changed(group, to_json(wanted) or {}, to_json(given) or {})
+    return found
+
+
+def _changed(prefix: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, value in wanted.items():
+        if name in ("name", "digest", "overrides") or value == given.get(name):
+            continue
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            found += _changed(f"{prefix}.{name}", value, given[name])
+        elif isinstance(value, str | int | float | bool):
+            found.append(f"{prefix}.{name}={value}")
+    return found
+
+
+def _names(cell: Cell) -> list[str]:
     words = [f"model={cell.model.name}", f"method={cell.method.name}", f"scheme={cell.scheme.name}"]
     if cell.method.needs and cell.calibration is not None:
         words.append(f"calibration={cell.calibration.name}")
@@ -254,9 +300,12 @@ def command_for(cell: Cell) -> str:
     if cell.seed:
         words.append(f"seed={cell.seed}")
     if cell.evaluations:
-        names = ",".join(evaluation.name for evaluation in cell.evaluations)
-        words.append(f"'evaluations=[{names}]'" if "," in names else f"evaluations={names}")
-    return " ".join(("harness run", *words))
+        names = ",".join(dict.fromkeys(evaluation.name for evaluation in cell.evaluations))
+        words.append(f"evaluations=[{names}]")
+        limits = {evaluation.limit for evaluation in cell.evaluations}
+        if limits != {None} and len(limits) == 1:
+            words.append(f"evaluations.limit={limits.pop()}")
+    return words
 
 
 def _scores(record: Record) -> str:

@@ -494,7 +494,7 @@ class RayCluster:
         fit = [int(resources.get(name, 0) / amount) for name, amount in (("CPU", self.threads), ("GPU", gpus)) if amount]
         self.slots = max(1, min(fit) if cluster.address else min([workers, *fit]))
         # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
-        options = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
+        options: dict[str, Any] = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         if gpus:
             options["max_calls"] = 1            # a fresh process per task; on the CPU a process keeps its imports (5 s) and no more
         self._remote = self._ray.remote(
