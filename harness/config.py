@@ -46,7 +46,7 @@ from harness.cell import (
     freeze,
 )
 from harness.errors import ConfigError, unknown_name
-from harness.sweep import Column, Runtime, Skip, Sweep, Table
+from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed
 
 GROUPS = {                                      # what `harness list` calls them -> folder below conf/
@@ -348,6 +348,7 @@ class _SweepFile:
     skip: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Any] = field(default_factory=list)
     tables: list[Any] = field(default_factory=list)
+    findings: list[Any] = field(default_factory=list)
     runtime: dict[str, Any] = field(default_factory=dict)
     baseline: bool = True
 
@@ -389,12 +390,12 @@ def _read_sweep_file(path: Path, problems: Problems) -> _SweepFile:
         elif key.partition(".")[0] in RUNTIME:
             entries = value.items() if isinstance(value, dict) else [("", value)]
             file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
-        elif key in ("skip", "evaluations", "tables"):
+        elif key in ("skip", "evaluations", "tables", "findings"):
             setattr(file, key, value if isinstance(value, list) else [] if value is None else [value])
         elif key == "baseline" and isinstance(value, bool):
             file.baseline = value
         elif key != "grids":
-            known = [*AXES, "grids", "skip", "evaluations", "tables", "baseline", *RUNTIME]
+            known = [*AXES, "grids", "skip", "evaluations", "tables", "findings", "baseline", *RUNTIME]
             problems.add(unknown_name("key", key, known, str(path)))
     grids = content.get("grids") or [{}]
     file.grids = []
@@ -480,12 +481,14 @@ class _Resolver:
         self._check_settings_used(points)
         self._check_skips()
         tables = self._tables(evaluations)
+        findings = self._findings(tables)
         self.problems.check()
         file = self.file
         name = file.path.stem if file.path is not None else "grid"
         return Sweep(
             name=name, title=file.title or self._ad_hoc_title(cells), description=file.description, cells=cells, skips=skips,
             tables=tables, runtime=typing.cast(Runtime, self.runtime), path=file.path, overrides=overrides,
+            findings=findings,
         )
 
     def _once(self, key: Any, make: Callable[[], T]) -> T | None:
@@ -954,6 +957,11 @@ class _Resolver:
         by_name = {evaluation.name: evaluation for evaluation in evaluations}
         columns = []
         for column in table.columns:
+            if column.metric == "published":
+                if not column.reason or not column.published or not table.published:
+                    self.problems.add(f"{where}: column {column.title or column.metric}: metric published needs `published` and `reason`")
+                columns.append(column)
+                continue
             for metric in column.of if column.metric == "mean" else (column.metric,):
                 head, _, leaf = metric.partition("/")
                 replaced = self.edits.evaluations is not None   # a narrowed run keeps the file's table, with gaps
@@ -971,6 +979,27 @@ class _Resolver:
             self.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
         return dataclasses.replace(table, columns=tuple(columns))
 
+    def _findings(self, tables: tuple[Table, ...]) -> tuple[Finding, ...]:
+        found = []
+        names = {table.name: {name for c in table.columns for name in (c.title, c.published, c.metric) if name} for table in tables}
+        for index, entry in enumerate(self.file.findings):
+            where = f"{self.file.where}: findings[{index}]"
+            finding = typed(Finding, entry, where, self.problems)
+            if finding is None:
+                continue
+            asked = [each for each in ("better", "above", "value", "loss", "excess") if getattr(finding, each)]
+            if len(asked) != 1:
+                self.problems.add(f"{where}: one of better, above, value, loss and excess is expected, not {asked or 'none'}")
+            places = [_place(term, finding) for each in asked for term in getattr(finding, each)] if not finding.relate else []
+            places += [reference.partition("/")[::2] for reference in (*finding.relate, *finding.over)]
+            for table, column in places:
+                if table not in names:
+                    self.problems.add(unknown_name("table", table, names, where))
+                elif column not in names[table]:
+                    self.problems.add(unknown_name("column", column, names[table], f"{where}: table {table}"))
+            found.append(finding)
+        return tuple(found)
+
     def _ad_hoc_title(self, cells: Sequence[Cell]) -> str:
         def distinct(names: Iterable[str]) -> str:
             return ", ".join(dict.fromkeys(names))
@@ -979,6 +1008,11 @@ class _Resolver:
         axes = (distinct(cell.model.name for cell in cells), distinct(cell.method.name for cell in quantized),
                 distinct(cell.scheme.name for cell in quantized))
         return " × ".join(axes)
+
+
+def _place(term: Term, finding: Finding) -> tuple[str, str]:
+    """The table and the column that a term of a finding speaks of."""
+    return term.table or finding.table, term.column or finding.column
 
 
 def _published() -> list[Path]:

@@ -14,6 +14,9 @@ from harness.cell import Cell, cell_key
 from harness.errors import ConfigError, unknown_name
 
 
+BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")   # what papers call the full-precision row, and what we do
+
+
 class Printed(float):
     """A published number that remembers how the paper printed it: 8.50, 1.9e+3."""
 
@@ -53,6 +56,7 @@ class Published:
     higher_is_better: Mapping[str, bool | None]
     rows: tuple[PublishedRow, ...]
     notes: tuple[str, ...] = ()
+    groups_not_stated: frozenset[str] = frozenset()     # methods whose group_size of null means that the paper does not say
 
     @property
     def columns(self) -> frozenset[str]:
@@ -112,7 +116,7 @@ def _parse_published(path: Path) -> Published:
                 weight_bits=None if row["w_bits"] is None else float(row["w_bits"]),
                 activation_bits=None if row.get("a_bits") is None else float(row["a_bits"]),
                 group_size=None if row.get("group_size") is None else int(row["group_size"]),
-                label=str(row.get("label", "")),
+                label=str(row.get("label") or " ".join(str(row[key]) for key in ("benchmark", "metric") if row.get(key))),
                 values={name: value for name, value in values.items() if value is not None},
             )
         )
@@ -130,6 +134,7 @@ def _parse_published(path: Path) -> Published:
         higher_is_better={name: column.get("higher_is_better") for name, column in columns.items()},
         rows=tuple(rows),
         notes=tuple(content.get("notes") or ()),
+        groups_not_stated=frozenset(content.get("groups_not_stated") or ()),
     )
 
 
@@ -139,35 +144,46 @@ def _plain(name: str) -> str:
 
 def same_model(cell: Cell, published: Published, row: PublishedRow) -> bool:
     """By name or by hub id; a table about one model says so in its head, others in each row."""
-    names = (row.model, published.checkpoints.get(row.model) or "") if row.model else published.models
+    if row.model:
+        names: tuple[str, ...] = (row.model, published.checkpoints.get(row.model) or "")
+    else:
+        names = (*published.models, *(name for name in published.checkpoints.values() if name))
     return bool({_plain(name) for name in names if name} & {_plain(cell.model.name), _plain(cell.model.source)})
 
 
-def _same_method(cell: Cell, row: PublishedRow) -> bool:
-    method, name = _plain(row.method), _plain(cell.method.name)
+def _same_method(cell: Cell, row: PublishedRow, methods: Mapping[str, str]) -> bool:
+    method, name = _plain(row.method), _plain(methods.get(cell.method.name, cell.method.name))
     if cell.method.is_baseline:
-        return method in {"fp16", "bf16", "fp32", "w16a16", "none"}
+        return method in BASELINES
     return name in {method, _plain(row.label)} or (name, method) in {("rtn", "rtnperchannel"), ("nf4", "normalfloat")}
 
 
-def _same_scheme(cell: Cell, row: PublishedRow) -> bool:
+def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
     if cell.method.is_baseline:
         return True
     scheme = cell.scheme
     activation = scheme.activation.bits if scheme.activation else 16
     group = None if scheme.weight.group_size == -1 else scheme.weight.group_size
     same_activation = row.activation_bits is None or row.activation_bits == activation
-    return scheme.weight.bits == row.weight_bits and same_activation and group == row.group_size
+    same_group = group == row.group_size or (row.group_size is None and row.method in published.groups_not_stated)
+    return scheme.weight.bits == row.weight_bits and same_activation and same_group
 
 
-def match(cells: Sequence[Cell], published: Published) -> tuple[dict[str, PublishedRow], list[str]]:
-    """cell_key -> its published row, and a sentence for each cell that several rows fit (none of them is taken)."""
+def match(
+    cells: Sequence[Cell], published: Published, methods: Mapping[str, str] | None = None
+) -> tuple[dict[str, PublishedRow], list[str]]:
+    """cell_key -> its published row, and a sentence for each cell that several rows fit (none of them is taken).
+
+    methods: our name of a method -> the method or label of its rows, where they are not called the same.
+    """
+    renamed = methods or {}
     matches: dict[str, PublishedRow] = {}
     ambiguous: list[str] = []
     for cell in cells:
+        name = _plain(renamed.get(cell.method.name, cell.method.name))
         rows = [row for row in published.rows if same_model(cell, published, row)]
-        rows = [row for row in rows if _same_method(cell, row) and _same_scheme(cell, row)]
-        rows = [row for row in rows if _plain(row.label) == _plain(cell.method.name)] or rows
+        rows = [row for row in rows if _same_method(cell, row, renamed) and _same_scheme(cell, row, published)]
+        rows = [row for row in rows if _plain(row.label) == name] or rows
         if len(rows) == 1:
             matches[cell_key(cell)] = rows[0]
         elif rows:

@@ -28,6 +28,8 @@ class Column:
     published name of the column in the published YAML; "" where the paper has none
     digits    decimals printed; scale multiplies the value (100 for percent)
     weights   for "mean": one weight per metric of `of`; empty is the plain mean
+    model     the cell of this model with the row's method and scheme; for tables with their models side by side
+    reason    why there is no metric of ours; then `metric` is "published", and the column holds the paper's numbers alone
     """
 
     metric: str
@@ -38,6 +40,22 @@ class Column:
     higher_is_better: bool | None = None
     of: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    model: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r over cells of every column's metric with the mean of others; then each column of the table is a row.
+
+    over     metrics whose mean is correlated with
+    bits     cells of these weight bits only; empty: all but the baselines
+    methods  cells of these methods only
+    """
+
+    over: tuple[str, ...]
+    bits: tuple[float, ...] = ()
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,9 @@ class Table:
     """A table of a sweep: one row per cell in the sweep's order, or the published rows in theirs.
 
     published  path below sweeps/published/ without .yaml ("llama3-empirical-study/table1"); "" when there is none
+    methods    our name of a method -> the method or the label of its published rows, where they are not called the same
     protocol   differences of protocol that could explain a gap, printed below the table
+    absent     why no cell stands in this table; it shows the published rows alone
     """
 
     name: str
@@ -53,7 +73,56 @@ class Table:
     columns: tuple[Column, ...] = ()
     published: str = ""
     models: tuple[str, ...] = ()                # rows of these models only; empty: all
+    methods: dict[str, str] = field(default_factory=dict)
     protocol: tuple[str, ...] = ()
+    correlation: Correlation | None = None
+    absent: str = ""
+
+
+@dataclass(frozen=True)
+class Term:
+    """Rows of a table, for a finding; what is empty fits any row.
+
+    bits, group  as the table prints them: 3 or W8A8; 128 or row
+    model        a name or a pattern ("*14b*"); a finding whose terms name no model is asked of every model
+    table        with `column`: where to look, if not where the finding says
+    """
+
+    method: str = ""
+    bits: Any = ""
+    group: Any = ""
+    model: str = ""
+    variant: str = ""
+    table: str = ""
+    column: str = ""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement of a study as a check of a table's numbers, ours or the published ones.
+
+    better    each term is better than the next, by more than `margin`
+    above     the same for the numbers as such, whatever is better
+    value     the numbers of these terms lie between at_least and at_most
+    loss      the same for what they are worse than their model's baseline; negative where they are better
+    excess    each term loses more than the next
+    relate    mean |Pearson r| of the columns `relate` with the mean of the columns `over` ("table7/ptb"), over the rows of `value`
+    """
+
+    text: str
+    source: str = ""
+    table: str = ""
+    column: str = ""
+    better: tuple[Term, ...] = ()
+    above: tuple[Term, ...] = ()
+    value: tuple[Term, ...] = ()
+    loss: tuple[Term, ...] = ()
+    excess: tuple[Term, ...] = ()
+    margin: float = 0.0
+    at_least: float | None = None
+    at_most: float | None = None
+    relate: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,3 +175,4 @@ class Sweep:
     runtime: Runtime
     path: Path | None = None
     overrides: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from harness import plugins
 from harness.cell import Cell, Evaluation, baseline_of, cell_key, to_json
 from harness.errors import ConfigError, unknown_name
-from harness.published import Printed, Published, PublishedRow, load_published, match, same_model
+from harness.published import BASELINES, Printed, Published, PublishedRow, load_published, match, same_model
 from harness.statistics import Comparison, compare, holm
 from harness.store import Record, Store
 from harness.sweep import Column, Sweep, Table
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"md": ".md", "latex": ".tex", "csv": ".csv", "html": ".html"}
 GAP = "—"
+PUBLISHED_ONLY = "published"                    # the metric of a column that only the paper has
 SCIENTIFIC_FROM = 1e4                           # perplexities above are printed as 1.9e4
 LOWER_IS_BETTER = ("perplexity", "bits_per_weight", "bits_per_weight_total", "bytes", "seconds", "peak_memory_bytes")
 ITEM_COLUMNS = {"perplexity": ("loss",)}         # metric -> columns of its items; others are named like the metric
@@ -42,7 +43,10 @@ BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 @dataclass(frozen=True)
 class Value:
-    """One entry. number: ours, scaled as printed, None for a gap; gap: why there is none ("missing", "failed", "absent")."""
+    """One entry. number: ours, scaled as printed, None for a gap.
+
+    gap  why there is no number: "missing", "failed", "absent" (no cell of the sweep) or "unmeasured" (no metric of ours)
+    """
 
     number: float | None = None
     stderr: float | None = None
@@ -60,7 +64,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Row:
-    """labels: texts of the label columns; cell None: a published row that the sweep has no cell for."""
+    """labels: texts of the label columns; cell None: a published row that the sweep has no cell for.
+
+    others: keys of the cells of further models that stand in this row too.
+    """
 
     labels: tuple[str, ...]
     values: tuple[Value, ...]
@@ -68,6 +75,7 @@ class Row:
     cell_key: str = ""
     model: str = ""
     baseline: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,31 +107,100 @@ class TableData:
 def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | None = None) -> TableData:
     """One table of a sweep. With a store, its item results decide which cells differ from their baseline."""
     by_key = {record.cell_key: record for record in records}
-    cells = _ordered([c for c in sweep.cells if not table.models or c.model.name in table.models])
+    chosen = [] if table.absent else [c for c in sweep.cells if not table.models or c.model.name in table.models]
+    cells = _ordered(chosen)
     published = load_published(table.published, _published_folders(sweep)) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
-    if published is not None:
+    if published is not None and table.correlation is None:
         unknown = [c.published for c in columns if c.published and c.published not in published.columns]
         problems = [unknown_name("published column", name, published.columns, f"table {table.name}") for name in unknown]
         if problems:
             raise ConfigError("\n".join(problems))
-    matches, ambiguous = match(cells, published) if published is not None else ({}, [])
+    if table.correlation is not None:
+        return _correlations(sweep, table, cells, by_key, published)
+    side_by_side = any(column.model for column in columns)
+    members = _side_by_side(cells) if side_by_side else {cell_key(cell): {cell.model.name: cell} for cell in cells}
+    cells = [cell for cell in cells if cell_key(cell) in members]
+    matches, ambiguous = match(cells, published, table.methods) if published is not None else ({}, [])
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _labels(cells)
-    comparisons = compare_cells(cells, by_key, [c.metric for c in columns if c.metric != "mean"], store) if store else {}
+    everyone = [cell for models in members.values() for cell in models.values()]
+    metrics = list(dict.fromkeys(c.metric for c in columns if c.metric not in ("mean", PUBLISHED_ONLY)))
+    comparisons = compare_cells(everyone, by_key, metrics, store) if store else {}
 
     rows: list[Row] = []
     for cell in cells:
         key = cell_key(cell)
-        values = tuple(
-            _value(head, by_key.get(key), matches.get(key), published, comparisons.get((key, head.column.metric))) for head in heads
-        )
-        rows.append(Row(texts[key], values, cell, key, cell.model.name, cell.method.is_baseline))
+        values = []
+        for head in heads:
+            own = members[key].get(head.column.model or cell.model.name)
+            record = by_key.get(cell_key(own)) if own is not None else None
+            found = comparisons.get((cell_key(own), head.column.metric)) if own is not None else None
+            value = _value(head, record, matches.get(key), published, found)
+            values.append(value if own is not None else replace(value, gap="absent"))
+        others = tuple(cell_key(other) for other in members[key].values() if other is not cell)
+        model = "" if side_by_side else cell.model.name
+        rows.append(Row(texts[key], tuple(values), cell, key, model, cell.method.is_baseline, others))
     rows = _mark_best(rows, heads)
     if published is not None:
-        rows = _in_published_order(rows, cells, published, matches, heads, labels)
+        rows = _in_published_order(rows, table, published, matches, heads, labels)
     notes, commands = _notes(sweep, table, rows, heads, by_key, published, ambiguous)
     return TableData(table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands))
+
+
+def _side_by_side(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
+    """Key of the first of the cells that differ in their model alone -> model -> cell."""
+    members: dict[str, dict[str, Cell]] = {}
+    first: dict[Any, str] = {}
+    for cell in cells:
+        key = first.setdefault((cell.method, cell.scheme, cell.calibration, cell.inputs, cell.seed), cell_key(cell))
+        members.setdefault(key, {}).setdefault(cell.model.name, cell)
+    return members
+
+
+def _correlations(
+    sweep: Sweep, table: Table, cells: Sequence[Cell], by_key: Mapping[str, Record], published: Published | None
+) -> TableData:
+    """Each column of the table as a row: Pearson's r of its metric with the mean of others, over cells."""
+    wanted = table.correlation
+    assert wanted is not None
+    cells = [
+        cell for cell in cells
+        if not cell.method.is_baseline and (not wanted.bits or cell.scheme.weight.bits in wanted.bits)
+        and (not wanted.methods or cell.method.name in wanted.methods)
+    ]
+    metrics = [by_key[key].metrics() if (key := cell_key(cell)) in by_key else {} for cell in cells]
+    over = [_mean(Column("mean", of=wanted.over), own) for own in metrics]
+    printed = {row.label: row.values for row in published.rows} if published is not None else {}
+    unknown = [unknown_name("published row", c.published, printed, f"table {table.name}") for c in table.columns
+               if c.published and c.published not in printed]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    head = ColumnHead(Column("r", digits=3), "Pearson r", None, bool(printed))
+    rows = []
+    for column in table.columns:
+        theirs = next(iter(printed.get(column.published, {}).values()), None)
+        ours = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
+        pairs = [(x, y) for x, y in zip(over, ours, strict=True) if x is not None and y is not None]
+        number = pearson(pairs) if len(pairs) == len(cells) else None
+        gap = "unmeasured" if column.metric == PUBLISHED_ONLY else "" if number is not None else "missing"
+        value = Value(number, published=theirs, published_number=None if theirs is None else float(theirs), gap=gap)
+        rows.append(Row((column.title or column.metric,), (value,)))
+    heads = (head,)
+    notes, commands = _notes(sweep, table, rows, heads, by_key, published, ())
+    names = ", ".join(metric.partition("/")[0] for metric in wanted.over)
+    notes.insert(0, f"r over {len(cells)} cells between each benchmark and the mean perplexity ({names}).")
+    return TableData(table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands))
+
+
+def pearson(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Correlation of finite pairs; None for fewer than three, or where one side is constant or not finite."""
+    if len(pairs) < 3 or not all(math.isfinite(number) for pair in pairs for number in pair):
+        return None
+    centres = [math.fsum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1)]
+    moved = [(x - centres[0], y - centres[1]) for x, y in pairs]
+    squares = math.fsum(x * x for x, _ in moved) * math.fsum(y * y for _, y in moved)
+    return math.fsum(x * y for x, y in moved) / math.sqrt(squares) if squares > 0 else None
 
 
 def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tuple[Column, ...]:
@@ -147,7 +224,7 @@ def headline(records: Iterable[Record]) -> list[str]:
 
 def quality_metrics(sweep: Sweep, records: Iterable[Record]) -> list[str]:
     """What a sweep is about: the scores its tables show, or the headline of every evaluation where it has no tables."""
-    shown = [column.metric for table in sweep.tables for column in table.columns if column.metric != "mean"]
+    shown = [c.metric for table in sweep.tables for c in table.columns if c.metric not in ("mean", PUBLISHED_ONLY)]
     return list(dict.fromkeys(m for m in shown if not m.startswith(("checkpoint/", "quantize/")))) or headline(records)
 
 
@@ -244,6 +321,9 @@ def _value(
     head: ColumnHead, record: Record | None, row: PublishedRow | None, published: Published | None, found: Comparison | None
 ) -> Value:
     column = head.column
+    if column.metric == PUBLISHED_ONLY:
+        printed, theirs = _published_number(head, row, published)
+        return Value(published=printed, published_number=theirs, gap="unmeasured")
     metrics = record.metrics() if record is not None else {}
     number = _mean(column, metrics) if column.metric == "mean" else metrics.get(column.metric)
     stderr = metrics.get(f"{column.metric}_stderr")
@@ -316,28 +396,45 @@ def _bits_group(cell: Cell) -> tuple[Any, ...]:
 
 def _in_published_order(
     rows: Sequence[Row],
-    cells: Sequence[Cell],
+    table: Table,
     published: Published,
     matches: Mapping[str, PublishedRow],
     heads: Sequence[ColumnHead],
     labels: Sequence[str],
 ) -> list[Row]:
-    """Rows in the paper's order, those it has and we lack among them; our further cells last."""
+    """Rows in the paper's order, those it has and we lack among them; our further cells last in each model.
+
+    Models of the paper that the sweep has no cell of follow, unless the table is about some models only.
+    """
     ordered: list[Row] = []
-    for model in dict.fromkeys(cell.model.name for cell in cells):
+    seen: set[int] = set()
+
+    def alone(row: PublishedRow, model: str) -> list[Row]:
+        values = tuple(_absent(head, row, published) for head in heads)
+        if all(value.published is None for value in values):
+            return []
+        texts = _published_labels(row)
+        return [Row(tuple(texts[label] for label in labels), values, model=model, baseline=_is_baseline(row))]
+
+    for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
-        cell = next(cell for cell in cells if cell.model.name == model)
+        cell = next(row.cell for row in own if row.cell is not None)
         for published_row in published.rows:
             if not same_model(cell, published, published_row):
                 continue
+            seen.add(id(published_row))
             found = [row for row in own if matches.get(row.cell_key) is published_row]
-            ordered += found
-            absent = tuple(_absent(head, published_row, published) for head in heads)
-            if not found and any(value.published is not None for value in absent):
-                texts = _published_labels(published_row)
-                ordered.append(Row(tuple(texts[label] for label in labels), absent, model=model))
+            ordered += found or alone(published_row, model)
         ordered += [row for row in own if row.cell_key not in matches]
+    if not table.models:
+        for published_row in published.rows:
+            if id(published_row) not in seen and (published_row.model or table.absent):
+                ordered += alone(published_row, published_row.model or published.models[0])
     return ordered
+
+
+def _is_baseline(row: PublishedRow) -> bool:
+    return re.sub(r"[^a-z0-9]", "", row.method.lower()) in BASELINES
 
 
 def _absent(head: ColumnHead, row: PublishedRow, published: Published) -> Value:
@@ -451,15 +548,19 @@ def _notes(
         notes.append(f"† smoke run: stands on a part of the data only{listed}; not comparable with published numbers.")
     if published is not None and any(value.published is not None for value in values):
         notes.append(f"Published: {published.paper}, {published.source}. Δ is ours minus published.")
-    if any(value.gap == "absent" for value in values):
+    if table.absent:
+        notes.append(f"Published numbers alone: {table.absent}")
+    elif any(value.gap == "absent" for value in values):
         notes.append("Rows with a published number alone are not in this sweep.")
+    notes += [f"{c.title}: published numbers alone; {c.reason}" for c in table.columns if c.metric == PUBLISHED_ONLY]
     notes += [f"Protocol: {line}" for line in table.protocol]
     notes += ambiguous
     for row in rows:
-        record = by_key.get(row.cell_key)
-        if record is not None and record.failures and any(value.gap == "failed" for value in row.values):
-            reason = record.failures[-1].get("reason", "")
-            notes.append(f"{record.cell.title} failed: {reason} (harness show {row.cell_key[:12]}).")
+        for key in (row.cell_key, *row.others):
+            record = by_key.get(key)
+            if record is not None and record.failures and any(value.gap == "failed" for value in row.values):
+                reason = record.failures[-1].get("reason", "")
+                notes.append(f"{record.cell.title} failed: {reason} (harness show {key[:12]}).")
     waiting = sum(any(value.gap in ("missing", "failed") for value in row.values) for row in rows)
     commands = [command_line(sweep)] if waiting else []
     if waiting:
