@@ -257,6 +257,11 @@ def quantize_key(cell: Cell) -> str:
     return digest(identity)
 
 
+def untuned(cell: Cell) -> Cell:
+    """The cell whose checkpoint a tuned cell starts from: the same method without its tuning."""
+    return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
+
+
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}

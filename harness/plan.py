@@ -265,8 +265,8 @@ class _Checker:
         return reasons
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
-        if slot == "tuning":
-            return [f'tuning "{part.name}": training after rounding is not part of a pass; leave `tuning:` empty']
+        if slot == "tuning" and cell.method.rounding is None:
+            return [f"tuning {part.name}: trains what a rounding made, and there is none; choose a rounding"]
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:

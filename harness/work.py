@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import plugins, provenance, sources
-from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json
+from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
 from harness.store import Store
@@ -96,25 +96,70 @@ def run(task: Task) -> Iterator[Event]:
 
 
 def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
-    """One walk for the checkpoints that are still missing once their locks are held."""
+    """One walk for the checkpoints that are still missing once their locks are held, then the tuning of those that are tuned."""
     sharers: dict[str, list[Cell]] = {}
     for cell in task.cells:
         store.open_cell(cell)
         sharers.setdefault(quantize_key(cell), []).append(cell)
+    bases = {quantize_key(cell) for cell in map(untuned, task.cells)}            # a cell without tuning is its own
     facts = provenance.collect(device_name(device), _threads(), task.command)
     with ExitStack() as locks:
-        for key in sorted(sharers):             # one order for all drivers, so that none waits for another in a circle
+        for key in sorted({*sharers, *bases}):  # one order for all drivers, so that none waits for another in a circle
             locks.enter_context(store.lock(f"checkpoint-{key}"))
         for key, cells in list(sharers.items()):
             manifest = store.manifest(key)
             if manifest is not None:            # another driver made it while this one waited
                 yield Quantized(time.time(), tuple(map(cell_key, cells)), record=manifest)
                 del sharers[key]
-        for event in _walk([cell for cells in sharers.values() for cell in cells], store, device):
+        for event in _make([cell for cells in sharers.values() for cell in cells], store, device):
             if isinstance(event, Quantized):
                 for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
             yield event
+
+
+def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
+    """The walk over all cells, tuned ones as they are before it; then each tuning, from the checkpoint that the walk made."""
+    tuned = [cell for cell in cells if cell.method.tuning is not None]
+    plain = [cell for cell in cells if cell.method.tuning is None]
+    bases = [untuned(cell) for cell in tuned if store.manifest(quantize_key(untuned(cell))) is None]
+    asked = {cell_key(cell) for cell in plain}
+    followers: dict[str, list[str]] = {}                # of a base's cell key: the tuned cells that wait for it
+    for cell in tuned:
+        followers.setdefault(cell_key(untuned(cell)), []).append(cell_key(cell))
+    failed: set[str] = set()
+    for event in _walk([*plain, *bases], store, device):
+        waiting = () if isinstance(event, Quantized) else tuple(name for key in event.cell_keys for name in followers.get(key, ()))
+        if isinstance(event, Failed):
+            failed |= set(waiting)
+        keys = tuple(dict.fromkeys((*(key for key in event.cell_keys if key in asked), *waiting)))
+        if keys:
+            yield dataclasses.replace(event, cell_keys=keys)
+    by_key: dict[str, list[Cell]] = {}
+    for cell in tuned:
+        if cell_key(cell) not in failed:
+            by_key.setdefault(quantize_key(cell), []).append(cell)
+    for sharers in by_key.values():
+        keys = tuple(dict.fromkeys(map(cell_key, sharers)))
+        try:
+            yield from _tune(sharers[0], keys, store, device)
+        except Exception as error:                      # a tuning's code may raise anything; the others go on
+            yield failure(error, keys, "tuning")
+        release(device)
+
+
+def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Iterator[Event]:
+    """Train one checkpoint from its base."""
+    from harness.formats.native import CheckpointWriter
+    from harness.runtime.tuning import run_tuning
+    from harness.streaming.calibration import draw_windows
+
+    folder = sources.model_folder(cell.model)
+    assert cell.calibration is not None, "a cell that needs calibration and has none is refused by the plan"
+    windows = draw_windows(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
+    writer = CheckpointWriter(store.checkpoint_folder(quantize_key(cell)), fingerprint(cell))
+    base = store.checkpoint_folder(quantize_key(untuned(cell)))
+    yield from run_tuning(cell, folder, base, windows, writer, device, keys)
 
 
 def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:

@@ -16,6 +16,7 @@ Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in],
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator as Generating
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -26,8 +27,8 @@ from harness.numerics.grids import CONVENTIONS, SCALE_DTYPES
 from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
-    "STATISTICS", "BlockView", "Evidence", "LinearShape", "Rounding", "ScalePair", "Scheme", "Shapes", "Transform", "Tuning",
-    "WeightScheme", "check_uniform", "refusals",
+    "STATISTICS", "BlockView", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes", "TrainedLinear",
+    "Transform", "Tuning", "WeightScheme", "check_uniform", "refusals",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -39,6 +40,8 @@ STATISTICS: dict[str, str] = {
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+    "tokens": "the calibration windows themselves (training after rounding)",
+    "teacher": "the full-precision model, to learn from (training after rounding)",
 }
 
 T = TypeVar("T")
@@ -190,12 +193,54 @@ class Rounding(Protocol):
         ...
 
 
+class Network(Protocol):
+    """A whole causal language model in the hands of a tuning."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[sequences, length] tokens -> [sequences, length, vocabulary] float32; of the model in training differentiable."""
+        ...
+
+    def sample(self, first: Tensor, length: int, rng: Generator) -> Tensor:
+        """Text by the model itself: continue the tokens first [sequences] to [sequences, length], at temperature 1."""
+        ...
+
+
+class TrainedLinear(Protocol):
+    """One quantized linear while it is trained: an nn.Module whose nn.Parameters, and nothing else, are trained."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], bias added; differentiable in its parameters and in x."""
+        ...
+
+    def stored(self) -> QuantizedWeight:
+        """What the checkpoint shall hold of it now."""
+        ...
+
+
 class Tuning(Protocol):
-    """Trains after rounding."""
+    """Trains the whole model after rounding.
+
+    The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
+    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" and, to be taught, "teacher". Weights
+    are trained, activations and cache are not rounded meanwhile.
+    """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
 
-    def tune(self, model: nn.Module, data: Sequence[Tensor], settings: Any, rng: Generator) -> dict[str, Any]: ...
+    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> TrainedLinear:
+        """The trainable form of one linear. original: the model's matrix before rounding, [out, in] float32; None where a
+        transform rescaled its block. Raises MethodError for a layout that this tuning cannot train."""
+        ...
+
+    def tune(
+        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Tensor, rng: Generator
+    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
+        """Train `parameters`, all of the linears', in place. Yields (step, steps) and returns notes for the record, JSON values.
+
+        windows: [samples, length] calibration tokens.   teacher: the full-precision model, None unless "teacher" is needed.
+        Raises MethodError when a loss is not finite.
+        """
+        ...
 
 
 def check_uniform(

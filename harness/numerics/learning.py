@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,10 @@ def clipped_grid(
     return from_range(lo, hi, bits, symmetric, convention, scale_dtype)
 
 
-def train(
+def steps_of(
     loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
-) -> list[float]:
-    """AdamW without weight decay, one sample per step, in order; returns the mean loss of each epoch.
+) -> Generator[tuple[int, int], None, list[float]]:
+    """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
 
     loss_of  sample number -> scalar loss, differentiable in the parameters
     groups   torch.optim groups: {"params": [...], "lr": ...}
@@ -49,24 +49,38 @@ def train(
     Raises MethodError when a loss is not finite; the parameters are then worth nothing.
     """
     trained = [parameter for group in groups for parameter in group["params"]]
+    losses: list[float] = []
     if not trained or not samples:
-        return []
+        return losses
     optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0)
-    losses = []
-    with torch.enable_grad():
-        for epoch in range(epochs):
-            total: Tensor | None = None
-            for sample in range(samples):
+    for epoch in range(epochs):
+        total: Tensor | None = None
+        for sample in range(samples):
+            with torch.enable_grad():
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(sample)
                 loss.backward(inputs=trained)
                 optimizer.step()
-                total = loss.detach() if total is None else total + loss.detach()
-            assert total is not None
-            losses.append(float(total) / samples)
-            if not losses[-1] < float("inf"):                     # once per epoch: a check per step would wait for the device
-                raise MethodError(
-                    f"{what}: the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, "
-                    "or load the model in a wider dtype (model.dtype=float32)"
-                )
+            total = loss.detach() if total is None else total + loss.detach()
+            yield epoch * samples + sample + 1, epochs * samples
+        assert total is not None
+        losses.append(float(total) / samples)
+        if not losses[-1] < float("inf"):                         # once per epoch: a check per step would wait for the device
+            raise MethodError(
+                f"{what}: the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, "
+                "or load the model in a wider dtype (model.dtype=float32)"
+            )
     return losses
+
+
+def train(
+    loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
+) -> list[float]:
+    """`steps_of` to its end: the mean loss of each epoch."""
+    walk = steps_of(loss_of, samples, groups, epochs, what)
+    while True:
+        try:
+            next(walk)
+        except StopIteration as end:
+            losses: list[float] = end.value
+            return losses

@@ -177,7 +177,7 @@ class _Pass:
         """Build the plugins, and refuse what a pass cannot do."""
         method = job.cell.method
         if method.tuning is not None:
-            raise MethodError(f"{job.cell.title}: a pass rounds and does not train; tune {method.tuning.name} on its checkpoint")
+            raise MethodError(f"{job.cell.title}: a pass rounds and does not train; {method.tuning.name} starts from its checkpoint")
         if method.is_baseline:
             return
         for slot in ("transform", "rounding"):
