@@ -69,13 +69,15 @@ class Evidence(Protocol):
 
 @dataclass(frozen=True)
 class LinearShape:
-    """One quantizable matrix. name: within its block, e.g. "self_attn.q_proj"; inputs: name of the group that shares its input."""
+    """One quantizable matrix. name: within its block, e.g. "self_attn.q_proj"; group: matrices of one group share their input;
+    expert: one of many that see only the tokens a router sends them."""
 
     name: str
     out_features: int
     in_features: int
     group: str
     bias: bool = False
+    expert: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.methods.protocols import ScalePair
+from harness.models.parts import ATTENTION, DOWN, GATE_UP, GATED_MLP, OUTPUT, QKV, attention_pairs, gated_mlp_pairs, whole_slots
 from harness.models.protocols import DecoderFamily, Slot
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-GROUPS = {"qkv": QKV, "o": ("self_attn.o_proj",), "gate_up": GATE_UP, "down": ("mlp.down_proj",)}
 
 
 class Family(DecoderFamily):
@@ -23,21 +20,10 @@ class Family(DecoderFamily):
     rotations = True
 
     def slots(self, config: PretrainedConfig, index: int) -> tuple[Slot, ...]:
-        biased = _biased(config)
-        return tuple(
-            Slot(name, group, f"{name}.weight", bias=f"{name}.bias" if name in biased else None)
-            for group, names in GROUPS.items()
-            for name in names
-        )
+        return whole_slots(ATTENTION | GATED_MLP, _biased(config))
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
-        repeats = config.num_attention_heads // config.num_key_value_heads
-        return (
-            ScalePair("input_layernorm", QKV, "norm", region="self_attn"),
-            ScalePair("self_attn.v_proj", ("self_attn.o_proj",), "linear", repeats=repeats),
-            ScalePair("post_attention_layernorm", GATE_UP, "norm", region="mlp"),
-            ScalePair("mlp.up_proj", ("mlp.down_proj",), "linear"),
-        )
+        return (*attention_pairs(config), *gated_mlp_pairs())
 
     def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
         return None if config.model_type == "qwen3" else ("self_attn.q_proj", "self_attn.k_proj")
@@ -46,6 +32,6 @@ class Family(DecoderFamily):
 def _biased(config: PretrainedConfig) -> set[str]:
     if config.model_type == "qwen2":
         return set(QKV)                                 # built into the class, not a setting
-    attention = (*QKV, "self_attn.o_proj") if getattr(config, "attention_bias", False) else ()
-    mlp = (*GATE_UP, "mlp.down_proj") if getattr(config, "mlp_bias", False) else ()
+    attention = (*QKV, OUTPUT) if getattr(config, "attention_bias", False) else ()
+    mlp = (*GATE_UP, DOWN) if getattr(config, "mlp_bias", False) else ()
     return {*attention, *mlp}

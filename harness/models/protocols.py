@@ -26,6 +26,7 @@ from harness.errors import ModelError
 from harness.methods.protocols import LinearShape, ScalePair, Shapes
 
 Receive = Callable[[str, Tensor], None]                 # (group, inputs [..., in])
+Replace = Callable[[str, Tensor], Tensor]               # (a slot's name, inputs [..., in]) -> what the matrix shall multiply
 
 
 class TensorSource(Protocol):
@@ -47,6 +48,7 @@ class Slot:
     expert      index into a 3-D parameter [experts, …, …]; None: the parameter is a matrix
     transposed  the parameter holds [in, out] (Conv1D)
     bias        the parameter added to this matrix's outputs, None where there is none
+    stage       groups that run side by side, as those of experts do, have one stage; None: the group is a stage of its own
     """
 
     name: str
@@ -56,6 +58,7 @@ class Slot:
     expert: int | None = None
     transposed: bool = False
     bias: str | None = None
+    stage: str | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -77,6 +80,7 @@ class DecoderFamily:
     before: ClassVar[tuple[str, ...]] = ("model.embed_tokens",)             # modules that make the first block's input
     after: ClassVar[tuple[str, ...]] = ("model.norm", "lm_head")            # modules that make logits of the last block's output
     returns_tuple: ClassVar[bool] = False                                   # a block's output comes first in a tuple
+    auto_class: ClassVar[Any] = AutoModelForCausalLM                        # of transformers, builds the model from its config
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
 
@@ -94,6 +98,11 @@ class DecoderFamily:
         """The linears of queries and keys where a scale on one can be undone in the other; None where a norm stands between."""
         return None
 
+    def kv_heads(self, config: PretrainedConfig) -> int:
+        """Heads of keys and values."""
+        text = config.get_text_config()
+        return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
         """What a plan should tell the user about this model."""
         return ()
@@ -110,7 +119,7 @@ class DecoderFamily:
     def skeleton(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model with every parameter on the meta device and every buffer computed, in eval mode; costs no memory."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model = self.auto_class.from_config(copy.deepcopy(config), dtype=dtype)
         model.requires_grad_(False)
         for module in model.modules():
             self._compute_buffers(model, module)
@@ -171,28 +180,44 @@ class DecoderFamily:
             for handle in handles:
                 handle.remove()
 
+    def replace_inputs(self, block: nn.Module, owner: str, members: Sequence[Slot], replace: Replace) -> Callable[[], None]:
+        """From now on the matrices `members`, all that the module `owner` holds, multiply replace(name, input) in place of their
+        input; matrices with one input are asked for once, by the first's name. Returns what undoes it.
+        """
+        if len({slot.group for slot in members}) > 1:
+            raise ModelError(f"{type(self).__module__} does not say how inputs inside {owner} can be reached one by one")
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (replace(members[0].name, args[0]), *args[1:])
+
+        return block.get_submodule(owner).register_forward_pre_hook(hook).remove
+
     def shapes(self, data: Mapping[str, Any]) -> Shapes:
         """What a plan knows of a model from its config.json; reads no weights (0.2 s for 80 blocks)."""
         config = self.config(data)
         model = self.skeleton(config, torch.float32)
         count = len(self.blocks(model))
-        linears: dict[str, LinearShape] = {}
+        linears: dict[LinearShape, None] = {}
         for index in range(count):                      # blocks may differ (dense first blocks of a mixture); the union counts
             parameters = dict(self.blocks(model)[index].named_parameters())
-            for slot in self.slots(config, index):
+            slots = self.slots(config, index)
+            missing = sorted({slot.parameter for slot in slots} - parameters.keys())
+            if missing:
+                raise ModelError(f"block {index} of {type(model).__name__} has no parameter {', '.join(missing[:3])}")
+            for slot in slots:
                 out_features, in_features = slot.view(parameters[slot.parameter]).shape
-                shape = LinearShape(slot.name, out_features, in_features, slot.group, slot.bias is not None)
-                linears.setdefault(slot.name, shape)
+                expert, biased = slot.expert is not None, slot.bias is not None
+                linears[LinearShape(slot.name, out_features, in_features, slot.group, biased, expert)] = None
         text = config.get_text_config()
         heads = text.num_attention_heads
         return Shapes(
             family=type(self).__module__.rpartition(".")[2],
             blocks=count,
-            linears=tuple(linears.values()),
+            linears=tuple(linears),
             pairs=self.pairs(config),
             hidden_size=text.hidden_size,
             heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            kv_heads=self.kv_heads(config),
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             parameters=sum(p.numel() for p in model.parameters()),
             tied_head=bool(tied(model)),

@@ -7,7 +7,8 @@ class passes): its blocks are replaced by recorders, and only the modules before
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,32 @@ class StreamedBlock:
     """A block in the hands of a transform or a block-wise rounding (`methods.protocols.BlockView`).
 
     original: the block's tensors as the model has them; region inputs are taken from it, whatever the method has rewritten since.
+    without_evidence: matrices of which calibration saw too little: no pair with one of them is offered.
     """
 
     def __init__(
         self, blocks: Blocks, index: int, module: nn.Module, original: Mapping[str, Tensor],
         evidence: Mapping[str, Evidence], hidden: Sequence[Tensor] | None, references: Sequence[Tensor] | None,
+        without_evidence: Collection[str] = (),
     ) -> None:
-        self.index, self.module, self.shapes, self.evidence = index, module, blocks.shapes, evidence
+        self.index, self.module, self.evidence = index, module, evidence
         self._blocks, self._original, self._hidden, self._references = blocks, original, hidden, references
         self._slots = {slot.name: slot for slot in blocks.slots(index)}
+        self.shapes = self._own(blocks.shapes, without_evidence)
         self._regions: dict[tuple[str, int], Call] = {}
         self.notes: dict[str, Any] = {}
+
+    def _own(self, shapes: Shapes, without_evidence: Collection[str]) -> Shapes:
+        """What of the model's shapes is true of this block: blocks may differ."""
+        def here(name: str) -> bool:
+            return name in self._slots and name not in without_evidence
+
+        linears = tuple(linear for linear in shapes.linears if linear.name in self._slots)
+        pairs = tuple(
+            pair for pair in shapes.pairs
+            if all(map(here, pair.consumers)) and (pair.kind == "norm" or pair.producer in self._slots)
+        )
+        return dataclasses.replace(shapes, linears=linears, pairs=pairs)
 
     def linear(self, name: str) -> nn.Linear:
         """The linear itself, or a stand-in over the part of a fused parameter; write to its weight in place."""
@@ -212,21 +228,15 @@ class StreamedBlock:
         owners: dict[str, list[Slot]] = {}
         for slot in self._slots.values() if receive is not None else ():
             owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
-        handles = []
+        undo: list[Callable[[], None]] = []
         for owner, members in owners.items():
-            if len({slot.group for slot in members}) > 1:
-                raise MethodError(f"inputs inside the fused experts {owner} of block {self.index} cannot be reached one by one")
-
-            def hook(_module: nn.Module, args: tuple[Any, ...], name: str = members[0].name) -> tuple[Any, ...]:
-                assert receive is not None
-                return (receive(name, args[0]), *args[1:])
-
-            handles.append(self.module.get_submodule(owner).register_forward_pre_hook(hook))
+            assert receive is not None
+            undo.append(self._blocks.family.replace_inputs(self.module, owner, members, receive))
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for each in undo:
+                each()
 
     def _parameters(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """`weights` under the names of real parameters: parts of a fused parameter are put into a copy of it, differentiably."""

@@ -1,0 +1,253 @@
+"""Every family on tiny random models: what it says of a model is what transformers' model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from harness import models
+from harness.cell import Cell, Method, quantize_key
+from harness.demo.tiny import TINY
+from harness.formats.native import Checkpoint
+from harness.models.protocols import get_tensor, tied
+from harness.runtime.load import load
+from harness.streaming.blocks import Blocks, StreamedBlock
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))
+from small import GPTQ, RTN, cell, failures, part, quantize, windows
+
+FAMILIES = [name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")]       # those are in test_llama.py
+AWQ = Method("awq", transform=part("awq", "transform", exponents=4, scale_grouped_values=True), rounding=part("rtn"))
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """transformers' own model."""
+    family = models.family_of(models.read_config(folder))
+    return family.auto_class.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def streamed_logits(folder: Path, tokens: Tensor, dtype: str = "float32") -> list[Tensor]:
+    blocks = Blocks(folder, dtype, "cpu")
+    hidden = blocks.start(tokens)
+    for index in range(len(blocks)):
+        block = blocks.build(index, blocks.tensors(index))
+        hidden = [blocks.run(block, index, sequence, h) for sequence, h in enumerate(hidden)]
+    with blocks.head(tokens, hidden) as head:
+        return [head.logits(sequence, h) for sequence, h in enumerate(hidden)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_forward_is_the_models_own(tiny_model: Callable[..., Path], family: str) -> None:
+    folder = tiny_model(family)
+    tokens, model = windows(2), reference(folder)
+    with torch.no_grad():
+        expected = [model(window[None]).logits for window in tokens]
+    for ours, theirs in zip(streamed_logits(folder, tokens), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_name_every_matrix_of_a_block_once(tiny_model: Callable[..., Path], family: str) -> None:
+    """Slots cover each linear and each fused expert of every block without overlap; routers alone are left."""
+    folder = tiny_model(family)
+    data = models.read_config(folder)
+    ours = models.family_of(data)
+    config, shapes = ours.config(data), models.shapes(folder)
+    model = reference(folder)
+    for index, block in enumerate(ours.blocks(model)):
+        marks = {name: torch.zeros_like(parameter) for name, parameter in block.named_parameters()}
+        for slot in ours.slots(config, index):
+            slot.view(marks[slot.parameter]).add_(1)
+        for name, mark in marks.items():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            left = mark.ndim < 2 or name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+            assert bool((mark == (0 if left else 1)).all()), (index, name, type(owner).__name__)
+        biases = {slot.bias for slot in ours.slots(config, index) if slot.bias is not None}
+        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear) and m.bias is not None}
+        assert biases == {f"{name}.bias" for name in linears}
+    assert shapes.parameters == sum(p.numel() for p in model.parameters())
+    assert shapes.tied_head == (get_tensor(model, "lm_head.weight").data_ptr() == model.get_input_embeddings().weight.data_ptr())
+    assert (shapes.blocks, shapes.heads) == (3, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_knows_its_buffers(tiny_model: Callable[..., Path], family: str) -> None:
+    folder = tiny_model(family)
+    data = models.read_config(folder)
+    ours = models.family_of(data)
+    skeleton = ours.skeleton(ours.config(data), torch.float32)
+    theirs = reference(folder)
+    assert all(parameter.is_meta for parameter in skeleton.parameters()) and not skeleton.training
+    buffers = dict(theirs.named_buffers())
+    assert buffers.keys() == dict(skeleton.named_buffers()).keys()
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in skeleton.named_buffers())
+    assert tied(skeleton).keys() == tied(theirs).keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Path], family: str) -> None:
+    """Each pair alone: the producer divided, its consumers multiplied, the block's output the same."""
+    folder = tiny_model(family)
+    tokens = windows(1)
+    blocks = Blocks(folder, "float32", "cpu")
+    hidden = blocks.start(tokens)[0]
+    generator = torch.Generator().manual_seed(0)
+    folded = set()
+    for index in range(len(blocks)):
+        original = blocks.tensors(index)
+        pairs = StreamedBlock(blocks, index, blocks.build(index, original), original, {}, [hidden], None).shapes.pairs
+        with torch.no_grad():
+            before = blocks.run(blocks.build(index, original), index, 0, hidden)
+            for pair in pairs:
+                module = blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
+                view = StreamedBlock(blocks, index, module, original, {}, [hidden], None)
+                producer = module.get_submodule(pair.producer) if pair.kind == "norm" else view.linear(pair.producer)
+                scale = 0.5 + torch.rand(producer.weight.shape[0], generator=generator)
+                if pair.kind == "norm":
+                    producer.weight.copy_((producer.weight + pair.offset) / scale - pair.offset)
+                else:
+                    producer.weight.copy_(producer.weight / scale[:, None])
+                if getattr(producer, "bias", None) is not None:
+                    producer.bias.copy_(producer.bias / scale)
+                heads = scale.view(-1, view.shapes.head_dim) if pair.repeats > 1 else scale
+                wide = heads.repeat_interleave(pair.repeats, 0).flatten() if pair.repeats > 1 else scale
+                for name in pair.consumers:
+                    view.linear(name).weight.mul_(wide)
+                after = blocks.run(module, index, 0, hidden)
+                assert torch.allclose(before, after, atol=2e-4 * float(before.abs().max())), (index, pair)
+                folded.add(pair)
+            hidden = before
+    assert folded == set(blocks.shapes.pairs), "every pair belongs to some block"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_group_has_one_input_and_the_product_is_the_blocks(tiny_model: Callable[..., Path], family: str) -> None:
+    """What `watch` reports is what the matrices multiply: doubling it halves the matrix that gives the same block."""
+    folder = tiny_model(family)
+    blocks = Blocks(folder, "float32", "cpu")
+    hidden = blocks.start(windows(1))[0]
+    index = len(blocks) - 1
+    original = blocks.tensors(index)
+    block = blocks.build(index, original)
+    slots = blocks.slots(index)
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), blocks.family.watch(block, slots, lambda group, x: seen.update({group: x})):
+        before = blocks.run(block, index, 0, hidden)
+    widths = {slot.group: slot.view(original[slot.parameter]).shape[1] for slot in slots}
+    assert {group: x.shape[-1] for group, x in seen.items()} == widths
+    routed = sum(x.shape[0] for group, x in seen.items() if group.endswith(".gate_up") and "experts" in group)
+    assert routed in (0, 2 * hidden.shape[1]), "every token goes to two experts"
+
+    module = blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
+    view = StreamedBlock(blocks, index, module, original, {}, [hidden], None)
+    asked: list[str] = []
+
+    def double(name: str, inputs: Tensor) -> Tensor:
+        asked.append(name)
+        return inputs * 2
+
+    halved = {f"{slot.name}.weight": slot.view(original[slot.parameter]) / 2 for slot in slots}
+    with torch.no_grad():
+        after = view.run(hidden, halved, double)
+    assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
+    first = {slot.group: slot.name for slot in reversed(slots)}
+    assert set(asked) <= {slot.name for slot in slots} and {first[g] for g in first if "expert" in g} <= set(asked)
+    with torch.no_grad():
+        assert torch.equal(view.run(hidden), before), "the block is left as it was"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_quantizes_every_matrix_and_nothing_else(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    folder = tiny_model(family)
+    data = models.read_config(folder)
+    ours = models.family_of(data)
+    config = ours.config(data)
+    methods = [RTN, GPTQ, *([AWQ] if models.shapes(folder).pairs else [])]
+    cells = [cell(folder, method, group_size=16) for method in methods]
+    events = quantize(cells, folder, tmp_path / "store")
+    assert not failures(events), failures(events)
+    source = reference(folder)
+    for c in cells:
+        checkpoint = tmp_path / "store" / quantize_key(c)
+        slots = [ours.slots(config, index) for index in range(3)]
+        manifest = Checkpoint.open(checkpoint).manifest
+        covered = sum(slot.view(get_tensor(b, slot.parameter)).numel()
+                      for b, members in zip(ours.blocks(source), slots, strict=True) for slot in members)
+        assert manifest["coverage"]["linears"] == sum(map(len, slots))
+        assert manifest["coverage"]["weights"] == covered
+        model, _ = load(c, folder, checkpoint)
+        with torch.no_grad():
+            assert torch.isfinite(model(windows(1)).logits).all()
+        if c.method is not AWQ:
+            assert changed(source, model) == {
+                f"{ours.block_prefix(i)}{slot.parameter}" for i, members in enumerate(slots) for slot in members
+            }
+
+
+def changed(before: nn.Module, after: nn.Module) -> set[str]:
+    """Parameters of `before` that have other values in `after`."""
+    found = set()
+    for name, tensor in before.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        if not torch.equal(tensor, getattr(after.get_submodule(parent), leaf)):
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_leaves_the_function_unchanged(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+    """At 8 bits in small groups the transformed model's logits are close to the original's."""
+    folder = tiny_model(family)
+    if not models.shapes(folder).pairs:
+        pytest.skip("nothing can be folded")
+    c: Cell = cell(folder, AWQ, bits=8, group_size=16)
+    assert not failures(quantize([c], folder, tmp_path / "store"))
+    model, _ = load(c, folder, tmp_path / "store" / quantize_key(c))
+    tokens = windows(1)
+    with torch.no_grad():
+        theirs, ours = reference(folder)(tokens).logits, model(tokens).logits
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_that_a_group_does_not_divide_are_refused_by_name(tiny_model: Callable[..., Path], family: str) -> None:
+    from harness import plugins
+
+    shapes = models.shapes(tiny_model(family))
+    rounding = plugins.build("rounding", "gptq", {})
+    (reason,) = rounding.check(cell(Path("x"), GPTQ, group_size=40).scheme, shapes)
+    assert all(linear.name in reason for linear in shapes.linears)
+
+
+def test_files_of_the_hub_hold_one_matrix_per_expert(tiny_model: Callable[..., Path]) -> None:
+    """What save_pretrained writes is the published layout: fused parameters are in no file."""
+    for family in ("mixtral", "qwen2_moe", "qwen3_moe"):
+        folder = tiny_model(family)
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            assert not any("gate_up_proj" in name for name in file.keys())
+        reader = Blocks(folder, "float32", "cpu")
+        model = reference(folder)
+        for name, tensor in reader.tensors(2).items():
+            assert torch.equal(tensor, get_tensor(reader.family.blocks(model)[2], name)), name
+
+
+def test_a_sharded_mixture_reads_alike(tiny_model: Callable[..., Path]) -> None:
+    one, many = (Blocks(tiny_model("qwen3_moe", shards=n), "float32", "cpu") for n in (1, 5))
+    assert all(torch.equal(tensor, many.tensors(1)[name]) for name, tensor in one.tensors(1).items())
+
+
+def test_fields_of_slots_agree_with_shapes(tiny_model: Callable[..., Path]) -> None:
+    shapes = models.shapes(tiny_model("qwen2_moe"))
+    assert {linear.name for linear in shapes.linears if linear.expert} == {
+        f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up", "down")
+    }
+    assert "mlp.gate_proj" in {linear.name for linear in shapes.linears}, "the dense first block counts"
+    assert dataclasses.replace(shapes).experts == 4
