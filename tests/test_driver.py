@@ -226,3 +226,15 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> N
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     tables = [(runs / "tables" / "killed" / "main.md").read_bytes() for runs in (killed, whole)]
     assert tables[0] == tables[1] and b"3.2" in tables[0]
+
+
+def test_the_command_of_a_record_makes_the_same_cell(demo_sweep: Make) -> None:
+    import shlex
+
+    from harness.config import load_sweep
+    from harness.display import command_for
+
+    wanted = demo_sweep("method=gptq", "scheme=w4g32", "rounding.damping_fraction=0.05", "seed=3", *SMALL, "baseline=false").cells[0]
+    words = shlex.split(command_for(wanted))
+    assert words[:2] == ["harness", "run"]
+    assert cell_key(wanted) in map(cell_key, load_sweep(None, words[2:]).cells)
