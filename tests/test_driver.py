@@ -234,7 +234,8 @@ def test_the_command_of_a_record_makes_the_same_cell(demo_sweep: Make) -> None:
     from harness.config import load_sweep
     from harness.display import command_for
 
-    wanted = demo_sweep("method=gptq", "scheme=w4g32", "rounding.damping_fraction=0.05", "seed=3", *SMALL, "baseline=false").cells[0]
+    changed = ("rounding.damping_fraction=0.05", "seed=3", "baseline=false")
+    wanted = demo_sweep("method=gptq", "scheme=w4g32", *changed, *SMALL).cells[0]
     words = shlex.split(command_for(wanted))
     assert words[:2] == ["harness", "run"]
     assert cell_key(wanted) in map(cell_key, load_sweep(None, words[2:]).cells)
