@@ -28,7 +28,7 @@ from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
     "STATISTICS", "BlockView", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes", "TrainedLinear",
-    "Transform", "Tuning", "WeightScheme", "check_uniform", "refusals",
+    "Transform", "Tuning", "WeightScheme", "check_grid", "check_uniform", "fold_scales", "refusals", "repeat_scales",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -80,6 +80,7 @@ class LinearShape:
     expert: bool = False
 
 
+    fused: bool = False                         # shares its parameter, and so its input at run time, with other matrices
 @dataclass(frozen=True)
 class ScalePair:
     """A place where a diagonal scale on the input of `consumers` can be folded into what produces that input.
@@ -116,6 +117,7 @@ class Shapes:
     rotations: bool = False                     # residual-stream rotations leave the function unchanged (RMSNorm only)
     query_key: tuple[str, str] | None = None    # linears that make queries and keys, with nothing but rotary positions (halves of
                                                 # a head turned against each other) between them and their product
+    ends: tuple[str, str, str] | None = None    # parameters of embeddings, final norm and head, where rotations are allowed
     experts: int = 0
     notes: tuple[str, ...] = ()
 
@@ -133,6 +135,11 @@ class BlockView(Protocol):
 
     def inputs(self) -> Sequence[Tensor]:
         """The block's own inputs, one tensor [1, length, hidden] per calibration sequence."""
+    def set_input(self, name: str, kind: str, value: Tensor) -> None:
+        """From now on, and in the loaded model, the linear's input is transformed before it is rounded (`numerics.inputs`):
+        kind "input_scale", value [in]; or "input_hadamard", value [.., 3] integers. Raises MethodError for a fused matrix."""
+        ...
+
         ...
 
     def references(self) -> Sequence[Tensor]:
@@ -247,6 +254,33 @@ class Tuning(Protocol):
 
 def check_uniform(
     scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None
+def repeat_scales(scales: Tensor, pair: ScalePair, shapes: Shapes) -> Tensor:
+    """Scales of the producer's channels as scales of the consumers' input channels."""
+    if pair.repeats == 1:
+        return scales
+    return scales.reshape(-1, 1, shapes.head_dim).expand(-1, pair.repeats, -1).reshape(-1)
+
+
+def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
+    """Divide the producer's outputs by scales [its channels] and multiply the consumers' columns, in place."""
+    if pair.kind == "norm":
+        norm = block.module.get_submodule(pair.producer)
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        weight.copy_((weight.float() + pair.offset) / scales - pair.offset)    # type: ignore[operator]
+        if bias is not None:
+            bias.copy_(bias.float() / scales)
+    else:
+        linear = block.linear(pair.producer)
+        rows = scales.numel()                                                  # of a fused q, k, v: the last ones, the values
+        linear.weight[-rows:] = (linear.weight[-rows:].float() / scales[:, None]).to(linear.weight.dtype)
+        if linear.bias is not None:
+            linear.bias[-rows:] = (linear.bias[-rows:].float() / scales).to(linear.bias.dtype)
+    columns = repeat_scales(scales, pair, block.shapes)
+    for name in pair.consumers:
+        weight = block.linear(name).weight
+        weight.copy_(weight.float() * columns)
+
+
 ) -> list[str]:
     """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
 

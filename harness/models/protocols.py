@@ -207,7 +207,9 @@ class DecoderFamily:
             for slot in slots:
                 out_features, in_features = slot.view(parameters[slot.parameter]).shape
                 expert, biased = slot.expert is not None, slot.bias is not None
-                linears[LinearShape(slot.name, out_features, in_features, slot.group, biased, expert)] = None
+                linears[
+                    LinearShape(slot.name, out_features, in_features, slot.group, biased, expert, fused=not slot.is_whole)
+                ] = None
         text = config.get_text_config()
         heads = text.num_attention_heads
         return Shapes(
@@ -222,6 +224,7 @@ class DecoderFamily:
             parameters=sum(p.numel() for p in model.parameters()),
             tied_head=bool(tied(model)),
             rotations=self.rotations,
+            ends=(f"{self.before[0]}.weight", f"{self.after[0]}.weight", f"{self.after[-1]}.weight") if self.rotations else None,
             query_key=self.query_key(config),
             experts=max(getattr(text, key, None) or 0 for key in ("num_local_experts", "num_experts", "n_routed_experts")),
             notes=self.notes(config),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from harness.numerics.inputs import apply
 from harness.numerics.weights import QuantizedWeight
 
 MODES = ("dense", "packed")
 
 
 class QuantizedLinear(nn.Module):
-    """y = round(x) W'ᵀ + b.
+    """y = round(t(x)) W'ᵀ + b, t what `numerics.inputs` says of the linear's input tensors, if it has any.
 
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
@@ -22,13 +23,16 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device,
-        activation: Callable[[Tensor], Tensor] | None = None, mode: str = "dense",
+        activation: Callable[[Tensor], Tensor] | None = None, mode: str = "dense", inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         assert mode in MODES, mode
         self.out_features, self.in_features = weight.shape
         self.mode, self.kind, self.activation = mode, weight.kind, activation
         self._dtype = dtype
+        self._inputs = tuple(inputs or ())
+        for name, tensor in (inputs or {}).items():
+            self.register_buffer(name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
         if mode == "dense":
             self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
@@ -48,6 +52,8 @@ class QuantizedLinear(nn.Module):
         return self._layout.unpack(parts, self._meta).dequantize().to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._inputs:
+            x = apply(x, {name: self.get_buffer(name) for name in self._inputs})
         x = x if self.activation is None else self.activation(x)
         return nn.functional.linear(x, self.weight, self.bias)
 

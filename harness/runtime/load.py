@@ -19,6 +19,7 @@ from harness.formats.native import BlockContent, Checkpoint
 from harness.methods.protocols import Shapes
 from harness.models import family_of, read_config
 from harness.models.protocols import DecoderFamily, Slot, get_tensor, set_tensor, tied
+from harness.numerics.inputs import attach_all, of_module
 from harness.numerics.weights import DenseWeight
 from harness.runtime import activations, kv_cache
 from harness.runtime.activations import ActivationQuantizer
@@ -120,7 +121,8 @@ def _load_block(
             set_tensor(block, name, family.read(reader, prefix + name, dtype, device))
     if content is not None:
         for name, tensor in content.dense.items():
-            set_tensor(block, name, tensor.to(device, dtype))
+            set_tensor(block, name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
+        attach_all(block)
     owners: dict[str, list[Slot]] = {}
     for slot in slots:
         owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
@@ -136,7 +138,8 @@ def _load_block(
             if content is not None or quantizer is not None:
                 bias = None if module.bias is None else get_tensor(block, f"{owner}.bias")
                 parent, _, leaf = owner.rpartition(".")
-                setattr(block.get_submodule(parent), leaf, QuantizedLinear(weight, bias, dtype, device, quantizer, mode))
+                made = QuantizedLinear(weight, bias, dtype, device, quantizer, mode, of_module(module))
+                setattr(block.get_submodule(parent), leaf, made)
             continue
         if content is not None:
             for slot in members:

@@ -21,6 +21,7 @@ from harness.errors import ConfigError, MethodError, unknown_name
 from harness.methods.protocols import Evidence, Shapes
 from harness.models import family_of, read_config
 from harness.models.protocols import Slot, get_tensor, set_tensor, tied
+from harness.numerics.inputs import attach_all, hold
 from harness.streaming.weights import DTYPES, WeightReader
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]           # what a block receives besides its hidden state
@@ -69,6 +70,7 @@ class Blocks:
                 set_tensor(block, name, buffer.to(self.device))
         for name, tensor in tensors.items():
             set_tensor(block, name, tensor)
+        attach_all(block)
         return block
 
     def ends(self) -> dict[str, Tensor]:
@@ -143,6 +145,7 @@ class StreamedBlock:
         self._slots = {slot.name: slot for slot in blocks.slots(index)}
         self.shapes = self._own(blocks.shapes, without_evidence)
         self._regions: dict[tuple[str, int], Call] = {}
+        self._pristine: nn.Module | None = None
         self.notes: dict[str, Any] = {}
 
     def _own(self, shapes: Shapes, without_evidence: Collection[str]) -> Shapes:
@@ -171,6 +174,12 @@ class StreamedBlock:
             bias = get_tensor(self.module, slot.bias)
             linear.bias = nn.Parameter(bias if slot.rows is None else bias[slot.rows[0] : slot.rows[1]], requires_grad=False)
         return linear
+
+    def set_input(self, name: str, kind: str, value: Tensor) -> None:
+        slot = self._slots[name]
+        if not slot.is_whole:
+            raise MethodError(f"block {self.index}, {name}: a fused matrix shares its input, which cannot be transformed for it alone")
+        hold(self.module.get_submodule(slot.parameter.rpartition(".")[0]), kind, value)
 
     def inputs(self) -> Sequence[Tensor]:
         if self._hidden is None:
@@ -209,12 +218,14 @@ class StreamedBlock:
                 taken.append((tuple(keep(item) for item in args), {name: keep(item) for name, item in kwargs.items()}))
                 raise _Stop
 
-            handle = self.module.get_submodule(region).register_forward_pre_hook(take, with_kwargs=True)
+            if self._pristine is None:                  # the method may have given the module's linears inputs of their own
+                self._pristine = self._blocks.build(self.index, self._original)
+            handle = self._pristine.get_submodule(region).register_forward_pre_hook(take, with_kwargs=True)
             call_args, call_kwargs = self._blocks.call(self.index, index)
             try:
                 with torch.no_grad():
                     hidden = self.inputs()[index].to(self._blocks.device)
-                    functional_call(self.module, dict(self._original), (hidden, *call_args), call_kwargs)
+                    self._pristine(hidden, *call_args, **call_kwargs)
             except _Stop:
                 pass
             finally:

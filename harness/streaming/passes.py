@@ -18,6 +18,7 @@ sequences wait on the CPU, one copy per stream.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 import time
@@ -39,6 +40,7 @@ from harness.events import Event, Failed, Progress, Quantized
 from harness.formats.native import CheckpointWriter
 from harness.methods.protocols import Evidence
 from harness.models.protocols import Slot, get_tensor
+from harness.numerics.inputs import NAMES as INPUT_TENSORS
 from harness.numerics.weights import DenseWeight, QuantizedWeight
 from harness.streaming.blocks import Blocks, StreamedBlock
 from harness.streaming.calibration import windows_digest
@@ -314,7 +316,7 @@ class _Pass:
         self, index: int, block: nn.Module, hidden: Sequence[Tensor], needs: Mapping[str, Collection[str]], keep: bool
     ) -> tuple[Statistics, list[Tensor]]:
         """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
-        slots = self.blocks.slots(index)
+        slots = self._slots(index, dict(block.named_parameters()))
         wanted = {slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS) for slot in slots}
         asked = {group for group in wanted if needs.get(group) or needs.get("*")}
         collectors = {group: Collector(group, wanted[group], len(hidden), self.storage) for group in wanted if group in asked}
@@ -373,7 +375,7 @@ class _Pass:
         if made is not None:
             statistics = made.statistics
         before = made.tensors if made is not None else original
-        slots = self.blocks.slots(index)
+        slots = self._slots(index, before)
         needs = job.needs_of(job.cell.method.rounding)
         tensors = dict(before)
         notes = dict(made.notes) if made is not None else {}
@@ -407,7 +409,7 @@ class _Pass:
     ) -> dict[str, QuantizedWeight]:
         """Linear by linear; with `sequential`, each group's statistics come from the block with the groups before it rounded."""
         needs = job.needs_of(job.cell.method.rounding)
-        slots = self.blocks.slots(index)
+        slots = self._slots(index, before)
         sequential = bool(getattr(job.rounding, "sequential", False)) and bool(needs & set(OF_INPUTS))
         groups = list(dict.fromkeys(slot.group for slot in slots))
         weights: dict[str, QuantizedWeight] = {}
@@ -418,7 +420,7 @@ class _Pass:
                 seen, _ = self._observe(index, self.blocks.build(index, so_far), hidden, {group: needs}, False)
             else:
                 seen = statistics
-            evidence = self._evidence(job, index, needs, seen, references, gradients) if needs else {}
+            evidence = self._evidence(job, slots, needs, seen, references, gradients) if needs else {}
             for slot in (slot for slot in slots if slot.group == group):
                 scheme = job.cell.scheme.weight_for(index, slot.name)
                 weight = slot.view(before[slot.parameter]).to(torch.float32, copy=True).contiguous()
@@ -454,10 +456,20 @@ class _Pass:
             slot.view(placed[slot.parameter]).copy_(value)
         return placed
 
+    def _slots(self, index: int, tensors: Collection[str]) -> tuple[Slot, ...]:
+        """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
+        def own(slot: Slot) -> Slot:
+            owner = slot.parameter.rpartition(".")[0]
+            if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
+                return slot
+            return dataclasses.replace(slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group)
+
+        return tuple(own(slot) for slot in self.blocks.slots(index))
+
     # --- evidence and reports -------------------------------------------------------------------------------------------------
 
     def _evidence(
-        self, job: _Job, index: int, needs: frozenset[str], statistics: Statistics, references: list[Tensor] | None,
+        self, job: _Job, slots: Sequence[Slot], needs: frozenset[str], statistics: Statistics, references: list[Tensor] | None,
         gradients: Mapping[str, Tensor],
     ) -> dict[str, Evidence]:
         """Evidence by linear name; linears of a group share one object, unless gradients tell them apart."""
@@ -466,7 +478,7 @@ class _Pass:
         more: dict[str, Callable[[], Tensor]] = {}
         if references is not None:
             more["reference"] = lambda: torch.cat(references)
-        for slot in self.blocks.slots(index):
+        for slot in slots:
             of_group = statistics.get(slot.group)
             if of_group is None:
                 continue
@@ -483,7 +495,8 @@ class _Pass:
     ) -> StreamedBlock:
         if "reference" in needs and job.own_stream:
             raise MethodError("full-precision references are in the original basis, and this method's transform changes the basis")
-        evidence = self._evidence(job, index, needs, statistics, references, gradients) if needs else {}
+        slots = self._slots(index, original)
+        evidence = self._evidence(job, slots, needs, statistics, references, gradients) if needs else {}
         return StreamedBlock(
             self.blocks, index, module, original, evidence, hidden, references if "reference" in needs else None
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from harness.methods.protocols import STATISTICS, LinearShape, ScalePair, Shapes
+from harness.numerics.inputs import hold
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -192,7 +193,9 @@ def llama_shapes(
     parameters = blocks * (sum(s.out_features * s.in_features for s in linears) + 2 * width) + 2 * 256 * width + width
     return Shapes(
         family="llama", blocks=blocks, linears=linears, pairs=pairs, hidden_size=width, heads=heads, kv_heads=kv_heads,
-        head_dim=width // heads, parameters=parameters, rotations=rotations, query_key=("self_attn.q_proj", "self_attn.k_proj"),
+        head_dim=width // heads, parameters=parameters, rotations=rotations,
+        ends=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if rotations else None,
+        query_key=("self_attn.q_proj", "self_attn.k_proj"),
     )
 
 
@@ -260,6 +263,9 @@ class FakeBlock:
         module = self.module.get_submodule(name)
         assert isinstance(module, nn.Linear)
         return module
+
+    def set_input(self, name: str, kind: str, value: Tensor) -> None:
+        hold(self.linear(name), kind, value)
 
     def inputs(self) -> Sequence[Tensor]:
         return [x[None] for x in self._inputs]

@@ -13,7 +13,7 @@ from harness import plugins
 from harness.cell import Scheme, WeightScheme
 from harness.errors import ConfigError, MethodError
 from harness.methods import awq
-from harness.methods.protocols import ScalePair
+from harness.methods.protocols import ScalePair, fold_scales
 from harness.numerics.weights import UniformWeight
 
 SCHEME = Scheme("w3g16", WeightScheme("int", 3, 16, False, "float32"))
@@ -95,7 +95,7 @@ def test_norms_with_an_offset_and_biases_are_folded() -> None:
     before = (norm.weight.detach().clone(), norm.bias.detach().clone())           # type: ignore[operator, union-attr]
     scales = torch.linspace(0.5, 2, 32)
     with torch.no_grad():
-        awq._fold(block, ScalePair("input_layernorm", ("self_attn.q_proj",), "norm", offset=1.0), scales)
+        fold_scales(block, ScalePair("input_layernorm", ("self_attn.q_proj",), "norm", offset=1.0), scales)
     torch.testing.assert_close(1 + norm.weight, (1 + before[0]) / scales)         # type: ignore[operator]
     torch.testing.assert_close(norm.bias, before[1] / scales)                     # type: ignore[arg-type]
 

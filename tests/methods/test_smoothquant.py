@@ -1,0 +1,240 @@
+"""SmoothQuant and bi-smoothing: what they leave alone, their limits, and what they do to outliers of either side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evidence import FakeBlock, generator, llama_shapes
+from torch import Tensor
+
+from harness import plugins
+from harness.cell import Scheme, WeightScheme
+from harness.methods.bi_smoothing import Transform as BiSmoothing
+from harness.methods.protocols import ScalePair
+from harness.methods.smoothquant import Transform as SmoothQuant
+from harness.numerics.inputs import of_module
+
+SCHEME = Scheme("w8", WeightScheme(bits=8))
+NORMS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+         "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}
+
+
+def rewritten(block: FakeBlock, name: str = "smoothquant", **settings: Any) -> dict[str, Any]:
+    return plugins.build("transform", name, settings).rewrite_block(block, SCHEME, generator())
+
+
+def largest_weights(block: FakeBlock, names: tuple[str, ...]) -> Tensor:
+    return torch.stack([block.linear(name).weight.detach().abs().amax(0) for name in names]).amax(0)
+
+
+def parameters(block: FakeBlock) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in block.module.named_parameters()}
+
+
+def plant(block: FakeBlock, factor: float, channels: slice = slice(8, 12)) -> None:
+    """Norm ÷ factor and columns × factor on some channels of both pairs: the function stays, the maxima move."""
+    with torch.no_grad():
+        for norm, consumers in NORMS.items():
+            block.module.get_submodule(norm).weight[channels] /= factor        # type: ignore[index, operator]
+            for name in consumers:
+                block.linear(name).weight[:, channels] *= factor
+    block.observe()
+
+
+@pytest.mark.parametrize("settings", [
+    {"alpha": alpha, "down": down, "run_time": run_time, "direction": direction}
+    for alpha in (0.0, 0.5, 0.85, 1.0) for down in (False, True) for run_time in (False, True)
+    for direction in ("both", "activation_to_weight")
+])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_function_stays_for_every_alpha(settings: dict[str, Any], kv_heads: int) -> None:
+    block = FakeBlock(kv_heads=kv_heads)
+    hidden = block.inputs()[0]
+    with torch.no_grad():
+        before = block.run(hidden)
+        rewritten(block, **settings)
+        after = block.run(hidden)
+    assert float((after - before).abs().max() / before.abs().max()) < 1e-5
+
+
+def test_alpha_0_equalises_weights_and_alpha_1_activations() -> None:
+    for alpha in (0.0, 1.0):
+        block = FakeBlock()
+        rewritten(block, alpha=alpha)
+        block.observe()
+        for consumers in NORMS.values():
+            found = block.evidence[consumers[0]]["abs_max"] if alpha else largest_weights(block, consumers)
+            assert torch.allclose(found, torch.ones_like(found), rtol=1e-5)
+
+
+def test_alpha_one_half_shares_evenly() -> None:
+    block = FakeBlock()
+    rewritten(block, alpha=0.5)
+    block.observe()
+    for consumers in NORMS.values():
+        assert torch.allclose(block.evidence[consumers[0]]["abs_max"], largest_weights(block, consumers), rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("factor", [1 / 64, 256])
+def test_a_planted_model_is_smoothed_into_the_same_model(alpha: float, factor: float) -> None:
+    plain, planted = FakeBlock(), FakeBlock()
+    plant(planted, factor)
+    rewritten(plain, alpha=alpha)
+    rewritten(planted, alpha=alpha)
+    for name, value in parameters(plain).items():
+        assert torch.allclose(value, parameters(planted)[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_clamp_to_one_direction_cannot_repair_weight_outliers() -> None:
+    one_way, both = FakeBlock(), FakeBlock()
+    for block, direction in ((one_way, "activation_to_weight"), (both, "both")):
+        plant(block, 256)
+        rewritten(block, direction=direction)
+    names = NORMS["input_layernorm"]
+    spread = [float(largest_weights(block, names).max() / largest_weights(block, names).median()) for block in (one_way, both)]
+    assert spread[0] > 10 * spread[1]
+
+
+def test_only_norm_pairs_are_smoothed_unless_asked() -> None:
+    block = FakeBlock()
+    kept = parameters(block)
+    rewritten(block)
+    changed = {name for name, value in parameters(block).items() if not torch.equal(value, kept[name])}
+    assert changed == {f"{name}.weight" for norm, consumers in NORMS.items() for name in (norm, *consumers)}
+    other = FakeBlock()
+    rewritten(other, down=True)
+    assert not torch.equal(parameters(other)["mlp.down_proj.weight"], kept["mlp.down_proj.weight"])
+    assert torch.equal(parameters(other)["self_attn.o_proj.weight"], kept["self_attn.o_proj.weight"])
+
+
+def test_biases_and_norm_offsets_are_carried() -> None:
+    block = FakeBlock()
+    norm = block.module.get_submodule("input_layernorm")
+    pair = ScalePair("input_layernorm", ("self_attn.q_proj",), "norm", offset=1.0)
+    block.shapes = llama_shapes()
+    object.__setattr__(block.shapes, "pairs", (pair,))
+    weight = norm.weight.detach().clone()                                       # type: ignore[operator, union-attr]
+    column = block.linear("self_attn.q_proj").weight.detach().abs().amax(0)
+    rewritten(block, alpha=0.0)
+    assert torch.allclose(norm.weight, (weight + 1) * column - 1, rtol=1e-4, atol=1e-5)
+
+
+def test_a_family_without_norms_to_fold_is_refused_in_the_plan() -> None:
+    shapes = llama_shapes()
+    object.__setattr__(shapes, "pairs", ())
+    assert SmoothQuant(SmoothQuant.Settings()).check(SCHEME, shapes)
+    assert BiSmoothing(BiSmoothing.Settings(fold=True)).check(SCHEME, shapes)
+    assert not BiSmoothing(BiSmoothing.Settings()).check(SCHEME, shapes)
+
+
+def test_fused_matrices_refuse_inputs_of_their_own() -> None:
+    import dataclasses
+
+    shapes = llama_shapes()
+    fused = dataclasses.replace(shapes, linears=tuple(dataclasses.replace(each, fused=True) for each in shapes.linears))
+    for reasons in (BiSmoothing(BiSmoothing.Settings()).check(SCHEME, fused),
+                    SmoothQuant(SmoothQuant.Settings(run_time=True)).check(SCHEME, fused)):
+        assert reasons and "fused" in reasons[0] and "mlp.up_proj" in reasons[0]
+    assert not SmoothQuant(SmoothQuant.Settings()).check(SCHEME, fused)
+
+
+@pytest.mark.parametrize(("settings", "problem"), [({"alpha": 1.5}, "0 to 1"), ({"direction": "bot"}, "both")])
+def test_settings_out_of_range_say_so(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(Exception, match=problem):
+        plugins.build("transform", "smoothquant", settings)
+
+
+# --- bi-smoothing --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_shares_evenly_at_run_time() -> None:
+    block = FakeBlock()
+    expected: dict[str, Tensor] = {}
+    for linear in block.shapes.linears:
+        activations = block.evidence[linear.name]["abs_max_per_sequence"].median(0).values
+        weights = block.linear(linear.name).weight.detach().abs().amax(0)
+        expected[linear.name] = (activations * weights).sqrt()
+    rewritten(block, "bi_smoothing")
+    for name, magnitude in expected.items():
+        assert torch.allclose(block.linear(name).weight.detach().abs().amax(0), magnitude, rtol=1e-4)
+        assert set(of_module(block.linear(name))) == {"input_scale"}
+
+
+def test_a_larger_divisor_presses_the_weights_down() -> None:
+    one, ten = FakeBlock(), FakeBlock()
+    rewritten(one, "bi_smoothing")
+    rewritten(ten, "bi_smoothing", divisor=10.0)
+    for linear in one.shapes.linears:
+        assert torch.allclose(one.linear(linear.name).weight, 10 * ten.linear(linear.name).weight, rtol=1e-5)
+
+
+def test_max_max_takes_the_largest_sequence() -> None:
+    med, largest = FakeBlock(), FakeBlock()
+    rewritten(med, "bi_smoothing")
+    rewritten(largest, "bi_smoothing", statistic="max_max")
+    name = "mlp.down_proj"
+    assert bool((largest.linear(name).weight.abs() >= med.linear(name).weight.abs() * (1 - 1e-5)).all())
+
+
+def test_named_blocks_alone_are_smoothed() -> None:
+    block = FakeBlock(index=2)
+    kept = parameters(block)
+    rewritten(block, "bi_smoothing", blocks=[0, 1])
+    assert all(torch.equal(value, kept[name]) for name, value in parameters(block).items())
+    reasons = BiSmoothing(BiSmoothing.Settings(blocks=(0, 7))).check(SCHEME, llama_shapes(blocks=2))
+    assert reasons == ["the model has 2 blocks, so none of index 7"]
+
+
+def test_folded_bi_smoothing_is_smoothquant_at_one_half() -> None:
+    bi, smooth = FakeBlock(sequences=1), FakeBlock(sequences=1)
+    rewritten(bi, "bi_smoothing", fold=True)
+    rewritten(smooth)
+    for name, value in parameters(bi).items():
+        assert torch.allclose(value, parameters(smooth)[name], rtol=1e-4, atol=1e-7), name
+
+
+# --- in a pass and in a loaded model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["bi_smoothing", "smoothquant"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_smoothed_unrounded_model_keeps_its_logits(transform: str, family: str, tiny_model: Any, tmp_path: Path) -> None:
+    """Through pass, checkpoint and loading; with no rounding, what is left is the transform alone."""
+    from small import cell, failures, part, quantize, windows
+
+    from harness.cell import Method, baseline_of, quantize_key
+    from harness.runtime.load import load
+
+    folder = tiny_model(family)
+    settings = {"run_time": True} if transform == "smoothquant" else {}
+    smoothed = cell(folder, Method("smoothed", transform=part(transform, "transform", **settings)))
+    assert not failures(quantize([smoothed], folder, tmp_path / "store"))
+    full, _ = load(baseline_of(smoothed), folder, None)
+    found, _ = load(smoothed, folder, tmp_path / "store" / quantize_key(smoothed))
+    tokens = windows(2)
+    with torch.no_grad():
+        expected, logits = full(tokens).logits, found(tokens).logits
+    assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_hessians_are_of_the_divided_inputs(tiny_model: Any, tmp_path: Path) -> None:
+    """Queries, keys and values are divided by scales of their own, so GPTQ behind it gets a Hessian for each: with 8 bits,
+    in company or alone, the checkpoint is close to the model and the same to the byte."""
+    from small import cell, content, failures, part, quantize
+
+    from harness.cell import Method, quantize_key
+
+    folder = tiny_model("llama")
+    method = Method("bi_gptq", part("bi_smoothing", "transform"), part("gptq", sequential=True))
+    one, other = cell(folder, method, bits=8), cell(folder, method, bits=4)
+    assert not failures(quantize([one], folder, tmp_path / "alone"))
+    assert not failures(quantize([other, one], folder, tmp_path / "company"))
+    key = quantize_key(one)
+    alone, company = content(tmp_path / "alone" / key), content(tmp_path / "company" / key)
+    assert alone == company
+    errors = [entry["output_error"] for entry in alone["manifest.json"]["layer_errors"]]
+    assert len(errors) == 3 * 7 and max(errors) < 1e-3
