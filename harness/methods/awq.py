@@ -25,9 +25,11 @@ import torch
 from torch import Generator, Tensor
 
 from harness.errors import MethodError
-from harness.methods.protocols import BlockView, Evidence, ScalePair, Scheme, Shapes, WeightScheme, check_uniform
-from harness.numerics.grids import CONVENTIONS, fit
-from harness.numerics.weights import QuantizedWeight, UniformWeight
+from harness.methods.protocols import (
+    BlockView, Evidence, ScalePair, Scheme, Shapes, WeightScheme, check_grid, fold_scales, repeat_scales,
+)
+from harness.numerics.grids import CONVENTIONS, Fitting
+from harness.numerics.weights import QuantizedWeight, on_grid
 
 QUERY_AND_KEY = ("q_", "k_", "query", "key", "Wqkv")
 
@@ -36,7 +38,7 @@ def _nearest(weight: Tensor, scheme: WeightScheme, convention: str) -> Tensor:
     """weight [out, in] on the grid of its groups, in numbers."""
     size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = weight.reshape(weight.shape[0], -1, size)
-    grid = fit(grouped, int(scheme.bits), scheme.symmetric, convention, scheme.scale_dtype)
+    grid = Fitting.of(weight, scheme, convention).fit(grouped)
     return grid.nearest(grouped).reshape(weight.shape)
 
 
@@ -71,8 +73,8 @@ class Transform:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """Integer grids whose groups divide every layer, in a family that states where scales can be folded."""
-        reasons = check_uniform(scheme, shapes, convention=self.settings.grid)
+        """Formats whose groups divide every layer, in a family that states where scales can be folded."""
+        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
         if not shapes.pairs:
             reasons.append(f'family "{shapes.family}" states no place where a scale can be folded')
         return reasons
@@ -91,7 +93,7 @@ class Transform:
             scales, notes[title] = self._search(block, pair, scheme)
             chosen.append((pair, scales))
         for pair, scales in chosen:
-            _fold(block, pair, scales)
+            fold_scales(block, pair, scales)
         return {"scales": notes, "left_out": left_out}
 
     def _search(self, block: BlockView, pair: ScalePair, scheme: Scheme) -> tuple[Tensor, dict[str, float]]:
@@ -108,7 +110,7 @@ class Transform:
             ratio = step / self.settings.exponents
             scales = activity.pow(ratio).clamp(min=1e-4)
             scales = scales / (scales.max() * scales.min()).sqrt()
-            columns = _repeat(scales, pair, block.shapes)
+            columns = repeat_scales(scales, pair, block.shapes)
             rounded = {
                 name: _nearest(weight * columns, schemes[name], self.settings.grid) / columns for name, weight in weights.items()
             }
@@ -162,33 +164,6 @@ def _same_shape(block: BlockView, pair: ScalePair) -> bool:
     return all(block.linear(name).weight.shape == block.linear(pair.producer).weight.shape for name in pair.consumers)
 
 
-def _repeat(scales: Tensor, pair: ScalePair, shapes: Shapes) -> Tensor:
-    """Scales of the producer's channels as scales of the consumers' input channels."""
-    if pair.repeats == 1:
-        return scales
-    return scales.reshape(-1, 1, shapes.head_dim).expand(-1, pair.repeats, -1).reshape(-1)
-
-
-def _fold(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
-    """Divide the producer by scales and multiply the consumers' columns, in place."""
-    if pair.kind == "norm":
-        norm = block.module.get_submodule(pair.producer)
-        weight, bias = norm.weight, getattr(norm, "bias", None)
-        weight.copy_((weight.float() + pair.offset) / scales - pair.offset)    # type: ignore[operator]
-        if bias is not None:
-            bias.copy_(bias.float() / scales)                              
-    else:
-        linear = block.linear(pair.producer)
-        rows = scales.numel()                                                  # of a fused q, k, v: the last ones, the values
-        linear.weight[-rows:] = (linear.weight[-rows:].float() / scales[:, None]).to(linear.weight.dtype)
-        if linear.bias is not None:
-            linear.bias[-rows:] = (linear.bias[-rows:].float() / scales).to(linear.bias.dtype)
-    columns = _repeat(scales, pair, block.shapes)
-    for name in pair.consumers:
-        weight = block.linear(name).weight
-        weight.copy_(weight.float() * columns)
-
-
 class Rounding:
     """Clipping search, then round to nearest."""
 
@@ -224,8 +199,8 @@ class Rounding:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """Integer grids of 2 to 8 bits whose groups divide every layer."""
-        return check_uniform(scheme, shapes, convention=self.settings.grid)
+        """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
+        return check_grid(scheme, shapes, convention=self.settings.grid)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
@@ -237,6 +212,7 @@ class Rounding:
         settings = self.settings
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
+        fitting = Fitting.of(weight, scheme, settings.grid)
         is_query_or_key = any(part in name.rpartition(".")[2] for part in QUERY_AND_KEY)
         if settings.clip and scheme.group_size != -1 and not is_query_or_key:
             moments = evidence.once(
@@ -248,21 +224,19 @@ class Rounding:
                     f"{name}: the calibration inputs hold NaN or infinity; load the model in a wider dtype (model.dtype=float32) "
                     "or use other calibration text"
                 )
-            bound = self._clip(grouped, moments, scheme)
+            bound = self._clip(grouped, moments, fitting)
             grouped = grouped.clamp(-bound, bound)
-        grid = fit(grouped, int(scheme.bits), scheme.symmetric, settings.grid, scheme.scale_dtype)
-        codes = grid.quantize(grouped)
-        return UniformWeight.from_grid(codes, grid, symmetric=scheme.symmetric, scale_dtype=scheme.scale_dtype)
+        grid = fitting.fit(grouped)
+        return on_grid(grid.quantize(grouped), grid, scheme)
 
-    def _clip(self, grouped: Tensor, moments: Tensor, scheme: WeightScheme) -> Tensor:
+    def _clip(self, grouped: Tensor, moments: Tensor, fitting: Fitting) -> Tensor:
         """The largest magnitude to keep in each group [out, groups, 1]: least dᵀ M d, the first of equals."""
         largest = grouped.abs().amax(-1, keepdim=True)
         best, lowest = largest.clone(), torch.full_like(largest, torch.inf)
         for step in range(self.settings.clip_steps):
             bound = largest * (1 - step / 20)
             clipped = grouped.clamp(-bound, bound)
-            grid = fit(clipped, int(scheme.bits), scheme.symmetric, self.settings.grid, scheme.scale_dtype)
-            change = (grid.nearest(clipped) - grouped).transpose(0, 1)         # [groups, out, g]
+            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(0, 1)         # [groups, out, g]
             error = (torch.bmm(change, moments) * change).sum(-1, keepdim=True).transpose(0, 1)
             better = error < lowest
             lowest = torch.where(better, error, lowest)

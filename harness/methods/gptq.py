@@ -11,6 +11,7 @@ Updates reach the columns of the current block of `block_size` at once and all l
 As in the authors' code: one grid per channel is fitted before dead columns (zero diagonal) are set to 0, grids of groups after;
 a group inside a block is fitted on the weights as they were at the start of that block, so with group_size < block_size only the
 first group of a block has seen all updates; damping is relative to the mean diagonal after dead entries became 1.
+In formats without zero points (nf4, fp8_e4m3, mxfp4, …) q_j is the nearest element times the scale of its block.
 Where we differ: codes are kept, not only their values; scales are rounded to the type in which they are stored before the
 columns are, so that errors of the storage type are fed back too (scale_dtype float32 gives the authors' numbers); a Hessian that
 is not positive definite fails the cell; columns of equal diagonal keep their order under act_order.
@@ -18,17 +19,18 @@ is not positive definite fails the cell; columns of equal diagonal keep their or
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_grid
 from harness.numerics.feedback import Columns, feed_forward
-from harness.numerics.grids import CONVENTIONS, Grid, fit, shrink_range
+from harness.numerics.grids import CONVENTIONS, Fitting
 from harness.numerics.hessians import Factor, factored
-from harness.numerics.weights import QuantizedWeight, UniformWeight
+from harness.numerics.weights import QuantizedWeight, on_grid
 
 
 class Rounding:
@@ -76,8 +78,8 @@ class Rounding:
         return self.settings.sequential
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """Integer grids of 2 to 8 bits whose groups divide every layer."""
-        return check_uniform(scheme, shapes, convention=self.settings.grid)
+        """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
+        return check_grid(scheme, shapes, convention=self.settings.grid)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
@@ -96,26 +98,22 @@ class Rounding:
             raise MethodError(f"{name}: {error}") from error
         return self._round(weight, factor, scheme)
 
-    def _fit(self, values: Tensor, scheme: WeightScheme) -> Grid:
-        find = shrink_range if self.settings.range_search else fit
-        return find(values, int(scheme.bits), scheme.symmetric, self.settings.grid, scheme.scale_dtype)
-
-    def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> UniformWeight:
+    def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
         rows, columns = weight.shape
         size = columns if scheme.group_size == -1 else scheme.group_size
         groups = columns // size
-        top = 2 ** int(scheme.bits) - 1
         order = factor.order
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
-        channel_grid = self._fit(weight, scheme) if scheme.group_size == -1 else None
+        fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
+        form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])        # of all grids; one per channel: the grid
         w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)
-        if channel_grid is not None:
-            scale[0], zero[0] = channel_grid.scale[:, 0], channel_grid.zero[:, 0]
+        if scheme.group_size == -1:
+            scale[0], zero[0] = form.scale[:, 0], form.zero[:, 0]
         elif not dynamic:
-            grid = self._fit(w.reshape(rows, groups, size), scheme)
+            grid = fitting.fit(w.reshape(rows, groups, size))
             scale.copy_(grid.scale[..., 0].T)
             zero.copy_(grid.zero[..., 0].T)
         if order is not None:
@@ -129,12 +127,12 @@ class Rounding:
             if dynamic and column == matrix.start:                             # fit all groups that begin in this block
                 first, last = -(-column // size), -(-(column + matrix.block.shape[1]) // size)
                 if first < last:
-                    grid = self._fit(matrix.weight[:, first * size:last * size].reshape(rows, last - first, size), scheme)
+                    grid = fitting.fit(matrix.weight[:, first * size:last * size].reshape(rows, last - first, size))
                     scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
-            s, z = scale[group_of[column]], zero[group_of[column]]
-            code = torch.round(matrix[column] / s).add_(z).clamp_(0, top)
+            grid = dataclasses.replace(form, scale=scale[group_of[column]], zero=zero[group_of[column]])
+            code = grid.quantize(matrix[column])
             codes[column] = code
-            return s * (code - z)
+            return grid.dequantize(code)
 
         feed_forward(w, factor.upper, round_column, block_size=self.settings.block_size)
 
@@ -148,5 +146,5 @@ class Rounding:
             if dynamic and groups > 1:
                 column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
                 column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
-        zeros = None if scheme.symmetric else zero.T.contiguous()
-        return UniformWeight(codes, scale.T.contiguous(), zeros, int(scheme.bits), scheme.scale_dtype, column_group)
+        grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
+        return on_grid(codes, grid, scheme, column_group)

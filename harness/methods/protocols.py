@@ -23,7 +23,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Generator, Tensor, nn
 
 from harness.cell import Scheme, WeightScheme
-from harness.numerics.grids import CONVENTIONS, SCALE_DTYPES
+from harness.errors import unknown_name
+from harness.numerics.grids import CONVENTIONS
+from harness.numerics.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
@@ -78,9 +80,9 @@ class LinearShape:
     group: str
     bias: bool = False
     expert: bool = False
-
-
     fused: bool = False                         # shares its parameter, and so its input at run time, with other matrices
+
+
 @dataclass(frozen=True)
 class ScalePair:
     """A place where a diagonal scale on the input of `consumers` can be folded into what produces that input.
@@ -115,9 +117,9 @@ class Shapes:
     parameters: int                             # of the whole model
     tied_head: bool = False
     rotations: bool = False                     # residual-stream rotations leave the function unchanged (RMSNorm only)
+    ends: tuple[str, str, str] | None = None    # parameters of embeddings, final norm and head, where rotations are allowed
     query_key: tuple[str, str] | None = None    # linears that make queries and keys, with nothing but rotary positions (halves of
                                                 # a head turned against each other) between them and their product
-    ends: tuple[str, str, str] | None = None    # parameters of embeddings, final norm and head, where rotations are allowed
     experts: int = 0
     notes: tuple[str, ...] = ()
 
@@ -133,13 +135,13 @@ class BlockView(Protocol):
 
     def linear(self, name: str) -> nn.Linear: ...
 
-    def inputs(self) -> Sequence[Tensor]:
-        """The block's own inputs, one tensor [1, length, hidden] per calibration sequence."""
     def set_input(self, name: str, kind: str, value: Tensor) -> None:
         """From now on, and in the loaded model, the linear's input is transformed before it is rounded (`numerics.inputs`):
         kind "input_scale", value [in]; or "input_hadamard", value [.., 3] integers. Raises MethodError for a fused matrix."""
         ...
 
+    def inputs(self) -> Sequence[Tensor]:
+        """The block's own inputs, one tensor [1, length, hidden] per calibration sequence."""
         ...
 
     def references(self) -> Sequence[Tensor]:
@@ -252,8 +254,6 @@ class Tuning(Protocol):
         ...
 
 
-def check_uniform(
-    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None
 def repeat_scales(scales: Tensor, pair: ScalePair, shapes: Shapes) -> Tensor:
     """Scales of the producer's channels as scales of the consumers' input channels."""
     if pair.repeats == 1:
@@ -281,25 +281,44 @@ def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
         weight.copy_(weight.float() * columns)
 
 
+def check_uniform(
+    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None
 ) -> list[str]:
     """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
 
     One reason per kind of problem, naming every layer it concerns. convention: also that this grid exists for the scheme.
     """
+    return _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
+
+
+def check_grid(scheme: Scheme, shapes: Shapes, *, convention: str) -> list[str]:
+    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
+    return _check_grids(scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES)
+
+
+def _check_grids(
+    scheme: Scheme, shapes: Shapes, bits: Collection[int], convention: str | None, formats: Collection[str], scales: Collection[str]
+) -> list[str]:
     widths = f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
     reasons: list[str] = []
     undivided: dict[int, dict[str, None]] = {}                    # group size -> layers, in order, each once
     for weight, linears in _weight_schemes(scheme, shapes):
-        if weight.format != "int":
+        if weight.format in formats:
+            reasons += _check_format(weight, scales)
+        elif weight.format != "int" and formats:
+            reasons.append(unknown_name("number format", weight.format, ("int", *formats)))
+            continue
+        elif weight.format != "int":
             reasons.append(f'format "{weight.format}" is not an integer grid; use scheme.weight.format=int or a method made for it')
             continue
-        if weight.bits not in bits:
-            reasons.append(f"{weight.bits:g} bits; this method rounds to whole widths of {widths}")
-        if weight.scale_dtype not in SCALE_DTYPES:
-            reasons.append(f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}')
+        else:
+            if weight.bits not in bits:
+                reasons.append(f"{weight.bits:g} bits; this method rounds to whole widths of {widths}")
+            if weight.scale_dtype not in scales:
+                reasons.append(f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(scales)}')
         if convention is not None and convention not in CONVENTIONS:
             reasons.append(f'no grid "{convention}"; known: {", ".join(CONVENTIONS)}')
-        elif convention == "compressed" and not weight.symmetric:
+        elif convention == "compressed" and weight.format == "int" and not weight.symmetric:
             reasons.append('grid "compressed" is symmetric only; use a symmetric scheme or another grid')
         size = weight.group_size
         if size != -1 and size < 2:
@@ -310,6 +329,19 @@ def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
                     undivided.setdefault(size, {})[f"{linear.name} ({linear.in_features})"] = None
     reasons += [f"group size {size} does not divide in_features of {', '.join(layers)}" for size, layers in undivided.items()]
     return list(dict.fromkeys(reasons))
+
+
+def _check_format(weight: WeightScheme, scales: Collection[str]) -> Iterator[str]:
+    """Reasons why a scheme contradicts what its format fixes."""
+    name, fixed = weight.format, FORMATS[weight.format]
+    if weight.bits != fixed.bits:
+        yield f"{name} has {fixed.bits} bits, not {weight.bits:g}; set scheme.weight.bits={fixed.bits}"
+    if fixed.block is not None and weight.group_size != fixed.block:
+        yield f"{name} has blocks of {fixed.block}, not group_size {weight.group_size}; set scheme.weight.group_size={fixed.block}"
+    if fixed.scale_dtype is not None and weight.scale_dtype != fixed.scale_dtype:
+        yield f"{name} has {fixed.scale_dtype} scales; set scheme.weight.scale_dtype={fixed.scale_dtype}, not {weight.scale_dtype}"
+    elif fixed.scale_dtype is None and weight.scale_dtype not in scales:
+        yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(scales)}'
 
 
 def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:

@@ -6,6 +6,7 @@ per group of input channels.
 What papers call RTN differs in the grid, so the grid is a setting: GPTQ (arXiv 2210.17323) widens the range to hold zero, AWQ
 (2306.00978) does not and clamps the zero point, OmniQuant (2308.13137) leaves the zero point free, compressed-tensors uses
 2 max|w| / (2^bits - 1). GPTQ's own RTN rows ignore the group size; here the scheme decides.
+In formats without zero points (nf4, fp8_e4m3, mxfp4, …) w' is the nearest element times the scale of its block, whatever the grid.
 range_search is GPTQ's "mse" option: the range shrunk in 80 steps of 1 %, the smallest sum of |w' - w|^2.4 taken.
 """
 
@@ -17,9 +18,9 @@ import torch
 from torch import Generator, Tensor
 
 from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform
-from harness.numerics.grids import CONVENTIONS, fit, shrink_range
-from harness.numerics.weights import QuantizedWeight, UniformWeight
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_grid
+from harness.numerics.grids import CONVENTIONS, Fitting
+from harness.numerics.weights import QuantizedWeight, on_grid
 
 
 class Rounding:
@@ -46,8 +47,8 @@ class Rounding:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """Integer grids of 2 to 8 bits whose groups divide every layer."""
-        return check_uniform(scheme, shapes, convention=self.settings.grid)
+        """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
+        return check_grid(scheme, shapes, convention=self.settings.grid)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
@@ -57,7 +58,5 @@ class Rounding:
             raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
-        find = shrink_range if self.settings.range_search else fit
-        grid = find(grouped, int(scheme.bits), scheme.symmetric, self.settings.grid, scheme.scale_dtype)
-        codes = grid.quantize(grouped)
-        return UniformWeight.from_grid(codes, grid, symmetric=scheme.symmetric, scale_dtype=scheme.scale_dtype)
+        grid = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search).fit(grouped)
+        return on_grid(grid.quantize(grouped), grid, scheme)

@@ -13,18 +13,11 @@ from harness.numerics.packing import pack, unpack
 from harness.numerics.sparse import Outliers
 from harness.numerics.weights import QuantizedWeight
 
-# 16 quantiles of the normal distribution with an exact zero, divided by the largest: QLoRA (arXiv 2305.14314), appendix E.
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)
-
 
 def normal_quantiles() -> Tensor:
     """The NF4 table from its definition, [16] float32: quantiles of evenly spaced probabilities, 8 above zero and 7 below.
 
-    Equal to the constants of `NF4` up to the float noise of the quantile function.
+    Equal to the constants of `number_formats.NF4` up to the float noise of the quantile function.
     """
     outermost = 0.9677083
     positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from harness.numerics.grids import SCALE_DTYPES, Grid
+from harness.cell import WeightScheme
+from harness.numerics.grids import SCALE_DTYPES, Grid, decode, pack_scales, unpack_scales
+from harness.numerics.number_formats import FORMATS
 from harness.numerics.packing import pack, unpack
 
 
@@ -90,6 +92,7 @@ class UniformWeight(QuantizedWeight):
     zero          [out, groups] float32, or None: 2^(bits-1) everywhere (symmetric). Stored as codes when all zeros are
                   integers of 0 .. 2^bits - 1, else in scale_dtype, or float32 where that would round them.
     column_group  [in] int32, the group of each column where groups are not consecutive (act-order); None: column // group size
+    tensor_scale  [1] float32 where scale_dtype is float8_e4m3: scale is an E4M3 number times it
     """
 
     kind = "uniform"
@@ -99,6 +102,7 @@ class UniformWeight(QuantizedWeight):
     bits: int
     scale_dtype: str = "float16"
     column_group: Tensor | None = None
+    tensor_scale: Tensor | None = None
 
     @classmethod
     def from_grid(cls, codes: Tensor, grid: Grid, *, symmetric: bool, scale_dtype: str) -> Self:
@@ -106,7 +110,7 @@ class UniformWeight(QuantizedWeight):
         rows = codes.shape[0]
         scale = grid.scale.reshape(rows, -1)
         zero = None if symmetric else grid.zero.reshape(rows, -1)
-        return cls(codes.reshape(rows, -1).to(torch.uint8), scale, zero, grid.bits, scale_dtype)
+        return cls(codes.reshape(rows, -1).to(torch.uint8), scale, zero, grid.bits, scale_dtype, tensor_scale=grid.tensor_scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,8 +133,8 @@ class UniformWeight(QuantizedWeight):
         return (self.scale.unsqueeze(-1) * centred).reshape(rows, columns)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        target = SCALE_DTYPES[self.scale_dtype]
-        tensors = {"codes": pack(self.codes, self.bits), "scale": self.scale.to(target).contiguous()}
+        target = SCALE_DTYPES.get(self.scale_dtype, torch.float16)             # of zero points that are not codes
+        tensors = {"codes": pack(self.codes, self.bits), **pack_scales(self.scale, self.scale_dtype, self.tensor_scale)}
         meta: dict[str, Any] = {"shape": list(self.shape), "bits": self.bits, "scale_dtype": self.scale_dtype, "zero": "none"}
         if self.zero is not None:
             if bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.bits)).all()):
@@ -139,14 +143,13 @@ class UniformWeight(QuantizedWeight):
                 exact = torch.equal(self.zero.to(target).float(), self.zero)
                 tensors["zero"], meta["zero"] = self.zero.to(target if exact else torch.float32).contiguous(), "float"
         if self.column_group is not None:
-            few = self.scale.shape[1] <= 256
-            tensors["column_group"] = self.column_group.to(torch.uint8 if few else torch.int16)
+            tensors["column_group"] = _narrow(self.column_group, self.scale.shape[1])
         return tensors, meta
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         rows, columns = meta["shape"]
-        bits, scale = meta["bits"], tensors["scale"].float()
+        bits, scale = meta["bits"], unpack_scales(tensors, meta["scale_dtype"])
         zero: Tensor | None = None
         if meta["zero"] == "codes":
             zero = unpack(tensors["zero"], bits, scale.numel()).float().reshape(scale.shape)
@@ -154,4 +157,70 @@ class UniformWeight(QuantizedWeight):
             zero = tensors["zero"].float()
         group = tensors.get("column_group")
         codes = unpack(tensors["codes"], bits, rows * columns).reshape(rows, columns)
-        return cls(codes, scale, zero, bits, meta["scale_dtype"], None if group is None else group.to(torch.int32))
+        column_group = None if group is None else group.to(torch.int32)
+        return cls(codes, scale, zero, bits, meta["scale_dtype"], column_group, tensors.get("tensor_scale"))
+
+
+@dataclass(frozen=True)
+class ElementWeight(QuantizedWeight):
+    """scale * element(code) in a format of `number_formats`, one scale per row and group of consecutive input channels.
+
+    codes         [out, in] uint8, the format's own codes: sign in the highest bit of floats, two's complement in mxint8
+    scale         [out, groups] float32, exact in scale_dtype
+    tensor_scale, column_group as in UniformWeight
+    """
+
+    kind = "element"
+    codes: Tensor
+    scale: Tensor
+    format: str
+    scale_dtype: str = "float16"
+    column_group: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Input channels per group; the row length when there is one group."""
+        return self.shape[1] // self.scale.shape[1]
+
+    def dequantize(self) -> Tensor:
+        values = decode(self.codes, FORMATS[self.format].element)
+        if self.column_group is not None:
+            return self.scale[:, self.column_group.long()] * values
+        return (self.scale.unsqueeze(-1) * values.reshape(*self.scale.shape, -1)).reshape(self.shape)
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {"codes": pack(self.codes, FORMATS[self.format].bits)}
+        tensors |= pack_scales(self.scale, self.scale_dtype, self.tensor_scale)
+        if self.column_group is not None:
+            tensors["column_group"] = _narrow(self.column_group, self.scale.shape[1])
+        return tensors, {"shape": list(self.shape), "format": self.format, "scale_dtype": self.scale_dtype}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        rows, columns = meta["shape"]
+        codes = unpack(tensors["codes"], FORMATS[meta["format"]].bits, rows * columns).reshape(rows, columns)
+        scale = unpack_scales(tensors, meta["scale_dtype"])
+        group = tensors.get("column_group")
+        column_group = None if group is None else group.to(torch.int32)
+        return cls(codes, scale, meta["format"], meta["scale_dtype"], column_group, tensors.get("tensor_scale"))
+
+
+def on_grid(
+    codes: Tensor, grid: Grid, scheme: WeightScheme, column_group: Tensor | None = None
+) -> UniformWeight | ElementWeight:
+    """The layout of codes [out, groups, g] or [out, in] on a grid with scale [out, groups, 1] or [out, groups]."""
+    rows = codes.shape[0]
+    flat, scale = codes.reshape(rows, -1).to(torch.uint8), grid.scale.reshape(rows, -1)
+    if grid.element is not None:
+        return ElementWeight(flat, scale, scheme.format, scheme.scale_dtype, column_group, grid.tensor_scale)
+    zero = None if scheme.symmetric else grid.zero.reshape(rows, -1)
+    return UniformWeight(flat, scale, zero, grid.bits, scheme.scale_dtype, column_group, grid.tensor_scale)
+
+
+def _narrow(column_group: Tensor, groups: int) -> Tensor:
+    return column_group.to(torch.uint8 if groups <= 256 else torch.int16)

@@ -10,7 +10,8 @@ from torch import Tensor
 from harness.cell import Scheme, WeightScheme
 from harness.errors import MethodError
 from harness.methods.nf4 import NormalFloatWeight, Rounding
-from harness.numerics.codebooks import NF4, dynamic_table, normal_quantiles
+from harness.numerics.codebooks import dynamic_table, normal_quantiles
+from harness.numerics.number_formats import NF4
 
 TABLE = torch.tensor(NF4)
 
@@ -120,3 +121,33 @@ def test_a_damaged_weight_fails_the_cell() -> None:
     weight[1, 1] = torch.nan
     with pytest.raises(MethodError, match="q_proj"):
         quantize(weight)
+
+
+# ---- FP4, and the library itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format_", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(16, 64), (3, 50)])
+def test_it_equals_bitsandbytes(format_: str, double: bool, shape: tuple[int, int]) -> None:
+    """Bit for bit, where the library is installed; short last blocks are where we differ, so they are left out."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = random_weight(*shape)
+    method = Rounding(Rounding.Settings(double_quantization=double))
+    ours = method.round_layer("q_proj", weight, None, WeightScheme(format_, 4, 64), generator())
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=format_, compress_statistics=double)
+    theirs = functional.dequantize_4bit(packed, state)
+    whole = weight.numel() // 64 * 64
+    assert torch.equal(ours.dequantize().flatten()[:whole], theirs.flatten()[:whole])
+    if format_ == "nf4" and whole == weight.numel():
+        assert torch.equal(ours.pack()[0]["codes"], packed.flatten())
+
+
+def test_fp4_has_the_librarys_magnitudes() -> None:
+    method = Rounding(Rounding.Settings())
+    table = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3]) / 12
+    weight = torch.cat((table, -table)).repeat(4)[None] * 3
+    result = method.round_layer("q_proj", weight, None, WeightScheme("fp4", 4, 64), generator())
+    assert isinstance(result, NormalFloatWeight)
+    torch.testing.assert_close(result.dequantize(), weight, rtol=1e-7, atol=0)
+    assert result.codes[0, :8].tolist() == list(range(8)) and result.codes[0, 9:16].tolist() == list(range(9, 16))

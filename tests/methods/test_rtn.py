@@ -125,7 +125,7 @@ def test_overrides_of_single_blocks_are_checked() -> None:
 @pytest.mark.parametrize(("scheme", "part"), [
     (WeightScheme(bits=1), "1 bits"), (WeightScheme(bits=9), "9 bits"), (WeightScheme(bits=2.5), "2.5 bits"),
     (WeightScheme(group_size=0), "group size 0"), (WeightScheme(group_size=1), "group size 1"),
-    (WeightScheme(format="nf4"), 'format "nf4"'), (WeightScheme(scale_dtype="float8"), 'no scale_dtype "float8"'),
+    (WeightScheme(format="nf5"), 'format "nf5"'), (WeightScheme(scale_dtype="float8"), 'no scale_dtype "float8"'),
 ])
 def test_impossible_schemes_say_why(scheme: WeightScheme, part: str) -> None:
     (reason,) = plugins.build("rounding", "rtn", {}).check(Scheme("odd", scheme), llama_shapes())
