@@ -371,6 +371,8 @@ def _mark_best(rows: Sequence[Row], heads: Sequence[ColumnHead]) -> list[Row]:
     """Best of each column among cells of one model and equal bit widths; equal when printed is equal."""
     best: dict[tuple[Any, int], str] = {}       # (group, column) -> printed number
     for index, head in enumerate(heads):
+        if head.column.metric.startswith("checkpoint/"):
+            continue                            # a size is a price paid, not a quality reached
         groups: dict[Any, list[Value]] = {}
         for row in rows:
             number = row.values[index].number

@@ -165,6 +165,7 @@ def measure(model: nn.Module, tokenizer: Any) -> dict[str, float]:
 
 
 def main() -> None:
+    """Train by the recipe from the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model and write its folder.")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write; default: the shipped model")
     parser.add_argument("--steps", type=int, default=STEPS, help="training steps; fewer for a trial")
