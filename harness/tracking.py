@@ -28,6 +28,7 @@ import math
 import os
 import re
 import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -407,11 +408,15 @@ def serve(runtime: Runtime, port: int = 5000) -> int:
     command = ui_command(runtime.tracking, runtime.runs, port)
     print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
     process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)    # a terminated command takes its server with it
     try:
         return process.wait()
     except KeyboardInterrupt:
+        process.terminate()
         process.wait()
         return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _artifact_folder(runs: Path) -> Path:
