@@ -116,7 +116,11 @@ class WeightScheme:
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """How the inputs of the quantized linears are rounded at run time. granularity: token, tensor or group."""
+    """How the inputs of the quantized linears are rounded at run time.
+
+    granularity        token, tensor or group
+    outlier_threshold  channels of a sequence that reach it stay as they are (LLM.int8()); 0: none do
+    """
 
     format: str = "int"
     bits: int = 8
@@ -125,6 +129,7 @@ class ActivationScheme:
     symmetric: bool = True
     dynamic: bool = True
     grid: str = "smoothquant"
+    outlier_threshold: float = 0.0
 
 
 @dataclass(frozen=True)

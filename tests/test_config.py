@@ -77,7 +77,7 @@ def test_every_model_resolves_without_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", [entry.name for entry in list_names("schemes") if entry.name != "full"])
 def test_every_scheme_resolves(name: str) -> None:
-    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={name}"]))
+    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "calibration=demo", f"scheme={name}"]))
     assert cell.scheme.name == name
 
 

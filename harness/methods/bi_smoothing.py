@@ -3,9 +3,9 @@
 The Uniqueness of LLaMA3-70B Series with Per-Channel Quantization (arXiv 2408.15301, version 2).
 
 For y = W x, per input channel j, with mx_j the median over sequences of the largest |x_j| of a sequence ("max_med"; "max_max":
-the largest over sequences) and mw_j = max_i |W_ij|: s_j = sqrt(mx_j / (mw_j + 1e-8)) / T, W' = W diag(s), x' = x / s. With T = 1 both
-sides have channel maximum sqrt(mx mw). Where a few weights are huge, as in early blocks of LLaMA3-70B, s is far below 1: the opposite
-of SmoothQuant's usual case, whose formula with strength 0.5 this is, for every linear and at run time.
+the largest over sequences) and mw_j = max_i |W_ij|: s_j = sqrt(mx_j / (mw_j + 1e-8)) / T, W' = W diag(s), x' = x / s. With T = 1
+both sides have channel maximum sqrt(mx mw). Where a few weights are huge, as in early blocks of LLaMA3-70B, s is far below 1: the
+opposite of SmoothQuant's usual case, whose formula with strength 0.5 this is, for every linear and at run time.
 
 As in the author's code (jybbjybb/llama_quant): each linear has its own s, inputs are divided at run time, statistics are of the
 unrounded model (inputs=full_precision). There statistics come from the first batch that a layer sees, here from the calibration
@@ -67,7 +67,8 @@ class Transform:
             reasons.append(f"the model has {shapes.blocks} blocks, so none of index {', '.join(map(str, beyond))}")
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if fused and not self.settings.fold:
-            reasons.append(f"run-time scales need linears of their own; fused here: {', '.join(dict.fromkeys(fused))}; use fold=true")
+            names = ", ".join(dict.fromkeys(fused))
+            reasons.append(f"run-time scales need linears of their own; fused here: {names}; use fold=true")
         if self.settings.fold and not any(pair.kind == "norm" for pair in shapes.pairs):
             reasons.append(f'family "{shapes.family}" states no norm whose output can be scaled')
         return reasons
@@ -99,5 +100,8 @@ class Transform:
         weights = torch.stack([block.linear(name).weight.float().abs().amax(0) for name in names]).amax(0)
         scales = (activations.clamp(min=SMALLEST) / (weights + SMALLEST)).sqrt() / self.settings.divisor
         if not bool(torch.isfinite(scales).all()):
-            raise MethodError(f"block {block.index}: the scales of {', '.join(names)} are not finite; the model needs a wider dtype")
+            raise MethodError(
+                f"block {block.index}: the scales of {', '.join(names)} are not finite; load the model in a wider dtype "
+                "(model.dtype=float32)"
+            )
         return scales

@@ -4,10 +4,11 @@ SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Languag
 
 Objective: X W = (X diag(s)⁻¹)(diag(s) W) (eq. 3) with both factors easy to round; per input channel j (eq. 4)
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), the weight's maximum over all linears that read the input. The division goes into the
-norm before them, so nothing is left to do at run time. s may be below 1: a channel that is large in the weights moves the other way.
+norm before them, so nothing is left to do at run time. s may be below 1: a channel large in the weights moves the other way.
 
-As in the authors' code: maxima floored at 1e-5, s floored at 1e-5, only norm → linear pairs. Where we differ: s in float32, theirs in
-the weights' dtype; activation maxima are of the cell's input stream (theirs: inputs=full_precision, which method YAMLs state).
+As in the authors' code: the weights' maxima and s are floored at 1e-5, and only norm → linear pairs are smoothed. Where we differ:
+s in float32, theirs in the weights' dtype; maxima are of the cell's input stream (theirs: inputs=full_precision, as the method's
+YAML says), floored at 1e-5 as well, so that alpha = 1 and a dead channel give no zero.
 down adds up_proj → down_proj, as later published recipes do; direction "activation_to_weight" clamps s to at least 1, the ablation
 that cannot repair outliers of the weights; run_time leaves norms alone and divides inputs when the model runs.
 """

@@ -10,12 +10,17 @@ With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("t
                                                                                    the range need not hold zero
     asymmetric    (hi - lo) / (2^b - 1)              shifted by round(-lo/scale)   GPTQ's rule; of every other grid's name
 
-format float8_e4m3 and float8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
+formats fp8_e4m3 and fp8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
 activation's own dtype, as the references do.
+
+outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others are
+rounded with a scale over the values below t, those of outlier channels among them. Outlier channels are those of one sequence,
+never of its batch mates. The product with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -25,7 +30,7 @@ from harness.cell import ActivationScheme
 
 GRIDS = ("smoothquant", "compressed", "llama_quant", "omniquant")
 GRANULARITIES = ("token", "tensor", "group")
-FLOATS = {"float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 Round = Callable[[Tensor], Tensor]
 
@@ -35,6 +40,11 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
 
     to_integers: torch.round, or a rounding that lets gradients through (`learning.round_through`).
     """
+    if scheme.outlier_threshold > 0:
+        large = x.abs() >= scheme.outlier_threshold
+        kept = large.any(dim=tuple(range(1 if x.ndim > 2 else 0, x.ndim - 1)), keepdim=True)
+        rest = round_dynamic(x.masked_fill(large, 0), dataclasses.replace(scheme, outlier_threshold=0.0), to_integers)
+        return torch.where(kept, x, rest)
     if scheme.granularity == "group":
         groups = x.unflatten(-1, (-1, scheme.group_size))
         return round_to_range(groups, *_range(groups, (-1,)), scheme, to_integers).flatten(-2)

@@ -48,6 +48,10 @@ def _problems(scheme: ActivationScheme) -> list[str]:
         problems.append(unknown_name("activation granularity", scheme.granularity, GRANULARITIES))
     if scheme.format == "int" and not 2 <= scheme.bits <= 16:
         problems.append(f"activations of {scheme.bits} bits: 2 to 16 are possible")
+    if scheme.outlier_threshold and (scheme.granularity != "token" or not scheme.dynamic or scheme.format != "int"):
+        problems.append("activation outliers are kept apart with dynamic integer scales per token only (LLM.int8())")
+    if scheme.outlier_threshold < 0:
+        problems.append(f"activation outlier_threshold {scheme.outlier_threshold:g} is negative; 0 keeps no channel apart")
     if not scheme.dynamic and scheme.granularity != "tensor":
         problems.append(f"static activation scales are one number per linear; granularity {scheme.granularity} needs dynamic: true")
     return problems

@@ -143,22 +143,21 @@ class StreamedBlock:
         self.index, self.module, self.evidence = index, module, evidence
         self._blocks, self._original, self._hidden, self._references = blocks, original, hidden, references
         self._slots = {slot.name: slot for slot in blocks.slots(index)}
-        self.shapes = self._own(blocks.shapes, without_evidence)
+        self.shapes, self.left_out = self._own(blocks.shapes, without_evidence)
         self._regions: dict[tuple[str, int], Call] = {}
         self._pristine: nn.Module | None = None
         self.notes: dict[str, Any] = {}
 
-    def _own(self, shapes: Shapes, without_evidence: Collection[str]) -> Shapes:
-        """What of the model's shapes is true of this block: blocks may differ."""
-        def here(name: str) -> bool:
-            return name in self._slots and name not in without_evidence
-
+    def _own(self, shapes: Shapes, without_evidence: Collection[str]) -> tuple[Shapes, tuple[str, ...]]:
+        """What of the model's shapes is true of this block, for blocks may differ; and the pairs that lack evidence, in words."""
         linears = tuple(linear for linear in shapes.linears if linear.name in self._slots)
-        pairs = tuple(
+        here = [
             pair for pair in shapes.pairs
-            if all(map(here, pair.consumers)) and (pair.kind == "norm" or pair.producer in self._slots)
-        )
-        return dataclasses.replace(shapes, linears=linears, pairs=pairs)
+            if all(name in self._slots for name in pair.consumers) and (pair.kind == "norm" or pair.producer in self._slots)
+        ]
+        offered = tuple(pair for pair in here if not set(pair.consumers) & set(without_evidence))
+        left_out = tuple(f"{pair.producer} → {', '.join(pair.consumers)}" for pair in here if pair not in offered)
+        return dataclasses.replace(shapes, linears=linears, pairs=offered), left_out
 
     def linear(self, name: str) -> nn.Linear:
         """The linear itself, or a stand-in over the part of a fused parameter; write to its weight in place."""
@@ -178,7 +177,9 @@ class StreamedBlock:
     def set_input(self, name: str, kind: str, value: Tensor) -> None:
         slot = self._slots[name]
         if not slot.is_whole:
-            raise MethodError(f"block {self.index}, {name}: a fused matrix shares its input, which cannot be transformed for it alone")
+            raise MethodError(
+                f"block {self.index}, {name}: a fused matrix shares its input, which cannot be transformed for it alone"
+            )
         hold(self.module.get_submodule(slot.parameter.rpartition(".")[0]), kind, value)
 
     def inputs(self) -> Sequence[Tensor]:

@@ -22,8 +22,8 @@ CONF = Path(__file__).parents[2] / "conf"
 SLOTS = ("transform", "rounding", "tuning")
 PLUGINS = [(slot, name) for slot in SLOTS for name in plugins.find(slot)]
 ROUNDINGS = list(plugins.find("rounding"))
-FORMATS = ("int", "nf4", "fp4", "fp8", "fp8_e4m3", "mx", "any")
-WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 1.08, 1.7, 2.7)
+FORMATS = ("int", "nf4", "dense", "fp4", "fp8", "fp8_e4m3", "mx", "any")
+WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
 
 
 # Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights.

@@ -68,7 +68,7 @@ def test_asymmetric_grids_hold_one_sided_inputs_better() -> None:
 
 def test_float8() -> None:
     x = inputs()
-    e4m3, e5m2 = (rounded(x, format=f"float8_{kind}") for kind in ("e4m3", "e5m2"))
+    e4m3, e5m2 = (rounded(x, format=f"fp8_{kind}") for kind in ("e4m3", "e5m2"))
     assert (e4m3 - x).norm() < (e5m2 - x).norm() < 0.1 * x.norm()
     assert torch.allclose(e4m3.abs().amax(-1), x.abs().amax(-1))
 
@@ -105,3 +105,60 @@ def test_cache_rounding() -> None:
     for axis in ("token", "channel"):
         assert torch.allclose(round_cache(x, 16, 8, axis), x, atol=1e-3)
         assert torch.equal(round_cache(torch.ones(1, 1, 8, 8), 2, 8, axis), torch.ones(1, 1, 8, 8))
+
+
+# --- LLM.int8()'s decomposition ------------------------------------------------------------------------------------------------
+
+
+def test_a_threshold_that_nothing_reaches_changes_nothing() -> None:
+    x = inputs()
+    assert torch.equal(rounded(x, outlier_threshold=float(x.abs().max()) + 1), rounded(x))
+
+
+def test_a_tiny_threshold_keeps_every_channel() -> None:
+    x = inputs().clamp(min=0.1)
+    assert torch.equal(rounded(x, outlier_threshold=1e-6), x)
+
+
+def test_outlier_channels_stay_and_their_small_values_still_count_for_the_scale() -> None:
+    x = torch.tensor([[[1.0, 0.3, 0.2], [0.5, 9.0, 0.1], [0.1, 2.0, 0.4]]])
+    found = rounded(x, outlier_threshold=6.0)
+    assert torch.equal(found[..., 1], x[..., 1])
+    scales = torch.tensor([1.0, 0.5, 2.0]) / 127                    # 9.0 is left out, 2.0 of the same channel is not
+    expected = torch.round(x[0, :, 2] / scales) * scales
+    assert torch.allclose(found[0, :, 2], expected)
+
+
+def test_outliers_of_one_sequence_are_not_those_of_its_batch_mates() -> None:
+    x = inputs(2, 5, 16).clamp(-5, 5)
+    x[1, 3, 7] = 50.0
+    together = rounded(x, outlier_threshold=6.0)
+    for index in range(2):
+        assert torch.equal(together[index : index + 1], rounded(x[index : index + 1], outlier_threshold=6.0))
+
+
+def test_permuting_channels_permutes_the_result() -> None:
+    x = inputs()
+    order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(5))
+    assert torch.equal(rounded(x[..., order], outlier_threshold=6.0), rounded(x, outlier_threshold=6.0)[..., order])
+
+
+def test_decomposition_needs_dynamic_integer_tokens() -> None:
+    for fields in ({"granularity": "tensor"}, {"format": "fp8_e4m3"}, {"outlier_threshold": -1.0}):
+        with pytest.raises(MethodError, match="outlier"):
+            rounded(inputs(), **{"outlier_threshold": 6.0, **fields})
+
+
+# --- floats of 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_fp8_keeps_what_it_can_say_and_is_relative() -> None:
+    x = inputs()
+    once = rounded(x, format="fp8_e4m3")
+    assert torch.allclose(rounded(once, format="fp8_e4m3"), once, rtol=1e-6)
+    assert torch.equal(rounded(8 * x, format="fp8_e4m3"), 8 * once)
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    normal = (x / scale).abs() >= 2.0**-6
+    assert bool((((once - x) / x).abs()[normal] <= 2.0**-4 + 1e-6).all())
+    codes = torch.tensor([448.0, -13.0, 0.40625, 2.0**-9, 0.0])      # all of E4M3, the last but one subnormal
+    assert torch.equal(rounded(codes[None] * 0.5, format="fp8_e4m3"), codes[None] * 0.5)
