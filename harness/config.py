@@ -46,6 +46,7 @@ from harness.cell import (
     freeze,
 )
 from harness.errors import ConfigError, unknown_name
+from harness.numerics.number_formats import FORMATS, SHORT_NAMES
 from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed
 
@@ -61,6 +62,11 @@ INPUTS = ("quantized", "full_precision")
 SCHEME_NAME = re.compile(
     r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
+FORMAT_NAME = re.compile(
+    rf"(?P<format>{'|'.join(sorted({*FORMATS, *SHORT_NAMES}, key=len, reverse=True))})"
+    r"(?:g(?P<group>[1-9]\d*))?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
+)
+NAMED_SCHEMES = "w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8)"
 T = TypeVar("T")
 Point = dict[str, tuple[Any, bool]]               # of a grid: axis -> its value, and whether the axis has several
 
@@ -782,7 +788,7 @@ class _Resolver:
     def _check_skip_names(self, group: str, wanted: Any, where: str) -> None:
         for name in wanted if isinstance(wanted, list) else [wanted]:
             known = _files(group)
-            parsed = group == "scheme" and isinstance(name, str) and SCHEME_NAME.fullmatch(name)
+            parsed = group == "scheme" and isinstance(name, str) and (SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name))
             if isinstance(name, str) and not parsed and not fnmatch.filter(known, name) and not set("*?[+") & set(name):
                 self.problems.add(unknown_name(group, name, known, where))
 
@@ -1026,13 +1032,18 @@ def _suffixed(name: str, fields: Sequence[tuple[str, Any, bool]]) -> str:
 
 
 def _scheme_by_name(name: str, where: str) -> dict[str, Any]:
-    """w<bits>[g<group>][sym][a<bits>][kv<bits>] as a scheme's mapping."""
-    match = SCHEME_NAME.fullmatch(name)
+    """What a name says that is no file: NAMED_SCHEMES, as a scheme's mapping."""
+    match = SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name)
     if match is None:
-        raise ConfigError(
-            unknown_name("scheme", name, _files("scheme"), where) + ". Also w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8."
-        )
-    weight = {"bits": int(match["weight"]), "group_size": int(match["group"] or -1), "symmetric": bool(match["symmetric"])}
+        raise ConfigError(unknown_name("scheme", name, _files("scheme"), where) + f". Also {NAMED_SCHEMES}.")
+    weight: dict[str, Any]
+    if match.re is FORMAT_NAME:
+        format_ = SHORT_NAMES.get(match["format"], match["format"])
+        fixed = FORMATS[format_]
+        group = int(match["group"] or fixed.block or fixed.usual_block)
+        weight = {"format": format_, "bits": fixed.bits, "group_size": group, "scale_dtype": fixed.scale_dtype or "float32"}
+    else:
+        weight = {"bits": int(match["weight"]), "group_size": int(match["group"] or -1), "symmetric": bool(match["symmetric"])}
     activation = {"bits": int(match["activation"])} if match["activation"] else None
     kv = {"bits": int(match["kv"])} if match["kv"] else None
     return {"weight": weight, "activation": activation, "kv": kv}

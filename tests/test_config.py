@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness import config
-from harness.cell import Cell, cell_key, quantize_key, score_key
+from harness.cell import Cell, WeightScheme, cell_key, quantize_key, score_key
 from harness.config import list_names, load_runtime, load_sweep
 from harness.errors import ConfigError
 from harness.sweep import Sweep
@@ -107,7 +107,7 @@ def test_every_sweep_resolves(path: Path, request: pytest.FixtureRequest) -> Non
 
 def test_a_scheme_file_says_what_its_name_says() -> None:
     for entry in list_names("schemes"):
-        if config.SCHEME_NAME.fullmatch(entry.name):
+        if config.SCHEME_NAME.fullmatch(entry.name) or config.FORMAT_NAME.fullmatch(entry.name):
             (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={entry.name}"]))
             parsed = config._scheme_by_name(entry.name, "")
             for part in ("weight", "activation", "kv"):
@@ -130,6 +130,20 @@ def test_schemes_by_name() -> None:
     assert (cell.scheme.weight.bits, cell.scheme.weight.group_size, cell.scheme.weight.symmetric) == (3, 48, True)
     assert cell.scheme.activation is not None and cell.scheme.activation.bits == 6
     assert cell.scheme.kv is not None and cell.scheme.kv.bits == 2
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("mxfp4", WeightScheme("mxfp4", 4, 32, scale_dtype="e8m0")),
+    ("nvfp4a8", WeightScheme("nvfp4", 4, 16, scale_dtype="float8_e4m3")),
+    ("fp8", WeightScheme("fp8_e4m3", 8, -1, scale_dtype="float32")),
+    ("fp8_e5m2g128kv4", WeightScheme("fp8_e5m2", 8, 128, scale_dtype="float32")),
+    ("mxfp6", WeightScheme("mxfp6_e2m3", 6, 32, scale_dtype="e8m0")),
+    ("nf4", WeightScheme("nf4", 4, 64, scale_dtype="float32")),
+])
+def test_schemes_of_number_formats_by_name(name: str, expected: WeightScheme) -> None:
+    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={name}"]))
+    assert cell.scheme.weight == expected
+    assert (cell.scheme.activation is not None) == ("a8" in name) and (cell.scheme.kv is not None) == ("kv4" in name)
 
 
 def test_one_key_whether_a_scheme_is_a_file_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

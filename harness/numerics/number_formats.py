@@ -58,11 +58,12 @@ class Element:
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table above. block None: free; scale_dtype None: one of SCALE_TYPES."""
+    """One row of the table above. block None: free, usually usual_block; scale_dtype None: one of SCALE_TYPES."""
 
     element: Element
     block: int | None = None
     scale_dtype: str | None = None
+    usual_block: int = -1
 
     @property
     def bits(self) -> int:
@@ -96,8 +97,8 @@ _E4M3, _E5M2 = floating(4, 3, "nan"), floating(5, 2, "ieee")
 _INT8 = Element(8, tuple((code if code < 128 else code - 256) / 64 for code in range(256)), 127 / 64)
 
 FORMATS: dict[str, Format] = {
-    "nf4": Format(Element(4, NF4, 1.0)),
-    "fp4": Format(Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0)),
+    "nf4": Format(Element(4, NF4, 1.0), usual_block=64),
+    "fp4": Format(Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0), usual_block=64),
     "fp8_e4m3": Format(_E4M3),
     "fp8_e5m2": Format(_E5M2),
     "mxfp4": Format(_E2M1, 32, "e8m0"),
@@ -108,3 +109,4 @@ FORMATS: dict[str, Format] = {
     "mxint8": Format(_INT8, 32, "e8m0"),
     "nvfp4": Format(_E2M1, 16, "float8_e4m3"),
 }
+SHORT_NAMES = {"fp8": "fp8_e4m3", "mxfp6": "mxfp6_e2m3", "mxfp8": "mxfp8_e4m3"}
