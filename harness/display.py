@@ -236,6 +236,9 @@ def record_text(record: Record, store: Store, command: str) -> str:
     sections.append("scores\n" + _indent(_scores(record) or "none yet"))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
+    unseen = _unseen_experts(record)
+    if unseen:
+        sections.append("experts that too few calibration tokens reached\n" + _indent(unseen))
     for failure in record.failures:
         text = f"{failure.get('stage', '')}: {failure.get('reason', '')}\n{failure.get('detail', '')}"
         sections.append(f"failure ({failure.get('kind', '')})\n" + _indent(text))
@@ -331,6 +334,24 @@ def _layer_errors(record: Record) -> str:
         facts = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float) and k != "block")
         lines.append(f"block {row.get('block')}  {row.get('linear')}  {facts}")
     return "\n".join(lines + ([f"… and {len(rows) - 10} more"] if len(rows) > 10 else []))
+
+
+def _unseen_experts(record: Record) -> str:
+    """Which matrices were rounded to nearest, and where scales were not searched, for want of calibration tokens."""
+    notes = (record.manifest or {}).get("notes", {})
+    rounded = {block: found for block, each in notes.items() if (found := each.get("rounded_to_nearest"))}
+    unscaled = sum(len(each.get("pairs_without_calibration", ())) for each in notes.values())
+    lines = []
+    if rounded:
+        lines.append(f"{sum(map(len, rounded.values()))} matrices were rounded to nearest instead")
+        for block, found in rounded.items():
+            none = sum(tokens == 0 for tokens in found.values())
+            first = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in list(found.items())[:3])
+            more = f" … and {len(found) - 3} more" if len(found) > 3 else ""
+            lines.append(f"block {block}  {len(found)}, of them {none} without any token: {first}{more}")
+    if unscaled:
+        lines.append(f"{unscaled} scales inside experts were left at 1")
+    return "\n".join(lines)
 
 
 def _indent(text: str) -> str:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import plugins
-from harness.cell import Cell, Part, cell_key, digest, quantize_key, to_json
+from harness.cell import Cell, Part, Scheme, WeightScheme, cell_key, digest, quantize_key, to_json
 from harness.errors import DataError, HarnessError, MethodError
 from harness.events import Event, Failed, Progress, Quantized
 from harness.formats.native import CheckpointWriter
@@ -349,12 +349,13 @@ class _Pass:
         view = self._view(job, index, module, original, needs, statistics, hidden if needs else None, references, gradients)
         notes = job.transform.rewrite_block(view, job.cell.scheme, generator(job.cell.seed, index, "transform"))
         tensors = _tensors(module)
+        left_out = {"pairs_without_calibration": list(view.left_out)} if view.left_out else {}
         del view
         after = job.needs_of(job.cell.method.rounding)
         seen: Statistics = {}
         if after:
             seen, _ = self._observe(index, self.blocks.build(index, tensors), hidden, {"*": after}, False)
-        return _Rewritten(tensors, seen, _json(notes), time.monotonic() - began)
+        return _Rewritten(tensors, seen, _json({**notes, **left_out}), time.monotonic() - began)
 
     def _retransform(
         self, job: _Job, index: int, original: dict[str, Tensor], hidden: list[Tensor]
@@ -389,7 +390,8 @@ class _Pass:
             tensors = _tensors(module)
             notes |= _json(view.notes)
         else:
-            weights = self._round_layers(job, index, before, statistics, hidden, references, gradients)
+            weights, unseen = self._round_layers(job, index, before, statistics, hidden, references, gradients)
+            notes |= {"rounded_to_nearest": unseen} if unseen else {}
         self._assert_coverage(job, index, slots, before, weights)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
         report = {"linears": self._errors(slots, tensors, weights, needs, statistics), "notes": notes}
@@ -406,30 +408,81 @@ class _Pass:
     def _round_layers(
         self, job: _Job, index: int, before: dict[str, Tensor], statistics: Statistics, hidden: list[Tensor] | None,
         references: list[Tensor] | None, gradients: dict[str, Tensor],
-    ) -> dict[str, QuantizedWeight]:
-        """Linear by linear; with `sequential`, each group's statistics come from the block with the groups before it rounded."""
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:
+        """Linear by linear; with `sequential`, each stage's statistics come from the block with the stages before it rounded.
+
+        Also returns the matrices of experts that too few calibration tokens reached, with their number.
+        """
         needs = job.needs_of(job.cell.method.rounding)
         slots = self._slots(index, before)
         sequential = bool(getattr(job.rounding, "sequential", False)) and bool(needs & set(OF_INPUTS))
-        groups = list(dict.fromkeys(slot.group for slot in slots))
+        stages: dict[str, list[Slot]] = {}
+        for slot in slots:
+            stages.setdefault(slot.stage or slot.group, []).append(slot)
         weights: dict[str, QuantizedWeight] = {}
-        for position, group in enumerate(groups):
+        unseen: dict[str, int] = {}
+        for position, members in enumerate(stages.values()):
             if sequential and position > 0:
                 assert hidden is not None
                 so_far = self._with_weights([slot for slot in slots if slot.name in weights], before, weights)
-                seen, _ = self._observe(index, self.blocks.build(index, so_far), hidden, {group: needs}, False)
+                wanted = {slot.group: needs for slot in members}
+                seen, _ = self._observe(index, self.blocks.build(index, so_far), hidden, wanted, False)
             else:
                 seen = statistics
             evidence = self._evidence(job, slots, needs, seen, references, gradients) if needs else {}
-            for slot in (slot for slot in slots if slot.group == group):
+            too_few = self._too_few_tokens(members, before, needs, seen)
+            unseen |= too_few
+            for slot in members:
                 scheme = job.cell.scheme.weight_for(index, slot.name)
                 weight = slot.view(before[slot.parameter]).to(torch.float32, copy=True).contiguous()
                 rng = generator(job.cell.seed, index, slot.name)
                 try:
-                    weights[slot.name] = job.rounding.round_layer(slot.name, weight, evidence.get(slot.name), scheme, rng)
+                    if slot.name in too_few:
+                        weights[slot.name] = self._round_unseen(job, slot.name, weight, scheme, rng, too_few[slot.name])
+                    else:
+                        weights[slot.name] = job.rounding.round_layer(slot.name, weight, evidence.get(slot.name), scheme, rng)
                 except HarnessError as error:
                     raise type(error)(f"block {index}, {slot.name}: {error}") from error
-        return weights
+        return weights, unseen
+
+    def _too_few_tokens(
+        self, slots: Sequence[Slot], tensors: Mapping[str, Tensor], needs: Collection[str], statistics: Statistics
+    ) -> dict[str, int]:
+        """Matrices of experts of which calibration says too little, with the number of tokens that reached them.
+
+        Too little is no token at all, or, for a method that reads the second moment of the inputs, fewer tokens than inputs: the
+        moment is singular then.
+        """
+        found: dict[str, int] = {}
+        for slot in slots:
+            if slot.expert is None or not set(needs) & set(OF_INPUTS):
+                continue
+            enough = slot.view(tensors[slot.parameter]).shape[1] if "hessian" in needs else 1
+            tokens = statistics[slot.group].tokens if slot.group in statistics else 0
+            if tokens < enough:
+                found[slot.name] = tokens
+        return found
+
+    def _round_unseen(
+        self, job: _Job, name: str, weight: Tensor, scheme: WeightScheme, rng: torch.Generator, tokens: int
+    ) -> QuantizedWeight:
+        """An expert's matrix without enough calibration tokens: as the method itself says, else rounded to nearest.
+
+        Optional method of a Rounding: round_unseen(name, weight, scheme, rng). Raises MethodError where the scheme has no grid to
+        round to.
+        """
+        if hasattr(job.rounding, "round_unseen"):
+            return job.rounding.round_unseen(name, weight, scheme, rng)
+        grid = getattr(job.rounding.settings, "grid", None)
+        nearest = plugins.build("rounding", "rtn", {} if grid is None else {"grid": grid})
+        linears = tuple(linear for linear in self.blocks.shapes.linears if linear.name == name)
+        reasons = nearest.check(Scheme("", scheme), dataclasses.replace(self.blocks.shapes, linears=linears))
+        if reasons:
+            raise MethodError(
+                f"{tokens} calibration tokens reached this expert, which are too few, and it cannot be rounded to nearest instead "
+                f"({'; '.join(reasons)}); use more calibration samples"
+            )
+        return nearest.round_layer(name, weight, None, scheme, rng)
 
     def _read_back(self, job: _Job, index: int, original: dict[str, Tensor]) -> dict[str, Tensor]:
         """The rounded block as the writer holds it."""
@@ -497,8 +550,9 @@ class _Pass:
             raise MethodError("full-precision references are in the original basis, and this method's transform changes the basis")
         slots = self._slots(index, original)
         evidence = self._evidence(job, slots, needs, statistics, references, gradients) if needs else {}
+        unseen = self._too_few_tokens(self.blocks.slots(index), original, needs, statistics)
         return StreamedBlock(
-            self.blocks, index, module, original, evidence, hidden, references if "reference" in needs else None
+            self.blocks, index, module, original, evidence, hidden, references if "reference" in needs else None, unseen
         )
 
     def _assert_coverage(
@@ -534,6 +588,8 @@ class _Pass:
                 "bits_per_weight": quantized.bits_per_weight,
             }
             of_group = statistics.get(slot.group)
+            if slot.expert is not None and needs & set(OF_INPUTS):
+                entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
             if "hessian" in needs and of_group is not None and of_group.finite and of_group.tokens:
                 hessian = of_group.values["hessian"]
                 entry["output_error"] = _ratio(((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum())

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from harness import models
-from harness.cell import Cell, Method, quantize_key
+from harness.cell import Cell, Method, Scheme, WeightScheme, quantize_key
 from harness.demo.tiny import TINY
 from harness.formats.native import Checkpoint
 from harness.models.protocols import get_tensor, tied
@@ -251,3 +251,58 @@ def test_fields_of_slots_agree_with_shapes(tiny_model: Callable[..., Path]) -> N
     }
     assert "mlp.gate_proj" in {linear.name for linear in shapes.linears}, "the dense first block counts"
     assert dataclasses.replace(shapes).experts == 4
+
+
+# --- experts that calibration does not reach ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lopsided(tiny_model: Callable[..., Path]) -> Path:
+    """A mixture whose routers never choose expert 3, in any block."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model("mixtral", num_hidden_layers=2, num_experts_per_tok=1, intermediate_size=32)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("block_sparse_moe.gate.weight"):
+            tensor[3] = tensor[:3].mean(0)              # between the others: never the first
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_recorded(lopsided: Path, tmp_path: Path, sequential: bool) -> None:
+    gptq = Method("gptq", rounding=part("gptq", sequential=sequential))
+    awq = dataclasses.replace(AWQ, rounding=part("gptq"))
+    cells = [cell(lopsided, method, group_size=16) for method in (RTN, gptq, awq)]
+    tokens = windows(samples=32)
+    assert not failures(quantize(cells, lopsided, tmp_path, tokens))
+    nearest, ours, scaled = (Checkpoint.open(tmp_path / quantize_key(c)) for c in cells)
+    unseen = [f"mlp.experts.3.{name}_proj" for name in ("gate", "up", "down")]
+    for index in range(2):
+        assert ours.manifest["notes"][str(index)]["rounded_to_nearest"] == dict.fromkeys(unseen, 0)
+        for name in unseen:
+            assert torch.equal(ours.block(index).weights[name].dequantize(), nearest.block(index).weights[name].dequantize())
+        seen = "mlp.experts.0.gate_proj"
+        assert not torch.equal(ours.block(index).weights[seen].dequantize(), nearest.block(index).weights[seen].dequantize())
+        assert scaled.manifest["notes"][str(index)]["pairs_without_calibration"] == [
+            "mlp.experts.3.up_proj → mlp.experts.3.down_proj"
+        ]
+    assert "rounded_to_nearest" not in nearest.manifest["notes"].get("0", {}), "a data-free method lacks nothing"
+    counts = {(e["block"], e["linear"]): e["calibration_tokens"] for e in ours.manifest["layer_errors"] if "experts" in e["linear"]}
+    assert all(counts[index, name] == 0 for index in range(2) for name in unseen)
+    assert sum(counts[0, f"mlp.experts.{e}.gate_proj"] for e in range(4)) == tokens.numel()
+
+
+def test_fewer_tokens_than_inputs_are_too_few_for_a_second_moment(lopsided: Path, tmp_path: Path) -> None:
+    c = cell(lopsided, GPTQ, group_size=16)
+    assert not failures(quantize([c], lopsided, tmp_path, windows(samples=1, length=40)))
+    notes = Checkpoint.open(tmp_path / quantize_key(c)).manifest["notes"]["0"]["rounded_to_nearest"]
+    assert {name.split(".")[2] for name in notes} == {"0", "1", "2", "3"} and max(notes.values()) < 64
+
+
+def test_a_scheme_without_a_nearest_grid_fails_by_name(lopsided: Path, tmp_path: Path) -> None:
+    scheme = Scheme("w1", WeightScheme(bits=1.1, group_size=16))
+    c = dataclasses.replace(cell(lopsided, Method("billm", rounding=part("billm"))), scheme=scheme)
+    (failure,) = failures(quantize([c], lopsided, tmp_path, windows(samples=32)))
+    assert "mlp.experts.3" in failure.reason and "use more calibration samples" in failure.reason
