@@ -880,7 +880,7 @@ class _Resolver:
             target.update({key: value.replace("{root}", root) if isinstance(value, str) else value for key, value in local.items()})
 
     def _text_source(self, source: str) -> str:
-        is_named = source == sources.DEMO or source.startswith("hub:")
+        is_named = source in (sources.DEMO, sources.RANDOM_ASCII) or source.startswith("hub:")
         return source if is_named else str(sources.resolve_path(source, self.base))
 
     def _typed(self, kind: type[T], content: dict[str, Any], where: str) -> T:

@@ -163,7 +163,9 @@ def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
         return True
     scheme = cell.scheme
     activation = scheme.activation.bits if scheme.activation else 16
-    group = None if scheme.weight.group_size == -1 else scheme.weight.group_size
+    named = {dict(override.weight).get("group_size", scheme.weight.group_size) for override in scheme.overrides}
+    size = named.pop() if len(named) == 1 else scheme.weight.group_size        # papers print that of the layers they name
+    group = None if size == -1 else size
     same_activation = row.activation_bits is None or row.activation_bits == activation
     same_group = group == row.group_size or (row.group_size is None and row.method in published.groups_not_stated)
     return scheme.weight.bits == row.weight_bits and same_activation and same_group

@@ -19,7 +19,9 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
+import string
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from harness.cell import Model, digest
 from harness.errors import DataError, HarnessError, ModelError, unknown_name
 
 DEMO = "demo"
+RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
 TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
 # What changes a model's numbers; a README or a second copy of the weights in another format does not.
@@ -170,10 +173,18 @@ def read_corpus(source: str, split: str) -> list[str]:
         from harness.demo import corpus
 
         return corpus.documents(split)
+    if source == RANDOM_ASCII:
+        return random_ascii(split)
     if not source.startswith("hub:"):
         return [text for path in corpus_files(source, split) for text in _read_texts(path)]
     hub = _hub_text(source)
     return list(_read_texts(_hub_file(hub))) if hub.file else _hub_rows(hub, split)
+
+
+def random_ascii(split: str) -> list[str]:
+    """256 documents of 4,096 punctuation characters each, uniform and independent: text without sense (arXiv 2405.20835)."""
+    characters = random.Random(f"{RANDOM_ASCII} {split}")
+    return ["".join(characters.choices(string.punctuation, k=4096)) for _ in range(256)]
 
 
 def corpus_digest(source: str, split: str) -> str:
@@ -182,6 +193,8 @@ def corpus_digest(source: str, split: str) -> str:
         from harness.demo import corpus
 
         return corpus.corpus_digest(split)
+    if source == RANDOM_ASCII:
+        return digest([source, split])
     if source.startswith("hub:"):
         _hub_text(source)
         return digest([source, split])

@@ -13,8 +13,8 @@ With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("t
 formats fp8_e4m3 and fp8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
 activation's own dtype, as the references do.
 
-outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others are
-rounded with a scale over the values below t, those of outlier channels among them. Outlier channels are those of one sequence,
+outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others
+are rounded with a scale over the values below t, those of outlier channels among them. Outlier channels are those of one sequence,
 never of its batch mates. The product with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights.
 """
 
