@@ -26,8 +26,8 @@ class MixedWidthWeight(QuantizedWeight):
 
     codes   [out, in] uint8
     scale   [out, groups] float32, exact in scale_dtype
-    offset  [out, groups] float32: the zero point of groups of 2 bits and more, scale * (code - offset); the mean of groups of one
-            bit, offset + scale * (2 code - 1), exact in scale_dtype
+    offset  [out, groups] float32: the zero point of groups of 2 bits and more, scale * (code - offset), an integer of at most
+            five digits; the mean of groups of one bit, offset + scale * (2 code - 1), exact in scale_dtype
     bits    [groups], 1 to 8
     """
 
@@ -61,7 +61,12 @@ class MixedWidthWeight(QuantizedWeight):
         for width, groups in self._members().items():
             tensors[f"codes_{width}"] = pack(grouped[:, groups], width)
             offset = self.offset[:, groups]
-            tensors[f"offset_{width}"] = offset.to(target).contiguous() if width == 1 else pack(offset.to(torch.uint8), width)
+            if width == 1:
+                tensors["offset_1"] = offset.to(target).contiguous()
+            elif bool(((offset >= 0) & (offset < 2**width)).all()):
+                tensors[f"offset_{width}"] = pack(offset.to(torch.uint8), width)
+            else:                                       # zero points outside the codes: ranges that do not hold zero
+                tensors[f"offset_{width}"] = offset.to(torch.int16).contiguous()
         meta = {"shape": [rows, columns], "groups": len(self.bits), "lowest": lowest, "span": span, "scale_dtype": self.scale_dtype}
         return tensors, meta
 
@@ -77,7 +82,8 @@ class MixedWidthWeight(QuantizedWeight):
             part = codes[:, members]
             codes[:, members] = unpack(tensors[f"codes_{width}"], width, part.numel()).reshape(part.shape)
             stored = tensors[f"offset_{width}"]
-            plain = stored if width == 1 else unpack(stored, width, rows * len(members)).reshape(rows, -1)
+            packed = stored.dtype == torch.uint8
+            plain = unpack(stored, width, rows * len(members)).reshape(rows, -1) if packed else stored
             offset[:, members] = plain.float()
         return found
 
