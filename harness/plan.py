@@ -461,13 +461,21 @@ def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
 
-    On the device: three copies of a block, the statistics of its groups and their factorisation. On the CPU: one copy of every
-    sequence per input stream, twice where inputs themselves are kept.
+    On the device: three copies of a block, the statistics of its groups and their factorisation; where a cell is tuned, the whole
+    model, its teacher, and three float32 copies of its matrices. On the CPU: one copy of every sequence per input stream, twice
+    where inputs themselves are kept.
     """
     block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
     calibrated = [cell for cell in cells if cell.method.needs]
     if not calibrated:
         return 3 * block, 0
+    tuned = [cell.method.tuning for cell in calibrated if cell.method.tuning is not None]
+    if tuned:
+        models = 2 if any("teacher" in tuning.needs for tuning in tuned) else 1
+        trained = 3 * block * shapes.blocks             # what makes each matrix, the matrix, its gradient
+        tuning_bytes = models * shapes.parameters * DTYPE_BYTES[calibrated[0].model.dtype] + trained
+    else:
+        tuning_bytes = 0
     calibration, dtype = calibrated[0].calibration, calibrated[0].model.dtype
     assert calibration is not None, "a cell that needs calibration and has none is refused"
     widths = {linear.group: linear.in_features for linear in shapes.linears}
@@ -476,7 +484,7 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     stream = tokens * shapes.hidden_size * DTYPE_BYTES[dtype]
     kept = tokens * sum(widths.values()) * DTYPE_BYTES[dtype] if any("inputs" in c.method.needs for c in calibrated) else 0
     streams = len({_stream(cell) for cell in calibrated})
-    return 3 * block + statistics, stream * (1 + 2 * streams) + kept
+    return max(3 * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
 
 
 def _fits(cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> bool:

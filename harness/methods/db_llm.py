@@ -79,7 +79,7 @@ class Tuning:
         rate                learning rate of the logarithms of the scales' growth
         gamma               power of a token's ambiguity in its weight; 0: plain distillation
         generated           train on text by the full-precision model; false: on the calibration windows
-        through_thresholds  gradients also through the steps that make the codes
+        through_thresholds  scales also feel the codes that they move (straight-through)
         """
 
         epochs: int = 1

@@ -35,12 +35,12 @@ class Rounding:
         epochs              passes over the calibration sequences per block; 0: untrained
         rate                learning rate of the logarithms of the scales' growth
         range_search        start from the step of least squared error
-        through_thresholds  gradients also through the steps that make the codes
+        through_thresholds  scales also feel the codes that they move (straight-through)
         """
 
         epochs: int = 20
-        rate: float = 0.005
-        range_search: bool = False
+        rate: float = 0.0003
+        range_search: bool = True
         through_thresholds: bool = False
 
         def __post_init__(self) -> None:

@@ -89,8 +89,9 @@ def nearest(groups: Tensor, first_scale: Tensor, second_scale: Tensor) -> Tensor
 class TrainedScales(nn.Module):
     """The scales of one matrix while they are trained, as logarithms of their growth; the weights themselves stay.
 
-    Codes follow the scales and are constants to the gradient: d w' / d a1 = b1, d w' / d a2 = b2. through_thresholds: a
-    straight-through identity on each step sends gradient to the thresholds as well.
+    Codes follow the scales and are constants to the gradient: d w' / d a1 = b1, d w' / d a2 = b2. through_thresholds: as far as
+    the levels reach, the map counts as the identity in w (straight-through), so that scales feel the codes that they move:
+    a1 d w' / d a1 + a2 d w' / d a2 = w' - w there, and w' outside.
     """
 
     def __init__(self, weight: Tensor, first_scale: Tensor, second_scale: Tensor, through_thresholds: bool = False) -> None:
@@ -114,10 +115,9 @@ class TrainedScales(nn.Module):
         with torch.no_grad():
             first, second = planes_of(groups, first_scale, second_scale)
         if self.through_thresholds:
-            above = groups - (first_scale + second_scale) / 2
-            first = first + (above - above.detach())
-            below = first_scale * first + second_scale / 2 - groups
-            second = second + (below - below.detach())
+            width = second_scale.abs().clamp(min=torch.finfo(torch.float32).tiny)       # of a group of zeros
+            ratio = ((first_scale * first + second_scale / 2 - groups) / width).clamp(-1, 1)
+            second = second + (ratio - ratio.detach())
         return (first_scale * first + second_scale * second).reshape(groups.shape[0], -1)
 
     @torch.no_grad()

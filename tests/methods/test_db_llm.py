@@ -88,13 +88,21 @@ def _unit(like: Tensor, index: tuple[int, ...]) -> Tensor:
     return unit
 
 
-def test_thresholds_get_gradient_only_when_asked() -> None:
+def test_through_the_thresholds_scales_feel_the_codes_they_move() -> None:
+    """Scaling a1 and a2 together: codes held, w' grows by itself; let through, by w' - w inside the levels and w' outside."""
     weight = random_weight(6, 32)
-    step = initial_step(weight.reshape(6, 2, 16))[..., 0]
+    step = initial_step(weight.reshape(6, 2, 16))[..., 0] / 2     # so that some weights lie outside
     plain, through = (TrainedScales(weight, 2 * step, -step, flag) for flag in (False, True))
-    assert torch.equal(plain.weight(), through.weight())
-    gradients = [torch.autograd.grad(s.weight().square().sum(), s.growth)[0] for s in (plain, through)]
-    assert not torch.allclose(gradients[0], gradients[1])
+    values = plain.weight().detach()
+    assert torch.equal(values, through.weight())
+    wide = step.repeat_interleave(16, dim=1)
+    inside = (weight > -1.5 * wide) & (weight < 2.5 * wide)
+    assert bool(inside.any()) and not bool(inside.all())
+    for scales, expected in ((plain, values), (through, torch.where(inside, values - weight, values))):
+        row, column = 3, int((~inside[3]).nonzero()[0]) if bool((~inside[3]).any()) else 0
+        for j in (column, 7, 20):
+            (gradient,) = torch.autograd.grad(scales.weight()[row, j], scales.growth)
+            assert float(gradient.sum()) == pytest.approx(float(expected[row, j]), abs=1e-6)
 
 
 def test_without_gamma_it_is_plain_distillation() -> None:
@@ -130,7 +138,11 @@ def test_the_layout_stores_two_planes_and_two_scales(scale_dtype: str) -> None:
 def test_zero_groups_stay_zero() -> None:
     weight = random_weight(8, 32)
     weight[3, :16] = 0
-    assert not bool(rounded(weight).dequantize()[3, :16].any())
+    found = rounded(weight)
+    assert not bool(found.dequantize()[3, :16].any())
+    trained = TrainedScales(weight, found.first_scale, found.second_scale, through_thresholds=True)
+    assert torch.equal(trained.weight(), found.dequantize())
+    assert bool(torch.isfinite(torch.autograd.grad(trained.weight().sum(), trained.growth)[0]).all())
 
 
 class TinyNetwork:
@@ -212,8 +224,8 @@ def test_the_blockwise_variant_starts_at_the_rounding_and_improves() -> None:
     block = FakeBlock(needs=("reference",))
     untrained = plugins.build("rounding", "db_llm_blockwise", {"epochs": 0}).round_block(block, scheme, generator())
     for name, found in untrained.items():
-        assert torch.equal(found.dequantize(), rounded(block.linear(name).weight.detach()).dequantize())
-    trained = plugins.build("rounding", "db_llm_blockwise", {"epochs": 10}).round_block(block, scheme, generator())
+        assert torch.equal(found.dequantize(), rounded(block.linear(name).weight.detach(), range_search=True).dequantize())
+    trained = plugins.build("rounding", "db_llm_blockwise", {"epochs": 20, "rate": 0.003}).round_block(block, scheme, generator())
     losses = block.notes["db_llm_blockwise"]["loss"]
     assert losses[-1] < losses[0]
     errors = []
