@@ -214,6 +214,8 @@ class _Checker:
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if not cell.method.is_baseline and not any("group size" in reason for reason in found):
             found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
+        if cell.scheme.activation is not None or cell.scheme.kv is not None:
+            found += self._once(("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell))
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
             found += self._once(("evaluation", evaluation, cell.model), ask)
@@ -286,6 +288,16 @@ class _Checker:
                 if group == 0 or group < -1 or (group > 0 and linear.in_features % group):
                     offenders[group][linear.name] = linear.in_features
         return [_group_reason(group, linears) for group, linears in sorted(offenders.items())]
+
+    def _execution_reasons(self, cell: Cell) -> list[str]:
+        """Why activations or the cache cannot be rounded as the scheme says."""
+        from harness.runtime import activations, kv_cache
+
+        shapes = self.shapes(cell.model)
+        if shapes is None:
+            return []
+        cache = kv_cache.check(cell.scheme.kv, shapes) if cell.scheme.kv is not None else []
+        return activations.check(cell.scheme, shapes) + cache
 
     def _evaluation_reasons(self, evaluation: Evaluation, model: Model) -> list[str]:
         try:

@@ -188,6 +188,8 @@ def _run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: I
     output = torch.zeros_like(hidden)
     for expert in experts:
         tokens, choice = torch.where(index.eq(expert))
+        if tokens.numel() == 0:
+            continue
         inputs = see(expert, "gate_up", hidden[tokens])
         gate, up = nn.functional.linear(inputs, module.gate_up_proj[expert]).chunk(2, dim=-1)
         inner = see(expert, "down", module.act_fn(gate) * up)

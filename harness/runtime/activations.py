@@ -20,12 +20,15 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
     """Reasons why the activations of a scheme cannot be rounded; empty when they can."""
     problems: list[str] = []
     ungrouped: dict[int, list[str]] = {}
+    experts: dict[str, None] = {}
     for block in range(shapes.blocks):
         for linear in shapes.linears:
             activation = scheme.activation_for(block, linear.name)
             if activation is None:
                 continue
             problems += _problems(activation)
+            if linear.expert and (not activation.dynamic or activation.granularity == "tensor"):
+                experts[linear.name] = None
             if activation.granularity == "group" and (activation.group_size < 1 or linear.in_features % activation.group_size):
                 names = ungrouped.setdefault(activation.group_size, [])
                 entry = f"{linear.name} ({linear.in_features})"
@@ -33,6 +36,12 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
                     names.append(entry)
     for size, names in ungrouped.items():
         problems.append(f"activation group size {size} does not divide in_features of {', '.join(names)}")
+    if experts:
+        first = ", ".join(list(experts)[:2]) + (f" and {len(experts) - 2} more" if len(experts) > 2 else "")
+        problems.append(
+            f"experts ({first}) see tokens of several sequences at once, or none: their activations need dynamic scales per token "
+            "or per group; use granularity token"
+        )
     return list(dict.fromkeys(problems))
 
 

@@ -6,6 +6,8 @@ its dtype (mode "dense") or in its packed size (mode "packed"), and one block.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +128,15 @@ def _load_block(
     owners: dict[str, list[Slot]] = {}
     for slot in slots:
         owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
-    quantizers = []
+    quantizers: list[ActivationQuantizer] = []
     for owner, members in owners.items():
         module = block.get_submodule(owner)
-        quantizer = _quantizer(cell, index, owner, members, module)
-        if quantizer is not None:
-            quantizers.append(quantizer)
+        rounded = _quantizers(cell, index, members)
+        quantizers += rounded.values()
         if len(members) == 1 and members[0].is_whole and isinstance(module, nn.Linear):
             slot = members[0]
             weight = content.weights[slot.name] if content is not None else DenseWeight(get_tensor(block, slot.parameter))
+            quantizer = rounded.get(slot.name)
             if content is not None or quantizer is not None:
                 bias = None if module.bias is None else get_tensor(block, f"{owner}.bias")
                 parent, _, leaf = owner.rpartition(".")
@@ -148,34 +150,33 @@ def _load_block(
                     set_tensor(block, slot.parameter, value)
                 else:
                     slot.view(get_tensor(block, slot.parameter)).copy_(value)
-        if quantizer is not None:
-            module.register_forward_pre_hook(_rounding_hook(quantizer))
+        if rounded:
+            family.replace_inputs(block, owner, members, functools.partial(_round_inputs, rounded))
     return quantizers
 
 
-def _quantizer(cell: Cell, index: int, owner: str, members: list[Slot], module: nn.Module) -> ActivationQuantizer | None:
-    """What rounds the input of a module that holds these matrices. They have one input, so they must have one activation scheme."""
-    schemes = {cell.scheme.activation_for(index, slot.name) for slot in members}
-    if schemes == {None}:
-        return None
-    if len(schemes) > 1:
-        names = ", ".join(slot.name for slot in members)
-        raise MethodError(f"{cell.title}: {names} of block {index} are one fused matrix: they need one activation scheme")
-    if len({slot.group for slot in members}) > 1:
-        raise MethodError(
-            f"{cell.title}: activations inside the fused experts {owner} of block {index} cannot be rounded; "
-            "use a weight-only scheme, or an override that leaves the experts' activations alone"
-        )
-    (scheme,) = schemes
-    assert scheme is not None
-    return ActivationQuantizer(scheme, f"block {index}, {owner}")
+def _quantizers(cell: Cell, index: int, members: list[Slot]) -> dict[str, ActivationQuantizer]:
+    """What rounds the inputs of a module that holds these matrices, by the first matrix of each input.
+
+    Matrices of one input must have one activation scheme.
+    """
+    groups: dict[str, list[str]] = {}
+    for slot in members:
+        groups.setdefault(slot.group, []).append(slot.name)
+    found: dict[str, ActivationQuantizer] = {}
+    for names in groups.values():
+        schemes = {cell.scheme.activation_for(index, name) for name in names}
+        if len(schemes) > 1:
+            listed = ", ".join(names)
+            raise MethodError(f"{cell.title}: {listed} of block {index} share a fused parameter: they need one activation scheme")
+        (scheme,) = schemes
+        if scheme is not None:
+            found[names[0]] = ActivationQuantizer(scheme, f"block {index}, {names[0]}")
+    return found
 
 
-def _rounding_hook(quantizer: ActivationQuantizer) -> Any:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (quantizer(args[0]), *args[1:])
-
-    return hook
+def _round_inputs(quantizers: Mapping[str, ActivationQuantizer], name: str, inputs: Tensor) -> Tensor:
+    return quantizers[name](inputs) if name in quantizers else inputs
 
 
 @torch.no_grad()

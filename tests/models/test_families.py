@@ -306,3 +306,32 @@ def test_a_scheme_without_a_nearest_grid_fails_by_name(lopsided: Path, tmp_path:
     c = dataclasses.replace(cell(lopsided, Method("billm", rounding=part("billm"))), scheme=scheme)
     (failure,) = failures(quantize([c], lopsided, tmp_path, windows(samples=32)))
     assert "mlp.experts.3" in failure.reason and "use more calibration samples" in failure.reason
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_activations_inside_experts_are_rounded_expert_by_expert(tiny_model: Callable[..., Path], family: str) -> None:
+    """Many bits change next to nothing, few bits much; each expert's two inputs have a quantizer of their own."""
+    from harness.cell import ActivationScheme
+
+    folder = tiny_model(family, num_hidden_layers=2)
+    tokens, expected = windows(2), reference(folder)(windows(2)).logits
+    errors = {}
+    for bits in (16, 8, 3):
+        scheme = Scheme("a", WeightScheme(), activation=ActivationScheme(bits=bits, granularity="token", dynamic=True))
+        model, _ = load(dataclasses.replace(cell(folder, Method("none")), scheme=scheme), folder, None)
+        with torch.no_grad():
+            errors[bits] = float((model(tokens).logits - expected).norm() / expected.norm())
+            alone = model(tokens[:1]).logits
+        assert torch.allclose(alone, model(tokens).logits[:1], atol=1e-4), "a text does not depend on its batch"
+    assert errors[16] < 1e-3 < errors[8] < errors[3]
+
+
+def test_a_plan_refuses_scales_that_experts_cannot_have(tiny_model: Callable[..., Path]) -> None:
+    from harness.cell import ActivationScheme
+    from harness.runtime import activations
+
+    shapes = models.shapes(tiny_model("mixtral"))
+    scheme = Scheme("w8a8", activation=ActivationScheme(granularity="tensor", dynamic=False))
+    (reason,) = activations.check(scheme, shapes)
+    assert "mlp.experts.0.gate_proj" in reason and "per token" in reason
+    assert not activations.check(dataclasses.replace(scheme, activation=ActivationScheme(granularity="token")), shapes)
