@@ -1,4 +1,4 @@
-"""The commands: plan, run, status, table, show, publish, ui, list, doctor.
+"""The commands: plan, run, status, table, findings, show, diagnose, publish, ui, list, doctor.
 
 A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
 
@@ -154,6 +154,17 @@ def table(
 
 
 @app.command()
+def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Say of each finding of the study whether our results hold it, and whether its own published numbers do."""
+    from harness import findings as checks
+
+    loaded, store = _load(sweep, overrides)
+    if not loaded.findings:
+        raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
+    print(checks.render(checks.check(loaded, [store.record(cell) for cell in loaded.cells], store)), end="")
+
+
+@app.command()
 def show(
     key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)], runs: Runs = "runs"
 ) -> None:
@@ -176,6 +187,19 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
 
     loaded, store = _load(sweep, overrides) if sweep else (None, Store(runs))
     print(tracking.publish(store, loaded))
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="A model of conf/model/, a folder, a hub id, or demo:weight_outliers.")],
+    overrides: Overrides = None,
+    bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
+    group_size: Annotated[int, typer.Option(help="To propose; 0: the largest that repairs.")] = 0,
+) -> None:
+    """Say which linears of a model 8-bit weights and activations ruin, through which side, and the fewest to treat apart."""
+    from harness import display
+
+    print(display.diagnose(model, overrides or [], bits, group_size))
 
 
 @app.command()

@@ -965,13 +965,14 @@ class _Resolver:
         for column in table.columns:
             if column.metric == "published":
                 if not column.reason or not column.published or not table.published:
-                    self.problems.add(f"{where}: column {column.title or column.metric}: metric published needs `published` and `reason`")
+                    self.problems.add(f"{where}: column {column.title or column.metric}: needs `published` and `reason`")
                 columns.append(column)
                 continue
             for metric in column.of if column.metric == "mean" else (column.metric,):
                 head, _, leaf = metric.partition("/")
                 replaced = self.edits.evaluations is not None   # a narrowed run keeps the file's table, with gaps
-                if not leaf or (head not in (*self.asked, "checkpoint", "quantize") and not replaced):
+                known_head = head in (*self.asked, "checkpoint", "quantize") or head in self._parts_of_benchmarks(evaluations)
+                if not leaf or (not known_head and not replaced):
                     known = [*by_name, "checkpoint/bits_per_weight", "quantize/seconds", "mean"]
                     self.problems.add(unknown_name("evaluation for the column", metric, known, where))
                 elif head in by_name and column.higher_is_better is None:
@@ -984,6 +985,21 @@ class _Resolver:
         if table.published and not any((root / f"{table.published}.yaml").is_file() for root in _published()):
             self.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
         return dataclasses.replace(table, columns=tuple(columns))
+
+    def _parts_of_benchmarks(self, evaluations: tuple[Evaluation, ...]) -> frozenset[str]:
+        """Names of the groups and tasks that the sweep's benchmarks consist of; they have metrics of their own."""
+        from harness import task_files
+
+        def names() -> frozenset[str]:
+            found: set[str] = set()
+            for evaluation in evaluations:
+                settings = dict(evaluation.settings)
+                if evaluation.evaluator == "lm_eval_tasks":
+                    groups = task_files.groups(settings["task"], settings.get("include") or "")
+                    found.update(groups, *groups.values())
+            return frozenset(found)
+
+        return self._once("parts of benchmarks", names) or frozenset()
 
     def _findings(self, tables: tuple[Table, ...]) -> tuple[Finding, ...]:
         found = []

@@ -13,7 +13,6 @@ from pathlib import Path
 from harness.cell import Cell, cell_key
 from harness.errors import ConfigError, unknown_name
 
-
 BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")   # what papers call the full-precision row, and what we do
 
 

@@ -123,7 +123,7 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     cells = [cell for cell in cells if cell_key(cell) in members]
     matches, ambiguous = match(cells, published, table.methods) if published is not None else ({}, [])
     heads = tuple(_head(column, cells, published) for column in columns)
-    labels, texts = _labels(cells)
+    labels, texts = _with_variants(*_labels(cells), cells, table, published)
     everyone = [cell for models in members.values() for cell in models.values()]
     metrics = list(dict.fromkeys(c.metric for c in columns if c.metric not in ("mean", PUBLISHED_ONLY)))
     comparisons = compare_cells(everyone, by_key, metrics, store) if store else {}
@@ -467,6 +467,22 @@ def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str
     if not variants:
         return ("method", "bits", "group"), texts
     return ("method", "bits", "group", "variant"), {key: (*text, variants.get(key, "")) for key, text in texts.items()}
+
+
+def _with_variants(
+    labels: tuple[str, ...], texts: dict[str, tuple[str, ...]], cells: Sequence[Cell], table: Table, published: Published | None
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """With a column "variant" where the published rows need one to be told apart; cells are then called as the paper calls them."""
+    rows = [] if published is None else published.rows
+    alike = [(row.model, row.method, row.weight_bits, row.activation_bits, row.group_size) for row in rows]
+    if "variant" in labels or len(set(alike)) == len(alike):
+        return labels, texts
+    called: dict[str, tuple[str, ...]] = {}
+    for cell in cells:
+        method, *others = texts[cell_key(cell)]
+        variant = table.methods.get(method, "")
+        called[cell_key(cell)] = (method.partition("[")[0] if variant else method, *others, variant)
+    return (*labels, "variant"), called
 
 
 def _variants(cells: Sequence[Cell]) -> list[str]:

@@ -33,7 +33,9 @@ NAME_LINE = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)",
 # Local data by another name than the task's, and tasks per subject whose subjects all lie in one file.
 FOLDER_OF_TASK = {
     "truthfulqa_mc1": "truthfulqa", "truthfulqa_mc2": "truthfulqa", "truthfulqa_gen": "truthfulqa",
-    "bbq_ambig": "bbq", "bbq_disambig": "bbq", "bbq_generate": "bbq",
+    "bbq_ambig": "bbq", "bbq_disambig": "bbq", "bbq_generate": "bbq", "bbq_bias": "bbq",
+    "gsm8k_substring": "gsm8k", "snli_yesnomaybe": "snli", "snli_yesnomaybe_gen": "snli", "xsum_zeroshot": "xsum",
+    "cnn_dailymail_zeroshot": "cnn_dailymail", "flores_eng_zho": "flores", "flores_zho_eng": "flores",
 }
 FOLDER_OF_SUBJECTS = {"cais/mmlu": "mmlu", "ceval/ceval-exam": "ceval"}
 

@@ -55,6 +55,13 @@ class Evaluator:
         "acc_macro": {"higher_is_better": True, "unit": "mean over tasks"},
         "exact_match": {"higher_is_better": True, "unit": "share of items"},
         "perplexity": {"higher_is_better": False, "unit": "per target"},
+        "rouge1": {"higher_is_better": True, "unit": "F-measure"},
+        "rouge2": {"higher_is_better": True, "unit": "F-measure"},
+        "rougeL": {"higher_is_better": True, "unit": "F-measure"},
+        "bleu": {"higher_is_better": True, "unit": "0 to 100"},
+        "chrf": {"higher_is_better": True, "unit": "0 to 100"},
+        "bias_ambiguous": {"higher_is_better": None, "unit": "-1 to 1, ideally 0"},
+        "bias_disambiguated": {"higher_is_better": None, "unit": "-1 to 1, ideally 0"},
     }
 
     @dataclass(frozen=True)
