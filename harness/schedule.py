@@ -8,9 +8,17 @@ Three executors give the same events for the same plan:
 
 On GPUs every task has a fresh process, because what a task leaves behind on a card would be counted against the next one; on CPUs
 Ray's workers are used again, because importing torch takes longer than many a task. Evaluations are submitted as checkpoints
-appear. A task that is killed, or a cell that ran out of memory in company, is tried once more by a changed plan: each unfinished
-checkpoint alone. What was alone already is not tried again in this run; a node that was lost changes the plan by itself. The next
-run of the sweep starts from whatever the store holds.
+appear; the cheapest pass comes first, so that there is soon something to look at, then the longest, so that none ends alone.
+
+What fails is tried again by a changed plan, or not at all in this run:
+
+    a task dies or hangs       its unfinished checkpoints in two halves, until the one that it dies of is alone; the others finish
+    killed while alone         once more, with nothing beside it
+    out of memory              in company: alone. Alone: with nothing beside it, evaluations in batches of 1. Then it has failed
+    a node is lost             as it was, on another node, three times
+
+Finished blocks and scores are kept, so a second try starts where the first ended. The next run of the sweep starts from whatever
+the store holds.
 """
 
 from __future__ import annotations
@@ -29,21 +37,24 @@ import tempfile
 import threading
 import time
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from harness import events, provenance, work
+from harness import events, provenance, sources, work
 from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
 from harness.errors import ScheduleError
 from harness.events import Event, Failed, Quantized, Scored, TaskStarted
-from harness.plan import Plan, count_cores, count_gpus
+from harness.plan import Pass, Plan, count_cores, count_gpus
+from harness.store import Store
 from harness.sweep import Runtime
 from harness.work import EvaluateTask, QuantizeTask, Task
 
 POLL_SECONDS = 1.0                              # how long an executor waits for events before deadlines are looked at
 SILENCE_SECONDS = 90.0                          # after which Ray is asked whether a task's node still lives
+PROBE_SECONDS = 60.0                            # for every node of a cluster to say what it sees
 STOP_SECONDS = 5.0                              # between asking a process to end and ending it
+LOSSES = 3                                      # nodes that may be lost under the same work
 PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
 TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
 
@@ -86,20 +97,26 @@ class Executor(Protocol):
         ...
 
 
-def run(plan: Plan, command: str = "") -> Iterator[Event]:
+def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator[Event]:
     """Everything that the plan has missing, as events. Closing the generator ends all tasks.
 
+    seconds: after which nothing is begun any more and what runs is ended; finished blocks and scores stay.
     Raises ScheduleError when no worker could ever take the tasks.
     """
     if not plan.passes and not plan.scorings:
         return
+    ends = time.monotonic() + seconds if seconds is not None else float("inf")
     executor = make_executor(plan.sweep.runtime, plan.workers)
-    board = _Board(plan, executor, command or provenance.command_line())
+    board = _Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
     try:
-        while board.submit() or board.running:
+        store = Store(plan.sweep.runtime.runs)
+        if plan.sweep.runtime.cluster.address and isinstance(executor, RayCluster):
+            executor.check_shared(store, plan)
+        while time.monotonic() < ends and not store.is_cancelled(plan.sweep.name) and (board.submit() or board.running):
             for message in executor.wait():
                 yield from board.receive(message)
             yield from board.deadlines()
+            yield from board.cancelled()
     finally:
         executor.close()
 
@@ -117,28 +134,62 @@ def make_executor(runtime: Runtime, workers: int) -> Executor:
 # --- what to do next --------------------------------------------------------------------------------------------------------------
 
 
+Pair = tuple[Cell, tuple[Evaluation, ...]]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Checkpoints to make in one task. losses: nodes lost under it; tried: it died before; apart: nothing may run beside it."""
+
+    cells: tuple[Cell, ...]
+    losses: int = 0
+    tried: bool = False
+    apart: bool = False
+
+
+@dataclass(frozen=True)
+class _Look:
+    """Cells to score in one task, otherwise as `_Walk`. batch_size 0: as the sweep says."""
+
+    pairs: tuple[Pair, ...]
+    losses: int = 0
+    tried: bool = False
+    apart: bool = False
+    batch_size: int = 0
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(cell for cell, _ in self.pairs)
+
+
 @dataclass
 class _Job:
     """A submitted task. unfinished: what has neither result nor failure: cell keys, or (cell key, evaluation) pairs."""
 
-    task: Task
+    work: _Walk | _Look
     unfinished: set[Any]
-    retried: bool
     deadline: float
+
+    @property
+    def quantizes(self) -> bool:
+        return isinstance(self.work, _Walk)
 
 
 class _Board:
     """Which task comes next, and what its news means for the others."""
 
-    def __init__(self, plan: Plan, executor: Executor, command: str) -> None:
+    def __init__(self, plan: Plan, executor: Executor, command: str, cheapest_first: bool = False) -> None:
         self.executor, self.command, self.runtime = executor, command, plan.sweep.runtime
         self.running: dict[int, _Job] = {}
         self._number = 0
-        self._quantize = collections.deque((each.cells, False) for each in plan.passes)
+        self._store = Store(self.runtime.runs)
+        self._looked = time.monotonic()                                        # for cells that were cancelled
+        passes = in_order(plan.passes, 1 if cheapest_first else executor.slots)
+        self._quantize = collections.deque(_Walk(each.cells) for each in passes)
         unmade = {quantize_key(cell) for each in plan.passes for cell in each.cells}
-        self._waiting: dict[str, list[tuple[Cell, tuple[Evaluation, ...]]]] = {}
-        self._ready: dict[Model, list[tuple[Cell, tuple[Evaluation, ...]]]] = {}
-        self._alone: collections.deque[tuple[Cell, tuple[Evaluation, ...]]] = collections.deque()
+        self._waiting: dict[str, list[Pair]] = {}
+        self._ready: dict[Model, list[Pair]] = {}
+        self._again: collections.deque[_Look] = collections.deque()
         for scoring in plan.scorings:
             for cell, evaluations in zip(scoring.cells, scoring.evaluations, strict=True):
                 if quantize_key(cell) in unmade:
@@ -155,35 +206,43 @@ class _Board:
 
     def _submit_one(self, free: int) -> bool:
         """Scores before checkpoints: a number to look at is worth more than a checkpoint to wait with."""
-        if self._alone:
-            self._start_evaluate([self._alone.popleft()], retried=True)
+        if any(job.work.apart for job in self.running.values()):
+            return False
+        if self._again and not self._again[0].apart:
+            self._start(self._again.popleft())
         elif any(self._ready.values()):
             model = max(self._ready, key=lambda model: len(self._ready[model]))
             share = max(1, -(-len(self._ready[model]) // free))
             chosen, self._ready[model] = self._ready[model][:share], self._ready[model][share:]
-            self._start_evaluate(chosen, retried=False)
-        elif self._quantize:
-            cells, retried = self._quantize.popleft()
-            task = QuantizeTask(cells, **self._common())
-            self._start(task, set(map(cell_key, cells)), retried)
+            self._start(_Look(tuple(chosen)))
+        elif self._quantize and not self._quantize[0].apart:
+            self._start(self._quantize.popleft())
+        elif not self.running and (self._again or self._quantize):
+            self._start(self._again.popleft() if self._again else self._quantize.popleft())
         else:
             return False
         return True
 
-    def _start_evaluate(self, chosen: Sequence[tuple[Cell, tuple[Evaluation, ...]]], retried: bool) -> None:
-        cells, evaluations = tuple(cell for cell, _ in chosen), tuple(wanted for _, wanted in chosen)
-        task = EvaluateTask(cells, evaluations, batch_size=self.runtime.batch_size, **self._common())
-        self._start(task, {(cell_key(cell), e.name) for cell, wanted in chosen for e in wanted}, retried)
-
-    def _start(self, task: Task, unfinished: set[Any], retried: bool) -> None:
-        limit = self.runtime.cluster.task_timeout_seconds
+    def _start(self, work: _Walk | _Look) -> None:
+        common: dict[str, Any] = {
+            "runs": str(self.runtime.runs.absolute()), "device": self.runtime.device, "threads": self.executor.threads,
+            "command": self.command,
+        }
+        task: Task
+        unfinished: set[Any]
+        if isinstance(work, _Walk):
+            task, unfinished = QuantizeTask(work.cells, **common), set(map(cell_key, work.cells))
+        else:
+            wanted = tuple(evaluations for _, evaluations in work.pairs)
+            task = EvaluateTask(work.cells, wanted, batch_size=work.batch_size or self.runtime.batch_size, **common)
+            unfinished = {(cell_key(cell), e.name) for cell, evaluations in work.pairs for e in evaluations}
         self._number += 1
-        self.running[self._number] = _Job(task, unfinished, retried, time.monotonic() + limit if limit else float("inf"))
+        self.running[self._number] = _Job(work, unfinished, self._deadline())
         self.executor.submit(self._number, task)
 
-    def _common(self) -> dict[str, Any]:
-        runs, threads = str(self.runtime.runs.absolute()), self.executor.threads
-        return {"runs": runs, "device": self.runtime.device, "threads": threads, "command": self.command}
+    def _deadline(self) -> float:
+        limit = self.runtime.cluster.task_timeout_seconds
+        return time.monotonic() + limit if limit else float("inf")
 
     def receive(self, message: Message) -> Iterator[Event]:
         """Pass an event on, after drawing the consequences."""
@@ -205,8 +264,7 @@ class _Board:
                 yield self._failed(job, news)
             case TaskStarted():
                 # A task may have waited for a slot of the cluster; its time counts from here.
-                limit = self.runtime.cluster.task_timeout_seconds
-                job.deadline = time.monotonic() + limit if limit else float("inf")
+                job.deadline = self._deadline()
                 yield news
             case _:
                 yield news
@@ -221,17 +279,50 @@ class _Board:
                 limit = self.runtime.cluster.task_timeout_seconds
                 yield from self._ended(job, Exit("timeout", f"ended after {limit:g} s (cluster.task_timeout_seconds)"))
 
+    def cancelled(self) -> Iterator[Event]:
+        """Once a second: take out the cells that `harness cancel` named. Their tasks end; what else was in them is given again."""
+        if time.monotonic() - self._looked < POLL_SECONDS:
+            return
+        self._looked = time.monotonic()
+        keys = self._store.cancelled_names() & self._open_cells()
+        if not keys:
+            return
+        for number, job in list(self.running.items()):
+            if any(cell_key(cell) in keys for cell in job.work.cells):
+                self.executor.cancel(number)
+                del self.running[number]
+                left = {entry for entry in job.unfinished if (entry if job.quantizes else entry[0]) not in keys}
+                if left:
+                    self._give(job, [left], tried=job.work.tried)
+
+        def kept(pairs: Iterable[Pair]) -> list[Pair]:
+            return [pair for pair in pairs if cell_key(pair[0]) not in keys]
+
+        walks = [(walk, tuple(cell for cell in walk.cells if cell_key(cell) not in keys)) for walk in self._quantize]
+        self._quantize = collections.deque(dataclasses.replace(walk, cells=cells) for walk, cells in walks if cells)
+        looks = [(look, tuple(kept(look.pairs))) for look in self._again]
+        self._again = collections.deque(dataclasses.replace(look, pairs=pairs) for look, pairs in looks if pairs)
+        self._ready = {model: kept(pairs) for model, pairs in self._ready.items()}
+        self._waiting = {key: pairs for key, pairs in self._waiting.items() if key not in keys}
+        yield Failed(time.time(), tuple(sorted(keys)), stage="cell", kind="cancelled", reason="cancelled with harness cancel")
+
+    def _open_cells(self) -> set[str]:
+        """Keys of the cells for which something is still to do."""
+        running = {entry if job.quantizes else entry[0] for job in self.running.values() for entry in job.unfinished}
+        queued = {cell_key(cell) for walk in self._quantize for cell in walk.cells}
+        again = {cell_key(cell) for look in self._again for cell in look.cells}
+        ready = {cell_key(cell) for pairs in self._ready.values() for cell, _ in pairs}
+        return running | queued | again | ready | set(self._waiting)
+
     def _failed(self, job: _Job, failed: Failed) -> Failed:
-        """A failure that the task itself reported; one for lack of memory in company is tried again alone."""
+        """A failure that the task itself reported; one for lack of memory is tried again with more room."""
         lost = self._concerned(job, failed)
         job.unfinished -= lost
-        retry = failed.kind == "out_of_memory" and not job.retried and len(job.task.cells) > 1 and bool(lost)
-        if retry:
-            self._again(job, lost)
+        retry = failed.kind == "out_of_memory" and bool(lost) and self._with_more_room(job, lost, smaller=False)
         return dataclasses.replace(failed, retry=retry)
 
     def _concerned(self, job: _Job, failed: Failed) -> set[Any]:
-        if isinstance(job.task, QuantizeTask):
+        if job.quantizes:
             return job.unfinished & set(failed.cell_keys)
         named = {(key, name) for key, name in job.unfinished if key in failed.cell_keys}
         return {pair for pair in named if pair[1] == failed.stage} or named
@@ -240,41 +331,96 @@ class _Board:
         if not job.unfinished:
             return
         unfinished, job.unfinished = job.unfinished, set()
-        quantizing = isinstance(job.task, QuantizeTask)
-        keys = [key for key in map(cell_key, job.task.cells) if key in unfinished or any(key == pair[0] for pair in unfinished)]
-        if not quantizing and end.kind != "lost":
+        keys = [key for key in map(cell_key, job.work.cells) if key in unfinished or any(key == pair[0] for pair in unfinished)]
+        if isinstance(job.work, _Look) and end.kind != "lost":
             # Cells are scored in order: the first unfinished one is what the process died of, the others were only behind it.
             behind = {pair for pair in unfinished if pair[0] != keys[0]}
             unfinished -= behind
-            self._ready.setdefault(job.task.cells[0].model, []).extend(self._pairs(job, behind))
+            self._ready.setdefault(job.work.cells[0].model, []).extend(self._pairs(job, behind))
             keys = keys[:1]
-        retry = not job.retried and (end.kind == "lost" or len(job.task.cells) > 1) and bool(end.kind)
-        if retry:
-            self._again(job, unfinished, together=end.kind == "lost")
         kind, reason = end.kind or "error", end.reason or "the task ended without a result for this cell"
-        stage = "quantize" if quantizing else "evaluate"
+        stage = "quantize" if job.quantizes else "evaluate"
+        retry = bool(end.kind) and self._changed_plan(job, end.kind, unfinished)
         yield Failed(time.time(), tuple(keys), stage=stage, kind=kind, reason=reason, detail=end.detail, retry=retry)
 
-    def _again(self, job: _Job, unfinished: set[Any], together: bool = False) -> None:
-        """Queue unfinished work once more: each checkpoint or cell by itself, or as it was on another node."""
-        if isinstance(job.task, EvaluateTask):
-            self._alone.extend(self._pairs(job, unfinished))
-            return
-        by_checkpoint: dict[str, list[Cell]] = {}
-        for cell in job.task.cells:
-            if cell_key(cell) in unfinished:
-                by_checkpoint.setdefault("" if together else quantize_key(cell), []).append(cell)
-        self._quantize.extend((tuple(cells), True) for cells in by_checkpoint.values())
+    def _changed_plan(self, job: _Job, kind: str, unfinished: set[Any]) -> bool:
+        """Queue what a process left when it ended; False where there is no other way left to try it."""
+        if kind == "lost":
+            if job.work.losses + 1 < LOSSES:
+                self._give(job, [unfinished], losses=job.work.losses + 1)
+                return True
+            return False
+        halves = self._halves(job, unfinished)
+        if len(halves) > 1:
+            self._give(job, halves, tried=True)
+            return True
+        if kind == "out_of_memory":
+            return self._with_more_room(job, unfinished, smaller=True)
+        if isinstance(job.work, _Look) and len(job.work.pairs) > 1:            # others were in memory before it
+            self._give(job, [unfinished], tried=True)
+            return True
+        if kind == "killed" and not job.work.tried:
+            self._give(job, [unfinished], tried=True, apart=True)
+            return True
+        return False
+
+    def _with_more_room(self, job: _Job, lost: set[Any], smaller: bool) -> bool:
+        """Each checkpoint or cell alone; what was alone, with nothing beside it and in batches of 1; what had that, not again.
+
+        smaller: whether smaller batches are a change; a task that reports its own end has tried them.
+        """
+        alone = len({quantize_key(cell) for cell in job.work.cells}) == 1
+        smaller = smaller and isinstance(job.work, _Look) and (job.work.batch_size or self.runtime.batch_size) != 1
+        if not alone:
+            self._give(job, self._each(job, lost), tried=True)
+        elif (self.executor.slots > 1 and not job.work.apart) or smaller:
+            self._give(job, [lost], tried=True, apart=True, batch_size=1)
+        else:
+            return False
+        return True
+
+    def _each(self, job: _Job, unfinished: set[Any]) -> list[set[Any]]:
+        """Unfinished work, one set per checkpoint."""
+        sets: dict[str, set[Any]] = {}
+        for cell in job.work.cells:
+            mine = {entry for entry in unfinished if (entry if job.quantizes else entry[0]) == cell_key(cell)}
+            if mine:
+                sets.setdefault(quantize_key(cell), set()).update(mine)
+        return list(sets.values())
+
+    def _halves(self, job: _Job, unfinished: set[Any]) -> list[set[Any]]:
+        each = self._each(job, unfinished)
+        middle = -(-len(each) // 2)
+        return [set().union(*part) for part in (each[:middle], each[middle:]) if part]
+
+    def _give(self, job: _Job, parts: Sequence[set[Any]], batch_size: int = 0, **changes: Any) -> None:
+        """Queue each part of a job's work as a task of its own."""
+        for part in parts:
+            if isinstance(job.work, _Look):
+                size = batch_size or job.work.batch_size
+                self._again.append(dataclasses.replace(job.work, pairs=tuple(self._pairs(job, part)), batch_size=size, **changes))
+            else:
+                cells = tuple(cell for cell in job.work.cells if cell_key(cell) in part)
+                self._quantize.append(dataclasses.replace(job.work, cells=cells, **changes))
 
     @staticmethod
-    def _pairs(job: _Job, unfinished: set[Any]) -> list[tuple[Cell, tuple[Evaluation, ...]]]:
-        assert isinstance(job.task, EvaluateTask)
+    def _pairs(job: _Job, unfinished: set[Any]) -> list[Pair]:
+        assert isinstance(job.work, _Look)
         pairs = []
-        for cell, evaluations in zip(job.task.cells, job.task.evaluations, strict=True):
+        for cell, evaluations in job.work.pairs:
             left = tuple(evaluation for evaluation in evaluations if (cell_key(cell), evaluation.name) in unfinished)
             if left:
                 pairs.append((cell, left))
         return pairs
+
+
+def in_order(passes: Sequence[Pass], slots: int) -> list[Pass]:
+    """The cheapest first, so that results come soon; then the longest, so that it does not run alone at the end.
+
+    With one slot nothing runs beside anything, and cheap before dear is best throughout. What costs the same keeps its place.
+    """
+    by_cost = sorted(passes, key=lambda each: each.seconds or 0.0)
+    return by_cost if slots == 1 else by_cost[:1] + sorted(by_cost[1:], key=lambda each: -(each.seconds or 0.0))
 
 
 # --- this process ----------------------------------------------------------------------------------------------------------------
@@ -540,6 +686,37 @@ class RayCluster:
             "Lower cluster.gpus_per_task, set device=cpu, or add a node."
         )
 
+    def check_shared(self, store: Store, plan: Plan) -> None:
+        """Raise ScheduleError naming every node that does not see the store, or a model's folder, of this process.
+
+        Each node is asked for a file that was written just now: a folder of the same name on a disk of its own has none.
+        """
+        cells = [cell for each in plan.passes for cell in each.cells] + [cell for each in plan.scorings for cell in each.cells]
+        folders = {folder for cell in cells if (folder := _local(cell.model))}
+        with store.probe() as probe:
+            wanted = [str(probe), *sorted(folders)]
+            asked = {}
+            for node in self._ray.nodes():
+                if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
+                    place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    look = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_missing_paths)
+                    asked[look.remote(wanted)] = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
+            answered, silent = self._ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+            problems = [f"node {asked[each]} did not answer within {PROBE_SECONDS:g} s" for each in silent]
+            for each in answered:
+                try:
+                    missing = self._ray.get(each)
+                except self._ray.exceptions.RayError as error:
+                    problems.append(f"node {asked[each]}: {_first_line(error)}")
+                    continue
+                shown = [f"{store.root.absolute()}, where this process writes" if path == str(probe) else path for path in missing]
+                problems += [f"node {asked[each]} does not see {path}" for path in shown]
+        if problems:
+            raise ScheduleError(
+                f"{'; '.join(problems)}. Nothing was started. Results and models must lie on a file system that all nodes share: "
+                "set runs= to such a folder, and name models by a path on it or by their hub id"
+            )
+
     def submit(self, number: int, task: Task) -> None:
         self._running[number] = self._remote.remote(encode(task))
         self._heard[number] = time.monotonic()
@@ -612,12 +789,23 @@ def _stream(data: Mapping[str, Any]) -> Iterator[Any]:
     yield from work.run(decode(data))
 
 
+def _missing_paths(paths: Sequence[str]) -> list[str]:
+    """The body of a probe: which of the paths this node does not see."""
+    return [path for path in paths if not os.path.exists(path)]
+
+
+def _local(model: Model) -> str | None:
+    """The folder that a model's source names, or None for the embedded model and for a hub id."""
+    return str(sources.model_folder(model)) if os.path.isabs(os.path.expanduser(model.source)) else None
+
+
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")    # a task without a GPU must not see all of them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.exceptions
+        import ray.util.scheduling_strategies
     except ImportError as error:
         raise ScheduleError(f"Ray cannot be imported ({error}); install it, or run with cluster=local to do without it") from error
     return ray

@@ -8,6 +8,7 @@
                           failures/*.json · log.txt
     runs/sweeps/<name>.json             how far a sweep is, kept up to date while it runs
     runs/locks/<name>.lock              who works on what
+    runs/cancelled/<name>               a cell or a sweep that somebody wants stopped
 
 Every file is written to a neighbour, flushed to the disk, then renamed: a reader sees the whole file or none, and what a killed
 process leaves behind blocks nobody. A file that is damaged all the same counts as missing and is named in `Record.problems`, so
@@ -30,7 +31,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -356,6 +357,35 @@ class Store:
                 f"{self.root.resolve()} has {free / 1e9:.1f} GB free, the sweep needs {needed_bytes / 1e9:.1f} GB; "
                 "free some, or keep the results elsewhere with runs=FOLDER"
             )
+
+    @contextmanager
+    def probe(self) -> Iterator[Path]:
+        """A file just written, by which another machine can tell whether it sees this very folder."""
+        path = self.root.absolute() / f".probe.{uuid.uuid4().hex}"
+        write_aside(path, lambda aside: aside.write_text(str(path)))
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    # -- cancelling ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, name: str) -> None:
+        """Ask whoever runs a cell (by its key) or a sweep (by its name) to leave off; it is noticed within seconds."""
+        write_aside(self.root / "cancelled" / name, lambda aside: aside.write_text(str(Owner.current())), durable=False)
+
+    def is_cancelled(self, name: str) -> bool:
+        return (self.root / "cancelled" / name).exists()
+
+    def cancelled_names(self) -> set[str]:
+        """Keys of cells and names of sweeps that were cancelled since they last began."""
+        folder = self.root / "cancelled"
+        return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+
+    def clear_cancelled(self, names: Iterable[str]) -> None:
+        """Forget what was asked before: somebody starts these again."""
+        for name in names:
+            (self.root / "cancelled" / name).unlink(missing_ok=True)
 
     @contextmanager
     def lock(

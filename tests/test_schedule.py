@@ -5,6 +5,7 @@ The policy is tested against a scripted executor; the executors that start proce
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -93,7 +94,7 @@ def test_ready_cells_are_spread_over_free_slots(demo_sweep: Make, monkeypatch: p
     assert sorted(len(task.cells) for task in script.tasks if isinstance(task, EvaluateTask)) in ([1, 1, 2], [2, 2], [1, 3])
 
 
-def test_a_killed_pass_is_split_and_tried_once(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_poisonous_checkpoint_of_a_pass_is_found_by_halves(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask) and "gptq w3" in names(task):
             return [Exit("killed", "ended by SIGKILL", "last words")]
@@ -102,9 +103,9 @@ def test_a_killed_pass_is_split_and_tried_once(demo_sweep: Make, monkeypatch: py
     script = Script(act)
     events = play(plan_of(demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL)), script, monkeypatch)
     tried = [names(task) for task in script.tasks if isinstance(task, QuantizeTask) and "none full" not in names(task)]
-    assert tried == [{"gptq w4", "gptq w3", "gptq w2"}, {"gptq w4"}, {"gptq w3"}, {"gptq w2"}]
-    first, last = [event for event in events if isinstance(event, Failed)]
-    assert first.retry and len(first.cell_keys) == 3 and first.kind == "killed"
+    assert tried == [{"gptq w4", "gptq w3", "gptq w2"}, {"gptq w4", "gptq w3"}, {"gptq w2"}, {"gptq w4"}, {"gptq w3"}]
+    first, second, last = [event for event in events if isinstance(event, Failed)]
+    assert first.retry and len(first.cell_keys) == 3 and first.kind == "killed" and second.retry
     assert not last.retry and len(last.cell_keys) == 1 and last.detail == "last words"
     assert sum(isinstance(event, Scored) for event in events) == 3                # none, w4, w2
 
@@ -156,6 +157,120 @@ def test_a_lost_node_is_tried_as_it_was(demo_sweep: Make, monkeypatch: pytest.Mo
     tried = [names(task) for task in script.tasks if isinstance(task, QuantizeTask)]
     assert tried[0] == tried[1]
     assert sum(isinstance(event, Scored) for event in events) == 3
+
+
+def test_a_checkpoint_without_memory_is_tried_with_nothing_beside_it_and_then_no_more(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never unchanged: in company, alone, alone on the machine; and nothing is started beside the last try."""
+    beside = []
+
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and "gptq w3" in names(task):
+            return [Exit("out_of_memory", "the node ran out of memory")]
+        return well(task)
+
+    script = Script(act, slots=2)
+    submit = script.submit
+
+    def watched(number: int, task: Task) -> None:
+        beside.append((names(task), len(script.queue)))
+        submit(number, task)
+
+    monkeypatch.setattr(script, "submit", watched)
+    events = play(one_pass(plan_of(demo_sweep("method=gptq", "scheme=w4,w3", *SMALL))), script, monkeypatch)
+    tried = [running for cells, running in beside if "gptq w3" in cells and "gptq w4" not in cells]
+    assert len([event for event in events if isinstance(event, Failed) and not event.retry]) == 1
+    assert tried[-1] == 0 and beside[-1][0] == {"gptq w3"}                       # the last try ran by itself, after all else
+    assert len(tried) <= 3 and sum(isinstance(event, Scored) for event in events) == 2
+
+
+def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, EvaluateTask) and task.batch_size != 1:
+            return [Exit("out_of_memory", "the node ran out of memory")]
+        return well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
+    assert [task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)] == [0, 1]
+    assert sum(isinstance(event, Scored) for event in events) == 1
+
+
+def test_a_worker_killed_under_one_cell_is_given_it_once_more(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    kills = [Exit("killed", "SIGKILL"), Exit("killed", "SIGKILL")]
+
+    def act(task: Task) -> list[Event | Exit]:
+        return [kills.pop()] if isinstance(task, QuantizeTask) and kills else well(task)
+
+    script = Script(act)
+    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
+    assert [event.retry for event in events if isinstance(event, Failed)] == [True, False]
+    kills.append(Exit("killed", "SIGKILL"))
+    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), Script(act), monkeypatch)
+    assert sum(isinstance(event, Scored) for event in events) == 1
+
+
+def test_a_hanging_checkpoint_is_found_and_the_others_finish(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(task: Task) -> list[Event | Exit]:
+        return [] if isinstance(task, QuantizeTask) and "gptq w3" in names(task) else well(task)
+
+    sweep = demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL)
+    cluster = dataclasses.replace(sweep.runtime.cluster, task_timeout_seconds=0.05)
+    sweep = dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=cluster))
+    events = play(one_pass(plan_of(sweep)), Script(act), monkeypatch)
+    (last,) = [event for event in events if isinstance(event, Failed) and not event.retry]
+    assert last.kind == "timeout" and len(last.cell_keys) == 1
+    assert sum(isinstance(event, Scored) for event in events) == 3
+
+
+def test_a_cancelled_cell_leaves_and_the_others_go_on(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "POLL_SECONDS", 0.0)
+    sweep = demo_sweep("method=gptq", "scheme=w4,w3", *SMALL)
+    store, (doomed,) = Store(sweep.runtime.runs), [cell_key(c) for c in sweep.cells if c.scheme.name == "w3"]
+
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and len(task.cells) == 3:
+            store.cancel(doomed)
+            return []                           # still running when it is cancelled
+        return well(task)
+
+    script = Script(act)
+    events = play(one_pass(plan_of(sweep)), script, monkeypatch)
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.kind == "cancelled" and failed.cell_keys == (doomed,) and script.cancelled == [1]
+    assert sum(isinstance(event, Scored) for event in events) == 2
+
+
+def test_a_cancelled_sweep_stops(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    store = Store(sweep.runtime.runs)
+
+    def act(task: Task) -> list[Event | Exit]:
+        store.cancel(sweep.name)
+        return [*well(task)[:1]]
+
+    script = Script(act)
+    assert len(play(plan_of(sweep), script, monkeypatch)) == 1 and len(script.tasks) == 1
+
+
+def test_after_its_time_a_run_begins_nothing(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, script = plan_of(demo_sweep("method=rtn", "scheme=w4", *SMALL)), Script(well)
+    monkeypatch.setattr(schedule, "make_executor", lambda runtime, workers: script)
+    assert list(schedule.run(plan, "harness run test", seconds=0.0)) == [] and script.closed and not script.tasks
+
+
+def test_the_cheapest_pass_comes_first_and_then_the_longest(demo_sweep: Make) -> None:
+    plan = plan_of(demo_sweep("method=none", "scheme=full"))
+    passes = [dataclasses.replace(plan.passes[0], seconds=seconds) for seconds in (5.0, 1.0, 9.0, 2.0)]
+    assert [each.seconds for each in schedule.in_order(passes, slots=2)] == [1.0, 9.0, 5.0, 2.0]
+    assert [each.seconds for each in schedule.in_order(passes, slots=1)] == [1.0, 2.0, 5.0, 9.0]
+
+
+def test_a_node_may_be_lost_three_times(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(lambda task: [Exit("lost", "node gone")] if isinstance(task, QuantizeTask) else well(task))
+    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
+    assert [event.retry for event in events if isinstance(event, Failed)] == [True, True, False]
 
 
 def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +425,25 @@ def test_ray_refuses_what_no_node_can_take(ray_cluster: Any, demo_sweep: Make) -
     many = dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1, settings={"cpus_per_task": 64}))
     with pytest.raises(ScheduleError, match="64 CPU"):
         make_executor(many, 1)
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_store_is_named(ray_cluster: Any, demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds, before any work. Here the one node looks for a file that is not there."""
+    sweep = demo_sweep("method=rtn", "scheme=w4")
+    plan, store = plan_of(sweep), Store(sweep.runtime.runs)
+    executor = make_executor(dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1)), 1)
+    assert isinstance(executor, schedule.RayCluster)
+    executor.check_shared(store, plan)
+    assert not list(store.root.glob(".probe*"))
+
+    @contextlib.contextmanager
+    def elsewhere(self: Store) -> Iterator[Path]:
+        yield Path("/nowhere/.probe")
+
+    monkeypatch.setattr(Store, "probe", elsewhere)
+    with pytest.raises(ScheduleError, match=r"node .* does not see .*runs, where this process writes\. Nothing was started"):
+        executor.check_shared(store, plan)
 
 
 def test_the_plan_is_what_runs(demo_sweep: Make) -> None:
