@@ -620,6 +620,9 @@ class _Resolver:
         elif sources.resolve_path(name, self.base).is_dir():
             content, where = {"source": name}, f"model {name}"
             name = sources.resolve_path(name, self.base).resolve().name
+        elif name.startswith(f"{sources.DEMO}:"):
+            content, where = {"source": name}, f"model {name}"
+            name = name.replace(":", "_")
         elif sources.HUB_ID.fullmatch(name) and not name.startswith("."):
             content, where = {"source": name}, f"model {name}"
             name = name.rsplit("/", 1)[1]
@@ -964,7 +967,7 @@ class _Resolver:
         columns = []
         for column in table.columns:
             if column.metric == "published":
-                if not column.reason or not column.published or not table.published:
+                if not (column.reason or table.absent) or not column.published or not table.published:
                     self.problems.add(f"{where}: column {column.title or column.metric}: needs `published` and `reason`")
                 columns.append(column)
                 continue

@@ -570,7 +570,7 @@ def _notes(
         notes.append(f"Published numbers alone: {table.absent}")
     elif any(value.gap == "absent" for value in values):
         notes.append("Rows with a published number alone are not in this sweep.")
-    notes += [f"{c.title}: published numbers alone; {c.reason}" for c in table.columns if c.metric == PUBLISHED_ONLY]
+    notes += [f"{c.title}: published numbers alone; {c.reason}." for c in table.columns if c.metric == PUBLISHED_ONLY and c.reason]
     notes += [f"Protocol: {line}" for line in table.protocol]
     notes += ambiguous
     for row in rows:
