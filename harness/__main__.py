@@ -197,9 +197,9 @@ def diagnose(
     group_size: Annotated[int, typer.Option(help="To propose; 0: the largest that repairs.")] = 0,
 ) -> None:
     """Say which linears of a model 8-bit weights and activations ruin, through which side, and the fewest to treat apart."""
-    from harness import display
+    from harness import diagnose as checks
 
-    print(display.diagnose(model, overrides or [], bits, group_size))
+    print(checks.run(model, overrides or [], bits, group_size))
 
 
 @app.command()

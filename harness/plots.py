@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,41 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
             grid.append([math.fsum(values[b]) / len(values[b]) if b in values else math.nan for b in blocks])
             labels.append(f"{record.cell.method.name} · {record.cell.scheme.name}")
     return _heat_map(grid, blocks, labels, known[0].cell.model.name, f"{_error_text(name)}, mean of a block") if grid else None
+
+
+def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) -> Figure:
+    """Heat map of `harness diagnose`, block × matrix: one value of every linear's report on a logarithmic scale."""
+    blocks = sorted({int(row["block"]) for row in linears})
+    names = list(dict.fromkeys(str(row["linear"]) for row in linears))
+    grid = [[math.nan] * len(blocks) for _ in names]
+    for row in linears:
+        grid[names.index(str(row["linear"]))][blocks.index(int(row["block"]))] = max(float(row[value]), 1e-12)
+    texts = {"both": "relative output error, weights and activations rounded", "weight_ratio": "max / median channel of |W|",
+             "activation_ratio": "max / median channel of |x|", "grouped": "relative output error in groups"}
+    return _heat_map(grid, blocks, [name.rsplit(".", 1)[-1] for name in names], title, texts.get(value, value))
+
+
+def channel_magnitudes(channels: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Of one linear, the largest weight and the largest activation of each input channel; one set of bars above the other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawn
+
+    figure = Drawn(figsize=(6.4, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (axes, name, text) in enumerate(zip(
+        figure.subplots(2, 1, sharex=True), ("weights", "activations"), ("largest |W|", "largest |x|"), strict=True
+    )):
+        values = list(channels[name])
+        axes.vlines(range(len(values)), 1e-12, values, color=COLOURS[index], linewidth=max(0.5, min(3.0, 200 / len(values))))
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5 * min(value for value in values if value > 0))
+        axes.set_ylabel(text)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not index:
+            axes.set_title(title, loc="left", fontsize=11)
+        else:
+            axes.set_xlabel("input channel")
+    return figure
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "pdf", "png")) -> list[Path]:

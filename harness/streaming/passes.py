@@ -76,6 +76,23 @@ def run_pass(
         yield from _Pass(cells, folder, windows, writers, device, space).run()
 
 
+def survey(
+    folder: Path, dtype: str, windows: Tensor, needs: Collection[str], device: str = "cpu"
+) -> Iterator[tuple[int, dict[str, Tensor], Statistics]]:
+    """Walk the unrounded model once. Yields for each block its index, its matrices [out, in] by name, and statistics by linear.
+
+    needs: names of statistics of inputs. Memory: one block, and of its inputs what the statistics hold.
+    """
+    walk = _Walk(folder, dtype, device)
+    hidden = [h.to(walk.storage) for h in walk.blocks.start(windows)]
+    for index in range(len(walk.blocks)):
+        tensors = walk.blocks.tensors(index)
+        seen, hidden = walk._observe(index, walk.blocks.build(index, tensors), hidden, {"*": needs}, True)
+        slots = walk.blocks.slots(index)
+        matrices = {slot.name: slot.view(tensors[slot.parameter]).float() for slot in slots}
+        yield index, matrices, {slot.name: seen[slot.group] for slot in slots}
+
+
 def generator(seed: int, block: int, name: str) -> torch.Generator:
     """The randomness of one cell, block and linear: the same in any order of execution, on any device (it lives on the CPU)."""
     value = hashlib.sha256(f"{seed}/{block}/{name}".encode()).digest()
@@ -121,7 +138,49 @@ class _Rewritten:
     seconds: float = 0.0
 
 
-class _Pass:
+class _Walk:
+    """What every walk does with a block: run it on all sequences and gather statistics of its inputs."""
+
+    def __init__(self, folder: Path, dtype: str, device: str) -> None:
+        self.blocks = Blocks(folder, dtype, device)
+        self.storage = torch.device("cpu")
+
+    def _observe(
+        self, index: int, block: nn.Module, hidden: Sequence[Tensor], needs: Mapping[str, Collection[str]], keep: bool
+    ) -> tuple[Statistics, list[Tensor]]:
+        """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
+        slots = self._slots(index, dict(block.named_parameters()))
+        wanted = {slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS) for slot in slots}
+        asked = {group for group in wanted if needs.get(group) or needs.get("*")}
+        collectors = {group: Collector(group, wanted[group], len(hidden), self.storage) for group in wanted if group in asked}
+        current = 0
+
+        def receive(group: str, inputs: Tensor) -> None:
+            if group in collectors:
+                collectors[group].add(current, inputs)
+
+        outputs: list[Tensor] = []
+        if not collectors and not keep:
+            return {}, outputs
+        with torch.no_grad(), self.blocks.family.watch(block, slots if collectors else (), receive):
+            for current, sequence in enumerate(hidden):                               # `receive` reads current
+                result = self.blocks.run(block, index, current, sequence)
+                if keep:
+                    outputs.append(result.to(self.storage))
+        return {group: collector.finish() for group, collector in collectors.items()}, outputs
+
+    def _slots(self, index: int, tensors: Collection[str]) -> tuple[Slot, ...]:
+        """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
+        def own(slot: Slot) -> Slot:
+            owner = slot.parameter.rpartition(".")[0]
+            if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
+                return slot
+            return dataclasses.replace(slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group)
+
+        return tuple(own(slot) for slot in self.blocks.slots(index))
+
+
+class _Pass(_Walk):
     def __init__(
         self, cells: Sequence[Cell], folder: Path, windows: Tensor | None, writers: Mapping[str, CheckpointWriter],
         device: str, scratch: Path,
@@ -129,8 +188,7 @@ class _Pass:
         models = {(cell.model.digest, cell.model.source, cell.model.dtype) for cell in cells}
         assert len(models) == 1, f"one model per pass, not {sorted(models)}"
         self.windows, self.scratch = windows, scratch
-        self.blocks = Blocks(folder, cells[0].model.dtype, device)
-        self.storage = torch.device("cpu")
+        super().__init__(folder, cells[0].model.dtype, device)
         self.jobs = self._jobs(cells, writers)
         self.streams: dict[str, list[Tensor]] = {}
         self.gradients: SquaredGradients | None = None
@@ -179,7 +237,9 @@ class _Pass:
         """Build the plugins, and refuse what a pass cannot do."""
         method = job.cell.method
         if method.tuning is not None:
-            raise MethodError(f"{job.cell.title}: a pass rounds and does not train; {method.tuning.name} starts from its checkpoint")
+            raise MethodError(
+                f"{job.cell.title}: a pass rounds and does not train; {method.tuning.name} starts from its checkpoint"
+            )
         if method.is_baseline:
             return
         for slot in ("transform", "rounding"):
@@ -311,30 +371,6 @@ class _Pass:
                     job.seconds += time.monotonic() - began
 
             self._try(job, f"block {index}", work)
-
-    def _observe(
-        self, index: int, block: nn.Module, hidden: Sequence[Tensor], needs: Mapping[str, Collection[str]], keep: bool
-    ) -> tuple[Statistics, list[Tensor]]:
-        """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
-        slots = self._slots(index, dict(block.named_parameters()))
-        wanted = {slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS) for slot in slots}
-        asked = {group for group in wanted if needs.get(group) or needs.get("*")}
-        collectors = {group: Collector(group, wanted[group], len(hidden), self.storage) for group in wanted if group in asked}
-        current = 0
-
-        def receive(group: str, inputs: Tensor) -> None:
-            if group in collectors:
-                collectors[group].add(current, inputs)
-
-        outputs: list[Tensor] = []
-        if not collectors and not keep:
-            return {}, outputs
-        with torch.no_grad(), self.blocks.family.watch(block, slots if collectors else (), receive):
-            for current, sequence in enumerate(hidden):                               # `receive` reads current
-                result = self.blocks.run(block, index, current, sequence)
-                if keep:
-                    outputs.append(result.to(self.storage))
-        return {group: collector.finish() for group, collector in collectors.items()}, outputs
 
     # --- one cell, one block --------------------------------------------------------------------------------------------------
 
@@ -508,16 +544,6 @@ class _Pass:
                 copied.add(slot.parameter)
             slot.view(placed[slot.parameter]).copy_(value)
         return placed
-
-    def _slots(self, index: int, tensors: Collection[str]) -> tuple[Slot, ...]:
-        """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
-        def own(slot: Slot) -> Slot:
-            owner = slot.parameter.rpartition(".")[0]
-            if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
-                return slot
-            return dataclasses.replace(slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group)
-
-        return tuple(own(slot) for slot in self.blocks.slots(index))
 
     # --- evidence and reports -------------------------------------------------------------------------------------------------
 
