@@ -10,8 +10,10 @@ block is read once for all of them, and cells with the same input stream share i
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import os
+import re
 import shutil
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import plugins, sources
 from harness.cell import Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
-from harness.errors import HarnessError, PlanError
+from harness.errors import ConfigError, HarnessError, PlanError
 from harness.store import Store
 from harness.sweep import Runtime, Sweep
 
@@ -165,6 +167,44 @@ def make(sweep: Sweep, store: Store) -> Plan:
     return Plan(sweep, done, missing, refused, passes, scorings, problems, workers)
 
 
+def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
+    """The plan of what fits into so much wall time, cheapest cells first, baselines before all; and the cells left out.
+
+    What has neither record nor formula counts nothing here: it is tried, and the clock decides.
+    """
+    costs: dict[str, float] = collections.defaultdict(float)
+    for each in plan.passes:
+        for cell in each.cells:
+            costs[cell_key(cell)] += (each.seconds or 0.0) / len(each.cells)
+    for scoring in plan.scorings:
+        for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True):
+            costs[cell_key(cell)] += (scoring.seconds or 0.0) * len(wanted) / max(1, scoring.count)
+    left, room = set(), seconds * max(1, plan.workers)
+    for cell in sorted(plan.missing, key=lambda cell: (not cell.method.is_baseline, costs[cell_key(cell)])):
+        room -= costs[cell_key(cell)]
+        if room < 0:
+            left.add(cell_key(cell))
+    if not left:
+        return plan, ()
+    passes = []
+    for each in plan.passes:
+        cells = tuple(cell for cell in each.cells if cell_key(cell) not in left)
+        share = len(cells) / len(each.cells)
+        if cells:
+            cost = None if each.seconds is None else each.seconds * share
+            passes.append(dataclasses.replace(each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)))
+    scorings = []
+    for scoring in plan.scorings:
+        pairs = [(c, e) for c, e in zip(scoring.cells, scoring.evaluations, strict=True) if cell_key(c) not in left]
+        if pairs:
+            cost = None if scoring.seconds is None else scoring.seconds * sum(len(e) for _, e in pairs) / max(1, scoring.count)
+            cells, evaluations = tuple(c for c, _ in pairs), tuple(e for _, e in pairs)
+            scorings.append(dataclasses.replace(scoring, cells=cells, evaluations=evaluations, seconds=cost))
+    missing = tuple(cell for cell in plan.missing if cell_key(cell) not in left)
+    smaller = dataclasses.replace(plan, missing=missing, passes=tuple(passes), scorings=tuple(scorings))
+    return smaller, tuple(cell for cell in plan.missing if cell_key(cell) in left)
+
+
 def count_workers(runtime: Runtime) -> int:
     """Tasks that run at once on this machine: as configured, else one per share of a GPU, else one per two cores.
 
@@ -274,7 +314,13 @@ class _Checker:
         except HarnessError as error:
             return [str(error)]
         shapes = self.shapes(cell.model)
-        return [] if shapes is None else [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        if shapes is None:
+            return []
+        reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        fused = [linear.name for linear in shapes.linears if linear.fused]
+        if slot == "tuning" and fused:
+            reasons.append(f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones")
+        return reasons
 
     def _group_reasons(self, cell: Cell) -> list[str]:
         shapes = self.shapes(cell.model)
@@ -626,6 +672,19 @@ def duration(seconds: float | None) -> str:
         if seconds >= length:
             return f"≈ {seconds / length:.1f} {unit}"
     return f"≈ {max(1, round(seconds))} s"
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of "8h", "90min", "2d", "45s" or a plain number. Raises ConfigError for anything else.
+
+    >>> seconds_of("1.5h")
+    5400.0
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    units = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+    if found is None or found[2] not in units:
+        raise ConfigError(f'"{text}" is no time; write for example 45s, 90min, 8h or 2d')
+    return float(found[1]) * units[found[2]]
 
 
 def size(number: float) -> str:

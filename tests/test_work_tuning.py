@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +106,9 @@ def test_the_plan_accepts_tunings_and_refuses_what_cannot_be_tuned(demo_sweep: M
     bare = dataclasses.replace(sweep, cells=(dataclasses.replace(c, method=dataclasses.replace(c.method, rounding=None)),))
     (refusal,) = make(bare, Store(bare.runtime.runs)).refused
     assert "choose a rounding" in " ".join(refusal.reasons)
+
+
+def test_fused_matrices_are_refused_before_anything_starts(demo_sweep: Make, tiny_model: Callable[..., Path]) -> None:
+    sweep = demo_sweep("method=peqa", f"model={tiny_model('phi3')}", "scheme=w4g32", *SHORT, *SMALL)
+    reasons = {refusal.cell.method.name: " ".join(refusal.reasons) for refusal in make(sweep, Store(sweep.runtime.runs)).refused}
+    assert "self_attn.q_proj" in reasons["peqa"] and "fused" in reasons["peqa"]

@@ -155,25 +155,45 @@ def streamed(folder: Path, tokens: Tensor) -> StreamedBlock:
     return StreamedBlock(blocks, 0, module, original, {}, hidden, None)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_any_scales_leave_a_rotary_block_as_it_is(tiny_model: Callable[..., Path], family: str, kv_heads: int) -> None:
-    """Rotary positions mix the halves of a head, so queries and keys need tied scales; biases are scaled with their rows."""
-    block = streamed(tiny_model(family, num_key_value_heads=kv_heads), windows(2))
+def random_scales(block: StreamedBlock) -> tuple[omniquant._Linears, omniquant._Scales]:
+    """The transformation of a block with every scale far from 1."""
     settings = omniquant.Rounding.Settings(transform=True)
-    linears = omniquant._Linears(block, w(4), settings)
-    scales = omniquant._Scales(block, settings)
+    linears, scales = omniquant._Linears(block, w(4), settings), omniquant._Scales(block, settings)
     rng = generator(5)
     with torch.no_grad():
         for parameter in scales.parameters():
-            parameter.copy_(torch.exp(torch.randn(parameter.shape, generator=rng)))
+            parameter.copy_(torch.exp(0.5 * torch.randn(parameter.shape, generator=rng)))
+    return linears, scales
+
+
+def transformable() -> list[str]:
+    """The tiny models of every family that states where queries and keys can be scaled."""
+    return ["llama", "mistral", "qwen2", "opt", "phi3", "falcon_7b", "gemma", "gemma2", "mixtral", "qwen2_moe"]
+
+
+@pytest.mark.parametrize("family", transformable())
+def test_any_scales_leave_a_real_block_as_it_is(tiny_model: Callable[..., Path], family: str) -> None:
+    """Rotary positions mix the halves of a head, so queries and keys have tied scales; biases are scaled with their rows."""
+    block = streamed(tiny_model(family), windows(2))
+    linears, scales = random_scales(block)
+    with torch.no_grad():
         for hidden in block.inputs():
             plain = block.run(hidden)
-            assert float((block.run(hidden, scales.apply(linears.originals)) - plain).abs().max() / plain.abs().max()) < 2e-5
-        untied = dict(scales.apply(linears.originals))
-        factor = torch.exp(torch.randn(untied["self_attn.k_proj.weight"].shape[0], 1, generator=rng))
-        untied["self_attn.k_proj.weight"] = untied["self_attn.k_proj.weight"] * factor
-        assert float((block.run(block.inputs()[0], untied) - block.run(block.inputs()[0])).abs().max()) > 1e-3
+            scaled = block.run(hidden, linears.cast(scales.apply(linears.originals)))
+            assert float((scaled - plain).abs().max() / plain.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_untied_scales_of_keys_would_change_it(tiny_model: Callable[..., Path], kv_heads: int) -> None:
+    block = streamed(tiny_model("llama", num_key_value_heads=kv_heads), windows(2))
+    linears, scales = random_scales(block)
+    with torch.no_grad():
+        plain = block.run(block.inputs()[0])
+        tied = dict(scales.apply(linears.originals))
+        assert float((block.run(block.inputs()[0], tied) - plain).abs().max() / plain.abs().max()) < 2e-5
+        factor = torch.exp(torch.randn(tied["self_attn.k_proj.weight"].shape[0], 1, generator=generator(6)))
+        tied["self_attn.k_proj.weight"] = tied["self_attn.k_proj.weight"] * factor
+        assert float((block.run(block.inputs()[0], tied) - plain).abs().max()) > 1e-3
 
 
 class BiasedBlock(FakeBlock):
