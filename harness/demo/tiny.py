@@ -24,7 +24,8 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
 }
 _MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 # name -> what differs from the common shape; model_type where it is not the name. A new family adds its line.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -46,6 +47,16 @@ TINY: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {**_MIXTURE, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
     "qwen3_moe": {**_MIXTURE, "head_dim": 16},
+    "llava_next": {"text_config": {"model_type": "llama"}, "vision_config": _CLIP, "image_token_index": 250},
+    "qwen2_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}},
+        "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        "image_token_id": 250, "video_token_id": 251,
+    },
+    "gpt2": {"n_positions": 128},                       # these four have no family file: the generic one serves them
+    "bloom": {},
+    "starcoder2": {},
+    "olmo2": {},
 }
 
 

@@ -76,10 +76,10 @@ class DecoderFamily:
     """A decoder-only model of transformers: embeddings, a list of blocks of one class, a final norm and a head."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
-    blocks_name: ClassVar[str] = "model.layers"
-    before: ClassVar[tuple[str, ...]] = ("model.embed_tokens",)             # modules that make the first block's input
-    after: ClassVar[tuple[str, ...]] = ("model.norm", "lm_head")            # modules that make logits of the last block's output
-    returns_tuple: ClassVar[bool] = False                                   # a block's output comes first in a tuple
+    blocks_name: str = "model.layers"
+    before: tuple[str, ...] = ("model.embed_tokens",)                       # modules that make the first block's input
+    after: tuple[str, ...] = ("model.norm", "lm_head")                      # modules that make logits of the last block's output
+    returns_tuple: bool = False                                             # a block's output comes first in a tuple
     auto_class: ClassVar[Any] = AutoModelForCausalLM                        # of transformers, builds the model from its config
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
@@ -121,8 +121,10 @@ class DecoderFamily:
         with torch.device("meta"):
             model = self.auto_class.from_config(copy.deepcopy(config), dtype=dtype)
         model.requires_grad_(False)
-        for module in model.modules():
-            self._compute_buffers(model, module)
+        owners: dict[str, PreTrainedModel] = {}         # a vision tower computes the buffers of its own modules
+        for name, module in model.named_modules():
+            owners[name] = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+            self._compute_buffers(owners[name], module)
         return model.eval()
 
     def block_prefix(self, index: int) -> str:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from harness import models
 from harness.cell import Cell, Method, Scheme, WeightScheme, quantize_key
 from harness.demo.tiny import TINY
+from harness.errors import ModelError
 from harness.formats.native import Checkpoint
 from harness.models.protocols import get_tensor, tied
 from harness.runtime.load import load
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))
 from small import GPTQ, RTN, cell, failures, part, quantize, windows
 
 FAMILIES = [name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")]       # those are in test_llama.py
+GENERIC = ["gpt2", "bloom", "starcoder2", "olmo2"]
 AWQ = Method("awq", transform=part("awq", "transform", exponents=4, scale_grouped_values=True), rounding=part("rtn"))
 
 
@@ -71,11 +74,11 @@ def test_shapes_name_every_matrix_of_a_block_once(tiny_model: Callable[..., Path
             left = mark.ndim < 2 or name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
             assert bool((mark == (0 if left else 1)).all()), (index, name, type(owner).__name__)
         biases = {slot.bias for slot in ours.slots(config, index) if slot.bias is not None}
-        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear) and m.bias is not None}
+        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D) and m.bias is not None}
         assert biases == {f"{name}.bias" for name in linears}
     assert shapes.parameters == sum(p.numel() for p in model.parameters())
-    assert shapes.tied_head == (get_tensor(model, "lm_head.weight").data_ptr() == model.get_input_embeddings().weight.data_ptr())
-    assert (shapes.blocks, shapes.heads) == (3, 4)
+    assert shapes.tied_head == (model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+    assert (shapes.blocks, shapes.heads) == (3, 4) and shapes.kv_heads in (1, 2, 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,6 +129,7 @@ def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Pat
                 folded.add(pair)
             hidden = before
     assert folded == set(blocks.shapes.pairs), "every pair belongs to some block"
+    assert bool(folded) == (family not in GENERIC)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -335,3 +339,31 @@ def test_a_plan_refuses_scales_that_experts_cannot_have(tiny_model: Callable[...
     (reason,) = activations.check(scheme, shapes)
     assert "mlp.experts.0.gate_proj" in reason and "per token" in reason
     assert not activations.check(dataclasses.replace(scheme, activation=ActivationScheme(granularity="token")), shapes)
+
+
+# --- architectures without a file of their own --------------------------------------------------------------------------------
+
+
+def test_an_unknown_architecture_says_what_it_cannot_do(tiny_model: Callable[..., Path]) -> None:
+    from harness import plugins
+
+    shapes = models.shapes(tiny_model("starcoder2"))
+    assert shapes.family == "generic" and "transforms are refused" in shapes.notes[0]
+    scheme = cell(Path("x"), AWQ, group_size=16).scheme
+    (reason,) = plugins.build("transform", "awq", {}).check(scheme, shapes)
+    assert "no place where a scale can be folded" in reason
+    assert not plugins.build("rounding", "gptq", {}).check(scheme, shapes)
+    groups = {linear.name: linear.group for linear in shapes.linears}
+    assert groups["self_attn.q_proj"] == groups["self_attn.k_proj"] == groups["self_attn.v_proj"] != groups["mlp.c_fc"]
+
+
+def test_fused_experts_without_a_family_are_refused_by_name(tiny_model: Callable[..., Path]) -> None:
+    folder = tiny_model("olmoe", num_experts=4, num_hidden_layers=1)
+    with pytest.raises(ModelError, match=r"fused matrices.*mlp.experts.gate_up_proj.*docs/adding.md"):
+        models.shapes(folder)
+
+
+def test_a_foreign_config_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="QWenLMHeadModel"):
+        family = models.family_of({"architectures": ["QWenLMHeadModel"]})
+        family.config({"architectures": ["QWenLMHeadModel"], "model_type": "qwen"})
