@@ -1,6 +1,7 @@
 """Where models and texts come from, and the digests that identify them. Loads without torch.
 
-A model's source is "demo" (the embedded model), "demo:<variant>" (with outliers planted), a folder, or a hub id; a text's source is
+A model's source is "demo" (the embedded model), "demo:<variant>" (with outliers planted), "tiny:<family>" (random weights, for
+trying out), a folder, or a hub id; a text's source is
 
     demo                                        the embedded corpus
     hub:<owner>/<name>[/<config>][@<revision>]  a data set of the hub
@@ -31,7 +32,7 @@ from typing import IO, Any
 from harness.cell import Model, digest
 from harness.errors import DataError, HarnessError, ModelError, unknown_name
 
-DEMO = "demo"
+DEMO, TINY = "demo", "tiny"
 RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
 TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
@@ -124,6 +125,10 @@ def _checked_folder(source: str) -> Path:
         from harness.demo.variants import variant_folder
 
         return variant_folder(source.removeprefix(f"{DEMO}:"), cache_folder())
+    if source.startswith(f"{TINY}:"):
+        from harness.demo.tiny import tiny_folder
+
+        return tiny_folder(source.removeprefix(f"{TINY}:"), cache_folder())
     folder = Path(__file__).parent / "demo" / "model" if source == DEMO else Path(source).expanduser().absolute()
     if not folder.is_dir():
         raise ModelError(f"model {source}: no such folder, and not a hub id of the form owner/name")
