@@ -8,7 +8,7 @@ Learnable weight clipping (eq. 2): per group, hi = sigmoid(γ) max w and lo = si
 not hold zero; γ = β = 4 at first, so that even untrained ranges are shrunk to sigmoid(4) = 0.982.
 Learnable equivalent transformation (eq. 3, 4), off unless transform=true: norm → q, k, v, norm → gate, up and v → o are scaled
 by s, queries by 1 / s and keys by s; at first s = max|x|^exponent / max|W|^(1 - exponent), 1 between queries and keys. shift moves
-a LayerNorm's output as well: y = (W s) ((x - d) / s) + W d + b.
+their outputs as well, where there are biases: y = (W s) ((x - d) / s) + W d + b.
 The activations of the scheme, if it has any, are rounded while the block is trained: W4A4 and W6A6 are the same method.
 
 Where we differ from the authors' code: float32 instead of float16 autocast; scales are rounded to their storage type while they
@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import BlockView, ScalePair, Scheme, Shapes, WeightScheme, check_uniform
+from harness.methods.protocols import BlockView, ScalePair, Scheme, Shapes, WeightScheme, check_uniform, repeat_scales
 from harness.numerics.activations import round_dynamic
 from harness.numerics.grids import CONVENTIONS, Grid
 from harness.numerics.learning import clipped_grid, nearest_through, round_through, train
@@ -58,7 +58,7 @@ class Rounding:
         transform       learn scales between operations (the authors': OPT, and weights with activations)
         scale_rate      learning rate of scales and shifts
         exponent        of the activations' share in the initial scales; 0 to 1
-        shift           learn shifts behind LayerNorms too; needs biases
+        shift           learn shifts at the same places; needs biases
         grouped_heads   scale inside grouped-query attention with tied scales, our extension
         augmented_loss  add the distance to the full-precision block on the quantized inputs
         grid            omniquant (as published), gptq, awq or compressed
@@ -106,8 +106,9 @@ class Rounding:
             heads = f"{shapes.heads} query heads share {shapes.kv_heads} key-value heads"
             reasons.append(f"{heads}, which the authors' transformation does not allow; use transform=false, or grouped_heads=true")
         if self.settings.shift:
-            behind = {name for pair in shapes.pairs if pair.kind == "norm" for name in pair.consumers}
-            bare = [linear.name for linear in shapes.linears if linear.name in behind and not linear.bias]
+            used = [pair for pair in shapes.pairs if pair.kind == "norm" or _makes_values(pair)]
+            moved = {name for pair in used for name in (pair.producer, *pair.consumers)}
+            bare = [linear.name for linear in shapes.linears if linear.name in moved and not linear.bias]
             if bare:
                 reasons.append(f"shift needs biases, and {', '.join(bare)} have none; use shift=false")
         return reasons
@@ -124,6 +125,8 @@ class Rounding:
 
         def tensors() -> dict[str, Tensor]:
             """The block's parameters as they stand: scaled, weights rounded."""
+            if scales is not None:
+                scales.keep_from_zero()
             scaled = linears.originals if scales is None else scales.apply(linears.originals)
             return {name: linears.nearest(name, value) if name in linears.grouped else value for name, value in scaled.items()}
 
@@ -147,6 +150,8 @@ class Rounding:
         if losses:
             block.notes["omniquant"] = {"loss": losses}
         with torch.no_grad():
+            if scales is not None:
+                scales.keep_from_zero()
             scaled = linears.originals if scales is None else scales.apply(linears.originals)
             if scales is not None:
                 for name, value in scaled.items():
@@ -226,33 +231,38 @@ class _Scales:
             columns = block.linear(reader).weight.detach().float().abs().amax(0)
             if pair.repeats > 1:                                  # [kv heads, repeats, head_dim] -> one per kv channel
                 largest, columns = (v.reshape(-1, pair.repeats, shapes.head_dim).amax(1).reshape(-1) for v in (largest, columns))
+                centre = centre.reshape(-1, pair.repeats, shapes.head_dim).mean(1).reshape(-1)
             a = settings.exponent
             start = (largest.clamp(min=FLOOR).pow(a) / columns.clamp(min=FLOOR).pow(1 - a)).clamp(min=FLOOR)
             self.scales.append(nn.Parameter(start))
-            self.shifts.append(nn.Parameter(centre) if settings.shift and pair.kind == "norm" else None)
+            self.shifts.append(nn.Parameter(centre) if settings.shift else None)
         device = block.linear(self.query_key[0]).weight.device
         self.turned = nn.Parameter(torch.ones(shapes.kv_heads, shapes.head_dim // 2, device=device))
 
     def parameters(self) -> list[nn.Parameter]:
         return [*self.scales, *(shift for shift in self.shifts if shift is not None), self.turned]
 
+    @torch.no_grad()
+    def keep_from_zero(self) -> None:
+        """Push scales out of ±0.01, in place: their inverses would explode."""
+        for scale in (*self.scales, self.turned):
+            edge = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+            scale.copy_(torch.where(scale.abs() < SMALLEST_SCALE, edge, scale))
+
     def apply(self, originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The block's parameters with every scale divided out where it is made and multiplied in where it is read."""
         tensors = dict(originals)
         for pair, parameter, shift in zip(self.pairs, self.scales, self.shifts, strict=True):
-            scale = _bounded(parameter)
-            if shift is not None:
+            if shift is not None:                                 # of values too: attention's weights sum to 1
                 tensors[f"{pair.producer}.bias"] = tensors[f"{pair.producer}.bias"] - shift
                 for name in pair.consumers:
-                    tensors[f"{name}.bias"] = tensors[f"{name}.bias"] + tensors[f"{name}.weight"] @ shift
-            _scale_rows(tensors, pair.producer, 1 / scale, pair.offset)
-            columns = scale
-            if pair.repeats > 1:
-                columns = scale.reshape(-1, 1, self.shapes.head_dim).expand(-1, pair.repeats, -1).reshape(-1)
+                    moved = tensors[f"{name}.weight"] @ repeat_scales(shift, pair, self.shapes)
+                    tensors[f"{name}.bias"] = tensors[f"{name}.bias"] + moved
+            _scale_rows(tensors, pair.producer, 1 / parameter, pair.offset)
+            columns = repeat_scales(parameter, pair, self.shapes)
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
-        half = _bounded(self.turned)
-        keys = torch.cat((half, half), dim=-1)                    # rotary positions mix channel i with i + head_dim / 2
+        keys = torch.cat((self.turned, self.turned), dim=-1)      # rotary positions mix channel i with i + head_dim / 2
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
         _scale_rows(tensors, self.query_key[1], keys.reshape(-1))
@@ -266,13 +276,6 @@ def _scale_rows(tensors: dict[str, Tensor], name: str, factor: Tensor, offset: f
     tensors[f"{name}.weight"] = (weight + offset) * rows - offset if offset else weight * rows
     if f"{name}.bias" in tensors:
         tensors[f"{name}.bias"] = tensors[f"{name}.bias"] * factor
-
-
-def _bounded(scale: Tensor) -> Tensor:
-    """The scale pushed out of ±0.01, where its inverse would explode; the gradient is the scale's own."""
-    edge = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
-    bounded = torch.where(scale.abs() < SMALLEST_SCALE, edge, scale)
-    return bounded.detach() + (scale - scale.detach())
 
 
 def _makes_values(pair: ScalePair) -> bool:

@@ -220,8 +220,10 @@ def test_learned_shifts_leave_the_function() -> None:
     block = BiasedBlock()
     before = [block.run(x).detach() for x in block.inputs()]
     bias = block.module.get_parameter("input_layernorm.bias").detach().clone()
+    values = block.module.get_parameter("self_attn.v_proj.bias").detach().clone()
     rounded(block, w(4), epochs=2, transform=True, shift=True)
     assert not torch.equal(block.module.get_parameter("input_layernorm.bias"), bias)
+    assert not torch.equal(block.module.get_parameter("self_attn.v_proj.bias"), values)
     for x, y in zip(block.inputs(), before, strict=True):
         assert float((block.run(x) - y).abs().max() / y.abs().max()) < 1e-5
 
@@ -284,10 +286,12 @@ def test_many_bits_change_little() -> None:
 
 
 def test_a_scale_never_reaches_zero() -> None:
-    scale = torch.tensor([-3.0, -0.001, 0.0, 0.004, 2.0], requires_grad=True)
-    bounded = omniquant._bounded(scale)
-    assert torch.equal(bounded, torch.tensor([-3.0, -0.01, 0.01, 0.01, 2.0]))
-    assert torch.equal(torch.autograd.grad(bounded.sum(), scale)[0], torch.ones(5))
+    settings = omniquant.Rounding.Settings(transform=True)
+    scales = omniquant._Scales(FakeBlock(), settings)
+    with torch.no_grad():
+        scales.scales[0][:5] = torch.tensor([-3.0, -0.001, 0.0, 0.004, 2.0])
+    scales.keep_from_zero()
+    assert scales.scales[0][:5].tolist() == pytest.approx([-3.0, -0.01, 0.01, 0.01, 2.0])
 
 
 @pytest.mark.parametrize(("settings", "shapes", "reason"), [
