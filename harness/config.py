@@ -620,7 +620,7 @@ class _Resolver:
         elif sources.resolve_path(name, self.base).is_dir():
             content, where = {"source": name}, f"model {name}"
             name = sources.resolve_path(name, self.base).resolve().name
-        elif name.startswith(f"{sources.DEMO}:"):
+        elif name.startswith((f"{sources.DEMO}:", f"{sources.TINY}:")):
             content, where = {"source": name}, f"model {name}"
             name = name.replace(":", "_")
         elif sources.HUB_ID.fullmatch(name) and not name.startswith("."):
@@ -637,7 +637,7 @@ class _Resolver:
         source = model.source
         path = sources.resolve_path(source, self.base)
         is_hub_id = sources.HUB_ID.fullmatch(source) and not path.exists()
-        if source.partition(":")[0] != sources.DEMO and not is_hub_id:
+        if source.partition(":")[0] not in (sources.DEMO, sources.TINY) and not is_hub_id:
             source = str(path)
         return dataclasses.replace(
             model, name=_suffixed(model.name, fields), source=source, digest=sources.model_digest(source, model.revision)
