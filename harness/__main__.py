@@ -1,4 +1,4 @@
-"""The commands: plan, run, status, table, findings, show, diagnose, publish, ui, list, doctor.
+"""The commands: plan, run, status, table, findings, show, diagnose, cancel, gc, publish, ui, list, doctor.
 
 A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
 
@@ -113,12 +113,18 @@ def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def run(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+def run(
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    budget: Annotated[str, typer.Option(help="Wall time, e.g. 90min or 8h: the cheapest cells first, and nothing after it.")] = "",
+) -> None:
     """Carry a sweep out, or finish it: what is done is not done again."""
     from harness import display, driver
+    from harness.plan import seconds_of
 
+    limit = seconds_of(budget) if budget else None
     loaded, _ = _load(sweep, overrides)
-    summary = driver.run(loaded, display.show_events())
+    summary = driver.run(loaded, display.show_events(), budget_seconds=limit)
     print(summary.text)
     raise typer.Exit(summary.exit_code)
 
@@ -177,6 +183,41 @@ def show(
     if cell is None:
         raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
     print(display.record_text(store.record(cell), store, display.command_for(cell)))
+
+
+@app.command()
+def cancel(
+    target: Annotated[str, typer.Argument(metavar="SWEEP|KEY", help="A sweep, or the first digits of a cell's key.")],
+    runs: Runs = "runs",
+) -> None:
+    """Stop a running sweep, or take one cell out of it, from any shell that sees --runs; what is finished stays."""
+    from harness.store import Store
+
+    store = Store(runs)
+    if target in store.sweep_names():
+        store.cancel(target)
+        print(f"sweep {target} ends within seconds; harness run {target} goes on with it")
+        return
+    key = store.find(target)
+    store.cancel(key)
+    print(f"cell {key[:12]} is left out within seconds where it runs; the next harness run of its sweep tries it again")
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, runs: Runs = "runs"
+) -> None:
+    """Delete checkpoints that no cell uses and what killed processes left; never a result."""
+    from harness import clean
+    from harness.plan import size
+    from harness.store import Store
+
+    store = Store(runs)
+    found = clean.find(store)
+    for each in found:
+        print(f"{size(each.bytes):>9}  {each.path}  {each.reason}")
+    freed = sum(each.bytes for each in found) if dry_run else clean.remove(store, found)
+    print(f"{len(found)} leftovers, {size(freed)} {'would be free; nothing was deleted' if dry_run else 'freed'}")
 
 
 @app.command()

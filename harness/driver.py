@@ -7,6 +7,7 @@ at while the sweep runs. It may be killed at any moment: the same command goes o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 import threading
@@ -18,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import schedule, tables, tracking
-from harness.cell import cell_key, digest
+from harness.cell import Cell, cell_key, digest
 from harness.display import Display, Silent, Tally
-from harness.errors import HarnessError
+from harness.errors import HarnessError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored
-from harness.plan import Plan, make, render
+from harness.plan import Plan, duration, make, render, within
 from harness.store import Record, Store, SweepState, is_running, write_aside
 from harness.sweep import Sweep
 
@@ -43,11 +44,13 @@ class Summary:
     interrupted: bool = False
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    stopped: str = ""                           # why the run ended before the sweep did, where nobody interrupted it
+    left_out: int = 0                           # cells for which the budget had no room
 
     @property
     def exit_code(self) -> int:
-        """0, 1 when a cell failed, 130 when interrupted."""
-        return 130 if self.interrupted else int(bool(self.failed))
+        """0 when all cells are done, 1 when some failed or were left, 130 when interrupted or cancelled."""
+        return 130 if self.interrupted else int(bool(self.failed or self.stopped or self.left_out))
 
     @property
     def text(self) -> str:
@@ -57,7 +60,9 @@ class Summary:
         if self.failed:
             words.append(f"{len(self.failed)} failed")
         words.append(f"{self.seconds:.0f} s")
-        lines = [f"{'stopped' if self.interrupted else 'done'}    {' · '.join(words)}"]
+        lines = [f"{'stopped' if self.interrupted or self.stopped else 'done'}    {' · '.join(words)}"]
+        lines += [f"reason  {self.stopped}"] if self.stopped else []
+        lines += [f"left    {self.left_out} cells, for which the budget has no room"] if self.left_out else []
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
         if self.interrupted or done < len(self.records):
@@ -69,19 +74,25 @@ class Summary:
         return "\n".join(lines)
 
 
-def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summary:
+def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_seconds: float | None = None) -> Summary:
     """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
 
-    A KeyboardInterrupt ends all tasks and is reported in the summary; whatever was complete stays in the store.
+    A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are told in the summary; whatever was complete
+    stays in the store. So does a store that takes nothing more, because every other cell would fail of the same.
     """
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
     plan.require()
+    left_out: tuple[Cell, ...] = ()
     display = display or Silent()
+    if budget_seconds is not None:
+        plan, left_out = within(plan, budget_seconds)
     text = render(plan)
+    if left_out:
+        text += "\n" + "\n".join(f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out)
     display.line(text)
     other = store.sweep_state(sweep.name)
-    if not plan.missing and other and other.get("tracked") == _tracked(sweep):
+    if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
         display.close()                         # all done and all told before: only the tables may have changed
         records = tuple(store.record(cell) for cell in sweep.cells)
         written = write_tables(sweep, records, store)
@@ -89,14 +100,18 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summ
         return Summary(plan, records, {}, time.monotonic() - began, files=paths)
     if plan.missing and other and is_running(other):
         display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
+    store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
     recorder = _Recorder(plan, store, display, text)
-    interrupted = False
+    interrupted, stopped = False, ""
     try:
         with ExitStack() as stack:
             stop = stack.enter_context(_interrupts())
-            events = schedule.run(plan, command)
+            limit = {} if budget_seconds is None else {"seconds": max(0.0, budget_seconds - (time.monotonic() - began))}
+            events = schedule.run(plan, command, **limit)
             stack.callback(_close, events)
             for event in events:
+                if isinstance(event, Failed):
+                    store.check_writable()
                 recorder.event(event)
                 if stop.is_set():               # the exception was raised where nobody could see it
                     raise KeyboardInterrupt
@@ -104,9 +119,15 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "") -> Summ
                     break
     except KeyboardInterrupt:
         interrupted = True
+    except StoreError as error:                 # the next cells would all fail of it
+        stopped = str(error)
     finally:
         display.close()
-    return recorder.end(time.monotonic() - began, interrupted)
+    if store.is_cancelled(sweep.name):
+        interrupted = True
+    elif budget_seconds is not None and time.monotonic() - began >= budget_seconds and recorder.tally.fraction < 1:
+        stopped = stopped or f"the budget of {duration(budget_seconds)[2:]} is used up"
+    return dataclasses.replace(recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out))
 
 
 @contextlib.contextmanager
@@ -177,7 +198,7 @@ class _Recorder:
                     self._track(key, "failed")
         self.display.event(event, self.tally, finished)
 
-    def end(self, seconds: float, interrupted: bool) -> Summary:
+    def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
         """Write tables and figures, close the tracking, say what happened."""
         sweep = self.plan.sweep
         records = tuple(self.store.record(cell) for cell in sweep.cells)
@@ -186,14 +207,15 @@ class _Recorder:
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
         paths = tuple(path for each in files.values() for path in each)
-        summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
+        summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped)
         tracker = self.tracker
         if tracker is not None:
             self._guard(lambda: tracker.finish(files, self._figures(records), summary.text))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
-        self.state.end()
-        return Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings))
+        with contextlib.suppress(StoreError):   # a full disk has been told of
+            self.state.end()
+        return dataclasses.replace(summary, warnings=tuple(self.warnings))
 
     def _figures(self, records: tuple[Record, ...]) -> dict[str, Any]:
         from harness import plots

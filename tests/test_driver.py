@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 
 from harness import driver, schedule
+from harness import store as store_module
 from harness.cell import cell_key
 from harness.display import Live, Silent, Tally, news, record_text, status
-from harness.errors import PlanError, TrackingError
+from harness.errors import ConfigError, PlanError, StoreError, TrackingError
 from harness.events import Event, Failed, Progress, Quantized, Scored
-from harness.plan import make
+from harness.plan import make, seconds_of, within
 from harness.store import Store
 from harness.sweep import Sweep
 
@@ -102,6 +104,63 @@ def test_fail_fast_stops_at_the_first_failure(demo_sweep: Make, monkeypatch: pyt
 
     script(monkeypatch, act)
     assert len(driver.run(demo_sweep("method=rtn", "scheme=w4,w3", "fail_fast=true")).failed) == 1
+
+
+def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cell fails because nothing can be written; the others are not tried on the same disk, and none is blamed."""
+    sweep = demo_sweep("method=rtn", "scheme=w4,w3", *SMALL)
+
+    def act(plan: Any) -> Iterator[Event]:
+        def full(path: Path, write: Any, durable: bool = True) -> None:
+            raise StoreError(f"cannot write {path}: the disk is full")
+
+        monkeypatch.setattr(store_module, "write_aside", full)
+        for cell in plan.missing:
+            yield Failed(time.time(), (cell_key(cell),), stage="block 0", reason="cannot write: no space left on device")
+
+    script(monkeypatch, act)
+    summary = driver.run(sweep)
+    assert summary.exit_code == 1 and "the disk is full" in summary.stopped and not summary.failed
+    assert "the disk is full" in summary.text and summary.text.splitlines()[-1].startswith("resume")
+    monkeypatch.undo()
+    store = Store(sweep.runtime.runs)
+    assert not any(store.failures(cell_key(cell)) for cell in sweep.cells)
+
+
+def test_a_cancelled_sweep_goes_on_when_it_is_run_again(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    store = Store(sweep.runtime.runs)
+
+    class Cancelling(Silent):
+        def event(self, event: Event, tally: Tally, finished: Any) -> None:
+            if isinstance(event, Quantized):
+                store.cancel(sweep.name)
+
+    summary = driver.run(sweep, Cancelling())
+    assert summary.exit_code == 130 and not all(record.complete for record in summary.records)
+    assert driver.run(sweep).exit_code == 0 and not store.is_cancelled(sweep.name)
+
+
+def test_a_budget_takes_the_cheapest_cells_and_names_the_others(demo_sweep: Make) -> None:
+    sweep, display = demo_sweep("method=none,rtn", "scheme=w4,w3", *SMALL), Kept()
+    plan = make(sweep, Store(sweep.runtime.runs))
+    costs = {"full": 50.0, "w4": 1.0, "w3": 2.0}
+    passes = [
+        dataclasses.replace(each, cells=(cell,), seconds=costs[cell.scheme.name]) for each in plan.passes for cell in each.cells
+    ]
+    smaller, left = within(dataclasses.replace(plan, passes=tuple(passes), workers=1), 52.0)
+    assert [cell.scheme.name for cell in left] == ["w3"]                        # the baseline first, whatever it costs
+    assert {cell.scheme.name for cell in smaller.missing} == {"full", "w4"} and smaller.evaluations == 2
+    assert within(plan, 1e9) == (plan, ())
+    summary = driver.run(sweep, display, budget_seconds=0.0)
+    assert summary.exit_code == 1 and "budget" in summary.text and not any(record.complete for record in summary.records)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("45s", 45), ("90min", 5400), ("8h", 28800), ("2d", 172800), ("1.5h", 5400)])
+def test_times_are_written_as_people_do(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+    with pytest.raises(ConfigError, match="is no time"):
+        seconds_of(f"{text}x")
 
 
 def test_an_interrupt_is_a_summary(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
