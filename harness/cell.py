@@ -141,6 +141,7 @@ class KVScheme:
     residual: int = 32                      # most recent tokens kept in full precision
     key_axis: str = "channel"
     value_axis: str = "token"
+    hadamard: bool = False                  # queries and keys of each head times a Hadamard matrix before keys are rounded (QuaRot)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from transformers.masking_utils import eager_mask
 from harness.cell import KVScheme
 from harness.errors import MethodError
 from harness.methods.protocols import Shapes
+from harness.numerics import hadamard
 
 AXES = ("channel", "token")
 
@@ -44,6 +45,8 @@ def check(scheme: KVScheme, shapes: Shapes) -> list[str]:
         problems.append(f"kv.group_size {scheme.group_size} does not divide head_dim {shapes.head_dim}")
     if scheme.group_size > 0 and "channel" in (scheme.key_axis, scheme.value_axis) and scheme.residual % scheme.group_size:
         problems.append(f"kv.residual {scheme.residual} is no multiple of kv.group_size {scheme.group_size}")
+    if scheme.hadamard and not hadamard.exists(shapes.head_dim):
+        problems.append(f"kv.hadamard: no Hadamard matrix is known for head_dim {shapes.head_dim}")
     if scheme.residual < 1 and "channel" in (scheme.key_axis, scheme.value_axis):
         problems.append("kv.residual 0 with groups of tokens would round a token with ones that come after it; use axis token")
     return problems
@@ -66,7 +69,7 @@ def round_cache(x: Tensor, bits: int, group_size: int, axis: str) -> Tensor:
 
 def simulate(model: PreTrainedModel, scheme: KVScheme) -> None:
     """Let every attention of the model read a rounded cache, in place. Raises MethodError for a model with its own attention."""
-    name = f"harness_kv_{scheme.bits}_{scheme.group_size}_{scheme.residual}_{scheme.key_axis}_{scheme.value_axis}"
+    name = f"harness_kv_{scheme.bits}_{scheme.group_size}_{scheme.residual}_{scheme.key_axis}_{scheme.value_axis}_{scheme.hadamard}"
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -92,6 +95,8 @@ def attend(
     if s_aux is not None or position_bias is not None:
         raise MethodError("a rounded KV cache is not simulated for attention with sinks or position biases; drop scheme.kv")
     repeats = query.shape[1] // key.shape[1]
+    if scheme.hadamard:                                 # orthogonal: scores stay, outlying key channels are spread
+        query, key = hadamard.transform(query), hadamard.transform(key)
     rounded_key = round_cache(key, scheme.bits, scheme.group_size, scheme.key_axis)
     rounded_value = round_cache(value, scheme.bits, scheme.group_size, scheme.value_axis)
     key, rounded_key, value, rounded_value = (t.repeat_interleave(repeats, dim=1) for t in (key, rounded_key, value, rounded_value))

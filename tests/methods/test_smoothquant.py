@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from harness.methods.bi_smoothing import Transform as BiSmoothing
 from harness.methods.protocols import ScalePair
 from harness.methods.smoothquant import Transform as SmoothQuant
 from harness.numerics.inputs import of_module
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))
+from small import cell, content, failures, part, quantize, windows
 
 SCHEME = Scheme("w8", WeightScheme(bits=8))
 NORMS = {"input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -204,8 +208,6 @@ def test_folded_bi_smoothing_is_smoothquant_at_one_half() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_smoothed_unrounded_model_keeps_its_logits(transform: str, family: str, tiny_model: Any, tmp_path: Path) -> None:
     """Through pass, checkpoint and loading; with no rounding, what is left is the transform alone."""
-    from small import cell, failures, part, quantize, windows
-
     from harness.cell import Method, baseline_of, quantize_key
     from harness.runtime.load import load
 
@@ -224,8 +226,6 @@ def test_a_smoothed_unrounded_model_keeps_its_logits(transform: str, family: str
 def test_hessians_are_of_the_divided_inputs(tiny_model: Any, tmp_path: Path) -> None:
     """Queries, keys and values are divided by scales of their own, so GPTQ behind it gets a Hessian for each: with 8 bits,
     in company or alone, the checkpoint is close to the model and the same to the byte."""
-    from small import cell, content, failures, part, quantize
-
     from harness.cell import Method, quantize_key
 
     folder = tiny_model("llama")

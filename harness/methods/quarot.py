@@ -1,0 +1,153 @@
+"""QuaRot: Hadamard rotations spread outliers over all channels, so that plain rounding of weights, activations and cache works.
+
+QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs (arXiv 2404.00456).
+
+With norms folded into the linears behind them, RMSNorm(x Q) = RMSNorm(x) Q for every orthogonal Q, so the whole residual stream
+can be turned (§4, stage 1a): embeddings E Q; q, k, v, gate, up and head W Q; o and down Qᵀ W. Q = diag(±1) H, H a Hadamard matrix,
+signs from rotation_seed. Inside a block (1b, 1c), with H of the size at hand:
+
+    down    W H, and its input x ← H x at run time
+    values  each head's rows H_head_dim V; output columns (H_heads ⊗ H_head_dim); at run time H_heads across heads before o
+
+What runs at run time is stored as an input tensor of the linear (`numerics.inputs`) and executed in float32. Queries and keys
+are turned when keys are rounded: scheme kv.hadamard.
+
+Where we differ from the authors' code: no mean is subtracted from embedding rows, which leaves an RMSNorm model's function alone
+only approximately; a norm keeps its own epsilon; the head dimension is the config's; the full transform of o is the product
+H_heads ⊗ H_head_dim for every number of heads; Hadamard matrices of other orders than powers of two are Paley's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from harness.methods.protocols import BlockView, Scheme, Shapes
+from harness.numerics import hadamard
+
+
+class Transform:
+    """Rotation of the residual stream, of values, and of down_proj's input."""
+
+    version = 1
+    needs = ()
+    stochastic = False
+    activation_aware = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        rotation_seed  of the residual rotation's signs; 0 and up
+        online         also rotate the inputs of o and down at run time
+        """
+
+        rotation_seed: int = 0
+        online: bool = True
+
+        def __post_init__(self) -> None:
+            if self.rotation_seed < 0:
+                raise ValueError(f"rotation_seed is {self.rotation_seed}; it must be 0 or more")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """A family whose residual stream can be turned, separate output linears, and sizes that have Hadamard matrices."""
+        if not shapes.rotations or shapes.ends is None:
+            return [f'family "{shapes.family}" does not allow rotations of its residual stream']
+        reasons = []
+        if shapes.experts:
+            reasons.append("rotations inside experts are not supported; use a dense model")
+        if any(pair.offset for pair in shapes.pairs):
+            reasons.append("norms with an offset cannot be folded into the linears behind them")
+        sizes = {"the residual stream": shapes.hidden_size, "a head": shapes.head_dim}
+        if self.settings.online:
+            inner = {linear.name: linear.in_features for linear in shapes.linears if linear.name in _down(shapes)}
+            sizes |= {"the heads": shapes.heads, **inner}
+            fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in _outputs(shapes)]
+            if fused:
+                reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
+        without = [f"{what} ({size})" for what, size in sizes.items() if not hadamard.exists(size)]
+        if without:
+            reasons.append(f"no Hadamard matrix is known for {', '.join(without)}")
+        return reasons
+
+    @torch.no_grad()
+    def rewrite_ends(self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator) -> dict[str, Tensor]:
+        """Embeddings, final norm and head of the turned residual stream."""
+        assert shapes.ends is not None
+        embeddings, norm, head = shapes.ends
+        turn = self._rotation(shapes, ends[embeddings].device)
+        folded = ends[head].double() * ends[norm].double()
+        return {
+            embeddings: (ends[embeddings].double() @ turn).to(ends[embeddings].dtype),
+            norm: torch.ones_like(ends[norm]),
+            head: (folded @ turn).to(ends[head].dtype),
+        }
+
+    @torch.no_grad()
+    def rewrite_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, Any]:
+        """Fold the norms and rotate, in place; notes: what is rotated at run time."""
+        shapes = block.shapes
+        for pair in (pair for pair in shapes.pairs if pair.kind == "norm"):
+            norm = block.module.get_submodule(pair.producer)
+            gain = norm.weight
+            assert isinstance(gain, Tensor)
+            turn = self._rotation(shapes, gain.device)
+            for name in pair.consumers:
+                weight = block.linear(name).weight
+                weight.copy_((weight.double() * gain.double()) @ turn)
+            gain.fill_(1.0)
+        for name in _outputs(shapes):
+            linear = block.linear(name)
+            turn = self._rotation(shapes, linear.weight.device)
+            linear.weight.copy_(turn.T @ linear.weight.double())
+            if linear.bias is not None:
+                linear.bias.copy_(turn.T @ linear.bias.double())
+        self._rotate_values(block)
+        if self.settings.online:
+            for name in _down(shapes):
+                weight = block.linear(name).weight
+                weight.copy_(hadamard.transform(weight.double()))
+                block.set_input(name, "input_hadamard", torch.tensor([[1, weight.shape[1], 1]]))
+        return {"online": sorted(_outputs(shapes)) if self.settings.online else []}
+
+    def _rotate_values(self, block: BlockView) -> None:
+        """Heads of values among themselves; with `online`, also across heads before the output."""
+        shapes = block.shapes
+        for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and _in_attention(pair.producer)):
+            values = block.linear(pair.producer)
+            rows = shapes.kv_heads * shapes.head_dim                            # of a fused q, k, v: the last ones, the values
+            by_head = values.weight[-rows:].double().unflatten(0, (shapes.kv_heads, shapes.head_dim))
+            values.weight[-rows:] = hadamard.transform(by_head, 1).flatten(0, 1).to(values.weight.dtype)
+            if values.bias is not None:
+                bias = values.bias[-rows:].double().unflatten(0, (shapes.kv_heads, shapes.head_dim))
+                values.bias[-rows:] = hadamard.transform(bias).flatten().to(values.bias.dtype)
+            for name in pair.consumers:
+                weight = block.linear(name).weight
+                columns = hadamard.transform(weight.double().unflatten(1, (shapes.heads, shapes.head_dim)), 2)
+                if self.settings.online:
+                    columns = hadamard.transform(columns, 1)
+                    block.set_input(name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]]))
+                weight.copy_(columns.flatten(1))
+
+    def _rotation(self, shapes: Shapes, device: torch.device) -> Tensor:
+        return hadamard.random_hadamard(shapes.hidden_size, self.settings.rotation_seed).to(device)
+
+
+def _in_attention(name: str) -> bool:
+    return "att" in name.rpartition(".")[0]
+
+
+def _outputs(shapes: Shapes) -> list[str]:
+    """Linears that write to the residual stream: those behind no norm."""
+    behind = {name for pair in shapes.pairs if pair.kind == "norm" for name in pair.consumers}
+    return [linear.name for linear in shapes.linears if linear.name not in behind]
+
+
+def _down(shapes: Shapes) -> list[str]:
+    """Outputs of the MLP."""
+    return [name for name in _outputs(shapes) if not _in_attention(name)]
