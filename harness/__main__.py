@@ -1,4 +1,4 @@
-"""The commands: plan, run, status, table, findings, show, diagnose, cancel, gc, publish, ui, list, doctor.
+"""The commands: plan, run, status, table, findings, show, export, diagnose, cancel, gc, publish, ui, list, doctor.
 
 A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 AXES = ("model", "method", "transform", "rounding", "scheme", "calibration", "cluster", "tracking")      # values: conf/<axis>/
 PLAIN_KEYS = (
-    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "batch_size", "fail_fast",
+    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "batch_size", "fail_fast", "export",
     "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.address", "tracking.uri",
 )
 INPUTS = ("quantized", "full_precision")
@@ -85,6 +85,13 @@ def complete_key(incomplete: str) -> Iterator[tuple[str, str]]:
         cell = store.cell(key) if key.startswith(incomplete) else None
         if cell is not None:
             yield key[:12], cell.title
+
+
+def complete_layout(incomplete: str) -> list[str]:
+    """Formats of `harness export`."""
+    from harness.export import layouts
+
+    return [name for name in layouts() if name.startswith(incomplete)]
 
 
 SweepArgument = Annotated[str | None, typer.Argument(
@@ -221,6 +228,20 @@ def gc(
 
 
 @app.command()
+def export(
+    key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)],
+    form: Annotated[str, typer.Option("--format", "-f", help="compressed_tensors or gptq.", autocompletion=complete_layout)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
+    runs: Runs = "runs",
+) -> None:
+    """Write a quantized cell as a folder that other libraries load; refused, with all reasons, where the format cannot hold it."""
+    from harness import export as exporting
+    from harness.store import Store
+
+    print(exporting.export(Store(runs), key, form, output).text)
+
+
+@app.command()
 def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "runs") -> None:
     """Send a sweep's results, or without a name everything in --runs, to tracking again; completes runs, never doubles them."""
     from harness import tracking
@@ -250,6 +271,34 @@ def ui(runs: Runs = "runs", port: Annotated[int, typer.Option(help="On the loopb
     from harness.sweep import Runtime
 
     raise typer.Exit(tracking.serve(Runtime(Path(runs)), port))
+
+
+data_app = typer.Typer(help="Data for machines without network: pull a bundle, check one.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("pull")
+def data_pull(
+    sweep: SweepArgument = None, overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle; data.root=<it> runs from it.")] = Path("bundle"),
+) -> None:
+    """Fetch the models, texts and benchmarks of a sweep into one folder, at pinned revisions and with row hashes."""
+    from harness import bundle
+
+    loaded, _ = _load(sweep, overrides)
+    for line in bundle.pull(loaded, output):
+        print(line)
+    print(f"next    {_again('run', sweep, overrides)} data.root={output}")
+
+
+@data_app.command("check")
+def data_check(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
+    """Compare a bundle with its own index; exit 1 where something is missing or changed."""
+    from harness import bundle
+
+    problems = bundle.verify(folder)
+    print("\n".join(problems) or f"{folder}: complete and unchanged")
+    raise typer.Exit(int(bool(problems)))
 
 
 @app.command("list")

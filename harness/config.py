@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import harness
 from harness import plugins, sources
+from harness.bundle import Bundle
 from harness.cell import (
     ActivationScheme,
     Calibration,
@@ -57,7 +58,7 @@ GROUPS = {                                      # what `harness list` calls them
 SLOTS = ("transform", "rounding", "tuning")
 AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
 EDITABLE = ("model", *SLOTS, "scheme", "calibration")           # axes with fields: "calibration.samples"
-RUNTIME = ("runs", "device", "batch_size", "fail_fast", "data", "cluster", "tracking")
+RUNTIME = ("runs", "device", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
 INPUTS = ("quantized", "full_precision")
 SCHEME_NAME = re.compile(
     r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
@@ -479,6 +480,10 @@ class _Resolver:
         self.used_settings: set[str] = set()
         self.asked: set[str] = set()            # names of evaluations, those that failed included
         self.runtime = self._runtime()
+        self.bundle: Bundle | None = None
+        if self.runtime is not None and self.runtime.data_root is not None:
+            with problems.collect():
+                self.bundle = Bundle.open(self.runtime.data_root)
 
     def sweep(self, overrides: tuple[str, ...]) -> Sweep:
         evaluations = self._evaluations()
@@ -639,9 +644,10 @@ class _Resolver:
         is_hub_id = sources.HUB_ID.fullmatch(source) and not path.exists()
         if source.partition(":")[0] not in (sources.DEMO, sources.TINY) and not is_hub_id:
             source = str(path)
-        return dataclasses.replace(
-            model, name=_suffixed(model.name, fields), source=source, digest=sources.model_digest(source, model.revision)
-        )
+        pulled = self.bundle.model(source) if self.bundle is not None else None
+        digest = sources.model_digest(source, model.revision) if pulled is None else pulled[1]
+        source = source if pulled is None else str(pulled[0])
+        return dataclasses.replace(model, name=_suffixed(model.name, fields), source=source, digest=digest)
 
     def _scheme(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Scheme:
         if name in _files("scheme"):
@@ -876,11 +882,23 @@ class _Resolver:
     # data, runtime, tables
 
     def _localise(self, target: dict[str, Any], content: dict[str, Any]) -> None:
-        """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`."""
+        """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`.
+
+        Where data.root is a bundle, texts lie where its index says, under the names they have on the hub.
+        """
         local = content.pop("local", None) or {}
-        if self.runtime is not None and self.runtime.data_root is not None:
-            root = str(self.runtime.data_root)
-            target.update({key: value.replace("{root}", root) if isinstance(value, str) else value for key, value in local.items()})
+        if self.runtime is None or self.runtime.data_root is None:
+            return
+        source, split = target.get("source"), str(target.get("split") or ("train" if target is content else "test"))
+        if self.bundle is not None and isinstance(source, str) and source.startswith("hub:"):
+            folder = self.bundle.text_folder(source, split)
+            if folder is None:
+                raise ConfigError(f"{self.bundle.folder} has no text {source}, split {split}: it was pulled for another sweep; "
+                                  f"run `harness data pull` for this one with --output {self.bundle.folder}")
+            target.update(source=str(folder), split=split)
+            return
+        root = str(self.runtime.data_root)
+        target.update({key: value.replace("{root}", root) if isinstance(value, str) else value for key, value in local.items()})
 
     def _text_source(self, source: str) -> str:
         is_named = source in (sources.DEMO, sources.RANDOM_ASCII) or source.startswith("hub:")

@@ -244,7 +244,8 @@ def _hub_text(source: str) -> HubText:
     match = HUB_TEXT.fullmatch(source)
     if match is None:
         raise DataError(f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]')
-    return HubText(match["repo"], match["config"], match["revision"], match["file"])
+    revision = match["revision"]                # "refs-convert-parquet": the slashes of that branch would end a config's name
+    return HubText(match["repo"], match["config"], revision and revision.replace("refs-convert-", "refs/convert/"), match["file"])
 
 
 def _hub_file(hub: HubText) -> Path:
