@@ -254,6 +254,8 @@ class _Checker:
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if not cell.method.is_baseline and not any("group size" in reason for reason in found):
             found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
+        if self.runtime.export and not cell.method.is_baseline:
+            found += self._once(("export", cell.scheme, cell.method, cell.model), lambda: self._export_reasons(cell))
         if cell.scheme.activation is not None or cell.scheme.kv is not None:
             found += self._once(("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell))
         for evaluation in cell.evaluations:
@@ -321,6 +323,15 @@ class _Checker:
         if slot == "tuning" and fused:
             reasons.append(f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones")
         return reasons
+
+    def _export_reasons(self, cell: Cell) -> list[str]:
+        from harness import export
+
+        shapes, name = self.shapes(cell.model), self.runtime.export
+        try:
+            return [] if shapes is None else [f"export {name}: {reason}" for reason in export.refusals(cell, shapes, name)]
+        except HarnessError as error:
+            return [str(error)]
 
     def _group_reasons(self, cell: Cell) -> list[str]:
         shapes = self.shapes(cell.model)

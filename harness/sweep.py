@@ -160,6 +160,7 @@ class Runtime:
     device: str = "auto"                        # auto, cpu, cuda
     batch_size: int = 0                         # 0: chosen by the evaluator
     fail_fast: bool = False
+    export: str = ""                            # a format that every checkpoint must fit; cells that do not are refused
 
 
 @dataclass(frozen=True)

@@ -283,6 +283,32 @@ def test_what_only_the_checkpoint_tells_is_refused_before_writing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sweep_that_will_be_exported_refuses_in_its_plan(tmp_path: Path) -> None:
+    from harness.config import load_sweep
+    from harness.plan import make
+
+    words = ["model=demo", "method=rtn,gptq", "scheme=w4g32,nf4g32", "calibration=demo", f"runs={tmp_path}", "tracking=none"]
+    assert not make(load_sweep(None, words), Store(tmp_path)).refused
+    refused = make(load_sweep(None, [*words, "export=gptq"]), Store(tmp_path)).refused
+    assert [refusal.cell.scheme.name for refusal in refused] == ["nf4g32", "nf4g32"]
+    assert 'export gptq: GPTQ\'s layout holds integers, not "nf4"' in refused[0].reasons
+    (refusal, *_) = make(load_sweep(None, [*words, "export=gptqq"]), Store(tmp_path)).refused
+    assert 'did you mean "gptq"' in refusal.reasons[0]
+
+
+def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from harness.__main__ import app
+
+    tiny = made()
+    key = tiny.key(tiny.cell(RTN, scheme(bits=4, symmetric=True)))
+    words = ["export", key[:12], "--format", "gptq", "--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0 and "as gptq, 1 weight file" in result.output
+    assert {"config.json", "quantize_config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
 def test_names_and_folders_are_checked_first(made: Any, tmp_path: Path) -> None:
     tiny = made()
     assert layouts() == ["compressed_tensors", "gptq"]
