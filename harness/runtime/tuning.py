@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from harness.events import Event, Progress, Quantized
 from harness.formats.native import BlockContent, Checkpoint, CheckpointWriter
 from harness.models import family_of, read_config
 from harness.models.protocols import DecoderFamily, Slot
+from harness.numerics import inputs
 from harness.runtime.linear import QuantizedLinear
 from harness.runtime.load import load
 from harness.streaming.calibration import windows_digest
 from harness.streaming.passes import generator
-from harness.streaming.weights import WeightReader
+from harness.streaming.weights import DTYPES, WeightReader
 
 SEQUENCES_AT_ONCE = 16                      # of text that the model writes itself
 
@@ -111,6 +112,20 @@ def run_tuning(
     yield Quantized(time.time(), keys, {key: manifest[key] for key in manifest if key not in ("files", "linears")})
 
 
+class _TransformedInput(nn.Module):
+    """A trained linear behind what the base's transform does to its input (`numerics.inputs`)."""
+
+    def __init__(self, linear: nn.Module, held: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear, self._names = linear, tuple(held)
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor.to(dtype) if tensor.is_floating_point() else tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        transformed: Tensor = self.linear(inputs.apply(x, {name: self.get_buffer(name) for name in self._names}))
+        return transformed
+
+
 def _make_trainable(
     cell: Cell, model: Any, folder: Path, stored: Checkpoint, tuning: Any, device: str
 ) -> dict[tuple[int, str], Any]:
@@ -123,10 +138,6 @@ def _make_trainable(
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
         content: BlockContent = stored.block(index)
-        added = [name for name in content.dense if not family.has(reader, family.block_prefix(index) + name)]
-        if added:
-            what = f"the transform of this method added {', '.join(added)} to block {index}"
-            raise MethodError(f"{cell.title}: {what}, which the model lacks and tuning would lose; use another transform")
         for slot in family.slots(config, index):
             owner = slot.parameter.rpartition(".")[0]
             module = block.get_submodule(owner)
@@ -141,7 +152,10 @@ def _make_trainable(
             except MethodError as error:
                 raise MethodError(f"{cell.title}: block {index}, {slot.name}: {error}") from error
             parent, _, leaf = owner.rpartition(".")
-            setattr(block.get_submodule(parent), leaf, linear.to(device))
+            held = {name: content.dense[f"{owner}.{name}"] for name in inputs.NAMES if f"{owner}.{name}" in content.dense}
+            dtype = DTYPES[cell.model.dtype]
+            placed = _TransformedInput(linear, held, dtype) if held else linear
+            setattr(block.get_submodule(parent), leaf, placed.to(device))
             linears[index, slot.name] = linear
     return linears
 

@@ -88,6 +88,28 @@ def test_no_training_leaves_the_base(tiny_model: Callable[..., Path], tmp_path: 
             assert torch.equal(weight.dequantize(), tuned.block(index).weights[name].dequantize())
 
 
+@pytest.mark.parametrize("transform", ["awq", "bi_smoothing", "quarot"])
+def test_what_a_transform_does_to_inputs_is_kept(tiny_model: Callable[..., Path], tmp_path: Path, transform: str) -> None:
+    folder = tiny_model("llama")
+    tokens = windows(4, 24)
+    models = {}
+    for epochs in (0, 2):
+        tuning = part("peqa", "tuning", epochs=epochs, rate=0.001)
+        c = cell(folder, Method("odd", transform=part(transform, "transform"), rounding=RTN.rounding, tuning=tuning), 4, 16)
+        events = tune(c, folder, tmp_path, tokens)
+        models[epochs] = load(c, folder, tmp_path / quantize_key(c))[0]
+    losses = events[-1].record["tuning"]["loss"]
+    assert losses[1] < losses[0]
+    base = load(untuned(c), folder, tmp_path / quantize_key(untuned(c)))[0]
+    with torch.no_grad():
+        assert torch.equal(models[0](tokens).logits, base(tokens).logits)
+        before, after = (
+            float(torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+            for model in (models[0], models[2])
+        )
+    assert before == pytest.approx(losses[0], rel=0.05) and after < before
+
+
 def test_the_same_seed_gives_the_same_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
     files = []
