@@ -13,6 +13,7 @@ Every file is written aside and renamed; a block counts once its .json is there.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from harness.errors import StoreError
 from harness.numerics.weights import QuantizedWeight
 
 VERSION = 1
+NUMERICS = Path(__file__).parents[1] / "numerics"
 DENSE = "dense:"
 
 
@@ -195,13 +197,15 @@ def _read_block(
 
 
 def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
-    """The class of a layout; a method's own is registered by importing its file."""
+    """The class of a layout; one of a method, or of numerics that several methods share, is registered by importing its file."""
     if kind not in QuantizedWeight.kinds:
+        if defined_in in {path.stem for path in NUMERICS.glob("*.py")}:
+            importlib.import_module(f"harness.numerics.{defined_in}")
         for slot in ("rounding", "transform", "tuning"):
             if defined_in in plugins.find(slot):
                 plugins.load(slot, defined_in)
     if kind not in QuantizedWeight.kinds:
-        raise StoreError(f'{folder}: the layout "{kind}" is defined by the method "{defined_in}", which is not installed here')
+        raise StoreError(f'{folder}: the layout "{kind}" is defined in "{defined_in}", which is not installed here')
     return QuantizedWeight.kinds[kind]
 
 

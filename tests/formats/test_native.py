@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +75,7 @@ def test_unknown_layouts_and_versions(tmp_path: Path) -> None:
     writer.finish(FINISH)
     path = tmp_path / "block-00000.json"
     path.write_text(path.read_text().replace('"uniform"', '"from_elsewhere"').replace('"weights"', '"elsewhere"'))
-    with pytest.raises(StoreError, match='"from_elsewhere" is defined by the method "elsewhere"'):
+    with pytest.raises(StoreError, match='"from_elsewhere" is defined in "elsewhere"'):
         Checkpoint.open(tmp_path).block(0)
     manifest = tmp_path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 99'))
@@ -82,3 +84,13 @@ def test_unknown_layouts_and_versions(tmp_path: Path) -> None:
     manifest.write_text("{")
     with pytest.raises(StoreError, match="is damaged"):
         Checkpoint.open(tmp_path)
+
+
+def test_layouts_that_methods_share_are_found_in_a_fresh_process(tmp_path: Path) -> None:
+    """Whoever reads a checkpoint has not imported the method that wrote it."""
+    command = (
+        "from pathlib import Path; from harness.formats.native import _kind; "
+        "print(_kind('dual_binary', 'dual_binary', Path('x')).__name__)"
+    )
+    shown = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert shown.stdout.strip() == "DualBinaryWeight", shown.stderr
