@@ -64,8 +64,7 @@ def round_to_range(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, 
         top = torch.finfo(target).max
         scale = (magnitude / top).clamp(min=torch.finfo(x.dtype).tiny)
         return (x / scale).clamp(-top, top).to(target).to(x.dtype) * scale
-    bits = scheme.bits
-    top, m = 2**bits - 1, 2 ** (bits - 1) - 1
+    top = 2**scheme.bits - 1
     if not scheme.symmetric and scheme.grid == "omniquant":
         scale = ((hi - lo) / top).clamp(1e-5, 1e4)
         zero = torch.round((-lo / scale).clamp(-1e4, 1e4))
@@ -76,14 +75,30 @@ def round_to_range(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, 
         scale = torch.where(empty, torch.ones_like(hi), (hi - lo) / top).clamp(min=torch.finfo(x.dtype).tiny)
         zero = torch.round(-lo / scale)
         return ((to_integers(x / scale) + zero).clamp(0, top) - zero) * scale
-    rule: Round
-    if scheme.grid == "smoothquant":
-        scale = magnitude.clamp(min=1e-5) / m
-        rule = (lambda codes: codes) if scheme.dynamic else (lambda codes: codes.clamp(-m - 1, m))
-    elif scheme.grid == "compressed":
-        scale = (magnitude / (top / 2)).clamp(min=torch.finfo(x.dtype).eps)
-        rule = lambda codes: codes.clamp(-m - 1, m)                                    # noqa: E731
-    else:
-        scale = magnitude.clamp(min=2e-3) / (m - 1)
-        rule = lambda codes: codes.clamp(-m, m - 1)                                    # noqa: E731
-    return rule(to_integers(x / scale)) * scale
+    scale, low, high = _symmetric(magnitude, scheme)
+    return to_integers(x / scale).clamp(low, high) * scale
+
+
+def codes_per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """What `round_dynamic` multiplies: codes [..., tokens, in] in int8 or float8, and their scales [..., tokens, 1] in x's dtype.
+
+    For symmetric 8-bit schemes with a scale per token, and for 8-bit floats; codes times scales are round_dynamic(x), to the bit.
+    """
+    magnitude = x.abs().amax(-1, keepdim=True)
+    if scheme.format != "int":
+        target = FLOATS[scheme.format]
+        largest = torch.finfo(target).max
+        scale = (magnitude / largest).clamp(min=torch.finfo(x.dtype).tiny)
+        return (x / scale).clamp(-largest, largest).to(target), scale
+    scale, low, high = _symmetric(magnitude, scheme)
+    return torch.round(x / scale).clamp(low, high).to(torch.int8), scale
+
+
+def _symmetric(magnitude: Tensor, scheme: ActivationScheme) -> tuple[Tensor, int, int]:
+    """Scale, smallest and largest code of a symmetric grid whose largest value is `magnitude`."""
+    top, m = 2**scheme.bits - 1, 2 ** (scheme.bits - 1) - 1
+    if scheme.grid == "smoothquant":                    # dynamic codes end at m by themselves
+        return magnitude.clamp(min=1e-5) / m, -m - 1, m
+    if scheme.grid == "compressed":
+        return (magnitude / (top / 2)).clamp(min=torch.finfo(magnitude.dtype).eps), -m - 1, m
+    return magnitude.clamp(min=2e-3) / (m - 1), -m, m - 1

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from harness.numerics.inputs import apply
 from harness.numerics.weights import QuantizedWeight
+from harness.runtime.products import CodeProduct
 
-MODES = ("dense", "packed")
+MODES = ("dense", "packed", "native")
 
 
 class QuantizedLinear(nn.Module):
@@ -19,6 +20,8 @@ class QuantizedLinear(nn.Module):
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
     Both give the same bits.
+    mode "native" multiplies codes with codes, INT8 or FP8 (`runtime.products`), where weights and activations are of one such
+    format; it equals the others up to the order of a sum, and exactly in its codes. MethodError for anything else.
     """
 
     def __init__(
@@ -34,7 +37,12 @@ class QuantizedLinear(nn.Module):
         for name, tensor in (inputs or {}).items():
             self.register_buffer(name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
-        if mode == "dense":
+        self._product: CodeProduct | None = None
+        if mode == "native":
+            self._product = CodeProduct(weight, getattr(activation, "scheme", None), device)
+            self.register_buffer("codes", self._product.codes, persistent=False)
+            self.register_buffer("scale", self._product.scale, persistent=False)
+        elif mode == "dense":
             self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
         else:
             parts, self._meta = weight.pack()
@@ -46,6 +54,8 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized matrix [out, in] in the model's dtype."""
+        if self._product is not None:
+            return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(self._dtype)
         if self.mode == "dense":
             return self.get_buffer("dense")
         parts = {name: self.get_buffer(f"packed_{name}") for name in self._parts}
@@ -54,6 +64,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._inputs:
             x = apply(x, {name: self.get_buffer(name) for name in self._inputs})
+        if self._product is not None:
+            y = self._product(x, self.get_buffer("codes"), self.get_buffer("scale"))
+            return y if self.bias is None else y + self.bias
         x = x if self.activation is None else self.activation(x)
         return nn.functional.linear(x, self.weight, self.bias)
 

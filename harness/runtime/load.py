@@ -1,7 +1,7 @@
 """A cell's model, ready to run: the transformers model with quantized linears, rounded activations and a rounded cache.
 
 Weights come tensor by tensor: what is not quantized from the source model, the rest from the checkpoint. Peak memory: the model in
-its dtype (mode "dense") or in its packed size (mode "packed"), and one block.
+its dtype (mode "dense"), in its packed size (mode "packed") or one byte per weight (mode "native"), and one block.
 """
 
 from __future__ import annotations
@@ -143,6 +143,9 @@ def _load_block(
                 made = QuantizedLinear(weight, bias, dtype, device, quantizer, mode, of_module(module))
                 setattr(block.get_submodule(parent), leaf, made)
             continue
+        if mode == "native":
+            names = ", ".join(slot.name for slot in members)
+            raise MethodError(f"{cell.title}: {names} are one fused matrix, whose codes are not multiplied as such; use mode dense")
         if content is not None:
             for slot in members:
                 value = content.weights[slot.name].dequantize().to(device, dtype)
