@@ -39,8 +39,9 @@ def harness(folder: Path, command: str, *more: str) -> str:
 
 
 def test_the_page_has_its_examples() -> None:
-    assert {"mine/methods/power_of_two.py", "mine/evaluators/entropy.py", "sweeps/mine.yaml"} <= set(FILES)
-    assert len([c for c in COMMANDS if " run " in c]) >= 2
+    files = {"mine/methods/power_of_two.py", "mine/models/starcoder2.py", "mine/evaluators/entropy.py", "sweeps/mine.yaml"}
+    assert files <= set(FILES)
+    assert len([c for c in COMMANDS if " run " in c]) >= 3
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if " run " in c])
@@ -59,3 +60,8 @@ def test_the_table_of_the_page(workplace: Path) -> None:
 def test_a_scheme_that_the_method_refuses(workplace: Path) -> None:
     with pytest.raises(AssertionError, match="powers of two are for symmetric schemes"):
         harness(workplace, "HARNESS_PLUGINS=mine harness plan model=demo method=power_of_two scheme=w4g32 evaluations=demo_perplexity")
+
+
+def test_without_its_family_the_architecture_of_the_page_takes_no_transform(workplace: Path) -> None:
+    with pytest.raises(AssertionError, match='family "generic" states no place where a scale can be folded'):
+        harness(workplace, "HARNESS_PLUGINS=nothing harness plan model=tiny:starcoder2 method=awq scheme=w4g32 calibration=demo")

@@ -21,7 +21,7 @@ from harness.errors import ModelError, unknown_name
 VERSION = 1                                             # raised when the bytes of the models change
 COMMON: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
 }
 _MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -53,7 +53,7 @@ TINY: dict[str, dict[str, Any]] = {
         "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
         "image_token_id": 250, "video_token_id": 251,
     },
-    "gpt2": {"n_positions": 128},                       # these four have no family file: the generic one serves them
+    "gpt2": {"n_positions": 256},                       # these four have no family file: the generic one serves them
     "bloom": {},
     "starcoder2": {},
     "olmo2": {},
@@ -138,6 +138,6 @@ def write_byte_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "model_max_length": 128, "clean_up_tokenization_spaces": False,
+        "model_max_length": 256, "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
