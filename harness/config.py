@@ -978,6 +978,9 @@ class _Resolver:
         names = [table.name for table in tables]
         for name in sorted({name for name in names if names.count(name) > 1}):
             self.problems.add(f"{self.file.where}: two tables are called {name}")
+        for name in names:
+            if not re.fullmatch(r"\w[\w. -]*", name):
+                self.problems.add(f'{self.file.where}: table "{name}": it becomes a file name; letters, digits, . _ - only')
         return tuple(tables)
 
     def _checked_table(self, table: Table, evaluations: tuple[Evaluation, ...], where: str) -> Table:

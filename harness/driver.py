@@ -258,7 +258,8 @@ def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dic
 def _tracked(sweep: Sweep) -> list[str]:
     """What a sweep's state says of tracking: where it went, and of which cells."""
     tracking_ = sweep.runtime.tracking
-    return [tracking_.kind, tracking_.uri, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
+    place = tables.without_password(tracking_.uri)
+    return [tracking_.kind, place, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
 
 
 def _runs(sweep: Sweep) -> str:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -63,9 +64,9 @@ def git_state() -> str:
 
 
 def command_line() -> str:
-    """What was typed, as far as a process can know."""
+    """What was typed, as far as a process can know, without the user and password of an address: it goes into records."""
     program = "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
-    return " ".join((program, *sys.argv[1:]))
+    return re.sub(r"(://)[^/@\s]+@", r"\1", " ".join((program, *sys.argv[1:])))
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -628,8 +628,8 @@ class RayCluster:
     """
 
     def __init__(self, runtime: Runtime, workers: int) -> None:
-        self._ray = _import_ray()
         cluster = runtime.cluster
+        self._ray = _import_ray(own=not cluster.address)
         settings = dict(cluster.settings)
         cpus = settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
@@ -799,9 +799,13 @@ def _local(model: Model) -> str | None:
     return str(sources.model_folder(model)) if os.path.isabs(os.path.expanduser(model.source)) else None
 
 
-def _import_ray() -> Any:
+def _import_ray(own: bool = True) -> Any:
+    """Ray, set up before it is loaded. own: for a cluster that is started here, and must not be reached from elsewhere."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")    # a task without a GPU must not see all of them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if own:
+        # Else Ray replaces 127.0.0.1 by the machine's address and listens on every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         import ray.exceptions

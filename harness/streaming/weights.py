@@ -16,7 +16,13 @@ from torch import Tensor
 from harness.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _is_own(file: object) -> bool:
+    """Whether an index names a safetensors file that lies in its own folder."""
+    return isinstance(file, str) and Path(file).name == file and file.endswith(SUFFIX)
 
 
 class WeightReader:
@@ -79,6 +85,12 @@ class WeightReader:
                 listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             except (ValueError, KeyError) as error:
                 raise ModelError(f"{index}: is not an index of weight files: {error}") from error
+            if not isinstance(listed, dict):
+                raise ModelError(f"{index}: is not an index of weight files: weight_map is no mapping")
+            # Somebody else wrote this file: a name with a folder in it could point anywhere on this machine.
+            foreign = sorted({str(file) for file in listed.values() if not _is_own(file)})
+            if foreign:
+                raise ModelError(f"{index}: names what is no safetensors file of this folder: {', '.join(foreign[:3])}; refused")
             missing = sorted({file for file in listed.values() if not (folder / file).exists()})
             if missing:
                 raise ModelError(f"{folder}: weight files are missing: {', '.join(missing)}; download the model again")
