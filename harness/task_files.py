@@ -36,6 +36,7 @@ FOLDER_OF_TASK = {
     "bbq_ambig": "bbq", "bbq_disambig": "bbq", "bbq_generate": "bbq", "bbq_bias": "bbq",
     "gsm8k_substring": "gsm8k", "snli_yesnomaybe": "snli", "snli_yesnomaybe_gen": "snli", "xsum_zeroshot": "xsum",
     "cnn_dailymail_zeroshot": "cnn_dailymail", "flores_eng_zho": "flores", "flores_zho_eng": "flores",
+    "humaneval_completion": "humaneval",
 }
 FOLDER_OF_SUBJECTS = {"cais/mmlu": "mmlu", "ceval/ceval-exam": "ceval"}
 
