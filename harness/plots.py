@@ -153,8 +153,8 @@ def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) 
     grid = [[math.nan] * len(blocks) for _ in names]
     for row in linears:
         grid[names.index(str(row["linear"]))][blocks.index(int(row["block"]))] = max(float(row[value]), 1e-12)
-    texts = {"both": "relative output error, weights and activations rounded", "weight_ratio": "max / median channel of |W|",
-             "activation_ratio": "max / median channel of |x|", "grouped": "relative output error in groups"}
+    texts = {"both": "relative error, both sides rounded", "weight_ratio": "max / median channel of |W|",
+             "activation_ratio": "max / median channel of |x|", "grouped": "relative error in groups"}
     return _heat_map(grid, blocks, [name.rsplit(".", 1)[-1] for name in names], title, texts.get(value, value))
 
 

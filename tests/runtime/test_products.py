@@ -115,9 +115,8 @@ def test_a_whole_model_agrees(scheme: WeightScheme, activation: ActivationScheme
     own = replace(cell(folder, Method("rtn", rounding=part("rtn", grid="awq"))), scheme=Scheme("w8a8", scheme, activation))
     quantize([own], folder, tmp_path / "store")
     with torch.no_grad():
-        simulated, native = (
-            load(own, folder, tmp_path / "store" / quantize_key(own), mode=mode)[0](windows(2)).logits for mode in ("dense", "native")
-        )
+        checkpoint = tmp_path / "store" / quantize_key(own)
+        simulated, native = (load(own, folder, checkpoint, mode=mode)[0](windows(2)).logits for mode in ("dense", "native"))
     # a sum in another order moves some activation to the neighbouring code of the next layer
     assert float((native - simulated).abs().mean() / simulated.abs().mean()) < 1e-2
 
