@@ -101,10 +101,12 @@ class Model:
 class WeightScheme:
     """How one weight matrix is stored.
 
+    format      int, or a name of numerics/number_formats.py (nf4, fp8_e4m3, mxfp4, nvfp4, …)
     bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it
     group_size  input channels that share one scale; -1: one scale per output channel
-    symmetric   no zero point
-    scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used
+    symmetric   no zero point; says nothing for formats other than int, which have none
+    scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used;
+                float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats
     """
 
     format: str = "int"
