@@ -97,7 +97,7 @@ class Evaluator:
             yield subject.progress(evaluation, len(outcomes), len(rows))
         passed = [outcome == "passed" for outcome in outcomes]
         rate = sum(passed) / len(passed)
-        items = {
+        items: dict[str, list[Any]] = {
             "id": [str(row["task_id"]) for row in rows], "pass_at_1": [float(each) for each in passed], "outcome": outcomes,
             "response": completions,
         }
