@@ -97,6 +97,7 @@ class Plan:
     scorings: tuple[Scoring, ...]
     problems: tuple[str, ...]
     workers: int
+    notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
 
     @property
     def checkpoints(self) -> int:
@@ -164,7 +165,12 @@ def make(sweep: Sweep, store: Store) -> Plan:
     scorings = tuple(_scorings(missing, unscored, checker, history)) if history else ()
     problems = _problems(sweep.runtime, store, passes, scorings)
     done = tuple(cell for cell in able if id(cell) not in pending)
-    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers)
+    notes = dict.fromkeys(
+        f"{cell.model.name}: {note}"
+        for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
+        for note in shapes.notes
+    )
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, tuple(notes))
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
@@ -640,6 +646,7 @@ def render(plan: Plan) -> str:
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
         lines.append(f"        {_count(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)")
+    lines += [f"note    {note}" for note in plan.notes]
     lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
     where = runtime.cluster.address or f"{_count(plan.workers, 'worker')} on this machine"
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")

@@ -222,3 +222,12 @@ def test_sizes_in_words(tmp_path: Path) -> None:
 def test_a_misspelt_method_never_reaches_a_plan(demo_sweep: Make) -> None:
     with pytest.raises(ConfigError, match="gptq"):
         demo_sweep("method=gtpq", "scheme=w4")
+
+
+def test_a_plan_says_what_a_family_leaves_alone(
+    demo_sweep: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    sweep = demo_sweep("model=tiny:mixtral", "method=rtn", "scheme=w4g32")
+    text = render(make(sweep, Store(sweep.runtime.runs)))
+    assert "note    tiny_mixtral: scales on the inputs of experts are not folded into the norm" in text
