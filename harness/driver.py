@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import threading
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import pandas
 
 log = logging.getLogger(__name__)
+
+TRACKING_PAUSE_SECONDS = 60.0                   # after tracking failed; until then its news wait, and the sweep goes on
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,11 @@ class _Recorder:
             store.clear_failures(key)           # they are tried again
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
-        self.tracker = self._guard(lambda: tracking.open_tracker(plan.sweep, plan_text))
+        self.tracker: tracking.Tracker | None = None
+        self._open = lambda: tracking.open_tracker(plan.sweep, plan_text)
+        self._untold: dict[str, str] = {}       # cells of which tracking does not know the latest state
+        self._tell_after = 0.0
+        self._tell()
         for cell in plan.done:
             self.state.update(cell_key(cell), "done")
             self._track(cell_key(cell), "done")
@@ -203,7 +210,9 @@ class _Recorder:
         sweep = self.plan.sweep
         records = tuple(self.store.record(cell) for cell in sweep.cells)
         for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
-            self._track(key, "unfinished")
+            self._untold[key] = "unfinished"
+        self._tell_after = 0.0
+        self._tell()
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
         paths = tuple(path for each in files.values() for path in each)
@@ -223,9 +232,26 @@ class _Recorder:
         return self._guard(lambda: plots.figures(self.plan.sweep, records)) or {}
 
     def _track(self, key: str, state: str) -> None:
-        tracker = self.tracker
-        if tracker is not None:
-            self._guard(lambda: tracker.cell(self.store.record(self.cells[key]), state))
+        self._untold[key] = state
+        self._tell()
+
+    def _tell(self) -> None:
+        """Send what tracking does not know yet. One that is down or slow is left alone for a while and then told everything."""
+        if time.monotonic() < self._tell_after:
+            return
+        if self.tracker is None:
+            self.tracker = self._guard(self._open)
+        while self.tracker is not None and self._untold:
+            key, state = next(iter(self._untold.items()))
+            if not self._guard(functools.partial(self._tell_one, self.tracker, key, state)):
+                break
+            del self._untold[key]
+        if self.tracker is None or self._untold:
+            self._tell_after = time.monotonic() + TRACKING_PAUSE_SECONDS
+
+    def _tell_one(self, tracker: tracking.Tracker, key: str, state: str) -> bool:
+        tracker.cell(self.store.record(self.cells[key]), state)
+        return True
 
     def _guard(self, work: Callable[[], Any]) -> Any:
         """What fails here is told, once, and stops nothing: the store has the results, `harness publish` sends them later."""

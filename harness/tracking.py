@@ -27,8 +27,8 @@ import logging
 import math
 import os
 import re
-import socket
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -440,6 +440,7 @@ def _import_mlflow() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")          # seconds; a slow server must not hold a sweep for minutes
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
     import mlflow.entities

@@ -192,6 +192,31 @@ def test_broken_tracking_never_stops_a_sweep(demo_sweep: Make, monkeypatch: pyte
     assert len(summary.warnings) == 2 and "harness publish" in summary.warnings[0]
 
 
+def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down at the start, up later: cells of which it does not know are sent then, and an outage is not asked at every event."""
+    told: dict[str, str] = {}
+    tries: list[float] = []
+
+    class Tracker:
+        def cell(self, record: Any, state: str) -> None:
+            told[record.cell_key] = state
+
+        def finish(self, files: Any, figures: Any, summary: str) -> None:
+            told["finish"] = summary
+
+    def open_tracker(sweep: Sweep, text: str) -> Tracker:
+        tries.append(time.monotonic())
+        if len(tries) == 1:
+            raise TrackingError("no tracking server")
+        return Tracker()
+
+    monkeypatch.setattr(driver.tracking, "open_tracker", open_tracker)
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    summary = driver.run(sweep)
+    assert len(tries) == 2 and len(summary.warnings) == 1                        # at the start and at the end, not in between
+    assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told["finish"]
+
+
 def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     tally = Tally(make(sweep, Store(sweep.runtime.runs)))
