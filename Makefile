@@ -4,7 +4,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint bench demo-model constraints clean
+.PHONY: help install demo test lint bench chaos demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +30,9 @@ lint: install  ## ruff and mypy
 
 bench: install  ## speed and memory, each figure beside its reference in one run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+chaos: install  ## kill driver, workers and machine a hundred times over small sweeps; the tables must stay the same (an hour)
+	$(BIN)/python tests/chaos/chaos.py --kills 100
 
 demo-model: install  ## train the embedded demo model again from its committed recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.demo.train
