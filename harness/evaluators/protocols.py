@@ -109,9 +109,9 @@ class Evaluator(Protocol):
 
 
 def depends_on_company(cell: Cell) -> bool:
-    """True where a sequence's numbers depend on what shares its batch: dynamic activation ranges over the whole tensor."""
+    """True where a sequence's numbers depend on what shares it: dynamic activation ranges, or outlier channels, of all of it."""
     activation = cell.scheme.activation
-    return activation is not None and activation.dynamic and activation.granularity == "tensor"
+    return activation is not None and activation.dynamic and (activation.granularity == "tensor" or activation.outlier_threshold > 0)
 
 
 def model_context_length(model: Model) -> int | None:
