@@ -14,6 +14,6 @@ import chaos
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_with_the_same_table(tmp_path: Path) -> None:
-    report = chaos.chaos(tmp_path, kills=2, seed=1, longest=8.0)
+    report = chaos.chaos(tmp_path, kills=2, seed=1)
     assert not report.problems, "\n".join(report.problems)
     assert report.sweeps >= 1 and sum(report.kills.values()) == 2
