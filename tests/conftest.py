@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):        # no test may reach out, wherever it runs
+    os.environ.setdefault(switch, "1")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
