@@ -36,8 +36,8 @@ MAY_IMPORT = {                                  # module or package -> the parts
     "harness.methods": LEAVES | {"harness.numerics", "harness.methods.protocols"},
 }
 WITHOUT_TORCH = [
-    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics", "config",
-    "__main__",
+    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics",
+    "findings", "config", "__main__",
 ]
 
 

@@ -111,7 +111,9 @@ class Evaluator(Protocol):
 def depends_on_company(cell: Cell) -> bool:
     """True where a sequence's numbers depend on what shares it: dynamic activation ranges, or outlier channels, of all of it."""
     activation = cell.scheme.activation
-    return activation is not None and activation.dynamic and (activation.granularity == "tensor" or activation.outlier_threshold > 0)
+    if activation is None or not activation.dynamic:
+        return False
+    return activation.granularity == "tensor" or activation.outlier_threshold > 0
 
 
 def model_context_length(model: Model) -> int | None:

@@ -26,7 +26,15 @@ from torch import Generator, Tensor
 
 from harness.errors import MethodError
 from harness.methods.protocols import (
-    BlockView, Evidence, ScalePair, Scheme, Shapes, WeightScheme, check_grid, fold_scales, repeat_scales,
+    BlockView,
+    Evidence,
+    ScalePair,
+    Scheme,
+    Shapes,
+    WeightScheme,
+    check_grid,
+    fold_scales,
+    repeat_scales,
 )
 from harness.numerics.grids import CONVENTIONS, Fitting
 from harness.numerics.weights import QuantizedWeight, on_grid
