@@ -250,6 +250,8 @@ class _Pass(_Walk):
             needs = ", ".join(sorted(job.needs))
             raise DataError(f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none")
         job.own_stream = hasattr(job.transform, "rewrite_ends")
+        for index in range(0 if job.writer.manifest() else job.finished):
+            job.added_bits += self._added_bits(index, job.writer.read_block(index).dense)
 
     def _start_streams(self) -> None:
         """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
@@ -437,7 +439,7 @@ class _Pass(_Walk):
             if name not in matrices and (name not in original or not torch.equal(tensor, original[name]))
         }
         job.writer.write_block(index, weights, dense, report)
-        job.added_bits += sum(8 * t.numel() * t.element_size() for name, t in dense.items() if name not in original)
+        job.added_bits += self._added_bits(index, dense)
         job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
         return self._with_weights(slots, tensors, weights)
 
@@ -524,7 +526,6 @@ class _Pass(_Walk):
         """The rounded block as the writer holds it."""
         device = self.blocks.device
         content = job.writer.read_block(index, device)
-        job.added_bits += sum(8 * t.numel() * t.element_size() for name, t in content.dense.items() if name not in original)
         tensors = {**original, **{name: tensor.to(device) for name, tensor in content.dense.items()}}
         return self._with_weights(self.blocks.slots(index), tensors, content.weights)
 
@@ -647,6 +648,11 @@ class _Pass(_Walk):
             if method.transform is not None or hasattr(job.rounding, "round_block") else None,
             "seed": job.cell.seed if any(part.stochastic for part in parts) else None,
         })
+
+    def _added_bits(self, index: int, dense: Mapping[str, Tensor]) -> int:
+        """Size of the parameters of a block that the model does not have."""
+        known = self.blocks.family.blocks(self.blocks.model)[index].state_dict()
+        return sum(8 * tensor.numel() * tensor.element_size() for name, tensor in dense.items() if name not in known)
 
     def _finish(self, job: _Job) -> Iterator[Event]:
         """Write the manifest and say so."""

@@ -105,6 +105,19 @@ def test_a_killed_pass_resumes_to_the_same_bytes(tiny_model: Callable[..., Path]
         assert content(tmp_path / "killed" / key) == content(tmp_path / "undisturbed" / key), c.title
 
 
+@pytest.mark.parametrize("name", ["quarot", "aweq"])                   # data-free, and calibrated; both add parameters to blocks
+@pytest.mark.parametrize("stop_after", [1, 3])                          # in the middle, and before the manifest alone is missing
+def test_what_a_method_adds_is_counted_after_a_kill(
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str, stop_after: int
+) -> None:
+    folder = tiny_model("llama")
+    c = cell(folder, Method(name, transform=part(name, "transform"), rounding=part("aweq" if name == "aweq" else "rtn")))
+    assert not failures(quantize([c], folder, tmp_path / "undisturbed"))
+    quantize([c], folder, tmp_path / "killed", stop_after=stop_after)
+    assert not failures(quantize([c], folder, tmp_path / "killed"))
+    assert content(tmp_path / "killed" / quantize_key(c)) == content(tmp_path / "undisturbed" / quantize_key(c))
+
+
 def test_a_finished_checkpoint_is_left_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
     c = cell(folder, RTN)
