@@ -305,7 +305,7 @@ class Store:
         for evaluation in cell.evaluations:
             score = self.score(key, score_key(cell, evaluation), problems)
             if score is not None:
-                scores[evaluation.name] = score
+                scores[evaluation.name] = under_name(score, evaluation.name)
         return Record(
             cell=cell,
             quantize_key=checkpoint,
@@ -438,6 +438,19 @@ class Store:
             _report(f"{path} is not a JSON object and counts as missing", problems)
             return None
         return _decode(content) if decode else content
+
+
+def under_name(score: dict[str, Any], name: str) -> dict[str, Any]:
+    """A score as the evaluation of this name has it. A key leaves the name out: it may have been made under another."""
+    made_as = str(score.get("evaluation", name))
+    if made_as == name:
+        return score
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        own = f"{made_as}/"
+        return {f"{name}/{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in values.items()}
+
+    return {**score, "evaluation": name, **{part: renamed(score[part]) for part in ("metrics", "stderr") if part in score}}
 
 
 class SweepState:

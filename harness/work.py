@@ -29,7 +29,7 @@ from harness import plugins, provenance, sources
 from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
-from harness.store import Store
+from harness.store import Store, under_name
 
 if TYPE_CHECKING:
     from harness.evaluators.protocols import Score, Subject
@@ -228,7 +228,7 @@ def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mappin
                 if score is None:
                     missing.append(evaluation)
                 else:                           # another driver made it while this one waited
-                    yield _scored(key, evaluation, score)
+                    yield _scored(key, evaluation, under_name(score, evaluation.name))
             if missing:
                 try:
                     yield from _evaluate_cell(cell, missing, store, device, task.batch_size, facts)

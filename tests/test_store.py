@@ -76,6 +76,17 @@ def test_a_cell_keeps_the_evaluations_of_every_sweep(store: Store) -> None:
     assert store.record(make_cell(evaluations=(ARC,))).missing == ("arc_easy",)
 
 
+def test_one_score_serves_evaluations_of_two_names(store: Store) -> None:
+    cell = make_cell(evaluations=(PERPLEXITY, dataclasses.replace(PERPLEXITY, name="mine")))
+    key = store.open_cell(cell)
+    numbers = {"metrics": {"wikitext2/perplexity": 6.25, "part/acc": 0.5}, "stderr": {"wikitext2/perplexity": 0.1}}
+    store.write_score(key, score_key(cell, PERPLEXITY), {"evaluation": "wikitext2", **numbers})
+    assert store.record(cell).metrics() == {
+        "wikitext2/perplexity": 6.25, "wikitext2/perplexity_stderr": 0.1, "mine/perplexity": 6.25, "mine/perplexity_stderr": 0.1,
+        "part/acc": 0.5,
+    }
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_infinities_survive_in_valid_json(store: Store, value: float) -> None:
     cell = make_cell()
