@@ -13,6 +13,7 @@ A metric's full name is "<evaluation>/<metric>": "wikitext2/perplexity", "arc_ea
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -110,10 +111,12 @@ class Evaluator(Protocol):
 
 def depends_on_company(cell: Cell) -> bool:
     """True where a sequence's numbers depend on what shares it: dynamic activation ranges, or outlier channels, of all of it."""
-    activation = cell.scheme.activation
-    if activation is None or not activation.dynamic:
+    if cell.scheme.activation is None:
         return False
-    return activation.granularity == "tensor" or activation.outlier_threshold > 0
+    schemes = {cell.scheme.activation}
+    for override in cell.scheme.overrides:      # each may meet a linear that any of those before it met, or not
+        schemes |= {dataclasses.replace(scheme, **dict(override.activation)) for scheme in schemes}
+    return any(scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0) for scheme in schemes)
 
 
 def model_context_length(model: Model) -> int | None:

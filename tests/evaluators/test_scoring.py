@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from subjects import random_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
+from harness.cell import ActivationScheme, Cell, Method, Model, Override, Scheme, freeze
 from harness.evaluators import scoring
+from harness.evaluators.protocols import depends_on_company
 
 VOCABULARY = 5                                  # few tokens, so that paths meet often
 MODEL = random_llama(VOCABULARY)
@@ -87,3 +89,16 @@ def test_models_that_cannot_are_told_apart() -> None:
     assert "length" in str(scoring.unsupported(dynamic))
     dynamic.config._attn_implementation = "flash_attention_2"
     assert "mask" in str(scoring.unsupported(dynamic))
+
+
+def test_a_layer_of_its_own_scheme_may_depend_on_company() -> None:
+    def depends(*overrides: Override, **activation: object) -> bool:
+        scheme = Scheme("x", activation=ActivationScheme(**activation), overrides=overrides)       # type: ignore[arg-type]
+        return depends_on_company(Cell(Model("demo", "demo"), Method("none"), scheme))
+
+    def down(**fields: object) -> Override:
+        return Override(("down_proj",), activation=freeze(fields))
+
+    assert not depends() and not depends(down(bits=4))
+    assert depends(granularity="tensor") and depends(down(granularity="tensor")) and depends(down(outlier_threshold=6.0))
+    assert not depends(down(granularity="tensor", dynamic=False)), "fixed scales are the same in any company"
