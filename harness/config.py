@@ -45,6 +45,7 @@ from harness.cell import (
     cell_key,
     digest,
     freeze,
+    has_static_activations,
 )
 from harness.errors import ConfigError, unknown_name
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
@@ -593,7 +594,7 @@ class _Resolver:
         return None
 
     def _calibrated(self, method: Method | None, scheme: Scheme | None) -> bool:
-        static = scheme is not None and scheme.activation is not None and not scheme.activation.dynamic
+        static = scheme is not None and has_static_activations(scheme)
         return static or (method is not None and bool(method.needs))
 
     def _calibration_of(self, point: Point, fields: dict[str, Any], method: Method | None, seed: int) -> Calibration | None:

@@ -435,6 +435,17 @@ def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
     assert Path(path) == package / "sweeps" / "demo.yaml" and int(cells) >= 16 and int(methods) >= 4
 
 
+def test_static_scales_of_named_layers_need_calibration(tmp_path: Path) -> None:
+    (tmp_path / "here" / "conf" / "scheme").mkdir(parents=True)
+    (tmp_path / "here" / "conf" / "scheme" / "down_static.yaml").write_text(
+        "weight: {bits: 8}\nactivation: {bits: 8}\n"
+        "overrides: [{linears: [down_proj], activation: {granularity: tensor, dynamic: false}}]\n"
+    )
+    (cell,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=down_static"]))
+    assert cell.calibration is not None
+    assert "static activation scheme needs calibration" in problem("model=demo", "method=rtn", "scheme=down_static")
+
+
 def test_names_are_listed_without_hydra() -> None:
     code = "import sys; from harness.config import *; list_names('methods'); sys.exit(bool({'hydra', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
