@@ -107,7 +107,7 @@ class Evaluator:
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
         scorer = _scorer(self.settings, subject)
-        built = _built(self.settings, evaluation.limit)
+        built = _built(self.settings, evaluation.limit, evaluation.data_digest)
         built.forget_answers()
         language_model = _language_model(subject, self.settings)
         yield subject.progress(evaluation, 0, len(built.instances))
@@ -246,12 +246,12 @@ class Built:
 _kept: OrderedDict[str, Built] = OrderedDict()
 
 
-def _built(settings: Evaluator.Settings, limit: int | None) -> Built:
-    """The tasks of an evaluation, built once per process."""
+def _built(settings: Evaluator.Settings, limit: int | None, data: str = "") -> Built:
+    """The tasks of an evaluation, built once per process and state of their files (data: its digest)."""
     asked = asdict(settings)
     for unread in ("scorer", "add_bos_token"):
         del asked[unread]
-    key = digest([asked, limit])
+    key = digest([asked, limit, data])
     if key not in _kept:
         _kept[key] = _build(settings, limit)
         while len(_kept) > KEPT:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from subjects import last, stories
 
-from harness import task_files
+from harness import config, task_files
 from harness.cell import Evaluation, Model, Scheme
 from harness.cell import KVScheme as KV
 from harness.errors import ConfigError, DataError, EvaluationError
@@ -179,6 +179,23 @@ def test_generation_and_filters(shared: Path, tmp_path: Path) -> None:
     score = last(Evaluator(settings).score(stories(shared), Evaluation("say", "lm")))
     assert set(score.metrics) == {"say/exact_match/first"} and len(score.items["response"]) == 3
     assert score.details["tasks"]["say"]["version"] == 3
+
+
+def test_changed_data_is_read_again_by_the_same_process(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "tasks" / "ask"
+    folder.mkdir(parents=True)
+    (tmp_path / "ask.yaml").write_text(yaml.safe_dump({
+        "task": "ask", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}", "doc_to_choice": ["a", "b"], "doc_to_target": 0,
+    }))
+    settings = Evaluator.Settings(task="ask", include=str(tmp_path), data_root=str(tmp_path / "data"))
+
+    def asked(question: str) -> str:
+        (folder / "test.jsonl").write_text(json.dumps({"question": question}))
+        data = config._task_digest("ask", str(tmp_path), str(tmp_path / "data"))
+        return str(lm_eval_tasks._built(settings, None, data).instances[0].args[0])
+
+    assert asked("Which?") == "Which?" and asked("Who?") == "Who?"
 
 
 def test_what_the_plan_refuses(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
