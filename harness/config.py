@@ -1127,9 +1127,11 @@ def _task_digest(task: str, include: str, data_root: str | None) -> str:
             data = sources.corpus_digest(sources.DEMO, "test") if include == sources.DEMO else member.config["custom_dataset"]
         else:
             data = [member.data_set, (member.config.get("dataset_kwargs") or {}).get("revision")]
-        stock = "lm_eval" in member.path.parts                     # its wording is versioned; that of one's own files is not
+        stock = task_files.is_stock(member)                        # its wording is versioned; that of one's own files is not
         recipe = member.config.get("metadata", {}).get("version") if stock else json.loads(json.dumps(member.config, default=str))
         identity.append([member.name, recipe, data])
+        if not stock and not member.path.is_relative_to(Path(harness.__file__).parent):       # ours: the evaluator's version
+            identity[-1] += [[path.name, sources.file_digest(path)] for path in task_files.code(member)]
     return digest(identity)
 
 

@@ -28,6 +28,7 @@ from harness.errors import ConfigError, DataError, unknown_name
 OWN = Path(__file__).parent / "evaluators" / "tasks"
 DEMO = Path(__file__).parent / "demo" / "tasks"
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+FUNCTION = re.compile(r"!function ([\w.]+)")
 NAME_LINE = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 # Local data by another name than the task's, and tasks per subject whose subjects all lie in one file.
@@ -126,6 +127,25 @@ def data_folder(task: TaskFile, data_root: Path) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
+def is_stock(task: TaskFile) -> bool:
+    """Whether the task comes with lm-eval, which raises its version when its numbers change."""
+    return task.path.is_relative_to(_stock_folder())
+
+
+def code(task: TaskFile) -> list[Path]:
+    """The Python files beside a task's YAML, and beside those that it includes, whose functions it names."""
+    named = FUNCTION.findall(json.dumps(task.config, default=str))
+    paths = {folder / f"{name.rpartition('.')[0].replace('.', '/')}.py" for folder in _folders(task.path) for name in named}
+    return sorted(path for path in paths if path.is_file())
+
+
+def _folders(path: Path) -> set[Path]:
+    """Where a task's YAML and its includes lie."""
+    includes = (yaml.load(path.read_bytes(), Loader=_TaskLoader) or {}).get("include", [])
+    listed = includes if isinstance(includes, list) else [includes]
+    return {path.parent}.union(*(_folders(path.parent / include) for include in listed))
+
+
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A task's YAML with its includes merged, functions left as strings. Raises DataError for a file that is no task."""
     if path in seen:
@@ -206,12 +226,17 @@ def _scan(folder: Path) -> dict[str, str]:
 
 
 @functools.cache
-def _stock() -> dict[str, str]:
-    """The index of lm-eval's fourteen thousand files; half a second to make, so kept beside the digests by version."""
+def _stock_folder() -> Path:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
         raise ConfigError("lm-eval is not installed: pip install lm-eval")
-    folder = Path(spec.origin).parent / "tasks"
+    return Path(spec.origin).parent / "tasks"
+
+
+@functools.cache
+def _stock() -> dict[str, str]:
+    """The index of lm-eval's fourteen thousand files; half a second to make, so kept beside the digests by version."""
+    folder = _stock_folder()
     kept = sources.cache_folder() / f"lm_eval_tasks_{importlib.metadata.version('lm_eval')}.json"
     try:
         known = json.loads(kept.read_text())

@@ -435,6 +435,22 @@ def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
     assert Path(path) == package / "sweeps" / "demo.yaml" and int(cells) >= 16 and int(methods) >= 4
 
 
+def test_a_benchmark_of_ones_own_is_its_wording_and_its_code(tmp_path: Path) -> None:
+    def data_digest(wording: str, code: str, place: str) -> str:
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "own.yaml").write_text(f"task: own\ninclude: base.yaml\ndoc_to_text: {wording}\n")
+        (folder / "base.yaml").write_text("dataset_path: json\nprocess_results: !function marks.right\n")
+        (folder / "marks.py").write_text(code)
+        return config._task_digest("own", str(folder), None)
+
+    first = data_digest("Q", "right = len", "study/tasks")
+    assert data_digest("Q", "right = len", "study/moved") == first
+    assert data_digest("Question", "right = len", "study/tasks") != first != data_digest("Q", "right = max", "study/tasks")
+    assert data_digest("Q", "right = len", "lm_eval/tasks") == first, "a folder of lm-eval's name is not lm-eval's"
+    assert data_digest("Question", "right = len", "lm_eval/tasks") != first
+
+
 def test_static_scales_of_named_layers_need_calibration(tmp_path: Path) -> None:
     (tmp_path / "here" / "conf" / "scheme").mkdir(parents=True)
     (tmp_path / "here" / "conf" / "scheme" / "down_static.yaml").write_text(
