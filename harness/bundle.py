@@ -67,7 +67,7 @@ class PublicHub:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(repository, revision=commit, allow_patterns=[*sources.MODEL_FILES]))
+            return Path(snapshot_download(repository, revision=commit, allow_patterns=[*sources.FETCHED_FILES]))
         except Exception as error:
             raise _unreachable(f"model {repository}@{commit}", error) from error
 
@@ -206,7 +206,7 @@ def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
     origin = hub.model(source, commit)
     target = bundle.folder / place
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted({path.name for pattern in sources.MODEL_FILES for path in origin.glob(pattern) if path.is_file()})
+    names = sorted({path.name for pattern in sources.FETCHED_FILES for path in origin.glob(pattern) if path.is_file()})
     for name in names:
         shutil.copyfile(origin / name, target / f"{name}.part")
         os.replace(target / f"{name}.part", target / name)

@@ -646,6 +646,10 @@ class _Resolver:
         if source.partition(":")[0] not in (sources.DEMO, sources.TINY) and not is_hub_id:
             source = str(path)
         pulled = self.bundle.model(source) if self.bundle is not None else None
+        asked = model.revision or ""
+        if self.bundle is not None and pulled is not None and sources.COMMIT.fullmatch(asked) and asked != pulled[1]:
+            raise ConfigError(f"{where}: revision {asked} is asked for, and {self.bundle.folder} has commit {pulled[1]} of "
+                              f"{source}; run `harness data pull` for this sweep with --output {self.bundle.folder}")
         digest = sources.model_digest(source, model.revision) if pulled is None else pulled[1]
         source = source if pulled is None else str(pulled[0])
         return dataclasses.replace(model, name=_suffixed(model.name, fields), source=source, digest=digest)

@@ -41,6 +41,8 @@ MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.model", "*.py",
 )
+# Downloaded with them: its end tokens end generated texts, from the hub as from a folder. A hub id's identity is its commit.
+FETCHED_FILES = (*MODEL_FILES, "generation_config.json")
 UNRESOLVED = "unresolved:"                      # digest of a hub id whose commit could not be asked for
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -82,7 +84,7 @@ def model_folder(model: Model) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model.source, revision=revision, allow_patterns=[*MODEL_FILES]))
+        folder = Path(snapshot_download(model.source, revision=revision, allow_patterns=[*FETCHED_FILES]))
     except Exception as error:                  # the hub's client raises its own, httpx's and requests' errors
         raise ModelError(
             f'model "{model.name}": cannot download {model.source}@{revision}: {_first_line(error)}. '

@@ -80,6 +80,16 @@ def test_a_sweep_runs_from_its_bundle_without_the_hub(sweep_file: str, tmp_path:
     assert local is not None and local.rows("validation")[0]["sol2"] == "take a fish"
 
 
+def test_a_model_of_another_commit_is_no_substitute(sweep_file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    list(pull(config.load_sweep(sweep_file), folder, StandIn()))
+    assert (folder / "models" / "someone--tiny" / "generation_config.json").is_file(), "what ends a generated text comes too"
+    for revision in (COMMIT, "main"):
+        config.load_sweep(sweep_file, [f"data.root={folder}", f"model.revision={revision}"])
+    with pytest.raises(ConfigError, match=f"has commit {COMMIT}"):
+        config.load_sweep(sweep_file, [f"data.root={folder}", f"model.revision={'f' * 40}"])
+
+
 def test_what_is_here_is_not_fetched_again(sweep_file: str, tmp_path: Path) -> None:
     sweep, folder = config.load_sweep(sweep_file), tmp_path / "bundle"
     list(pull(sweep, folder, StandIn()))
