@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from torch import Tensor
 from harness import plugins
 from harness.errors import StoreError
 from harness.numerics.weights import QuantizedWeight
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 NUMERICS = Path(__file__).parents[1] / "numerics"
@@ -108,9 +111,13 @@ class CheckpointWriter:
         _write(self.folder / "seconds.json", _json(seconds))
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a checkpoint that is complete already."""
+        """The manifest of a checkpoint that is complete already; a damaged one counts as missing, as for the store."""
         path = self.folder / "manifest.json"
-        return _read_json(path) if path.exists() else None
+        try:
+            return dict(_read_json(path)) if path.exists() else None
+        except (StoreError, TypeError, ValueError):
+            log.warning("%s is damaged, and written again", path)
+            return None
 
     def finish(self, report: Mapping[str, Any]) -> dict[str, Any]:
         """Write manifest.json and return it.

@@ -127,6 +127,17 @@ def test_a_finished_checkpoint_is_left_alone(tiny_model: Callable[..., Path], tm
     assert (tmp_path / quantize_key(c) / "manifest.json").read_bytes() == before
 
 
+def test_a_damaged_manifest_is_written_again(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model("llama")
+    c = cell(folder, GPTQ)
+    quantize([c], folder, tmp_path)
+    before = content(tmp_path / quantize_key(c))
+    for damage in ("", '{"trunc', "[]", "3"):
+        (tmp_path / quantize_key(c) / "manifest.json").write_text(damage)
+        assert not failures(quantize([c], folder, tmp_path))
+        assert content(tmp_path / quantize_key(c)) == before
+
+
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     CheckpointWriter(tmp_path, {"key": "a", "version": 1})
     with pytest.raises(StoreError, match="key: 'a' there, 'b' asked for"):
