@@ -66,7 +66,7 @@ def git_state() -> str:
 def command_line() -> str:
     """What was typed, as far as a process can know, without the user and password of an address: it goes into records."""
     program = "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
-    return re.sub(r"(://)[^/@\s]+@", r"\1", " ".join((program, *sys.argv[1:])))
+    return re.sub(r"(://)[^/\s]+@", r"\1", " ".join((program, *sys.argv[1:])))
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -541,7 +541,7 @@ def command_line(sweep: Sweep) -> str:
 
 def without_password(text: str) -> str:
     """Text with the user and password left out of every address: what is shown or tracked goes through here."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1", text)
+    return re.sub(r"(://)[^/\s]+@", r"\1", text)
 
 
 def _notes(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import provenance, sources
+from harness import provenance, sources, tables
 from harness.cell import Model
 from harness.config import load_sweep
 from harness.errors import ConfigError, HarnessError, ModelError
@@ -47,6 +47,7 @@ def test_secrets_of_the_environment_are_kept_nowhere(tmp_path: Path) -> None:
 def test_passwords_in_addresses_stay_out_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["harness", "run", "demo", "tracking.uri=http://me:canary@server:5000"])
     assert provenance.command_line() == "harness run demo tracking.uri=http://server:5000"
+    assert tables.without_password("http://me:can@ary@server:5000/a and http://b@c") == "http://server:5000/a and http://c"
 
 
 class Payload:
