@@ -208,17 +208,23 @@ def changed(before: nn.Module, after: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_awq_leaves_the_function_unchanged(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
-    """At 8 bits in small groups the transformed model's logits are close to the original's."""
+    """At 8 bits in small groups the transformed model's logits are as close to the original's as rounding alone leaves them.
+
+    A random model may amplify rounding (OPT's post-norm blocks to 0.19), so rounding without the transform is the measure.
+    """
     folder = tiny_model(family)
     if not models.shapes(folder).pairs:
         pytest.skip("nothing can be folded")
-    c: Cell = cell(folder, AWQ, bits=8, group_size=16)
-    assert not failures(quantize([c], folder, tmp_path / "store"))
-    model, _ = load(c, folder, tmp_path / "store" / quantize_key(c))
+    pair = [cell(folder, method, bits=8, group_size=16) for method in (AWQ, dataclasses.replace(AWQ, transform=None))]
+    assert not failures(quantize(pair, folder, tmp_path / "store"))
     tokens = windows(1)
+    errors = []
     with torch.no_grad():
-        theirs, ours = reference(folder)(tokens).logits, model(tokens).logits
-    assert float((ours - theirs).norm() / theirs.norm()) < 0.1
+        theirs = reference(folder)(tokens).logits
+        for each in pair:
+            model, _ = load(each, folder, tmp_path / "store" / quantize_key(each))
+            errors.append(float((model(tokens).logits - theirs).norm() / theirs.norm()))
+    assert errors[0] < 1.5 * errors[1] + 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
