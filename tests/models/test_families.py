@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from harness import models
-from harness.cell import Cell, Method, Scheme, WeightScheme, quantize_key
+from harness.cell import Method, Scheme, WeightScheme, quantize_key
 from harness.demo.tiny import TINY
 from harness.errors import ModelError
 from harness.formats.native import Checkpoint
