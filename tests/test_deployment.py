@@ -193,7 +193,9 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     fake(programs, "srun", 'while [[ $1 == --* ]]; do shift; done\nexec "$@"')
     fake(programs, "hostname", "echo 10.0.0.1 10.0.0.2")
     fake(programs, "ray", f'echo "$@ mode=$RAY_AUTH_MODE" >>{tmp_path}/ray\n[[ $1 == start ]] && exec sleep 60\nexit 0')
-    fake(programs, "harness", f'echo "$@ at $RAY_ADDRESS token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >{tmp_path}/harness\nexit 3')
+    # The driver would wait for its GPUs; this one waits until all nodes have been started, however long they take to get there.
+    everybody = f'until [[ $(grep -c ^start {tmp_path}/ray) -ge 3 ]]; do sleep 0.1; done'
+    fake(programs, "harness", f'{everybody}\necho "$@ at $RAY_ADDRESS token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >{tmp_path}/harness\nexit 3')
     return {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]",
         "SLURM_CPUS_ON_NODE": "16", "SLURM_GPUS_ON_NODE": "4", "HARNESS_STATE": str(tmp_path / "state"),
