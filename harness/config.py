@@ -50,7 +50,7 @@ from harness.cell import (
 from harness.errors import ConfigError, unknown_name
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
 from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
-from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed
+from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed, types_of
 
 GROUPS = {                                      # what `harness list` calls them -> folder below conf/
     "models": "model", "methods": "method", "transforms": "transform", "roundings": "rounding", "tunings": "tuning",
@@ -749,15 +749,15 @@ class _Resolver:
     ) -> tuple[Part, list[tuple[str, Any, bool]]]:
         """The part, and those of the edited fields that it has."""
         facts = plugins.facts(slot, name, self.file.where)
-        known = {**settings_of(slot, name)}
+        known, types = {**settings_of(slot, name)}, types_of(slot, name)
         where = f"{slot} {name}"
         if name in _files(slot):
             where = str(_files(slot)[name])
             content = {key: value for key, value in self._compose(slot, name).items() if key != "name"}
-            known.update(checked_settings(known, content, where) if known else content)
+            known.update(checked_settings(known, content, where, types) if known else content)
         used = [(key, value, several) for key, value, several in fields if key in known]
         self.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
-        settings = checked_settings(known, {**own, **{key: value for key, value, _ in used}}, where)
+        settings = checked_settings(known, {**own, **{key: value for key, value, _ in used}}, where, types)
         part = Part(
             name=name, settings=freeze(settings), version=facts.get("version", 1), needs=tuple(sorted(facts.get("needs", ()))),
             stochastic=facts.get("stochastic", False), activation_aware=facts.get("activation_aware", False),
@@ -867,7 +867,7 @@ class _Resolver:
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ConfigError(f"evaluation {name}: limit: a whole number from 1 is expected, not {limit!r}")
         known = settings_of("evaluator", evaluator) or given
-        settings = checked_settings(known, {**given, **own, **edits}, where)
+        settings = checked_settings(known, {**given, **own, **edits}, where, types_of("evaluator", evaluator))
         data = self._evaluation_data(settings)
         version = facts.get("version", 1)
         return Evaluation(name, evaluator, settings=freeze(settings), version=version, data_digest=data, limit=limit)

@@ -36,6 +36,7 @@ LEAST = {                                       # smallest value of a number
     (Calibration, "samples"): 1, (Calibration, "length"): 2, (Cluster, "workers"): 0, (Cluster, "gpus_per_task"): 0,
 }
 REQUIRED = object()                             # default of a setting that has none
+EXAMPLES: dict[str, Any] = {"bool": False, "int": 0, "float": 0.0, "str": ""}
 
 T = TypeVar("T")
 
@@ -136,9 +137,18 @@ def _wrong(value: Any, expected: str, where: str, problems: Problems) -> None:
     problems.add(f"{where}: {expected} is expected, not {value!r}")
 
 
-def _like(default: Any, value: Any, where: str) -> Any:
-    """`value` in the type of a setting's default; None as default, and no default, take anything."""
+def _like(default: Any, value: Any, where: str, accepted: frozenset[str] = frozenset()) -> Any:
+    """`value` in the type of a setting's default.
+
+    accepted: names of the types in the setting's annotation. With "None" among them null is a value too; where the default says
+    no type (null, or none) it is checked against the one other name, or not at all.
+    """
+    if value is None and ("None" in accepted or default is None):
+        return value
     if default is None or default is REQUIRED:
+        named = accepted - {"None"}
+        if len(named) == 1 and named <= EXAMPLES.keys():
+            _like(EXAMPLES[next(iter(named))], value, where)       # checked, not converted: keys hold what was written
         return value
     if isinstance(default, bool) or isinstance(value, bool):
         fits, expected = isinstance(default, bool) and isinstance(value, bool), "true or false"
@@ -159,9 +169,18 @@ def _like(default: Any, value: Any, where: str) -> Any:
     return value
 
 
-@functools.cache
 def settings_of(kind: str, name: str) -> Mapping[str, Any]:
     """Fields of a plugin's nested Settings with their literal defaults, read from its source; REQUIRED where there is none."""
+    return {field: default for field, (default, _) in _settings_fields(kind, name).items()}
+
+
+def types_of(kind: str, name: str) -> Mapping[str, frozenset[str]]:
+    """The same fields with the names of the types that their annotations join: {"outlier_threshold": {"float", "None"}}."""
+    return {field: accepted for field, (_, accepted) in _settings_fields(kind, name).items()}
+
+
+@functools.cache
+def _settings_fields(kind: str, name: str) -> Mapping[str, tuple[Any, frozenset[str]]]:
     fact = plugins.facts(kind, name)
     tree = ast.parse(fact.path.read_text(encoding="utf-8"))
     plugin = _class_in(tree, plugins.KINDS[kind][1])
@@ -169,9 +188,9 @@ def settings_of(kind: str, name: str) -> Mapping[str, Any]:
     return _fields(settings, tree) if settings is not None else {}
 
 
-def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, Any]:
+def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, tuple[Any, frozenset[str]]]:
     """Fields of a dataclass, those of its bases first; a base is looked up in its file or where that imports it from."""
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[Any, frozenset[str]]] = {}
     for base in settings.bases:
         if isinstance(base, ast.Name):
             home = _home(base.id, tree)
@@ -180,9 +199,11 @@ def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, Any]:
     for statement in settings.body:
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             try:
-                found[statement.target.id] = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
+                default = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
             except ValueError:
-                found[statement.target.id] = REQUIRED              # computed: its type is the plugin's to check
+                default = REQUIRED                                 # computed: its type is the plugin's to check
+            accepted = frozenset(part.strip() for part in ast.unparse(statement.annotation).strip("'\"").split("|"))
+            found[statement.target.id] = default, accepted
     return found
 
 
@@ -199,15 +220,20 @@ def _class_in(node: ast.Module | ast.ClassDef, name: str) -> ast.ClassDef | None
     return next((child for child in node.body if isinstance(child, ast.ClassDef) and child.name == name), None)
 
 
-def checked_settings(known: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`given` with the types of `known`, a plugin's settings with their defaults. Raises ConfigError with every problem."""
+def checked_settings(
+    known: Mapping[str, Any], given: Mapping[str, Any], where: str, types: Mapping[str, frozenset[str]] | None = None
+) -> dict[str, Any]:
+    """`given` with the types of `known`, a plugin's settings with their defaults. Raises ConfigError with every problem.
+
+    types: what their annotations accept (`types_of`).
+    """
     problems = Problems()
     checked = {}
     for key, value in given.items():
         with problems.collect():
             if key not in known:
                 raise ConfigError(unknown_name("setting", key, known, where))
-            checked[key] = _like(known[key], value, f"{where}: {key}")
+            checked[key] = _like(known[key], value, f"{where}: {key}", (types or {}).get(key, frozenset()))
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return {**{key: value for key, value in known.items() if value is not REQUIRED}, **checked}

@@ -361,6 +361,19 @@ def test_a_wrong_override_is_answered(override: str, expected: str) -> None:
     assert expected in problem(*(entry for entry in grid if entry.split("=")[0] != key), override)
 
 
+def test_a_setting_that_may_be_null_takes_null_and_no_other_type() -> None:
+    grid = [*GRID, "method=spqr", "scheme=w3g16"]
+    (cell,) = quantized(load_sweep(None, [*grid, "rounding.outlier_threshold=null", "rounding.scale_bits=null"]))
+    assert cell.method.rounding is not None
+    assert (cell.method.rounding["outlier_threshold"], cell.method.rounding["scale_bits"]) == (None, None)
+    assert "damping_fraction: a number is expected, not None" in problem(*grid, "rounding.damping_fraction=null")
+    assert "outlier_threshold: a number is expected, not 'few'" in problem(*grid, "rounding.outlier_threshold=few")
+    binary = [*GRID, "method=pb_llm", "scheme=w1.7"]                   # null unless set: the annotation says what it may be
+    (cell,) = quantized(load_sweep(None, [*binary, "rounding.low_fraction=0.5"]))
+    assert cell.method.rounding is not None and cell.method.rounding["low_fraction"] == 0.5
+    assert "low_fraction: a number is expected, not 'half'" in problem(*binary, "rounding.low_fraction=half")
+
+
 def test_what_a_grid_lacks_is_said() -> None:
     assert "no model; add model=<name>" in problem("method=rtn", "scheme=w4")
     assert "no method; add method=<name>" in problem("model=demo", "scheme=w4")
