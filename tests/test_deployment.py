@@ -195,7 +195,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     fake(programs, "ray", f'echo "$@ mode=$RAY_AUTH_MODE" >>{tmp_path}/ray\n[[ $1 == start ]] && exec sleep 60\nexit 0')
     # The driver would wait for its GPUs; this one waits until all nodes have been started, however long they take to get there.
     everybody = f'until [[ $(grep -c ^start {tmp_path}/ray) -ge 3 ]]; do sleep 0.1; done'
-    fake(programs, "harness", f'{everybody}\necho "$@ at $RAY_ADDRESS token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >{tmp_path}/harness\nexit 3')
+    said = f'echo "$@ at $RAY_ADDRESS token=$(wc -c <"$RAY_AUTH_TOKEN_PATH")" >{tmp_path}/harness'
+    fake(programs, "harness", f"{everybody}\n{said}\nexit 3")
     return {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]",
         "SLURM_CPUS_ON_NODE": "16", "SLURM_GPUS_ON_NODE": "4", "HARNESS_STATE": str(tmp_path / "state"),
@@ -203,7 +204,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 def test_the_slurm_script_starts_ray_and_passes_the_exit_code_on(slurm: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run(["bash", str(SCRIPT), "demo", "rounding=rtn"], env=slurm, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(SCRIPT), "demo", "rounding=rtn"], env=slurm, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3, done.stderr
     said = (tmp_path / "harness").read_text()
     assert said.startswith("run demo rounding=rtn cluster=slurm at 10.0.0.1:20007 token=43")

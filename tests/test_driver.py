@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from harness import driver, schedule
 from harness import store as store_module
 from harness.cell import cell_key
+from harness.config import load_sweep
 from harness.display import Live, Silent, Tally, news, record_text, status
 from harness.errors import ConfigError, PlanError, StoreError, TrackingError
 from harness.events import Event, Failed, Progress, Quantized, Scored
@@ -261,9 +263,9 @@ def harness(*words: str) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
-        assert time.monotonic() < deadline, "nothing happened in two minutes"
+        assert time.monotonic() < deadline, "nothing happened in ten minutes"
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
 
@@ -293,10 +295,13 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> N
     sweep_file.write_text(SWEEP_FILE)
     common = ("tracking=none", "device=cpu", "cluster=local", "cluster.workers=1", "evaluations.limit=8")
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = harness("run", str(sweep_file), f"runs={killed}", *common)
-    wait_for(lambda: any(killed.glob("cells/*/scores/*.json")), process)
-    process.send_signal(how)
-    out, _ = process.communicate(timeout=60)
+    with contextlib.ExitStack() as held:
+        last = load_sweep(str(sweep_file), [f"runs={killed}", *common]).cells[-1]
+        held.enter_context(Store(killed).lock(f"cell-{cell_key(last)}"))        # it cannot end before the signal comes
+        process = harness("run", str(sweep_file), f"runs={killed}", *common)
+        wait_for(lambda: any(killed.glob("cells/*/scores/*.json")), process)
+        process.send_signal(how)
+        out, _ = process.communicate(timeout=300)
     if how != signal.SIGKILL:
         assert process.returncode == 130, out
         assert out.splitlines()[-1].startswith("resume  harness run"), out
@@ -305,7 +310,7 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> N
     assert finished
     for runs in (killed, whole):
         process = harness("run", str(sweep_file), f"runs={runs}", *common)
-        out, _ = process.communicate(timeout=200)
+        out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     tables = [(runs / "tables" / "killed" / "main.md").read_bytes() for runs in (killed, whole)]
@@ -315,7 +320,6 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, how: signal.Signals) -> N
 def test_the_command_of_a_record_makes_the_same_cell(demo_sweep: Make) -> None:
     import shlex
 
-    from harness.config import load_sweep
     from harness.display import command_for
 
     changed = ("rounding.damping_fraction=0.05", "seed=3", "baseline=false")

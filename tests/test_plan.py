@@ -188,10 +188,10 @@ def test_a_thousand_cells_in_seconds(demo_sweep: Make) -> None:
         for cell in grid:
             assert cell.calibration is not None
             cells.append(dataclasses.replace(cell, calibration=dataclasses.replace(cell.calibration, seed=number)))
-    began = time.monotonic()
+    began = time.process_time()                 # of this process alone: others on the machine do not count
     plan = plan_of(dataclasses.replace(sweep, cells=tuple(cells)))
     assert len(plan.missing) == 1000 and len(plan.passes) == 250
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_the_text_names_counts_places_and_skips(demo_sweep: Make) -> None:

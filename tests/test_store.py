@@ -242,7 +242,7 @@ def test_the_lock_of_a_killed_process_is_free(store: Store) -> None:
         pass
     child.kill()
     child.wait()
-    with store.lock("k", timeout=5):
+    with store.lock("k", timeout=120):
         pass
 
 
@@ -259,7 +259,7 @@ def test_a_lock_that_outlives_its_process_in_a_child_is_broken(store: Store) -> 
     orphan = int(child.stdout.readline())
     child.wait()
     try:
-        with store.lock("k", timeout=5):
+        with store.lock("k", timeout=120):
             pass
     finally:
         os.kill(orphan, signal.SIGKILL)

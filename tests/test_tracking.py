@@ -208,10 +208,10 @@ def test_no_tracking_is_an_object() -> None:
 def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
-    with pytest.raises(TrackingError, match="no tracking server at"):
-        open_tracker(sweep)
+        port = probe.getsockname()[1]           # taken, but nobody listens
+        sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
+        with pytest.raises(TrackingError, match="no tracking server at"):
+            open_tracker(sweep)
     with pytest.raises(TrackingError, match=r"needs tracking\.uri"):
         tracking_uri(Tracking("server"), tmp_path)
     with pytest.raises(TrackingError, match="known: none, server, sqlite"):

@@ -44,34 +44,34 @@ def test_a_model_that_writes_no_code_fails(shared: Path) -> None:
 
 
 def test_outcomes() -> None:
-    assert run_program("assert 1 + 1 == 2", 20, MEMORY) == "passed"
-    assert run_program("assert 1 + 1 == 3", 20, MEMORY) == "failed"
-    assert run_program("raise SystemExit(1)", 20, MEMORY) == "failed"
-    assert run_program("not python", 20, MEMORY) == "failed"
+    assert run_program("assert 1 + 1 == 2", 120, MEMORY) == "passed"
+    assert run_program("assert 1 + 1 == 3", 120, MEMORY) == "failed"
+    assert run_program("raise SystemExit(1)", 120, MEMORY) == "failed"
+    assert run_program("not python", 120, MEMORY) == "failed"
 
 
 def test_limits_hold(tmp_path: Path) -> None:
     began = time.monotonic()
     assert run_program("while True: pass", 1, MEMORY) == "timed out"
-    assert time.monotonic() - began < 15
-    assert run_program("x = bytearray(2**31)", 20, MEMORY) == "failed"
-    assert run_program("open('big', 'wb').write(bytes(2**22))", 20, MEMORY) == "failed"
+    assert time.monotonic() - began < 120
+    assert run_program("x = bytearray(2**31)", 120, MEMORY) == "failed"
+    assert run_program("open('big', 'wb').write(bytes(2**22))", 120, MEMORY) == "failed"
 
 
 def test_nothing_of_the_environment_reaches_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert run_program("import os; assert 'HF_TOKEN' not in os.environ and os.listdir() == ['program.py']", 20, MEMORY) == "passed"
+    assert run_program("import os; assert 'HF_TOKEN' not in os.environ and os.listdir() == ['program.py']", 120, MEMORY) == "passed"
 
 
 def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     program = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"open({str(mark)!r}, 'w').write(str(child.pid))\n"
     )
-    assert run_program(program, 20, MEMORY) == "passed"
-    for _ in range(50):
+    assert run_program(program, 120, MEMORY) == "passed"
+    for _ in range(1200):
         try:
             state = Path(f"/proc/{int(mark.read_text())}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
