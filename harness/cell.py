@@ -106,7 +106,8 @@ class WeightScheme:
     group_size  input channels that share one scale; -1: one scale per output channel
     symmetric   no zero point; says nothing for formats other than int, which have none
     scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used;
-                float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats
+                float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
+                double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
     """
 
     format: str = "int"

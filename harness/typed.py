@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 from harness import plugins
 from harness.cell import ActivationScheme, Calibration, KVScheme, Model, Settings, WeightScheme, freeze
 from harness.errors import ConfigError, HarnessError, unknown_name
-from harness.numerics.number_formats import SCALE_TYPES
+from harness.numerics.number_formats import DOUBLE_QUANTIZED, SCALE_TYPES
 from harness.sweep import Cluster, Tracking
 
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (Model, "dtype"): ("float32", "float16", "bfloat16"),
-    (WeightScheme, "scale_dtype"): (*SCALE_TYPES, "e8m0"),
+    (WeightScheme, "scale_dtype"): (*SCALE_TYPES, DOUBLE_QUANTIZED, "e8m0"),
     (ActivationScheme, "granularity"): ("token", "tensor", "group"),
     (Calibration, "packing"): ("window", "document", "join"),
     (Cluster, "kind"): ("local", "ray"),

@@ -11,7 +11,8 @@ Updates reach the columns of the current block of `block_size` at once and all l
 As in the authors' code: one grid per channel is fitted before dead columns (zero diagonal) are set to 0, grids of groups after;
 a group inside a block is fitted on the weights as they were at the start of that block, so with group_size < block_size only the
 first group of a block has seen all updates; damping is relative to the mean diagonal after dead entries became 1.
-In formats without zero points (nf4, fp8_e4m3, mxfp4, …) q_j is the nearest element times the scale of its block.
+In formats without zero points (nf4, fp8_e4m3, mxfp4, …) q_j is the nearest element times the scale of its block; double_quantized
+scales are rounded after all columns, and their errors are not fed back.
 Where we differ: codes are kept, not only their values; scales are rounded to the type in which they are stored before the
 columns are, so that errors of the storage type are fed back too (scale_dtype float32 gives the authors' numbers); a Hessian that
 is not positive definite fails the cell; columns of equal diagonal keep their order under act_order.
@@ -20,16 +21,18 @@ is not positive definite fails the cell; columns of equal diagonal keep their or
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
 from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_grid
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_grid, refusals
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import CONVENTIONS, Fitting
 from harness.numerics.hessians import Factor, factored
+from harness.numerics.number_formats import DOUBLE_QUANTIZED
 from harness.numerics.weights import QuantizedWeight, on_grid
 
 
@@ -79,7 +82,10 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
-        return check_grid(scheme, shapes, convention=self.settings.grid)
+        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
+        if self.settings.act_order and not self.settings.static_groups:
+            reasons += refusals(scheme, shapes, _scattered)
+        return reasons
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
@@ -148,3 +154,8 @@ class Rounding:
                 column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
         grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
         return on_grid(codes, grid, scheme, column_group)
+
+
+def _scattered(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+    if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
+        yield "act_order takes the columns of a group apart, and double_quantized scales are of neighbours; use static_groups=true"

@@ -340,8 +340,8 @@ def _check_format(weight: WeightScheme, scales: Collection[str]) -> Iterator[str
         yield f"{name} has blocks of {fixed.block}, not group_size {weight.group_size}; set scheme.weight.group_size={fixed.block}"
     if fixed.scale_dtype is not None and weight.scale_dtype != fixed.scale_dtype:
         yield f"{name} has {fixed.scale_dtype} scales; set scheme.weight.scale_dtype={fixed.scale_dtype}, not {weight.scale_dtype}"
-    elif fixed.scale_dtype is None and weight.scale_dtype not in scales:
-        yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(scales)}'
+    elif fixed.scale_dtype is None and weight.scale_dtype not in (*scales, *fixed.more_scales):
+        yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join((*scales, *fixed.more_scales))}'
 
 
 def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:

@@ -1,4 +1,4 @@
-"""Codebooks: fixed tables, tables learned per row by one-dimensional k-means, and vector codebooks; the nearest entry of each."""
+"""Codebooks: fixed tables, tables learned per row by one-dimensional k-means, and vector codebooks."""
 
 from __future__ import annotations
 
@@ -24,24 +24,6 @@ def normal_quantiles() -> Tensor:
     negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
     values = torch.cat((negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
     return (values / values.max()).float()
-
-
-def dynamic_table() -> Tensor:
-    """The signed 8-bit table of bitsandbytes, [256] float32 ascending, for numbers of very unequal size.
-
-    For i = 0 … 6, the midpoints of 2^i equal intervals of [0.1, 1] times 10^(i - 6), with both signs; and 0 and 1.
-    """
-    positive = []
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6))
-    values = torch.cat(positive)
-    return torch.cat((-values, torch.tensor([0.0, 1.0]), values)).sort().values
-
-
-def nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest entry of an ascending table [k] for each value, int64; a value exactly between two takes the lower."""
-    return torch.bucketize(values, (table[:-1] + table[1:]) / 2)
 
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from harness.cell import WeightScheme
-from harness.numerics.number_formats import FORMATS, Element
+from harness.numerics.block_maxima import SMALLEST
+from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS, Element
 
 CONVENTIONS = ("gptq", "awq", "omniquant", "compressed")
 FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9     # of E4M3: the largest, and the smallest above zero
@@ -42,10 +43,12 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 class Grid:
     """scale and zero [..., 1] float32, one per row or group of the last axis; codes run from 0 to 2^bits - 1.
 
-    scale         exact in the dtype it will be stored in
+    scale         exact in the dtype it will be stored in, but for double_quantized scales
     zero          integer-valued; 0 with an element
     element       None: uniform steps; else a code stands for scale * element.values[code]
     tensor_scale  [1] float32 where scale is a float8 number times it
+    by_inverse    values are multiplied by 1 / scale, as in bitsandbytes, which may differ from a division in the last bit; scales
+                  of 0, of blocks of zeros, are allowed then
     """
 
     scale: Tensor
@@ -53,6 +56,7 @@ class Grid:
     bits: int
     element: Element | None = None
     tensor_scale: Tensor | None = None
+    by_inverse: bool = False
 
     @property
     def top(self) -> int:
@@ -62,7 +66,7 @@ class Grid:
     def quantize(self, values: Tensor) -> Tensor:
         """Nearest codes 0 .. top of values [..., g], float32 (uint8 with an element); halves round to even."""
         if self.element is not None:
-            return encode(values / self.scale, self.element)
+            return encode(values * (1 / self.scale.clamp(min=SMALLEST)) if self.by_inverse else values / self.scale, self.element)
         return (torch.round(values / self.scale) + self.zero).clamp_(0, self.top)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -115,6 +119,8 @@ class Fitting:
             return from_range(lo, hi, int(scheme.bits), scheme.symmetric, self.convention, scheme.scale_dtype, self.tensor_scale)
         element = FORMATS[scheme.format].element
         magnitude = torch.maximum(lo.abs(), hi.abs())
+        if scheme.scale_dtype == DOUBLE_QUANTIZED:      # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
+            return Grid(magnitude / element.reach, torch.zeros_like(magnitude), element.bits, element, by_inverse=True)
         if scheme.scale_dtype == "e8m0":
             exponent = (torch.frexp(magnitude).exponent - 1 - element.emax).clamp(-127, 127)
             scale = torch.ldexp(torch.ones_like(magnitude), exponent)

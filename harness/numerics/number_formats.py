@@ -2,8 +2,8 @@
 
     format       code  element                              block  scale            source
     int          2–8   uniform steps                        free   scale_dtype      grids.py
-    nf4          4     16 quantiles of the normal           free   scale_dtype      QLoRA, arXiv 2305.14314
-    fp4          4     sign and 8 magnitudes of 0 … 1       free   scale_dtype      bitsandbytes, FP4
+    nf4          4     16 quantiles of the normal           free   scale_dtype ²    QLoRA, arXiv 2305.14314
+    fp4          4     sign and 8 magnitudes of 0 … 1       free   scale_dtype ²    bitsandbytes, FP4
     fp8_e4m3     8     E4M3, no infinities, largest 448     free   scale_dtype      OCP 8-bit floating point (OFP8)
     fp8_e5m2     8     E5M2, largest 57344                  free   scale_dtype      OCP 8-bit floating point (OFP8)
     mxfp4        4     E2M1, largest 6                      32     E8M0             OCP Microscaling (MX) 1.0
@@ -17,6 +17,8 @@
 A free block is scheme.weight.group_size, -1 being a whole row. A scale brings the largest magnitude of its block to the element's
 `reach`; in MX it is 2^(floor(log2 max|w|) - emax), so the largest may saturate. float8_e4m3 scales are E4M3 numbers times one
 float32 per matrix. Torch-free, for plans and names of schemes.
+
+² or double_quantized, bitsandbytes' layout: 8-bit codes of the scales less their mean (`block_maxima`), rounded after the weights.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 
 PLAIN_SCALES = ("float16", "bfloat16", "float32")
 SCALE_TYPES = (*PLAIN_SCALES, "float8_e4m3")    # e8m0 belongs to the MX formats alone
+DOUBLE_QUANTIZED = "double_quantized"           # and this to NF4 and FP4
 
 # 16 quantiles of the normal distribution with an exact zero, divided by the largest: QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
@@ -58,12 +61,13 @@ class Element:
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table above. block None: free, usually usual_block; scale_dtype None: one of SCALE_TYPES."""
+    """One row of the table above. block None: free, usually usual_block; scale_dtype None: of SCALE_TYPES or more_scales."""
 
     element: Element
     block: int | None = None
     scale_dtype: str | None = None
     usual_block: int = -1
+    more_scales: tuple[str, ...] = ()
 
     @property
     def bits(self) -> int:
@@ -97,8 +101,8 @@ _E4M3, _E5M2 = floating(4, 3, "nan"), floating(5, 2, "ieee")
 _INT8 = Element(8, tuple((code if code < 128 else code - 256) / 64 for code in range(256)), 127 / 64)
 
 FORMATS: dict[str, Format] = {
-    "nf4": Format(Element(4, NF4, 1.0), usual_block=64),
-    "fp4": Format(Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0), usual_block=64),
+    "nf4": Format(Element(4, NF4, 1.0), usual_block=64, more_scales=(DOUBLE_QUANTIZED,)),
+    "fp4": Format(Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0), usual_block=64, more_scales=(DOUBLE_QUANTIZED,)),
     "fp8_e4m3": Format(_E4M3),
     "fp8_e5m2": Format(_E5M2),
     "mxfp4": Format(_E2M1, 32, "e8m0"),

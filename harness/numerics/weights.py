@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from harness.cell import WeightScheme
+from harness.numerics.block_maxima import BlockMaxima
 from harness.numerics.grids import SCALE_DTYPES, Grid, decode, pack_scales, unpack_scales
-from harness.numerics.number_formats import FORMATS
+from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.numerics.packing import pack, unpack
 
 
@@ -210,12 +211,61 @@ class ElementWeight(QuantizedWeight):
         return cls(codes, scale, meta["format"], meta["scale_dtype"], column_group, tensors.get("tensor_scale"))
 
 
+@dataclass(frozen=True)
+class NormalFloatWeight(QuantizedWeight):
+    """table[code] · A over blocks of the flattened matrix, in the layout of bitsandbytes.
+
+    codes   [out, in] uint8, 0 … 15; two in a byte, the first in the high half
+    maxima  A of each block   block: weights per block, which runs on from row to row
+    format  nf4 or fp4
+    """
+
+    kind = "nf4"
+    codes: Tensor
+    maxima: BlockMaxima
+    block: int
+    format: str = "nf4"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self) -> Tensor:
+        scale = self.maxima.read().repeat_interleave(self.block)[: self.codes.numel()]
+        return decode(self.codes, FORMATS[self.format].element) * scale.reshape(self.codes.shape)
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        flat = self.codes.reshape(-1)
+        zero = FORMATS[self.format].element.values.index(0.0)
+        flat = torch.nn.functional.pad(flat, (0, flat.numel() % 2), value=zero)
+        tensors = {"codes": (flat[::2] << 4) | flat[1::2]}
+        for name in ("values", "codes", "scale", "offset"):
+            part = getattr(self.maxima, name)
+            if part is not None:
+                tensors[f"maxima_{name}"] = part.contiguous()
+        return tensors, {"shape": list(self.shape), "block": self.block, "format": self.format}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        rows, columns = meta["shape"]
+        both = torch.stack((tensors["codes"] >> 4, tensors["codes"] & 15), dim=1).reshape(-1)[: rows * columns]
+        maxima = BlockMaxima(*(tensors.get(f"maxima_{name}") for name in ("values", "codes", "scale", "offset")))
+        return cls(both.reshape(rows, columns), maxima, meta["block"], meta.get("format", "nf4"))
+
+
 def on_grid(
     codes: Tensor, grid: Grid, scheme: WeightScheme, column_group: Tensor | None = None
-) -> UniformWeight | ElementWeight:
-    """The layout of codes [out, groups, g] or [out, in] on a grid with scale [out, groups, 1] or [out, groups]."""
+) -> UniformWeight | ElementWeight | NormalFloatWeight:
+    """The layout of codes [out, groups, g] or [out, in] on a grid with scale [out, groups, 1] or [out, groups].
+
+    Groups within rows are blocks of the flattened matrix, so double_quantized scales are stored as bitsandbytes stores them.
+    """
     rows = codes.shape[0]
     flat, scale = codes.reshape(rows, -1).to(torch.uint8), grid.scale.reshape(rows, -1)
+    if scheme.scale_dtype == DOUBLE_QUANTIZED:
+        assert column_group is None, "groups of columns that are not neighbours are no blocks of this layout"
+        maxima = BlockMaxima.double_quantized(scale.reshape(-1))
+        return NormalFloatWeight(flat, maxima, flat.shape[1] // scale.shape[1], scheme.format)
     if grid.element is not None:
         return ElementWeight(flat, scale, scheme.format, scheme.scale_dtype, column_group, grid.tensor_scale)
     zero = None if scheme.symmetric else grid.zero.reshape(rows, -1)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evidence import generator, llama_shapes, random_weight
+from evidence import FakeEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
 from torch import Tensor
 
+from harness import plugins
 from harness.cell import Scheme, WeightScheme
 from harness.errors import MethodError
-from harness.methods.nf4 import NormalFloatWeight, Rounding
-from harness.numerics.codebooks import dynamic_table, normal_quantiles
+from harness.methods.nf4 import Rounding
+from harness.numerics.block_maxima import dynamic_table
+from harness.numerics.codebooks import normal_quantiles
 from harness.numerics.number_formats import NF4
+from harness.numerics.weights import NormalFloatWeight
 
 TABLE = torch.tensor(NF4)
 
@@ -141,6 +144,85 @@ def test_it_equals_bitsandbytes(format_: str, double: bool, shape: tuple[int, in
     assert torch.equal(ours.dequantize().flatten()[:whole], theirs.flatten()[:whole])
     if format_ == "nf4" and whole == weight.numel():
         assert torch.equal(ours.pack()[0]["codes"], packed.flatten())
+
+
+@pytest.mark.parametrize("format_", ["nf4", "fp4"])
+@pytest.mark.parametrize("block", [64, 128])
+def test_rtn_with_double_quantized_scales_equals_bitsandbytes(format_: str, block: int) -> None:
+    """Codes, bytes of the scales and dequantized weights, where the library is installed.
+
+    Its CPU kernel looks 8-bit codes up in a table of 65,536 entries, and misses the nearest by one where a value is that close to
+    a midpoint; its CUDA kernel and its implementation in torch do not.
+    """
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = random_weight(96, 512)
+    weight[5, :block] = 0
+    ours = plugins.build("rounding", "rtn", {}).round_layer("q_proj", weight, None, double(format_, block), generator())
+    packed, state = functional.quantize_4bit(weight, blocksize=block, quant_type=format_, compress_statistics=True)
+    stored = ours.pack()[0]
+    assert torch.equal(stored["maxima_scale"], state.state2.absmax) and float(stored["maxima_offset"]) == float(state.offset)
+    codes, theirs = stored["maxima_codes"].long(), state.absmax.long()
+    missed = codes != theirs
+    table = dynamic_table()
+    middle = (table[codes] + table[theirs]) / 2
+    maxima = weight.reshape(-1, block).abs().amax(1) - stored["maxima_offset"]
+    unit = maxima / stored["maxima_scale"].repeat_interleave(256)[: maxima.numel()]
+    assert int((codes - theirs).abs().max()) <= 1 and float((unit - middle)[missed].abs().sum()) < 2e-5 * (1 + int(missed.sum()))
+    same = ~missed.repeat_interleave(block).reshape(weight.shape)
+    assert torch.equal(ours.dequantize()[same], functional.dequantize_4bit(packed, state)[same])
+    if format_ == "nf4":                                          # zeros have two codes in FP4
+        assert torch.equal(stored["codes"], packed.flatten())
+
+
+# ---- double quantization as a property of the scheme -------------------------------------------------------------------
+
+
+def double(format_: str = "nf4", block: int = 64) -> WeightScheme:
+    return WeightScheme(format_, 4, block, scale_dtype="double_quantized")
+
+
+@pytest.mark.parametrize("format_", ["nf4", "fp4"])
+def test_rtn_stores_what_this_rounding_stores(format_: str) -> None:
+    weight = random_weight(40, 192)
+    weight[3] = 0
+    scheme = double(format_)
+    theirs = plugins.build("rounding", "rtn", {}).round_layer("q_proj", weight, None, scheme, generator())
+    setting = Rounding(Rounding.Settings(double_quantization=True))
+    for ours in (Rounding(Rounding.Settings()).round_layer("q_proj", weight, None, scheme, generator()),
+                 setting.round_layer("q_proj", weight, None, WeightScheme(format_, 4, 64), generator())):
+        assert theirs.kind == ours.kind and theirs.pack()[1] == ours.pack()[1]
+        parts, own = theirs.pack()[0], ours.pack()[0]
+        assert parts.keys() == own.keys() and all(torch.equal(parts[name], own[name]) for name in parts)
+
+
+@pytest.mark.parametrize("format_", ["nf4", "fp4"])
+def test_every_rounding_that_takes_formats_takes_it(format_: str) -> None:
+    weight, inputs = random_weight(64, 256), correlated_inputs(256)
+    scheme, errors = double(format_), {}
+    for name, evidence in (("rtn", None), ("gptq", FakeEvidence(inputs)), ("awq", FakeEvidence(inputs))):
+        method = plugins.build("rounding", name, {})
+        assert method.check(Scheme("double", scheme), llama_shapes(128, 256)) == []
+        result = method.round_layer("up_proj", weight, evidence, scheme, generator())
+        assert isinstance(result, NormalFloatWeight)
+        assert result.bits_per_weight == pytest.approx(4 + 8 / 64 + 2 * 32 / weight.numel())     # one second-level block, one mean
+        assert torch.equal(NormalFloatWeight.unpack(*result.pack()).dequantize(), result.dequantize())
+        plain = WeightScheme(format_, 4, 64, scale_dtype="float32")
+        once = plugins.build("rounding", name, {}).round_layer("up_proj", weight, evidence, plain, generator())
+        errors[name] = layer_error(weight, result.dequantize(), inputs)
+        assert errors[name] < 1.05 * layer_error(weight, once.dequantize(), inputs), "second-level codes cost little"
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_groups_that_are_no_neighbours_are_refused() -> None:
+    scheme, shapes = Scheme("double", double()), llama_shapes(128, 256)
+    (reason,) = plugins.build("rounding", "gptq", {"act_order": True}).check(scheme, shapes)
+    assert "static_groups=true" in reason
+    assert plugins.build("rounding", "gptq", {"act_order": True, "static_groups": True}).check(scheme, shapes) == []
+    (reason,) = plugins.build("rounding", "rtn", {}).check(
+        Scheme("odd", WeightScheme("fp8_e4m3", 8, scale_dtype="double_quantized")), shapes)
+    assert 'no scale_dtype "double_quantized"' in reason
+    (reason,) = plugins.build("rounding", "rtn", {}).check(Scheme("odd", WeightScheme(scale_dtype="double_quantized")), shapes)
+    assert 'no scale_dtype "double_quantized"' in reason
 
 
 def test_fp4_has_the_librarys_magnitudes() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.numerics.codebooks import LookupWeight, SortedRows, cluster_rows, nearest, split_clusters
+from harness.numerics.block_maxima import nearest
+from harness.numerics.codebooks import LookupWeight, SortedRows, cluster_rows, split_clusters
 from harness.numerics.sparse import Outliers
 
 
