@@ -5,6 +5,7 @@
     block-00000.safetensors     the packed tensors of one block: "<linear>:<part>", and "dense:<name>" for what a transform changed
     block-00000.json            kind, shape and meta of each linear, size and SHA-256 of the file above, the block's report
     ends.safetensors, .json     changed tensors outside the blocks, where there are any
+    learned.safetensors, .json  what a transform learned of the whole model before its blocks were rewritten, where one does
     manifest.json               written last: a folder with it is complete
 
 Every file is written aside and renamed; a block counts once its .json is there. Reading verifies size and SHA-256.
@@ -101,6 +102,15 @@ class CheckpointWriter:
         """Store changed tensors outside the blocks, by their names in the model."""
         self._store("ends", dict(dense), {})
 
+    def write_learned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store what the transform learned before the walk, for a pass that resumes."""
+        self._store("learned", dict(tensors), {})
+
+    def learned(self) -> dict[str, Tensor] | None:
+        """What the transform of an earlier pass learned, verified; None where it has not."""
+        path = self.folder / "learned.json"
+        return _read_tensors(path.with_suffix(".safetensors"), _read_json(path)["file"]) if path.exists() else None
+
     def seconds(self) -> float:
         """Time that earlier passes spent on this checkpoint."""
         path = self.folder / "seconds.json"
@@ -131,8 +141,9 @@ class CheckpointWriter:
         quantized_weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
         total_bits = 8 * quantized_bytes + report["unquantized_bits"]
         files = {f"{_block(i)}.safetensors": block["file"] for i, block in enumerate(blocks)}
-        if (self.folder / "ends.json").exists():
-            files["ends.safetensors"] = _read_json(self.folder / "ends.json")["file"]
+        for stem in ("ends", "learned"):
+            if (self.folder / f"{stem}.json").exists():
+                files[f"{stem}.safetensors"] = _read_json(self.folder / f"{stem}.json")["file"]
         manifest = {
             "version": VERSION,
             "fingerprint": self.fingerprint,

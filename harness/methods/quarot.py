@@ -25,7 +25,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from harness.methods.protocols import BlockView, Scheme, Shapes
+from harness.methods.protocols import (
+    BlockView,
+    Scheme,
+    Shapes,
+    check_turning,
+    in_attention,
+    put_parameters,
+    turn_ends,
+    turned,
+    writes_residual,
+)
 from harness.numerics import hadamard
 
 
@@ -56,18 +66,14 @@ class Transform:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """A family whose residual stream can be turned, separate output linears, and sizes that have Hadamard matrices."""
+        reasons = check_turning(shapes)
         if not shapes.rotations or shapes.ends is None:
-            return [f'family "{shapes.family}" does not allow rotations of its residual stream']
-        reasons = []
-        if shapes.experts:
-            reasons.append("rotations inside experts are not supported; use a dense model")
-        if any(pair.offset for pair in shapes.pairs):
-            reasons.append("norms with an offset cannot be folded into the linears behind them")
+            return reasons
         sizes = {"the residual stream": shapes.hidden_size, "a head": shapes.head_dim}
         if self.settings.online:
             inner = {linear.name: linear.in_features for linear in shapes.linears if linear.name in _down(shapes)}
             sizes |= {"the heads": shapes.heads, **inner}
-            fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in _outputs(shapes)]
+            fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in writes_residual(shapes)]
             if fused:
                 reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
         without = [f"{what} ({size})" for what, size in sizes.items() if not hadamard.exists(size)]
@@ -78,76 +84,33 @@ class Transform:
     @torch.no_grad()
     def rewrite_ends(self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator) -> dict[str, Tensor]:
         """Embeddings, final norm and head of the turned residual stream."""
-        assert shapes.ends is not None
-        embeddings, norm, head = shapes.ends
-        turn = self._rotation(shapes, ends[embeddings].device)
-        folded = ends[head].double() * ends[norm].double()
-        return {
-            embeddings: (ends[embeddings].double() @ turn).to(ends[embeddings].dtype),
-            norm: torch.ones_like(ends[norm]),
-            head: (folded @ turn).to(ends[head].dtype),
-        }
+        return turn_ends(ends, shapes, self._rotation(shapes, torch.device("cpu")))
 
     @torch.no_grad()
     def rewrite_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, Any]:
         """Fold the norms and rotate, in place; notes: what is rotated at run time."""
-        shapes = block.shapes
-        for pair in (pair for pair in shapes.pairs if pair.kind == "norm"):
-            norm = block.module.get_submodule(pair.producer)
-            gain = norm.weight
-            assert isinstance(gain, Tensor)
-            turn = self._rotation(shapes, gain.device)
-            for name in pair.consumers:
-                weight = block.linear(name).weight
-                weight.copy_((weight.double() * gain.double()) @ turn)
-            gain.fill_(1.0)
-        for name in _outputs(shapes):
-            linear = block.linear(name)
-            turn = self._rotation(shapes, linear.weight.device)
-            linear.weight.copy_(turn.T @ linear.weight.double())
-            if linear.bias is not None:
-                linear.bias.copy_(turn.T @ linear.bias.double())
-        self._rotate_values(block)
-        if self.settings.online:
+        shapes, online = block.shapes, self.settings.online
+        turn = self._rotation(shapes, next(block.module.parameters()).device)
+
+        def outputs(columns: Tensor, axis: int) -> Tensor:
+            columns = hadamard.transform(columns, axis)
+            return hadamard.transform(columns, 1) if online else columns
+
+        put_parameters(block, turned(block, turn, hadamard.transform, outputs))
+        if online:
+            for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)):
+                for name in pair.consumers:
+                    block.set_input(name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]]))
             for name in _down(shapes):
                 weight = block.linear(name).weight
                 weight.copy_(hadamard.transform(weight.double()))
                 block.set_input(name, "input_hadamard", torch.tensor([[1, weight.shape[1], 1]]))
-        return {"online": sorted(_outputs(shapes)) if self.settings.online else []}
-
-    def _rotate_values(self, block: BlockView) -> None:
-        """Heads of values among themselves; with `online`, also across heads before the output."""
-        shapes = block.shapes
-        for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and _in_attention(pair.producer)):
-            values = block.linear(pair.producer)
-            rows = shapes.kv_heads * shapes.head_dim                            # of a fused q, k, v: the last ones, the values
-            by_head = values.weight[-rows:].double().unflatten(0, (shapes.kv_heads, shapes.head_dim))
-            values.weight[-rows:] = hadamard.transform(by_head, 1).flatten(0, 1).to(values.weight.dtype)
-            if values.bias is not None:
-                bias = values.bias[-rows:].double().unflatten(0, (shapes.kv_heads, shapes.head_dim))
-                values.bias[-rows:] = hadamard.transform(bias).flatten().to(values.bias.dtype)
-            for name in pair.consumers:
-                weight = block.linear(name).weight
-                columns = hadamard.transform(weight.double().unflatten(1, (shapes.heads, shapes.head_dim)), 2)
-                if self.settings.online:
-                    columns = hadamard.transform(columns, 1)
-                    block.set_input(name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]]))
-                weight.copy_(columns.flatten(1))
+        return {"online": sorted(writes_residual(shapes)) if online else []}
 
     def _rotation(self, shapes: Shapes, device: torch.device) -> Tensor:
         return hadamard.random_hadamard(shapes.hidden_size, self.settings.rotation_seed).to(device)
 
 
-def _in_attention(name: str) -> bool:
-    return "att" in name.rpartition(".")[0]
-
-
-def _outputs(shapes: Shapes) -> list[str]:
-    """Linears that write to the residual stream: those behind no norm."""
-    behind = {name for pair in shapes.pairs if pair.kind == "norm" for name in pair.consumers}
-    return [linear.name for linear in shapes.linears if linear.name not in behind]
-
-
 def _down(shapes: Shapes) -> list[str]:
     """Outputs of the MLP."""
-    return [name for name in _outputs(shapes) if not _in_attention(name)]
+    return [name for name in writes_residual(shapes) if not in_attention(name)]

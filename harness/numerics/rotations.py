@@ -1,4 +1,4 @@
-"""Random orthogonal matrices that cost O(n · sqrt(n)) to apply and one seed to store."""
+"""Rotations: random ones that cost O(n · sqrt(n)) to apply and one seed to store, and a step of learning one."""
 
 from __future__ import annotations
 
@@ -59,6 +59,25 @@ class Butterfly:
         result = torch.empty_like(mixed)
         result[..., self.first] = mixed
         return result
+
+
+@torch.no_grad()
+def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """One step of gradient descent over orthogonal matrices: R (I - a/2 A) (I + a/2 A)⁻¹, A = (Rᵀ G - Gᵀ R) / 2.
+
+    A is the part of the gradient G along which R stays orthogonal, and Cayley's map turns a step along it into a rotation (Cayley
+    SGD, arXiv 2002.01113, without momentum). a is at most rate, and at most 1 over the largest column sum of |A|. Solved exactly,
+    in float64, then brought back to orthogonality by one step of Newton and Schulz, so that ||Rᵀ R - I|| stays below 1e-12.
+
+    rotation, gradient: [n, n].   Returns [n, n] in rotation's dtype.
+    """
+    r, g = rotation.double(), gradient.double()
+    skew = (r.T @ g - g.T @ r) / 2
+    step = min(rate, 1.0 / (float(skew.abs().sum(0).max()) + 1e-8))
+    half = skew * (step / 2)
+    eye = torch.eye(r.shape[0], dtype=r.dtype, device=r.device)
+    turned = r @ torch.linalg.solve(eye + half, eye - half)                     # the two factors commute
+    return (turned @ (3 * eye - turned.T @ turned) / 2).to(rotation.dtype)
 
 
 def split(size: int) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from harness.cell import KVScheme
 from harness.errors import MethodError
 from harness.methods.protocols import Shapes
 from harness.numerics import hadamard
+from harness.numerics.activations import Round
+from harness.numerics.learning import round_through
 
 AXES = ("channel", "token")
 
@@ -52,30 +54,37 @@ def check(scheme: KVScheme, shapes: Shapes) -> list[str]:
     return problems
 
 
-def round_cache(x: Tensor, bits: int, group_size: int, axis: str) -> Tensor:
-    """x [batch, heads, tokens, head_dim] rounded. axis "channel": groups of tokens, the last may be short; "token": of channels."""
+def round_cache(x: Tensor, bits: int, group_size: int, axis: str, to_integers: Round = torch.round) -> Tensor:
+    """x [batch, heads, tokens, head_dim] rounded. axis "channel": groups of tokens, the last may be short; "token": of channels.
+
+    to_integers: torch.round, or a rounding that lets gradients through (`numerics.learning.round_through`).
+    """
     if axis == "token":
-        return _round_groups(x.unflatten(-1, (-1, group_size)), bits).flatten(-2)
+        return _round_groups(x.unflatten(-1, (-1, group_size)), bits, to_integers).flatten(-2)
     tokens = x.shape[2]
     whole = tokens - tokens % group_size
     parts = []
     if whole:
         groups = x[:, :, :whole].unflatten(2, (-1, group_size)).transpose(-1, -2)      # [batch, heads, groups, head_dim, g]
-        parts.append(_round_groups(groups, bits).transpose(-1, -2).flatten(2, 3))
+        parts.append(_round_groups(groups, bits, to_integers).transpose(-1, -2).flatten(2, 3))
     if whole < tokens:
-        parts.append(_round_groups(x[:, :, whole:].transpose(-1, -2), bits).transpose(-1, -2))
+        parts.append(_round_groups(x[:, :, whole:].transpose(-1, -2), bits, to_integers).transpose(-1, -2))
     return torch.cat(parts, dim=2)
 
 
-def simulate(model: PreTrainedModel, scheme: KVScheme) -> None:
-    """Let every attention of the model read a rounded cache, in place. Raises MethodError for a model with its own attention."""
+def simulate(model: PreTrainedModel, scheme: KVScheme, differentiable: bool = False) -> None:
+    """Let every attention of the model read a rounded cache, in place. Raises MethodError for a model with its own attention.
+
+    differentiable: gradients pass the rounding straight through; the numbers are the same.
+    """
     name = f"harness_kv_{scheme.bits}_{scheme.group_size}_{scheme.residual}_{scheme.key_axis}_{scheme.value_axis}_{scheme.hadamard}"
+    name, to_integers = (f"{name}_learning", round_through) if differentiable else (name, torch.round)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         scaling: float | None = None, dropout: float = 0.0, **more: Any,
     ) -> tuple[Tensor, None]:
-        return attend(module, query, key, value, attention_mask, scaling, scheme, **more), None
+        return attend(module, query, key, value, attention_mask, scaling, scheme, to_integers=to_integers, **more), None
 
     if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
         raise MethodError(f"{type(model).__name__} does not let its attention be replaced; a rounded KV cache cannot be simulated")
@@ -86,7 +95,8 @@ def simulate(model: PreTrainedModel, scheme: KVScheme) -> None:
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None,
-    scheme: KVScheme, softcap: float | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None, **_: Any,
+    scheme: KVScheme, softcap: float | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None,
+    to_integers: Round = torch.round, **_: Any,
 ) -> Tensor:
     """Attention [batch, queries, heads, head_dim] over a rounded cache.
 
@@ -97,8 +107,8 @@ def attend(
     repeats = query.shape[1] // key.shape[1]
     if scheme.hadamard:                                 # orthogonal: scores stay, outlying key channels are spread
         query, key = hadamard.transform(query), hadamard.transform(key)
-    rounded_key = round_cache(key, scheme.bits, scheme.group_size, scheme.key_axis)
-    rounded_value = round_cache(value, scheme.bits, scheme.group_size, scheme.value_axis)
+    rounded_key = round_cache(key, scheme.bits, scheme.group_size, scheme.key_axis, to_integers)
+    rounded_value = round_cache(value, scheme.bits, scheme.group_size, scheme.value_axis, to_integers)
     key, rounded_key, value, rounded_value = (t.repeat_interleave(repeats, dim=1) for t in (key, rounded_key, value, rounded_value))
     tokens, queries, residual = key.shape[2], query.shape[2], scheme.residual
     t = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
@@ -119,11 +129,11 @@ def attend(
     return mixed.transpose(1, 2).contiguous()
 
 
-def _round_groups(groups: Tensor, bits: int) -> Tensor:
+def _round_groups(groups: Tensor, bits: int, to_integers: Round) -> Tensor:
     """Each run of the last axis on its own asymmetric grid, in float32."""
     x = groups.float()
     lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (hi - lo) / (2**bits - 1)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    codes = torch.round(((x - lo) / safe).clamp(0, 2**bits - 1))
+    codes = to_integers(((x - lo) / safe).clamp(0, 2**bits - 1))
     return torch.where(scale > 0, codes * safe + lo, x).to(groups.dtype)

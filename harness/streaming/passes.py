@@ -23,7 +23,7 @@ import hashlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +45,7 @@ from harness.numerics.weights import DenseWeight, QuantizedWeight
 from harness.streaming.blocks import Blocks, StreamedBlock
 from harness.streaming.calibration import windows_digest
 from harness.streaming.gradients import SquaredGradients
+from harness.streaming.learning import StreamedModel
 from harness.streaming.statistics import OF_INPUTS, Collector, GroupStatistics, InputEvidence
 
 EMBEDDINGS, FULL = "embeddings", "full_precision"       # histories; all others are digests
@@ -122,7 +123,8 @@ class _Job:
 
     @property
     def reads_stream(self) -> bool:
-        return bool(self.needs)
+        """Some part wants to know of the blocks' inputs; what a transform learns before the walk needs none of them."""
+        return bool(self.needs - {"tokens"})
 
     def needs_of(self, part: Part | None) -> frozenset[str]:
         return frozenset(part.needs) if part is not None else frozenset()
@@ -216,6 +218,7 @@ class _Pass(_Walk):
         for job in self._alive():
             if job.cell.method.is_baseline:
                 yield from self._finish(job)
+        yield from self._learn()
         self._start_streams()
         yield from self._report_failures()
         count = len(self.blocks)
@@ -246,12 +249,53 @@ class _Pass(_Walk):
             part: Part | None = getattr(method, slot)
             if part is not None:
                 setattr(job, slot, plugins.build(slot, part.name, to_json(part)["settings"]))
-        if job.reads_stream and self.windows is None:
+        if job.needs and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none")
         job.own_stream = hasattr(job.transform, "rewrite_ends")
         for index in range(0 if job.writer.manifest() else job.finished):
             job.added_bits += self._added_bits(index, job.writer.read_block(index).dense)
+
+    def _learn(self) -> Iterator[Event]:
+        """Before the walk: what transforms learn from the whole model. Cells with one transform and one scheme learn once."""
+        waiting: dict[str, list[_Job]] = {}
+        for job in self._alive():
+            if hasattr(job.transform, "learn") and job.finished < len(self.blocks):
+                part = job.cell.method.transform
+                assert part is not None
+                seed = job.cell.seed if part.stochastic else None
+                waiting.setdefault(digest([to_json(part), _scheme(job.cell, part.activation_aware), seed]), []).append(job)
+        for jobs in waiting.values():
+            began, held = time.monotonic(), [job.writer.learned() for job in jobs]
+            learned = next((tensors for tensors in held if tensors is not None), None)
+            if learned is None:
+                try:
+                    learned = yield from self._learn_once(jobs)
+                except Exception as error:              # a method's code may raise anything
+                    for job in jobs:
+                        self._fail(job, "learning", error)
+                    yield from self._report_failures()
+                    continue
+            for job, own in zip(jobs, held, strict=True):
+                if own is None:
+                    job.writer.write_learned(learned)
+                    job.seconds += time.monotonic() - began
+                job.transform.use(learned)
+
+    def _learn_once(self, jobs: Sequence[_Job]) -> Generator[Event, None, dict[str, Tensor]]:
+        """Let the first job's transform learn, for all of them."""
+        first, keys = jobs[0], tuple(key for job in jobs for key in job.cell_keys)
+        assert self.windows is not None, "refused by _open"
+        folder, dtype = self.blocks.folder, first.cell.model.dtype
+        model = StreamedModel(folder, dtype, str(self.blocks.device), self.windows, first.cell.scheme.kv)
+        walk = first.transform.learn(model, first.cell.scheme, generator(first.cell.seed, -1, "learning"))
+        while True:
+            try:
+                step, steps = next(walk)
+            except StopIteration as end:
+                learned: dict[str, Tensor] = end.value
+                return learned
+            yield Progress(time.time(), keys, "learning", step, steps)
 
     def _start_streams(self) -> None:
         """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
@@ -384,7 +428,8 @@ class _Pass(_Walk):
         began = time.monotonic()
         module = self.blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
         needs = job.needs_of(job.cell.method.transform)
-        view = self._view(job, index, module, original, needs, statistics, hidden if needs else None, references, gradients)
+        inputs = hidden if needs - {"tokens"} else None
+        view = self._view(job, index, module, original, needs, statistics, inputs, references, gradients)
         notes = job.transform.rewrite_block(view, job.cell.scheme, generator(job.cell.seed, index, "transform"))
         tensors = _tensors(module)
         left_out = {"pairs_without_calibration": list(view.left_out)} if view.left_out else {}
@@ -690,7 +735,7 @@ class _Pass(_Walk):
             "seconds": self._seconds(job),
             "methods": {slot: part.name for slot in ("transform", "rounding", "tuning") if (part := getattr(method, slot))},
         }
-        if job.reads_stream and self.windows is not None:
+        if job.needs and self.windows is not None:
             samples, length = self.windows.shape
             report["calibration"] = {"windows_sha256": windows_digest(self.windows), "samples": samples, "length": length}
         return report
