@@ -48,6 +48,7 @@ from harness.cell import (
     has_static_activations,
 )
 from harness.errors import ConfigError, unknown_name
+from harness.naming import with_variants
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
 from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed, types_of
@@ -555,7 +556,7 @@ class _Resolver:
                 cells.setdefault((cell_key(made), made.title), made)
         if not cells and not self.problems.found:
             self.problems.add(f"{self.file.where}: every cell is skipped" if skipped else f"{self.file.where}: there are no cells")
-        return tuple(cells.values()), tuple(Skip(tuple(titles), reason) for reason, titles in skipped.items())
+        return with_variants(cells.values()), tuple(Skip(tuple(titles), reason) for reason, titles in skipped.items())
 
     def _cell(self, point: Point) -> Cell | None:
         missing = [axis for axis in ("model",) if axis not in point]

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.naming import group_text
 from harness.store import Record, write_aside
 from harness.sweep import Sweep
-from harness.tables import better_is_higher, group_text, quality_metrics
+from harness.tables import better_is_higher, quality_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

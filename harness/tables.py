@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import plugins
-from harness.cell import Cell, Evaluation, baseline_of, cell_key, to_json
+from harness.cell import Cell, Evaluation, baseline_of, cell_key
 from harness.errors import ConfigError, unknown_name
+from harness.naming import bits_text, group_text, replicates, variants
 from harness.published import BASELINES, Printed, Published, PublishedRow, load_published, match, same_model
-from harness.statistics import Comparison, compare, holm
+from harness.statistics import Comparison, compare_seeds, holm, over_seeds
 from harness.store import Record, Store
 from harness.sweep import Column, Sweep, Table
 
@@ -38,18 +39,21 @@ PUBLISHED_ONLY = "published"                    # the metric of a column that on
 SCIENTIFIC_FROM = 1e4                           # perplexities above are printed as 1.9e4
 LOWER_IS_BETTER = ("perplexity", "bits_per_weight", "bits_per_weight_total", "bytes", "seconds", "peak_memory_bytes")
 ITEM_COLUMNS = {"perplexity": ("loss",)}         # metric -> columns of its items; others are named like the metric
-BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
+ITEM_WEIGHTS = {"loss": "tokens"}                # column of items -> the column that says how much each counts
 
 
 @dataclass(frozen=True)
 class Value:
-    """One entry. number: ours, scaled as printed, None for a gap.
+    """One entry. number: ours, scaled as printed, None for a gap; with several seeds their mean.
 
+    half_width  of the 95 % interval of the mean over seeds; None for one seed
     gap  why there is no number: "missing", "failed", "absent" (no cell of the sweep) or "unmeasured" (no metric of ours)
     """
 
     number: float | None = None
     stderr: float | None = None
+    seeds: int = 1
+    half_width: float | None = None
     published: Printed | None = None
     published_number: float | None = None       # scaled like ours
     comparison: Comparison | None = None
@@ -66,7 +70,7 @@ class Value:
 class Row:
     """labels: texts of the label columns; cell None: a published row that the sweep has no cell for.
 
-    others: keys of the cells of further models that stand in this row too.
+    others: keys of the cells of further models and seeds that stand in this row too.
     """
 
     labels: tuple[str, ...]
@@ -119,12 +123,15 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     if table.correlation is not None:
         return _correlations(sweep, table, cells, by_key, published)
     side_by_side = any(column.model for column in columns)
-    members = _side_by_side(cells) if side_by_side else {cell_key(cell): {cell.model.name: cell} for cell in cells}
+    members = _members(cells, side_by_side)
     cells = [cell for cell in cells if cell_key(cell) in members]
     matches, ambiguous = match(cells, published, table.methods) if published is not None else ({}, [])
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _with_variants(*_labels(cells), cells, table, published)
-    everyone = [cell for models in members.values() for cell in models.values()]
+    counts = {key: max(map(len, models.values())) for key, models in members.items()}
+    if any(count > 1 for count in counts.values()):
+        labels, texts = (*labels, "seeds"), {key: (*text, str(counts[key])) for key, text in texts.items()}
+    everyone = [seeds for models in members.values() for seeds in models.values()]
     metrics = list(dict.fromkeys(c.metric for c in columns if c.metric not in ("mean", PUBLISHED_ONLY)))
     comparisons = compare_cells(everyone, by_key, metrics, store) if store else {}
 
@@ -133,12 +140,12 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
         key = cell_key(cell)
         values = []
         for head in heads:
-            own = members[key].get(head.column.model or cell.model.name)
-            record = by_key.get(cell_key(own)) if own is not None else None
-            found = comparisons.get((cell_key(own), head.column.metric)) if own is not None else None
-            value = _value(head, record, matches.get(key), published, found)
-            values.append(value if own is not None else replace(value, gap="absent"))
-        others = tuple(cell_key(other) for other in members[key].values() if other is not cell)
+            own = members[key].get(head.column.model or cell.model.name, ())
+            known = [by_key.get(cell_key(seed)) for seed in own]
+            found = comparisons.get((cell_key(own[0]), head.column.metric)) if own else None
+            value = _value(head, known, matches.get(key), published, found)
+            values.append(value if own else replace(value, gap="absent"))
+        others = tuple(cell_key(other) for seeds in members[key].values() for other in seeds if other is not cell)
         model = "" if side_by_side else cell.model.name
         rows.append(Row(texts[key], tuple(values), cell, key, model, cell.method.is_baseline, others))
     rows = _mark_best(rows, heads)
@@ -148,13 +155,12 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     return TableData(table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands))
 
 
-def _side_by_side(cells: Sequence[Cell]) -> dict[str, dict[str, Cell]]:
-    """Key of the first of the cells that differ in their model alone -> model -> cell."""
-    members: dict[str, dict[str, Cell]] = {}
-    first: dict[Any, str] = {}
-    for cell in cells:
-        key = first.setdefault((cell.method, cell.scheme, cell.calibration, cell.inputs, cell.seed), cell_key(cell))
-        members.setdefault(key, {}).setdefault(cell.model.name, cell)
+def _members(cells: Sequence[Cell], side_by_side: bool) -> dict[str, dict[str, tuple[Cell, ...]]]:
+    """The cells of each row, under the key of its first: model -> its cells, which differ in their seeds alone."""
+    members: dict[str, dict[str, tuple[Cell, ...]]] = {}
+    for row in replicates(cells, across_models=side_by_side):
+        models = dict.fromkeys(cell.model.name for cell in row)
+        members[cell_key(row[0])] = {name: tuple(cell for cell in row if cell.model.name == name) for name in models}
     return members
 
 
@@ -246,33 +252,50 @@ def better_is_higher(metric: str, cells: Iterable[Cell] = ()) -> bool | None:
 
 
 def compare_cells(
-    cells: Sequence[Cell], by_key: Mapping[str, Record], metrics: Sequence[str], store: Store
+    rows: Sequence[Sequence[Cell]], by_key: Mapping[str, Record], metrics: Sequence[str], store: Store
 ) -> dict[tuple[str, str], Comparison]:
-    """(cell_key, metric) -> paired test against the cell's baseline, Holm over all; pairs without common items are left out."""
-    raw: dict[tuple[str, str], Comparison] = {}
-    columns: dict[tuple[str, str], Mapping[Any, float] | None] = {}
+    """(key of a row's first cell, metric) -> paired test against the cells' baseline, Holm over all.
 
-    def column(key: str, metric: str) -> Mapping[Any, float] | None:
+    rows: cells that differ in their seeds alone stand together and are tested as one. Left out: what has no items, or other items
+    or weights than its baseline.
+    """
+    raw: dict[tuple[str, str], Comparison] = {}
+    columns: dict[tuple[str, str], Items | None] = {}
+
+    def column(key: str, metric: str) -> Items | None:
         if (key, metric) not in columns:
             columns[key, metric] = _items(by_key[key], metric, store) if key in by_key else None
         return columns[key, metric]
 
-    for cell in cells:
-        key, reference = cell_key(cell), cell_key(baseline_of(cell))
-        if key == reference:
+    for row in rows:
+        keys, reference = [cell_key(cell) for cell in row], cell_key(baseline_of(row[0]))
+        if reference in keys:
             continue
         for metric in metrics:
-            ours, theirs = column(key, metric), column(reference, metric)
-            if ours is None or theirs is None or set(ours) != set(theirs):
+            theirs = column(reference, metric)
+            ours = [each for key in keys if (each := column(key, metric)) is not None]
+            if theirs is None or len(ours) < len(keys) or any(set(each.values) != set(theirs.values) for each in ours):
                 continue
-            found = compare([ours[name] for name in theirs], list(theirs.values()))
+            if any(each.weights != theirs.weights for each in ours):
+                continue
+            names = list(theirs.values)
+            weights = None if theirs.weights is None else [theirs.weights[name] for name in names]
+            found = compare_seeds([[each.values[name] for name in names] for each in ours], list(theirs.values.values()), weights)
             if found is not None:
-                raw[key, metric] = found
+                raw[keys[0], metric] = found
     adjusted = holm({name: comparison.p_value for name, comparison in raw.items()})
     return {name: replace(comparison, adjusted=adjusted[name]) for name, comparison in raw.items()}
 
 
-def _items(record: Record, metric: str, store: Store) -> Mapping[Any, float] | None:
+@dataclass(frozen=True)
+class Items:
+    """Item results of one metric by id, and what each item counts; weights None: all the same."""
+
+    values: dict[Any, float]
+    weights: dict[Any, float] | None = None
+
+
+def _items(record: Record, metric: str, store: Store) -> Items | None:
     """Item results of one metric by id; None where the evaluation kept none of it."""
     evaluation = _evaluation_of(record, metric)
     items = None if evaluation is None else store.evaluation_items(record, evaluation)
@@ -287,7 +310,9 @@ def _items(record: Record, metric: str, store: Store) -> Mapping[Any, float] | N
         items = items[items["task"] == task]
     for name in (own, *ITEM_COLUMNS.get(own, ())):
         if name in items:
-            return {key: float(value) for key, value in zip(items["id"], items[name], strict=True)}
+            found = {column: dict(zip(items["id"], map(float, items[column]), strict=True))
+                     for column in (name, ITEM_WEIGHTS.get(name, "")) if column in items}
+            return Items(found[name], found.get(ITEM_WEIGHTS.get(name, "")))
     return None
 
 
@@ -318,21 +343,28 @@ def _head(column: Column, cells: Sequence[Cell], published: Published | None) ->
 
 
 def _value(
-    head: ColumnHead, record: Record | None, row: PublishedRow | None, published: Published | None, found: Comparison | None
+    head: ColumnHead, records: Sequence[Record | None], row: PublishedRow | None, published: Published | None,
+    found: Comparison | None,
 ) -> Value:
+    """records: of the cells that stand here together, one per seed. A mean over seeds needs all of them."""
     column = head.column
     if column.metric == PUBLISHED_ONLY:
         printed, theirs = _published_number(head, row, published)
         return Value(published=printed, published_number=theirs, gap="unmeasured")
-    metrics = record.metrics() if record is not None else {}
-    number = _mean(column, metrics) if column.metric == "mean" else metrics.get(column.metric)
-    stderr = metrics.get(f"{column.metric}_stderr")
-    smoke = record is not None and bool(record.smoke_metrics() & {column.metric, *column.of})
+    known = [record for record in records if record is not None]
+    metrics = [record.metrics() for record in known]
+    numbers = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
+    there = [number * column.scale for number in numbers if number is not None]
+    number, half_width = over_seeds(there) if there and len(there) == len(records) else (None, None)
+    stderr = metrics[0].get(f"{column.metric}_stderr") if len(records) == len(known) == 1 else None
+    smoke = any(record.smoke_metrics() & {column.metric, *column.of} for record in known)
     printed, theirs = _published_number(head, row, published)
-    failed = record is not None and bool(record.failures)
+    failed = any(record.failures for record in known)
     return Value(
-        number=None if number is None else number * column.scale,
+        number=number,
         stderr=None if stderr is None else stderr * column.scale,
+        seeds=max(1, len(records)),
+        half_width=half_width if len(set(there)) > 1 else None,
         published=printed,
         published_number=theirs,
         comparison=found,
@@ -449,24 +481,18 @@ def _published_labels(row: PublishedRow) -> dict[str, str]:
     weight = "" if row.weight_bits is None else f"{row.weight_bits:g}"
     bits = weight if activation == 16 else f"W{weight}A{activation:g}"
     group = "" if row.group_size is None else str(row.group_size)
-    return {"method": row.method, "bits": bits, "group": group, "variant": row.label}
+    return {"method": row.method, "bits": bits, "group": group, "variant": row.label, "seeds": ""}
 
 
 def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Heads and texts of the label columns; a column "variant" says what else tells cells of equal labels apart."""
+    """Heads and texts of the label columns; a column "variant" says what differs within a method, and tells equal labels apart."""
     texts: dict[str, tuple[str, ...]] = {}
     for cell in cells:
         texts[cell_key(cell)] = (cell.method.name, bits_text(cell), group_text(cell))
-    same: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in cells:
-        same.setdefault((cell.model.name, *texts[cell_key(cell)]), []).append(cell)
-    variants: dict[str, str] = {}
-    for group in same.values():
-        if len(group) > 1:
-            variants |= dict(zip(map(cell_key, group), _variants(group), strict=True))
-    if not variants:
+    differing = variants(cells, by_scheme=False)
+    if not differing:
         return ("method", "bits", "group"), texts
-    return ("method", "bits", "group", "variant"), {key: (*text, variants.get(key, "")) for key, text in texts.items()}
+    return ("method", "bits", "group", "variant"), {key: (*text, differing.get(key, "")) for key, text in texts.items()}
 
 
 def _with_variants(
@@ -485,57 +511,9 @@ def _with_variants(
     return (*labels, "variant"), called
 
 
-def _variants(cells: Sequence[Cell]) -> list[str]:
-    flat = [flatten(cell) for cell in cells]
-    hidden = ("scheme.name", "calibration.digest", "calibration.source")
-    names = sorted({name for facts in flat for name in facts} - set(hidden))
-    varying = [name for name in names if len({str(facts.get(name)) for facts in flat}) > 1]
-    short = {name: name.removeprefix("scheme.").removeprefix("weight.") for name in varying}
-    return [", ".join(f"{short[name]} {facts[name]}" for name in varying if name in facts) for facts in flat]
-
-
-def flatten(cell: Cell) -> dict[str, Any]:
-    """The cell as flat names: {"model.name": …, "rounding.name": …, "rounding.damping_fraction": …, "scheme.weight.bits": …}."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for name, item in value.items():
-                walk(f"{prefix}.{name}" if prefix else name, item)
-        elif value is not None and value != []:
-            flat[prefix] = value
-
-    content = to_json(cell)
-    method = content.pop("method")
-    content.pop("evaluations")
-    walk("", {**content, "method": {"name": method["name"]}})
-    for slot in ("transform", "rounding", "tuning"):
-        if method[slot] is not None:
-            part = {"name": method[slot]["name"], "version": method[slot]["version"], **method[slot]["settings"]}
-            walk(slot, part)
-    return flat
-
-
-def bits_text(cell: Cell) -> str:
-    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf"; for a baseline the width of its dtype."""
-    scheme = cell.scheme
-    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
-    family = "" if cell.method.is_baseline or scheme.weight.format == "int" else f" {scheme.weight.format.rstrip('0123456789')}"
-    activation = f"A{scheme.activation.bits}" if scheme.activation else ""
-    kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
-    return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
-
-
-def group_text(cell: Cell) -> str:
-    """Input channels per scale; "row" for one scale per output channel."""
-    if cell.method.is_baseline:
-        return ""
-    return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
-
-
 def command_line(sweep: Sweep) -> str:
     """What runs the sweep again; finished work is not repeated."""
-    words = [sweep.name] if sweep.path is not None else []
+    words = [] if sweep.path is None else [sweep.name if sweep.path.parent.name == "sweeps" else str(sweep.path)]
     return without_password(" ".join(["harness run", *words, *sweep.overrides]))
 
 
@@ -560,6 +538,8 @@ def _notes(
     if any(value.comparison is not None for value in values):
         count = sum(value.comparison is not None for value in values)
         notes.append(f"≈ no difference from the baseline shown (paired test over the items, Holm over {count} tests, 5 %).")
+    if any(value.half_width is not None for value in values):
+        notes.append("±: half of the 95 % interval of the mean over seeds (Student's t); tests count seeds and items as replicates.")
     limits = sorted({e.limit for row in rows if row.cell for e in row.cell.evaluations if e.limit is not None})
     if any(value.smoke for value in values):
         listed = f" (first {', '.join(map(str, limits))} items)" if limits else ""
@@ -616,7 +596,8 @@ def _ours_text(value: Value, column: Column) -> str:
     if value.number is None:
         return "" if value.gap == "absent" else GAP
     tie = "≈" if value.comparison is not None and not value.comparison.differs else ""
-    return _text(value.number, column) + tie + ("†" if value.smoke else "")
+    spread = "" if value.half_width is None else f" ± {_text(value.half_width, column)}"
+    return _text(value.number, column) + spread + tie + ("†" if value.smoke else "")
 
 
 def _grid(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -678,7 +659,7 @@ LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "–": "--", "…": r"\ldots{}", "\n": " ",
     "≈": r"$^{\approx}$", "†": r"$^{\dagger}$", "Δ": r"$\Delta$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
     "·": r"$\cdot$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$", "≥": r"$\geq$", "≤": r"$\leq$", "|": "$|$",
-    "α": r"$\alpha$", "λ": r"$\lambda$",
+    "±": r"$\pm$", "α": r"$\alpha$", "λ": r"$\lambda$",
 }
 
 
@@ -690,10 +671,11 @@ def latex_text(text: str) -> str:
 def _latex_number(text: str) -> str:
     best = text.startswith("\x02")
     text = text.strip("\x02\x03")
-    match = re.fullmatch(r"([+-]?)([0-9.]+)(?:e\+?(-?[0-9]+))?([≈†]*)", text)
+    match = re.fullmatch(r"([+-]?)([0-9.]+)(?:e\+?(-?[0-9]+))?( ± [0-9.e]+)?([≈†]*)", text)
     if match is None:
         return latex_text(text)
-    sign, mantissa, exponent, marks = match.groups()
+    sign, mantissa, exponent, spread, marks = match.groups()
+    marks = (spread or "") + marks
     power = rf"{{\times}}10^{{{exponent}}}" if exponent else ""
     number = f"${sign}{mantissa}{power}$" if sign or exponent else mantissa
     return (rf"\textbf{{{mantissa}{f'${power}$' if power else ''}}}" if best else number) + latex_text(marks)
@@ -734,6 +716,7 @@ def _flat(data: TableData) -> list[dict[str, Any]]:
             name = head.column.title or head.column.metric
             line[name] = value.number
             line[f"{name} stderr"] = value.stderr
+            line[f"{name} ±"] = value.half_width
             if head.published:
                 line[f"{name} published"] = value.published_number
                 line[f"{name} difference"] = value.difference
@@ -741,7 +724,7 @@ def _flat(data: TableData) -> list[dict[str, Any]]:
             line[f"{name} smoke"] = value.smoke or None
         flat.append(line)
     filled = {name for line in flat for name, value in line.items() if value is not None}
-    optional = (" stderr", " p", " smoke")
+    optional = (" stderr", " ±", " p", " smoke")
     return [{n: v for n, v in line.items() if n in filled or not n.endswith(optional)} for line in flat]
 
 

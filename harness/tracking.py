@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness import plots, tables
+from harness import naming, plots, tables
 from harness.cell import Cell, cell_key, digest, score_key, to_json
 from harness.errors import TrackingError
 from harness.store import Record, Store, write_json
@@ -484,14 +484,14 @@ def _curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
     A fractional width is a curve of its own, since steps are whole numbers.
     """
     models = {cell.model.name for cell in cells}
-    groups = {tables.group_text(cell) for cell in cells if not cell.method.is_baseline}
+    groups = {naming.group_text(cell) for cell in cells if not cell.method.is_baseline}
     curves: dict[str, tuple[str, int]] = {}
     taken: set[tuple[str, int]] = set()
     for cell in cells:
         scheme, words = cell.scheme, [cell.method.name if not cell.method.is_baseline else "full_precision"]
-        bits = tables.BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits
+        bits = naming.BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits
         if not cell.method.is_baseline:
-            words += [f"g{tables.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
+            words += [f"g{naming.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
             words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
             words += [f"{bits:g}bit"] if bits != int(bits) else []
@@ -505,13 +505,13 @@ def _curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
 
 def _params(cell: Cell) -> dict[str, Any]:
     """The cell, flat, under the names that its YAML has; what a reader filters by stands first."""
-    flat = tables.flatten(cell)
+    flat = naming.flatten(cell)
     first = {
         "model": flat.pop("model.name"),
         "method": flat.pop("method.name"),
         "scheme": flat.pop("scheme.name"),
-        "bits": tables.bits_text(cell),
-        "group": tables.group_text(cell) or "none",
+        "bits": naming.bits_text(cell),
+        "group": naming.group_text(cell) or "none",
         "calibration": flat.pop("calibration.name", "none"),
     }
     for slot in ("transform", "rounding", "tuning"):

@@ -28,15 +28,20 @@ MAY_IMPORT = {                                  # module or package -> the parts
     "harness.sweep": {"harness.cell"},
     "harness.plugins": {"harness.errors"},
     "harness.store": LEAVES,
+    "harness.naming": {"harness.cell"},
     "harness.statistics": LEAVES | {"harness.store"},
     "harness.published": LEAVES,
-    "harness.tables": LEAVES | {"harness.sweep", "harness.store", "harness.statistics", "harness.plugins", "harness.published"},
-    "harness.plots": LEAVES | {"harness.sweep", "harness.store", "harness.statistics", "harness.tables", "harness.plugins"},
+    "harness.tables": LEAVES | {
+        "harness.sweep", "harness.store", "harness.statistics", "harness.plugins", "harness.published", "harness.naming",
+    },
+    "harness.plots": LEAVES | {
+        "harness.sweep", "harness.store", "harness.statistics", "harness.tables", "harness.plugins", "harness.naming",
+    },
     "harness.numerics": LEAVES | {"harness.numerics"},
     "harness.methods": LEAVES | {"harness.numerics", "harness.methods.protocols"},
 }
 WITHOUT_TORCH = [
-    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics",
+    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics", "naming",
     "findings", "config", "__main__",
 ]
 

@@ -12,15 +12,29 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_sweep import EVALUATIONS, LLAMA, TABLE, cells, fill, make_sweep, w4a8
 
-from harness.cell import ActivationScheme, Cell, Evaluation, Method, Model, Part, Scheme, WeightScheme, cell_key, score_key
+from harness.cell import (
+    ActivationScheme,
+    Cell,
+    Evaluation,
+    Method,
+    Model,
+    Part,
+    Scheme,
+    WeightScheme,
+    cell_key,
+    freeze,
+    score_key,
+)
 from harness.errors import ConfigError
+from harness.naming import bits_text, replicates, with_variants
 from harness.published import load_published, match
 from harness.store import Record, Store
 from harness.sweep import Column, Sweep, Table
-from harness.tables import TableData, better_is_higher, bits_text, build, compare_cells, frame, latex_text, render
+from harness.tables import TableData, better_is_higher, build, compare_cells, frame, latex_text, render
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "sweeps" / "published").glob("*/*.yaml"))
 
@@ -143,7 +157,7 @@ def test_tasks_of_a_group_are_tested_on_their_own_items(tmp_path: Path) -> None:
         metrics = {"two_tasks/acc": first / 2 + 0.5, "first/acc": first, "second/acc": 1.0, "other/acc": 1.0}
         store.write_score(store.open_cell(each), score_key(each, group), {"metrics": metrics}, items)
     known = {record.cell_key: record for record in records(sweep, store)}
-    found = compare_cells(sweep.cells, known, ["two_tasks/acc", "first/acc", "second/acc", "other/acc"], store)
+    found = compare_cells([(each,) for each in sweep.cells], known, ["two_tasks/acc", "first/acc", "second/acc", "other/acc"], store)
     key = cell_key(cell)
     assert {metric: comparison.items for (_, metric), comparison in found.items()} == {
         "two_tasks/acc": 80, "first/acc": 40, "second/acc": 40,
@@ -234,6 +248,78 @@ def test_cells_of_equal_labels_are_told_apart(tmp_path: Path) -> None:
     data = build(sweep, Table("t", columns=TABLE.columns[:1]), [])
     assert data.labels[-1] == "variant"
     assert [row.labels[-1] for row in data.rows] == ["inputs quantized", "inputs full_precision"]
+
+
+def seeded(root: Path, losses: dict[int, float], seeds: tuple[int, ...] = (0, 1, 2)) -> tuple[Sweep, Store]:
+    """GPTQ at 4 bits with several seeds; each is worse than the baseline by its own share, in windows of unequal length."""
+    baseline, first = cells(LLAMA, ("gptq",), (4,))
+    assert first.calibration is not None
+    made = [dataclasses.replace(first, seed=seed, calibration=dataclasses.replace(first.calibration, seed=seed)) for seed in seeds]
+    sweep = dataclasses.replace(make_sweep(root), cells=with_variants([baseline, *made]), tables=(Table("t", columns=(PERPLEXITY,)),))
+    store = Store(sweep.runtime.runs)
+    rng = np.random.default_rng(0)
+    windows, tokens = rng.normal(1.8, 0.2, 40), rng.integers(2, 2048, 40)
+    for cell in sweep.cells:
+        if not cell.method.is_baseline and cell.seed not in losses:
+            continue
+        excess = 0.0 if cell.method.is_baseline else losses[cell.seed] * np.where(tokens > 1024, 1.0, 0.2)
+        loss = windows + excess
+        metrics = {"wikitext2/perplexity": math.exp(float((loss * tokens).sum() / tokens.sum()))}
+        items = {"id": list(range(40)), "loss": loss.tolist(), "tokens": tokens.tolist()}
+        store.write_score(store.open_cell(cell), score_key(cell, EVALUATIONS[0]), {"metrics": metrics}, items)
+    return sweep, store
+
+
+PERPLEXITY = Column("wikitext2/perplexity", "ppl", digits=3)
+
+
+def test_seeds_are_replicates_of_one_row(tmp_path: Path) -> None:
+    sweep, store = seeded(tmp_path, {0: 0.050, 1: 0.052, 2: 0.051})
+    assert [cell.title.rpartition(" · ")[2] for cell in sweep.cells[1:]] == ["seed 0", "seed 1", "seed 2"]
+    data = build(sweep, sweep.tables[0], records(sweep, store), store)
+    assert data.labels == ("method", "bits", "group", "seeds") and [row.labels[-1] for row in data.rows] == ["1", "3"]
+    value = data.rows[1].values[0]
+    numbers = [record.metrics()["wikitext2/perplexity"] for record in records(sweep, store)[1:]]
+    assert value.number == pytest.approx(sum(numbers) / 3) and value.seeds == 3
+    assert value.half_width == pytest.approx(4.302653 * np.std(numbers, ddof=1) / math.sqrt(3), rel=1e-6)
+    assert value.comparison is not None and value.comparison.differs and "3 seeds" in value.comparison.test
+    assert data.rows[1].others == tuple(map(cell_key, sweep.cells[2:]))
+    assert f"{value.number:.3f} ± {value.half_width:.3f}" in render(data) and "mean over seeds" in render(data)
+    assert r"{$\pm$}" not in render(data, "latex") and r"$\pm$" in render(data, "latex")
+    assert frame(data)["ppl ±"].iloc[1] == value.half_width
+
+
+def test_a_mean_over_seeds_waits_for_all_of_them_and_shows_a_diverged_one(tmp_path: Path) -> None:
+    sweep, store = seeded(tmp_path / "a", {0: 0.05, 1: 0.05})
+    assert build(sweep, sweep.tables[0], records(sweep, store), store).rows[1].values[0].gap == "missing"
+    sweep, store = seeded(tmp_path / "b", {0: 0.05, 1: 0.05, 2: math.inf})
+    assert row_of(build(sweep, sweep.tables[0], records(sweep, store), store), "gptq", "4")[4] == "diverged"
+
+
+def test_windows_of_unequal_length_count_by_their_tokens(tmp_path: Path) -> None:
+    sweep, store = seeded(tmp_path, {0: 0.05}, seeds=(0,))
+    known = {record.cell_key: record for record in records(sweep, store)}
+    found = compare_cells([sweep.cells[1:]], known, [PERPLEXITY.metric], store)[cell_key(sweep.cells[1]), PERPLEXITY.metric]
+    ours, theirs = (known[cell_key(cell)].metrics()[PERPLEXITY.metric] for cell in (sweep.cells[1], sweep.cells[0]))
+    assert found.difference == pytest.approx(math.log(ours / theirs))               # the difference that the table shows
+
+
+def test_names_tell_apart_what_a_sweep_varies() -> None:
+    first = cells(LLAMA, ("gptq",), (4, 3))[1]
+    assert first.calibration is not None
+    other = dataclasses.replace(first.calibration, name="pile", source="pile", digest="p", packing="document")
+    grid = [dataclasses.replace(first, inputs=inputs, calibration=dataclasses.replace(calibration, seed=seed), seed=seed)
+            for inputs in ("quantized", "full_precision") for calibration in (first.calibration, other) for seed in (0, 1)]
+    titles = [cell.title for cell in with_variants(grid)]
+    assert len(set(titles)) == 8 and titles[-1].endswith("w4g128 · calibration pile · inputs full_precision · seed 1")
+    plain = with_variants([*cells(LLAMA), w4a8(LLAMA)])
+    assert not any(cell.variant for cell in plain)                                  # nothing to tell apart
+    assert list(map(cell_key, with_variants(grid))) == list(map(cell_key, grid))    # names are no part of a key
+    other_settings = dataclasses.replace(first, method=dataclasses.replace(
+        first.method, rounding=Part("gptq", freeze({"damping_fraction": 0.1}), needs=("hessian",))))
+    assert [cell.variant for cell in with_variants([first, other_settings])] == [
+        "rounding.damping_fraction 0.01", "rounding.damping_fraction 0.1"]
+    assert [len(row) for row in replicates(grid)] == [2] * 4
 
 
 def test_two_models_are_two_sections(made: tuple[Sweep, Store, TableData]) -> None:

@@ -7,8 +7,9 @@ targets of each window, and
     perplexity = exp(mean over windows of the window's mean loss)
 
 The first token of a window is never a target. Over whole documents (`windows: documents`), whose lengths differ, the mean is
-taken over all targets instead. Where we differ: the loss is computed in float32 whatever the model's dtype (GPTQ's code leaves
-float16 logits as they are, which moves the third decimal), and a limit divides by the windows that were read.
+taken over all targets instead, and its standard error is that of a ratio. Where we differ: the loss is computed in float32 whatever
+the model's dtype (GPTQ's code leaves float16 logits as they are, which moves the third decimal), and a limit divides by the windows
+that were read.
 
 lm-eval's tasks `wikitext` and `c4` are another metric (per word, rolling, over detokenized pages); never compare the two.
 """
@@ -29,12 +30,13 @@ from harness.errors import EvaluationError
 from harness.evaluators.protocols import Score, Subject, finite
 from harness.evaluators.windows import WindowSettings, check_windows, read_windows, window_batches
 from harness.events import Progress
+from harness.statistics import mean_error
 
 
 class Evaluator:
     """Perplexity of one text."""
 
-    version = 1
+    version = 2
     metrics: ClassVar[dict[str, dict[str, Any]]] = {"perplexity": {"higher_is_better": False, "unit": "per token"}}
 
     @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Evaluator:
         mean = float((losses * targets).sum() / targets.sum())
         perplexity = exponential(mean)
         name = f"{evaluation.name}/perplexity"
-        spread = float(losses.std()) / math.sqrt(len(windows)) if len(windows) > 1 else math.nan
+        spread = mean_error(losses.numpy(), targets.numpy())[1]
         details: dict[str, Any] = {
             "length": max(len(window) for window in windows), "windows": len(windows), "tokens": int(targets.sum()),
             "recipe": self.settings.windows, "mean_loss": finite(mean),

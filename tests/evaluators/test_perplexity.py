@@ -188,3 +188,16 @@ def test_a_text_shorter_than_a_window(shared: Path, tmp_path: Path) -> None:
 def test_impossible_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="join" if "windows" in settings else "at least"):
         evaluator(**settings)
+
+
+def test_documents_of_unequal_length_have_the_error_of_a_ratio() -> None:
+    losses = torch.tensor([1.0, 3.0, 2.0, 2.5], dtype=torch.float64)
+    targets = torch.tensor([10.0, 400.0, 20.0, 100.0], dtype=torch.float64)
+    windows = [torch.zeros(int(count) + 1, dtype=torch.int64) for count in targets]
+    score = evaluator(windows="documents")._score(Evaluation("s", "p"), windows, losses, targets)
+    mean = float((losses * targets).sum() / targets.sum())
+    error = math.sqrt(4 / 3 * float(((targets * (losses - mean)) ** 2).sum())) / float(targets.sum())
+    assert score.metrics["s/perplexity"] == pytest.approx(math.exp(mean))
+    assert score.stderr["s/perplexity"] == pytest.approx(math.exp(mean) * error)
+    equal = evaluator()._score(Evaluation("s", "p"), windows, losses, torch.full((4,), 7.0, dtype=torch.float64))
+    assert equal.stderr["s/perplexity"] == pytest.approx(equal.metrics["s/perplexity"] * float(losses.std()) / 2)
