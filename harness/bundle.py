@@ -6,13 +6,16 @@
     DIR/tasks/<task>/<split>.jsonl        items of benchmarks, as lm-eval reads them
     DIR/…/<file>.rows                     SHA-256 of every row of that file, one per line
 
-`data.root=DIR` then runs the sweep from it. Revisions are resolved once, when the bundle is made, and kept in bundle.json; a model
-keeps its commit as identity, so its results are those of a run with network. What is there already and unchanged is not fetched
-again. Folders and the embedded demo are no business of the hub and stay where they are. Loads without torch.
+`data.root=DIR` then runs the sweep from it. Revisions are resolved once, when the bundle is made, and kept in bundle.json; models
+and data sets keep their commits as identity, so that keys and results are those of a run with network. What is there already and
+unchanged is not fetched again. Folders and the embedded demo are no business of the hub and stay where they are.
+Loads without torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -32,7 +35,7 @@ from harness.sweep import Sweep
 from harness.task_files import TaskFile
 
 INDEX = "bundle.json"
-FORMAT = 1
+FORMAT = 2
 Row = Mapping[str, Any]
 
 
@@ -75,17 +78,20 @@ class PublicHub:
         return sources.read_corpus(source, split)
 
     def rows(self, repository: str, config: str | None, split: str, commit: str) -> Iterable[Row]:
-        import datasets
+        yield from sources.hub_rows(repository, config, split, commit)
 
-        try:
-            yield from datasets.load_dataset(repository, config, split=split, revision=commit)
-        except Exception as error:
-            raise _unreachable(f"data set {repository}, config {config}, split {split}", error) from error
+
+class _Once:
+    """A hub whose branches stand still during a pull: every commit is asked for once."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.model, self.texts, self.rows = hub.model, hub.texts, hub.rows
+        self.commit = functools.cache(hub.commit)
 
 
 @dataclass
 class Bundle:
-    """bundle.json: models by hub id, files by what they stand for ("text <source> <split>", "task <task> <split>")."""
+    """bundle.json: models by hub id, files by what they stand for ("text <source at a commit> <split>", "task <task> <split>")."""
 
     folder: Path
     sweep: str = ""
@@ -113,10 +119,45 @@ class Bundle:
         aside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / INDEX)
 
-    def text_folder(self, source: str, split: str) -> Path | None:
-        """Where a text of the hub lies here; None if the bundle lacks it."""
-        entry = self.files.get(f"text {source} {split}")
-        return None if entry is None else (self.folder / entry["path"]).parent
+    def text(self, source: str, split: str) -> tuple[Path, str] | None:
+        """(folder, source at its commit) of a text of the hub; None if the bundle lacks it.
+
+        A source that names no commit is the one here. Raises DataError where there are several, or the file was changed since.
+        """
+        asked = sources.hub_text(source)
+        found = {}
+        for name, entry in self.files.items():
+            kind, _, rest = name.partition(" ")
+            pulled, _, pulled_split = rest.rpartition(" ")
+            if kind == "text" and pulled_split == split:
+                here = sources.hub_text(pulled)
+                if asked == here or (not asked.is_pinned and asked.unpinned == here.unpinned):
+                    found[pulled] = entry
+        if len(found) > 1:
+            raise DataError(f"{self.folder} has {source} at several commits ({', '.join(found)}); say which in the source")
+        for pulled, entry in found.items():
+            self._check_unchanged(f"text {pulled} {split}")
+            return (self.folder / entry["path"]).parent, pulled
+        return None
+
+    def task(self, name: str, splits: Iterable[str]) -> str | None:
+        """The commit at which a benchmark's splits were pulled; None where they were not, but put here by hand.
+
+        Raises DataError where a file was changed since, or splits are of several commits.
+        """
+        entries = {split: self.files.get(f"task {name} {split}") for split in splits}
+        pulled = {split: entry for split, entry in entries.items() if entry is not None}
+        for split in pulled:
+            self._check_unchanged(f"task {name} {split}")
+        commits = {str(entry["commit"]) for entry in pulled.values()}
+        if pulled and (len(commits) > 1 or len(pulled) < len(entries)):
+            raise DataError(f"{self.folder}: the splits {', '.join(entries)} of {name} were not pulled together; pull them again")
+        return commits.pop() if commits else None
+
+    def _check_unchanged(self, name: str) -> None:
+        path, entry = self.folder / self.files[name]["path"], self.files[name]
+        if not path.is_file() or sources.file_digest(path) != entry["sha256"]:
+            raise DataError(f"{name}: {path} is {'not what was pulled' if path.is_file() else 'missing'}; pull it again")
 
     def model(self, source: str) -> tuple[Path, str] | None:
         """(folder, commit) of a model of the hub; None if the bundle lacks it."""
@@ -126,7 +167,7 @@ class Bundle:
 
 def pull(sweep: Sweep, folder: Path, hub: Hub | None = None) -> Iterator[str]:
     """Fetch what a sweep reads from the hub, one line for each thing; the index is written after every one."""
-    hub = hub or PublicHub()
+    hub = _Once(hub or PublicHub())
     folder.mkdir(parents=True, exist_ok=True)
     bundle = Bundle.open(folder) or Bundle(folder)
     bundle.sweep = sweep.name
@@ -136,8 +177,8 @@ def pull(sweep: Sweep, folder: Path, hub: Hub | None = None) -> Iterator[str]:
     for source, split in _texts(sweep):
         yield _pull_text(bundle, hub, source, split)
         bundle.write()
-    for task in _tasks(sweep):
-        yield from _pull_task(bundle, hub, task)
+    for task, revisions in _tasks(sweep):
+        yield from _pull_task(bundle, hub, task, revisions)
         bundle.write()
     bundle.write()
 
@@ -168,7 +209,9 @@ def verify(folder: Path) -> list[str]:
 
 
 def _models(sweep: Sweep) -> list[tuple[str, str]]:
-    found = {cell.model.source: cell.model.revision or "main" for cell in sweep.cells if sources.is_hub_id(cell.model.source)}
+    found = {}
+    for model in (cell.model for cell in sweep.cells if sources.is_hub_id(cell.model.source)):
+        found[model.source] = model.digest if sources.COMMIT.fullmatch(model.digest) else model.revision or "main"
     return list(found.items())
 
 
@@ -184,13 +227,14 @@ def _texts(sweep: Sweep) -> list[tuple[str, str]]:
     return [(source, split) for source, split in found if source.startswith("hub:")]
 
 
-def _tasks(sweep: Sweep) -> list[TaskFile]:
-    found: dict[str, TaskFile] = {}
+def _tasks(sweep: Sweep) -> list[tuple[TaskFile, Mapping[str, str]]]:
+    """Benchmarks, each with the commits of its data sets."""
+    found: dict[str, tuple[TaskFile, Mapping[str, str]]] = {}
     for evaluation in {e.name: e for cell in sweep.cells for e in cell.evaluations}.values():
         settings = dict(evaluation.settings)
         if isinstance(settings.get("task"), str):
             for task in task_files.members(settings["task"], settings.get("include") or ""):
-                found.setdefault(task.name, task)
+                found.setdefault(task.name, (task, dict(settings.get("revisions") or ())))
     return list(found.values())
 
 
@@ -216,34 +260,31 @@ def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
 
 
 def _pull_text(bundle: Bundle, hub: Hub, source: str, split: str) -> str:
-    name = f"text {source} {split}"
+    parts = sources.hub_text(source)
+    commit = str(parts.revision) if parts.is_pinned else hub.commit(parts.repo, "dataset", parts.revision or "main")
+    pinned = dataclasses.replace(parts, revision=commit).source
+    name = f"text {pinned} {split}"
     if _is_here(bundle, name):
         return f"{name}: here already"
-    match = sources.HUB_TEXT.fullmatch(source)
-    if match is None:
-        raise DataError(f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]')
-    commit = hub.commit(match["repo"], "dataset", _revision(match["revision"]))
-    config, file = match["config"], match["file"]
-    pinned = f"hub:{match['repo']}{f'/{config}' if config else ''}@{commit}{f':{file}' if file else ''}"
-    slug = re.sub(r"[^\w.-]+", "-", source.removeprefix("hub:"))
+    slug = re.sub(r"[^\w.-]+", "-", pinned.removeprefix("hub:"))
     rows = ({"text": text} for text in hub.texts(pinned, split))
     return _keep(bundle, name, Path("text") / slug / f"{split}.jsonl.gz", rows, commit)
 
 
-def _pull_task(bundle: Bundle, hub: Hub, task: TaskFile) -> Iterator[str]:
+def _pull_task(bundle: Bundle, hub: Hub, task: TaskFile, revisions: Mapping[str, str]) -> Iterator[str]:
     """The splits that a task's YAML names."""
     if task.data_set is None:
         if not task.config.get("custom_dataset"):
             yield f"task {task.name}: has no public data set; put its items into {bundle.folder}/tasks/{task.name}/<split>.jsonl"
         return
     config = task.config.get("dataset_name")
-    revision = _revision((task.config.get("dataset_kwargs") or {}).get("revision"))
+    revision = task.revision or revisions.get(task.data_set) or "main"
+    commit = revision if sources.COMMIT.fullmatch(revision) else hub.commit(task.data_set, "dataset", revision)
     for split in sorted({str(task.config[key]) for key in task_files.SPLITS if task.config.get(key)}):
         name = f"task {task.name} {split}"
-        if _is_here(bundle, name):
+        if _is_here(bundle, name) and bundle.files[name]["commit"] == commit:
             yield f"{name}: here already"
             continue
-        commit = hub.commit(task.data_set, "dataset", revision)
         rows = hub.rows(task.data_set, None if config is None else str(config), split, commit)
         yield _keep(bundle, name, Path("tasks") / task.name / f"{split}.jsonl", rows, commit)
 
@@ -280,11 +321,6 @@ def _is_here(bundle: Bundle, name: str) -> bool:
     entry = bundle.files.get(name)
     path = None if entry is None else bundle.folder / entry["path"]
     return path is not None and path.is_file() and sources.file_digest(path) == bundle.files[name]["sha256"]
-
-
-def _revision(given: Any) -> str:
-    """ "refs-convert-parquet" in a source is the branch refs/convert/parquet."""
-    return "main" if not given else str(given).replace("refs-convert-", "refs/convert/")
 
 
 def _unreachable(what: str, error: Exception) -> DataError:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
-PLACES = ("source", "include", "data_root")  # settings of evaluations that say where data lies, not which data it is
+PLACES = ("source", "include", "data_root", "revisions")    # settings that say where data lies; which it is says data_digest
 
 
 def freeze(settings: dict[str, Any]) -> Settings:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import harness
-from harness import plugins, sources
+from harness import plugins, sources, task_files
 from harness.bundle import Bundle
 from harness.cell import (
     ActivationScheme,
@@ -51,6 +51,7 @@ from harness.errors import ConfigError, unknown_name
 from harness.naming import with_variants
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
 from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
+from harness.task_files import TaskFile
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed, types_of
 
 GROUPS = {                                      # what `harness list` calls them -> folder below conf/
@@ -688,8 +689,8 @@ class _Resolver:
             content["seed"] = seed
         self._refuse(content, ("digest",), where)
         calibration = self._typed(Calibration, {"name": name, **content}, where)
-        source = self._text_source(calibration.source)
-        return dataclasses.replace(calibration, source=source, digest=sources.corpus_digest(source, calibration.split))
+        source, digest = self._text(calibration.source, calibration.split)
+        return dataclasses.replace(calibration, source=source, digest=digest)
 
     def _method(self, point: Point, fields: dict[str, Any]) -> Method | None:
         slots = {slot: point[slot][0] for slot in SLOTS if slot in point}
@@ -876,39 +877,64 @@ class _Resolver:
     def _evaluation_data(self, settings: dict[str, Any]) -> str:
         """Identity of the data that the settings name; makes their places absolute, in place."""
         if isinstance(settings.get("source"), str):
-            settings["source"] = self._text_source(settings["source"])
-            return sources.corpus_digest(settings["source"], str(settings.get("split", "test")))
+            settings["source"], digest = self._text(settings["source"], str(settings.get("split", "test")))
+            return digest
         if isinstance(settings.get("task"), str):
             for place in ("data_root", "include"):
                 if settings.get(place) and settings[place] != sources.DEMO:
                     settings[place] = str(sources.resolve_path(settings[place], self.base))
-            return _task_digest(settings["task"], settings.get("include") or "", settings.get("data_root"))
+            members = task_files.members(settings["task"], settings.get("include") or "")
+            if "revisions" in settings:
+                settings["revisions"] = self._revisions(members, settings["revisions"] or {}, settings.get("data_root")) or None
+            return _task_digest(members, settings, self.bundle)
         return ""
+
+    def _revisions(self, members: Sequence[TaskFile], given: Mapping[str, str], data_root: str | None) -> dict[str, str]:
+        """The commits of the data sets that benchmarks read from the hub: the task's own revision, else a given one, else a pin."""
+        found = {}
+        for member in members:
+            if member.data_set is None or member.data_set in found or task_files.local_data(member, data_root) is not None:
+                continue
+            revision = member.revision or given.get(member.data_set) or self._pins().get(member.data_set)
+            commit = self._once(("commit", member.data_set, revision),
+                                functools.partial(sources.hub_commit, member.data_set, "dataset", revision))
+            if commit is not None:
+                found[member.data_set] = commit
+        return found
 
     # data, runtime, tables
 
     def _localise(self, target: dict[str, Any], content: dict[str, Any]) -> None:
         """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`.
 
-        Where data.root is a bundle, texts lie where its index says, under the names they have on the hub.
+        Where data.root is a bundle, texts of the hub lie where its index says: `_text` looks there.
         """
         local = content.pop("local", None) or {}
         if self.runtime is None or self.runtime.data_root is None:
             return
-        source, split = target.get("source"), str(target.get("split") or ("train" if target is content else "test"))
-        if self.bundle is not None and isinstance(source, str) and source.startswith("hub:"):
-            folder = self.bundle.text_folder(source, split)
-            if folder is None:
-                raise ConfigError(f"{self.bundle.folder} has no text {source}, split {split}: it was pulled for another sweep; "
-                                  f"run `harness data pull` for this one with --output {self.bundle.folder}")
-            target.update(source=str(folder), split=split)
+        if self.bundle is not None and str(target.get("source")).startswith("hub:"):
             return
         root = str(self.runtime.data_root)
         target.update({key: value.replace("{root}", root) if isinstance(value, str) else value for key, value in local.items()})
 
-    def _text_source(self, source: str) -> str:
-        is_named = source in (sources.DEMO, sources.RANDOM_ASCII) or source.startswith("hub:")
-        return source if is_named else str(sources.resolve_path(source, self.base))
+    def _text(self, source: str, split: str) -> tuple[str, str]:
+        """Where a text is read and its digest. Of the hub: its source at a commit, or the bundle's copy under the same digest."""
+        if not source.startswith("hub:"):
+            is_named = source in (sources.DEMO, sources.RANDOM_ASCII)
+            place = source if is_named else str(sources.resolve_path(source, self.base))
+            return place, sources.corpus_digest(place, split)
+        pinned = sources.pin(source, self._pins(), ask=self.bundle is None)
+        if self.bundle is None:
+            return pinned, sources.corpus_digest(pinned, split)
+        found = self.bundle.text(pinned, split)
+        if found is None:
+            raise ConfigError(f"{self.bundle.folder} has no text {pinned}, split {split}: it was pulled for another sweep; "
+                              f"run `harness data pull` for this one with --output {self.bundle.folder}")
+        return str(found[0]), sources.corpus_digest(found[1], split)
+
+    def _pins(self) -> Mapping[str, str]:
+        """Data set -> commit, of conf/data_sets.yaml; the first root that names a data set counts."""
+        return self._once("pins", _data_set_commits) or {}
 
     def _typed(self, kind: type[T], content: dict[str, Any], where: str) -> T:
         problems = Problems()
@@ -1018,8 +1044,6 @@ class _Resolver:
 
     def _parts_of_benchmarks(self, evaluations: tuple[Evaluation, ...]) -> frozenset[str]:
         """Names of the groups and tasks that the sweep's benchmarks consist of; they have metrics of their own."""
-        from harness import task_files
-
         def names() -> frozenset[str]:
             found: set[str] = set()
             for evaluation in evaluations:
@@ -1119,19 +1143,32 @@ def _evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"{where}: evaluations: a name or {{name: {{setting: value}}}} is expected, not {entry!r}")
 
 
-def _task_digest(task: str, include: str, data_root: str | None) -> str:
-    """Identity of a benchmark: its task files and its data, local files by content, others by name and the task's version."""
-    from harness import task_files
+def _data_set_commits() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in (root / "data_sets.yaml" for root in config_roots()):
+        for name, commit in (_read_yaml(path) if path.is_file() else {}).items():
+            if not isinstance(commit, str) or not sources.COMMIT.fullmatch(commit):
+                raise ConfigError(f"{path}: {name}: a commit of 40 hexadecimal digits is expected, not {commit!r}")
+            found.setdefault(name, commit)
+    return found
 
+
+def _task_digest(members: Sequence[TaskFile], settings: Mapping[str, Any], bundle: Bundle | None = None) -> str:
+    """Identity of a benchmark: its task files and its data, of the hub by commit (a bundle's copy too), other files by content."""
+    include, data_root = settings.get("include") or "", settings.get("data_root")
     identity: list[Any] = []
-    for member in task_files.members(task, include):
+    for member in members:
         local = task_files.local_data(member, data_root)
-        if local is not None:
+        pulled = None
+        if bundle is not None and local is not None and local.folder.is_relative_to(bundle.folder):
+            pulled = bundle.task(member.name, local.splits)
+        if local is not None and pulled is None:
             data: Any = {split: sources.file_digest(path) for split, path in local.splits.items()}
         elif member.config.get("custom_dataset"):
             data = sources.corpus_digest(sources.DEMO, "test") if include == sources.DEMO else member.config["custom_dataset"]
         else:
-            data = [member.data_set, (member.config.get("dataset_kwargs") or {}).get("revision")]
+            commit = pulled or (settings.get("revisions") or {}).get(member.data_set)
+            data = [member.data_set, commit or member.revision]
         stock = task_files.is_stock(member)                        # its wording is versioned; that of one's own files is not
         recipe = member.config.get("metadata", {}).get("version") if stock else json.loads(json.dumps(member.config, default=str))
         identity.append([member.name, recipe, data])

@@ -308,11 +308,8 @@ class _Checker:
         if calibration.samples < 1 or calibration.length < 2:
             windows = f"{calibration.samples} windows of {calibration.length} tokens"
             reasons.append(f"calibration {calibration.name}: {windows} hold no text")
-        try:
-            sources.corpus_digest(calibration.source, calibration.split)
-        except HarnessError as error:
-            reasons.append(f"calibration {calibration.name}: {error}")
-        return reasons
+        missing = sources.missing_text(calibration.source, calibration.split)
+        return [*reasons, *(f"calibration {calibration.name}: {reason}" for reason in missing)]
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
         if slot == "tuning" and cell.method.rounding is None:

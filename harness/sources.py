@@ -8,12 +8,13 @@ trying out), a folder, or a hub id; a text's source is
     hub:<owner>/<name>[@<revision>]:<file>      one file of a data set's repository
     a file or a folder                          .jsonl[.gz], .txt[.gz], .parquet; in a folder the split names the file
 
-Digests name content, not places: a folder may move without changing a key. Nothing here asks the network for what the
-local cache of the hub already knows.
+Digests name content, not places: a folder may move without changing a key, and what comes from the hub is named by its commit.
+What a branch stands for is asked once and kept (`hub_commit`). Nothing here asks the network for what this machine already knows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -24,7 +25,9 @@ import random
 import re
 import string
 import tempfile
-from collections.abc import Iterable, Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +47,7 @@ MODEL_FILES = (
 # Downloaded with them: its end tokens end generated texts, from the hub as from a folder. A hub id's identity is its commit.
 FETCHED_FILES = (*MODEL_FILES, "generation_config.json")
 UNRESOLVED = "unresolved:"                      # digest of a hub id whose commit could not be asked for
+TRUE = ("1", "true", "yes", "on")               # of a switch in the environment
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_TEXT = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?(?::(?P<file>.+))?")
@@ -76,9 +80,10 @@ def model_folder(model: Model) -> Path:
     if not is_hub_id(model.source):
         return _checked_folder(model.source)
     if model.digest.startswith(UNRESOLVED):
+        why = unresolved_reason(model.source, "model", model.revision)
         raise ModelError(
-            f'model "{model.name}": the hub could not be asked for the commit of {model.source} when the sweep was read, so its '
-            "results would have no identity. Connect to the hub, set `revision:` to a commit, or name a local folder as `model=`."
+            f'model "{model.name}": the commit of {model.source}@{model.revision or "main"} is not known ({why}), so its results '
+            "would have no identity. Connect to the hub, set `revision:` to a commit, or name a local folder as `model=`."
         )
     revision = model.digest if COMMIT.fullmatch(model.digest) else model.revision
     from huggingface_hub import snapshot_download
@@ -112,11 +117,11 @@ def config_folder(model: Model) -> Path:
 def model_digest(source: str, revision: str | None = None) -> str:
     """Identity of a model's weights, config and tokenizer: SHA-256 over the folder's files, or the hub's commit.
 
-    A hub id is resolved from `revision` if that is a commit, else from the hub's local cache, else over the network; when
-    that fails the digest starts with "unresolved:", which can be planned with but which `model_folder` refuses.
+    A hub id without a known commit gets a digest that starts with "unresolved:", which can be planned with but which
+    `model_folder` refuses.
     """
     if is_hub_id(source):
-        return revision if revision and COMMIT.fullmatch(revision) else _hub_commit(source, revision or "main")
+        return hub_commit(source, "model", revision) or f"{UNRESOLVED}{source}@{revision or 'main'}"
     folder = _checked_folder(source)
     names = sorted({path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     return digest([[name, file_digest(folder / name)] for name in names])
@@ -143,22 +148,95 @@ def _checked_folder(source: str) -> Path:
     return folder
 
 
-@functools.cache
-def _hub_commit(source: str, revision: str) -> str:
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub")
-    known = cache / f"models--{source.replace('/', '--')}" / "refs" / revision
-    if known.is_file():
-        return known.read_text().strip()
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("1", "true", "yes", "on"):
-        from huggingface_hub import HfApi
+# --- commits of the hub --------------------------------------------------------------------------------------------------------
 
-        try:
-            commit = HfApi().model_info(source, revision=revision, timeout=5).sha
-            if commit:
-                return commit
-        except Exception:                       # offline, gated or misspelt: said by model_folder, when it matters
-            pass
-    return f"{UNRESOLVED}{source}@{revision}"
+
+def hub_commit(repository: str, kind: str, revision: str | None = None) -> str | None:
+    """The commit that a branch or tag ("main" where None) of a model or data set of the hub stands for; None where it is unknown.
+
+    kind: "model" or "dataset". What a branch stood for when this machine first asked stays: it is kept in commits.json beside the
+    digests, so that keys do not move under a sweep when its authors commit. Before the network is asked, the hub's local cache is.
+    """
+    revision = revision or "main"
+    if COMMIT.fullmatch(revision):
+        return revision
+    name = f"{kind} {repository}@{revision}"
+    known = _known_commits().get(name) or _cached_reference(repository, kind, revision)
+    if known is None:
+        known = _asked_commit(repository, kind, revision)
+        if known is not None:
+            _keep_json(cache_folder() / "commits.json", {**_known_commits(), name: known})
+    return known or (_only_snapshot(repository, kind) if revision == "main" else None)
+
+
+def unresolved_reason(repository: str, kind: str, revision: str | None = None) -> str:
+    """Why `hub_commit` knows none."""
+    if _is_offline():
+        return "the hub is switched off (HF_HUB_OFFLINE), and nothing in its local cache says it"
+    return _refusals.get((repository, kind, revision or "main")) or _silent.get(_endpoint()) or "the hub could not be asked"
+
+
+_refusals: dict[tuple[str, str, str], str] = {}     # what the hub answered in place of a commit
+_silent: dict[str, str] = {}                        # hubs that did not answer: asked once per process, not once per data set
+
+
+def _asked_commit(repository: str, kind: str, revision: str) -> str | None:
+    if _is_offline() or _endpoint() in _silent:
+        return None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi(endpoint=_endpoint()).repo_info(repository, repo_type=kind, revision=revision, timeout=5).sha
+    except HfHubHTTPError as error:                 # absent, gated, or an access token that is not accepted
+        status = getattr(error.response, "status_code", None)
+        hint = ": misspelt, or gated: accept its licence and set HF_TOKEN" if status in (401, 403, 404) else ""
+        _refusals[repository, kind, revision] = f"the hub answered {status}{hint}"
+    except Exception as error:                      # httpx's errors, of a hub that cannot be reached
+        _silent[_endpoint()] = f"the hub cannot be reached: {_first_line(error)}"
+    return None
+
+
+def _cached_reference(repository: str, kind: str, revision: str) -> str | None:
+    reference = _hub_cache() / f"{kind}s--{repository.replace('/', '--')}" / "refs" / revision
+    return reference.read_text().strip() if reference.is_file() else None
+
+
+def _only_snapshot(repository: str, kind: str) -> str | None:
+    """The one commit of a repository that the hub's cache holds; clients that download by commit leave no reference."""
+    commits = {path.name for path in (_hub_cache() / f"{kind}s--{repository.replace('/', '--')}" / "snapshots").glob("*")}
+    if kind == "dataset" and not commits:       # `datasets` keeps what it read: <config>/<version>/<commit>
+        commits = {path.name for path in (_datasets_cache() / repository.replace("/", "___")).glob("*/*/*")}
+    found = sorted(commit for commit in commits if COMMIT.fullmatch(commit))
+    return found[0] if len(found) == 1 else None
+
+
+def _known_commits() -> dict[str, str]:
+    try:
+        known = json.loads((cache_folder() / "commits.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _hub_cache() -> Path:
+    return Path(os.environ.get("HF_HUB_CACHE") or _hub_home() / "hub")
+
+
+def _datasets_cache() -> Path:
+    return Path(os.environ.get("HF_DATASETS_CACHE") or _hub_home() / "datasets")
+
+
+def _hub_home() -> Path:
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
 
 
 # --- texts ---------------------------------------------------------------------------------------------------------------------
@@ -173,6 +251,23 @@ class HubText:
     revision: str | None
     file: str | None
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its revision is a commit."""
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+    @property
+    def unpinned(self) -> HubText:
+        """The same at no stated revision."""
+        return dataclasses.replace(self, revision=None)
+
+    @property
+    def source(self) -> str:
+        """The source that says this."""
+        revision = self.revision and self.revision.replace("refs/convert/", "refs-convert-")
+        parts = (self.config and f"/{self.config}", revision and f"@{revision}", self.file and f":{self.file}")
+        return f"hub:{self.repo}{''.join(part for part in parts if part)}"
+
 
 def read_corpus(source: str, split: str) -> list[str]:
     """The documents (rows) of a text in their order. Raises DataError naming the file, line or field that is missing."""
@@ -184,8 +279,49 @@ def read_corpus(source: str, split: str) -> list[str]:
         return random_ascii(split)
     if not source.startswith("hub:"):
         return [text for path in corpus_files(source, split) for text in _read_texts(path)]
-    hub = _hub_text(source)
-    return list(_read_texts(_hub_file(hub))) if hub.file else _hub_rows(hub, split)
+    hub = hub_text(source)
+    if hub.file:
+        return list(_read_texts(_hub_file(hub)))
+    rows = hub_rows(hub.repo, hub.config, split, hub.revision)
+    return [str(text) for text in rows[_text_field(rows.column_names, hub.repo)]]
+
+
+def missing_text(source: str, split: str) -> list[str]:
+    """Why a text cannot be read here, or would have no identity; empty when all is well."""
+    try:
+        corpus_digest(source, split)
+        reason = missing_data_set(hub_text(source).repo, hub_text(source).revision) if source.startswith("hub:") else None
+    except HarnessError as error:
+        return [str(error)]
+    return [f"{reason}; set data.root to a folder with text/<name>/{split}.jsonl.gz"] if reason else []
+
+
+def missing_data_set(repository: str, revision: str | None) -> str | None:
+    """Why a data set of the hub cannot be read here: not in the local cache and the hub not reachable, or its commit is not known.
+
+    None when it can. revision: as `pin` left it.
+    """
+    prepared = _datasets_cache() / repository.replace("/", "___")
+    if not (_hub_cache() / f"datasets--{repository.replace('/', '--')}").is_dir() and not prepared.is_dir():
+        if _is_offline() or os.environ.get("HF_DATASETS_OFFLINE", "").lower() in TRUE:
+            return f"the data set {repository} is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
+        if not _reachable(_endpoint()):
+            return f"the data set {repository} is not in the local cache, and the hub cannot be reached"
+    if revision is None or not COMMIT.fullmatch(revision):
+        why = unresolved_reason(repository, "dataset", revision)
+        return f"the commit of the data set {repository} is not known ({why}), so results would have no identity"
+    return None
+
+
+@functools.cache
+def _reachable(address: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3)
+    except urllib.error.HTTPError:
+        return True                             # it answered
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def random_ascii(split: str) -> list[str]:
@@ -195,7 +331,7 @@ def random_ascii(split: str) -> list[str]:
 
 
 def corpus_digest(source: str, split: str) -> str:
-    """Identity of what `read_corpus` would return, without reading the hub: a pinned revision, or the SHA-256 of the files."""
+    """Identity of what `read_corpus` would return, without reading it: a data set of the hub by its commit, files by SHA-256."""
     if source == DEMO:
         from harness.demo import corpus
 
@@ -203,8 +339,8 @@ def corpus_digest(source: str, split: str) -> str:
     if source == RANDOM_ASCII:
         return digest([source, split])
     if source.startswith("hub:"):
-        _hub_text(source)
-        return digest([source, split])
+        hub = hub_text(source)
+        return digest(["hub", hub.repo, hub.config, hub.file, hub.revision, split])
     return digest([file_digest(path) for path in corpus_files(source, split)])
 
 
@@ -242,12 +378,36 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
     return digest([[path.name, file_digest(path)] for path in sorted(folder.glob(pattern)) if path.is_file()])
 
 
-def _hub_text(source: str) -> HubText:
+def pin(source: str, pins: Mapping[str, str], ask: bool = True) -> str:
+    """A "hub:" source at a commit: that of its revision, else the one in `pins` (data set -> commit), else of the branch main.
+
+    As it was where the commit is unknown (ask=False: not looked for), with `hub_text(source).is_pinned` false. Raises DataError
+    for what is no such source.
+    """
+    hub = hub_text(source)
+    commit = pins.get(hub.repo) if hub.revision is None else None
+    if commit is None and ask:
+        commit = hub_commit(hub.repo, "dataset", hub.revision)
+    return source if commit is None else dataclasses.replace(hub, revision=commit).source
+
+
+def hub_text(source: str) -> HubText:
+    """The parts of a "hub:" source. Raises DataError for what is none."""
     match = HUB_TEXT.fullmatch(source)
     if match is None:
         raise DataError(f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]')
     revision = match["revision"]                # "refs-convert-parquet": the slashes of that branch would end a config's name
     return HubText(match["repo"], match["config"], revision and revision.replace("refs-convert-", "refs/convert/"), match["file"])
+
+
+def hub_rows(repository: str, config: str | None, split: str, revision: str | None) -> Any:
+    """A split of a data set of the hub, as `datasets` gives it. Raises DataError where the hub does not give it."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, config, split=split, revision=revision)
+    except Exception as error:
+        raise _hub_error(f"data set {repository}, config {config}, split {split}", error) from error
 
 
 def _hub_file(hub: HubText) -> Path:
@@ -257,23 +417,13 @@ def _hub_file(hub: HubText) -> Path:
     try:
         return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=hub.revision))
     except Exception as error:
-        raise _hub_error(f"{hub.repo}:{hub.file}", error) from error
-
-
-def _hub_rows(hub: HubText, split: str) -> list[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(hub.repo, hub.config, split=split, revision=hub.revision)
-    except Exception as error:
-        raise _hub_error(f"{hub.repo}, config {hub.config}, split {split}", error) from error
-    return [str(text) for text in rows[_text_field(rows.column_names, hub.repo)]]
+        raise _hub_error(f"text {hub.repo}:{hub.file}", error) from error
 
 
 def _hub_error(what: str, error: Exception) -> DataError:
     return DataError(
-        f"text {what}: the hub did not give it: {_first_line(error)}. "
-        "Without network set data.root to a folder with text/<name>/<split>.jsonl.gz, or source to a file."
+        f"{what}: the hub did not give it: {_first_line(error)}. Without network set data.root to a folder with its texts and "
+        "tasks, or to a bundle of `harness data pull`."
     )
 
 
@@ -344,7 +494,7 @@ def file_digest(path: Path) -> str:
         raise HarnessError(f"{path}: cannot be read: {error}") from error
     if status.st_size > 1 << 20:                # below a megabyte, hashing again is cheaper than remembering
         _file_digests()[name] = [*stamp, value]
-        _remember()
+        _keep_json(cache_folder() / "digests.json", _file_digests())
     return value
 
 
@@ -362,14 +512,15 @@ def _file_digests() -> dict[str, list[Any]]:
     return known if isinstance(known, dict) else {}
 
 
-def _remember() -> None:
+def _keep_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Written aside and renamed; nothing where the home cannot be written."""
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=cache_folder(), suffix=".json", delete=False) as file:
-            json.dump(_file_digests(), file)
-        os.replace(file.name, cache_folder() / "digests.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump(content, file)
+        os.replace(file.name, path)
     except OSError:
-        pass                                    # a read-only home: the digest is computed again next time
+        pass                                    # it is found out again next time
 
 
 def _first_line(error: Exception) -> str:

@@ -59,6 +59,12 @@ class TaskFile:
         return None if Path(str(path)).exists() else str(path)
 
 
+    @property
+    def revision(self) -> str | None:
+        """The revision of the data set that the YAML itself asks for."""
+        return (self.config.get("dataset_kwargs") or {}).get("revision")
+
+
 @dataclass(frozen=True)
 class LocalData:
     """Local files that stand in for a task's data set. subject: only the rows of this subject; splits: split -> file."""

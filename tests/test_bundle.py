@@ -17,6 +17,7 @@ from harness.errors import ConfigError, DataError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "someone/tiny"
+WIKITEXT = "hub:Salesforce/wikitext/wikitext-2-raw-v1@b08601e04326c79dfdd32d625aee71d232d685c3"     # as conf/data_sets.yaml pins it
 SWEEP = f"""
 model: {MODEL}
 calibration: wikitext2
@@ -65,7 +66,7 @@ def test_a_sweep_runs_from_its_bundle_without_the_hub(sweep_file: str, tmp_path:
     hub, folder = StandIn(), tmp_path / "bundle"
     lines = list(pull(config.load_sweep(sweep_file), folder, hub))
     assert any(line.startswith(f"model {MODEL}@0123") for line in lines)
-    assert f"hub:Salesforce/wikitext/wikitext-2-raw-v1@{COMMIT} train" in hub.asked       # pinned, and calibration's own split
+    assert f"{WIKITEXT} train" in hub.asked                                               # pinned, and calibration's own split
     assert verify(folder) == []
 
     sweep = config.load_sweep(sweep_file, [f"data.root={folder}", f"runs={tmp_path / 'runs'}"])

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness import task_files
+from harness import sources, task_files
 from harness.cell import Evaluation, Model
-from harness.errors import EvaluationError, HarnessError
+from harness.errors import EvaluationError
 from harness.evaluators.generation import complete
 from harness.evaluators.protocols import Score, Subject
 from harness.events import Progress
+from harness.task_files import LocalData, TaskFile
 
 TASK = "humaneval_completion"
 FOLDER = "humaneval"
@@ -45,7 +46,8 @@ class Evaluator:
     @dataclass(frozen=True)
     class Settings:
         """
-        task                names the file that says where the items lie; data_root: folder with tasks/humaneval/test.jsonl
+        task                names the file that says where the items lie: the hub, or data_root with tasks/humaneval/test.jsonl
+        revisions           commit of the hub's data set; a sweep fills in that of conf/data_sets.yaml
         run_generated_code  must be true: see the head of this file
         new_tokens          at most, per completion
         timeout_seconds     of one program; memory_bytes: of its address space
@@ -53,6 +55,7 @@ class Evaluator:
 
         task: str = "humaneval_completion"
         data_root: str | None = None
+        revisions: dict[str, str] | None = None
         run_generated_code: bool = False
         new_tokens: int = 512
         timeout_seconds: float = 10.0
@@ -74,11 +77,11 @@ class Evaluator:
                 "it runs code that the model writes, which is off; where that is acceptable (a container, a user without rights) "
                 f"set evaluations.{evaluation.name}.run_generated_code=true"
             )
-        try:
-            self._rows()
-        except HarnessError as error:
-            reasons.append(str(error))
-        return reasons
+        task, local = self._task()
+        if local is not None:
+            return reasons if "test" in local.splits else [*reasons, f"humaneval: no test.jsonl in {local.folder}"]
+        missing = sources.missing_data_set(str(task.data_set), (self.settings.revisions or {}).get(str(task.data_set)))
+        return [*reasons, f"{missing}; give data.root=DIR with DIR/tasks/{FOLDER}/test.jsonl"] if missing else reasons
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
         if not self.settings.run_generated_code:
@@ -111,11 +114,15 @@ class Evaluator:
         yield Score({name: rate}, {name: math.sqrt(rate * (1 - rate) / len(passed))}, items, details)
 
     def _rows(self) -> list[dict[str, Any]]:
+        task, local = self._task()
+        if local is not None:
+            return local.rows("test")
+        data_set = str(task.data_set)
+        return [dict(row) for row in sources.hub_rows(data_set, None, "test", (self.settings.revisions or {}).get(data_set))]
+
+    def _task(self) -> tuple[TaskFile, LocalData | None]:
         (task,) = task_files.members(TASK)
-        local = task_files.local_data(task, self.settings.data_root)
-        if local is None or "test" not in local.splits:
-            raise EvaluationError(f"humaneval reads local data alone; give data.root=DIR with DIR/tasks/{FOLDER}/test.jsonl")
-        return local.rows("test")
+        return task, task_files.local_data(task, self.settings.data_root)
 
 
 def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:

@@ -28,11 +28,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from harness import task_files
+from harness import sources, task_files
 from harness.cell import Evaluation, Model, digest
 from harness.errors import DataError, EvaluationError, HarnessError, unknown_name
 from harness.evaluators import scoring
-from harness.evaluators.protocols import Score, Subject, depends_on_company, missing_data_set
+from harness.evaluators.protocols import Score, Subject, depends_on_company
 from harness.evaluators.windows import tokenizer_digest
 from harness.events import Progress
 from harness.task_files import LocalData, TaskFile
@@ -72,6 +72,7 @@ class Evaluator:
         num_fewshot    worked examples before each question; None: as the task's YAML says
         data_root      folder with tasks/<task>/<split>.jsonl in place of the hub; None: the task's own data set
         add_bos_token  begin-of-sequence token before each request; None: as the tokenizer does by itself
+        revisions      commits of the hub's data sets; a sweep fills in those of conf/data_sets.yaml, or what the branch stands for
         scorer         shared_prefix computes common prefixes once; lm_eval is lm-eval's own model; auto: the former where the
                        model allows it
         """
@@ -81,6 +82,7 @@ class Evaluator:
         num_fewshot: int | None = None
         data_root: str | None = None
         add_bos_token: bool | None = None
+        revisions: dict[str, str] | None = None
         scorer: str = "auto"
 
         def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ def _missing_data(task: TaskFile, settings: Evaluator.Settings) -> Iterator[str]
     """Why a task without local files has no items."""
     place = "data.root=DIR with DIR/tasks/" + task_files.FOLDER_OF_SUBJECTS.get(task.data_set or "", task.name) + "/<split>.jsonl"
     if task.data_set is not None:
-        missing = missing_data_set(task.data_set)
+        missing = sources.missing_data_set(task.data_set, (settings.revisions or {}).get(task.data_set))
         if missing:
             given = f" (data.root={settings.data_root} has no folder for it)" if settings.data_root else ""
             yield f"{missing}; give {place}{given}"
@@ -267,7 +269,7 @@ def _build(settings: Evaluator.Settings, limit: int | None) -> Built:
     overrides, splits = [], {}
     for file in files:
         local = task_files.local_data(file, settings.data_root)
-        changes = {} if local is None else _local_overrides(file, local)
+        changes = _hub_overrides(file, settings.revisions or {}) if local is None else _local_overrides(file, local)
         config = {**file.config, **changes}
         splits[file.name] = str(config.get("test_split") or config.get("validation_split"))
         overrides.append({"task": file.name, **changes})
@@ -296,6 +298,13 @@ def _local_overrides(file: TaskFile, local: LocalData) -> dict[str, Any]:
         return datasets.DatasetDict({split: datasets.Dataset.from_list(local.rows(split)) for split in local.splits})
 
     return {**changes, "custom_dataset": read_local, "dataset_path": None, "dataset_name": None, "dataset_kwargs": None}
+
+
+def _hub_overrides(file: TaskFile, revisions: Mapping[str, str]) -> dict[str, Any]:
+    """What to change in a task's config so that it reads its data set at a commit."""
+    if file.data_set is None or file.data_set not in revisions:
+        return {}
+    return {"dataset_kwargs": {**(file.config.get("dataset_kwargs") or {}), "revision": revisions[file.data_set]}}
 
 
 def _prepare(task: Any, num_fewshot: int | None, limit: int | None) -> None:

@@ -14,13 +14,9 @@ A metric's full name is "<evaluation>/<metric>": "wikitext2/perplexity", "arc_ea
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,31 +122,6 @@ def model_context_length(model: Model) -> int | None:
         return _context_length(json.loads(config.read_text(encoding="utf-8")))
     except (HarnessError, OSError, ValueError):
         return None                             # a model that cannot be read is refused under its own name, not here
-
-
-def missing_data_set(repository: str) -> str | None:
-    """Why a data set of the hub cannot be read here: neither in the local cache nor is the hub reachable; None when it can."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"datasets--{repository.replace('/', '--')}"
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / repository.replace("/", "___")
-    if hub.is_dir() or prepared.is_dir():
-        return None
-    if any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
-        return f"the data set {repository} is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
-    if not _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
-        return f"the data set {repository} is not in the local cache, and the hub cannot be reached"
-    return None
-
-
-@functools.cache
-def _reachable(address: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3)
-    except urllib.error.HTTPError:
-        return True                             # it answered
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def finite(value: float) -> float | None:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from harness import sources
 from harness.cell import Model, digest
-from harness.errors import DataError, EvaluationError, HarnessError, unknown_name
-from harness.evaluators.protocols import Subject, missing_data_set, model_context_length
+from harness.errors import DataError, EvaluationError, unknown_name
+from harness.evaluators.protocols import Subject, model_context_length
 
 RECIPES = ("join", "sample", "documents")
 TOKENIZER_FILES = (
@@ -93,16 +93,7 @@ def check_windows(settings: WindowSettings, model: Model) -> list[str]:
             f"windows of {settings.length} tokens, but {model.name} was made for at most {context}; "
             f"set the evaluation's length to {context}, or to 0 for each model's own context (other lengths give other numbers)"
         )
-    try:
-        sources.corpus_digest(settings.source, settings.split)
-    except HarnessError as error:
-        reasons.append(str(error))
-    if settings.source.startswith("hub:"):
-        repo = "/".join(settings.source.removeprefix("hub:").split("@")[0].split(":")[0].split("/")[:2])
-        missing = missing_data_set(repo)
-        if missing:
-            reasons.append(f"{missing}; set data.root to a folder with text/<name>/{settings.split}.jsonl.gz")
-    return reasons
+    return [*reasons, *sources.missing_text(settings.source, settings.split)]
 
 
 def read_windows(settings: WindowSettings, subject: Subject) -> list[Tensor]:

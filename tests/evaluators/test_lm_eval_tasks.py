@@ -192,7 +192,8 @@ def test_changed_data_is_read_again_by_the_same_process(tmp_path: Path) -> None:
 
     def asked(question: str) -> str:
         (folder / "test.jsonl").write_text(json.dumps({"question": question}))
-        data = config._task_digest("ask", str(tmp_path), str(tmp_path / "data"))
+        places = {"include": str(tmp_path), "data_root": str(tmp_path / "data")}
+        data = config._task_digest(task_files.members("ask", str(tmp_path)), places)
         return str(lm_eval_tasks._built(settings, None, data).instances[0].args[0])
 
     assert asked("Which?") == "Which?" and asked("Who?") == "Who?"
