@@ -179,13 +179,20 @@ class Store:
         """Make the cell's folder and return its key. Evaluations that other sweeps asked of it stay listed."""
         key = cell_key(cell)
         known = self.cell(key)
+        merged = self._with_earlier(cell, known)
+        if known != merged or known.evaluations != merged.evaluations:
+            with self.lock(f"record-{key}"):    # another driver may ask the same cell for other evaluations
+                merged = self._with_earlier(cell, self.cell(key))
+                content = {"title": cell.title, "cell_key": key, "quantize_key": quantize_key(cell), "cell": to_json(merged)}
+                write_json(self.cell_folder(key) / "cell.json", content)
+        return key
+
+    @staticmethod
+    def _with_earlier(cell: Cell, known: Cell | None) -> Cell:
+        """The cell with the evaluations of its record that it does not ask for, before its own."""
         asked = {score_key(cell, evaluation): evaluation for evaluation in cell.evaluations}
         earlier = () if known is None else tuple(e for e in known.evaluations if score_key(known, e) not in asked)
-        merged = dataclasses.replace(cell, evaluations=(*earlier, *cell.evaluations))
-        if known != merged or known.evaluations != merged.evaluations:
-            content = {"title": cell.title, "cell_key": key, "quantize_key": quantize_key(cell), "cell": to_json(merged)}
-            write_json(self.cell_folder(key) / "cell.json", content)
-        return key
+        return dataclasses.replace(cell, evaluations=(*earlier, *cell.evaluations))
 
     def cell(self, cell_key: str, problems: list[str] | None = None) -> Cell | None:
         """The cell of a key with every evaluation ever asked of it, the latest asked last."""
@@ -202,7 +209,8 @@ class Store:
     def write_provenance(self, cell_key: str, facts: Mapping[str, Any]) -> None:
         """Add facts that are no part of any key (versions, device, commit, batch size, seconds) to record.json."""
         path = self.cell_folder(cell_key) / "record.json"
-        write_json(path, {**(self._read(path, []) or {}), **facts})
+        with self.lock(f"record-{cell_key}"):
+            write_json(path, {**(self._read(path, []) or {}), **facts})
 
     def find(self, prefix: str) -> str:
         """The one cell key that starts with `prefix`. Raises StoreError with the candidates when there are none or several."""

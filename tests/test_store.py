@@ -317,3 +317,37 @@ def test_loads_without_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("what", ["evaluations", "provenance"])
+def test_two_drivers_lose_nothing_of_one_record(store: Store, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One driver is held between its read and its write until the other has written, or waits for it."""
+    key = store.open_cell(make_cell(evaluations=()))
+    second_done, first_read = threading.Event(), threading.Event()
+    first = threading.Thread(target=lambda: write(store, PERPLEXITY))
+    read = Store._read
+
+    def held(self: Store, *arguments: object, **options: object) -> object:
+        content = read(self, *arguments, **options)             # type: ignore[arg-type]
+        if threading.current_thread() is first:
+            first_read.set()
+            second_done.wait(0.3)                               # in vain where the other waits for the lock, as it should
+        return content
+
+    def write(at: Store, evaluation: Evaluation) -> None:
+        if what == "evaluations":
+            at.open_cell(make_cell(evaluations=(evaluation,)))
+        else:
+            at.write_provenance(key, {evaluation.name: "done"})
+
+    monkeypatch.setattr(Store, "_read", held)
+    first.start()
+    assert first_read.wait(60)
+    write(Store(store.root), ARC)
+    second_done.set()
+    first.join()
+    record = store.record(make_cell())
+    cell = store.cell(key)
+    assert cell is not None
+    names = {evaluation.name for evaluation in cell.evaluations} if what == "evaluations" else set(record.provenance)
+    assert names >= {"wikitext2", "arc_easy"}
