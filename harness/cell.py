@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
-PLACES = ("source", "include", "data_root", "revisions")    # settings that say where data lies; which it is says data_digest
+PLACES = ("source", "include", "data_root")  # settings of evaluations that say where data lies, not which data it is
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -108,6 +108,7 @@ class WeightScheme:
     scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used;
                 float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
                 double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
+    zero_point  of integer grids that are not symmetric: integer, one of the codes; or float, exact to scale_dtype
     """
 
     format: str = "int"
@@ -115,6 +116,7 @@ class WeightScheme:
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: str = "float16"
+    zero_point: str = "integer"
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,6 @@ class Cell:
     inputs  what a block is calibrated on: "quantized" (outputs of the already rounded blocks before it, as published)
             or "full_precision"
     seed    of the method's own randomness; the draw of the calibration windows has its own seed
-    variant what tells it apart from cells of its sweep that are called the same: "seed 1"; a name, never part of a key
     """
 
     model: Model
@@ -239,12 +240,11 @@ class Cell:
     inputs: str = "quantized"
     seed: int = 0
     evaluations: tuple[Evaluation, ...] = field(default=(), compare=False)
-    variant: str = field(default="", compare=False)
 
     @property
     def title(self) -> str:
-        """What a person calls the cell: "demo · gptq · w4g32", "demo · gptq · w4g32 · seed 1"."""
-        return " · ".join(filter(None, (self.model.name, self.method.name, self.scheme.name, self.variant)))
+        """What a person calls the cell: "demo · gptq · w4g32"."""
+        return " · ".join((self.model.name, self.method.name, self.scheme.name))
 
 
 def quantize_key(cell: Cell) -> str:
@@ -256,7 +256,8 @@ def quantize_key(cell: Cell) -> str:
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
     if not method.is_baseline:
-        identity["weight"] = _identity(cell.scheme.weight)
+        own = cell.scheme.weight
+        identity["weight"] = _identity(own, drop=("zero_point",) if own.zero_point == "integer" else ())    # younger than the keys
         identity["overrides"] = [_identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight]
     if method.needs:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
@@ -298,8 +299,7 @@ def score_key(cell: Cell, evaluation: Evaluation) -> str:
 
 def baseline_of(cell: Cell) -> Cell:
     """The full-precision cell that this cell is compared with: same model, nothing quantized."""
-    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0,
-                               variant="")
+    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0)
 
 
 def digest(value: Any) -> str:

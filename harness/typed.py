@@ -26,6 +26,7 @@ from harness.sweep import Cluster, Tracking
 CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (Model, "dtype"): ("float32", "float16", "bfloat16"),
     (WeightScheme, "scale_dtype"): (*SCALE_TYPES, DOUBLE_QUANTIZED, "e8m0"),
+    (WeightScheme, "zero_point"): ("integer", "float"),
     (ActivationScheme, "granularity"): ("token", "tensor", "group"),
     (Calibration, "packing"): ("window", "document", "join"),
     (Cluster, "kind"): ("local", "ray"),

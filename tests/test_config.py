@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import config, task_files
-from harness.cell import Cell, WeightScheme, cell_key, quantize_key, score_key
+from harness import config
+from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, cell_key, quantize_key, score_key
 from harness.config import list_names, load_runtime, load_sweep
 from harness.errors import ConfigError
 from harness.sweep import Sweep
@@ -286,6 +287,13 @@ def test_models_and_calibrations_may_be_paths(tmp_path: Path) -> None:
     assert (hub.model.name, hub.model.source) == ("Some-Model-7B", "owner/Some-Model-7B")
 
 
+def test_fields_younger_than_a_key_leave_it_as_it_was() -> None:
+    cell = Cell(Model("a", "b", digest="d"), Method("rtn", rounding=Part("rtn")), Scheme("w4g32", WeightScheme("int", 4, 32)))
+    assert quantize_key(cell) == "0121462a424511a8690d2833397a878327d89fc49876dd89d997b13674f2621e"
+    floating = Scheme("w4g32", WeightScheme("int", 4, 32, zero_point="float"))
+    assert quantize_key(dataclasses.replace(cell, scheme=floating)) != quantize_key(cell)
+
+
 # --- evaluations and tables ----------------------------------------------------------------------------------------------------
 
 
@@ -455,7 +463,7 @@ def test_a_benchmark_of_ones_own_is_its_wording_and_its_code(tmp_path: Path) -> 
         (folder / "own.yaml").write_text(f"task: own\ninclude: base.yaml\ndoc_to_text: {wording}\n")
         (folder / "base.yaml").write_text("dataset_path: json\nprocess_results: !function marks.right\n")
         (folder / "marks.py").write_text(code)
-        return config._task_digest(task_files.members("own", str(folder)), {"include": str(folder)})
+        return config._task_digest("own", str(folder), None)
 
     first = data_digest("Q", "right = len", "study/tasks")
     assert data_digest("Q", "right = len", "study/moved") == first

@@ -46,6 +46,8 @@ class Layout:
         if weight.format not in ("int", "dense", *ELEMENTS):
             known = ", ".join(("int", *ELEMENTS))
             reasons.append(f'compressed-tensors has no number format "{weight.format}"; it has {known}')
+        if weight.zero_point != "integer":
+            reasons.append("compressed-tensors has integer zero points here; use scheme.weight.zero_point=integer")
         if activation is not None and not _is_expressible(activation):
             reasons.append(
                 "of rounded activations compressed-tensors has dynamic, symmetric ones per token: int with "

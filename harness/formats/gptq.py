@@ -37,6 +37,8 @@ class Layout:
             reasons.append(f'GPTQ\'s layout holds integers, not "{weight.format}"')
         elif weight.bits not in WIDTHS:
             reasons.append(f"GPTQ's layout has codes of {', '.join(map(str, WIDTHS))} bits, not {weight.bits:g}")
+        if weight.zero_point != "integer":
+            reasons.append("GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer")
         if activation is not None:
             reasons.append("GPTQ's layout is of weights alone; the scheme rounds activations too")
         return reasons

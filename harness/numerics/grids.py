@@ -15,6 +15,8 @@ scale * (q - zero).
     omniquant    no         clamp((hi - lo) / Q, 1e-5, 1e4)    round(-lo / scale)       zero not clamped to the codes
     omniquant    yes        |w| / (2^(bits-1) - 1)             2^(bits-1)               code 0 unused
     compressed   yes        2 |w| / Q                          2^(bits-1)               compressed-tensors' rule
+
+With float zero points the zero is -lo / scale in all of them, as a float of the scale's type.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Grid:
     """scale and zero [..., 1] float32, one per row or group of the last axis; codes run from 0 to 2^bits - 1.
 
     scale         exact in the dtype it will be stored in, but for double_quantized scales
-    zero          integer-valued; 0 with an element
+    zero          integer-valued, unless float_zero; 0 with an element
     element       None: uniform steps; else a code stands for scale * element.values[code]
     tensor_scale  [1] float32 where scale is a float8 number times it
     by_inverse    values are multiplied by 1 / scale, as in bitsandbytes, which may differ from a division in the last bit; scales
@@ -57,6 +59,7 @@ class Grid:
     element: Element | None = None
     tensor_scale: Tensor | None = None
     by_inverse: bool = False
+    float_zero: bool = False
 
     @property
     def top(self) -> int:
@@ -67,6 +70,8 @@ class Grid:
         """Nearest codes 0 .. top of values [..., g], float32 (uint8 with an element); halves round to even."""
         if self.element is not None:
             return encode(values * (1 / self.scale.clamp(min=SMALLEST)) if self.by_inverse else values / self.scale, self.element)
+        if self.float_zero:
+            return torch.round(values / self.scale + self.zero).clamp_(0, self.top)
         return (torch.round(values / self.scale) + self.zero).clamp_(0, self.top)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -116,7 +121,10 @@ class Fitting:
         """The grid over the range [lo, hi], both [..., 1] float32."""
         scheme = self.scheme
         if scheme.format == "int":
-            return from_range(lo, hi, int(scheme.bits), scheme.symmetric, self.convention, scheme.scale_dtype, self.tensor_scale)
+            return from_range(
+                lo, hi, int(scheme.bits), scheme.symmetric, self.convention, scheme.scale_dtype, self.tensor_scale,
+                float_zero=scheme.zero_point == "float",
+            )
         element = FORMATS[scheme.format].element
         magnitude = torch.maximum(lo.abs(), hi.abs())
         if scheme.scale_dtype == DOUBLE_QUANTIZED:      # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
@@ -137,10 +145,15 @@ def fit(values: Tensor, bits: int, symmetric: bool, convention: str = "gptq", sc
 
 def from_range(
     lo: Tensor, hi: Tensor, bits: int, symmetric: bool, convention: str = "gptq", scale_dtype: str = "float32",
-    tensor_scale: Tensor | None = None,
+    tensor_scale: Tensor | None = None, *, float_zero: bool = False,
 ) -> Grid:
-    """The uniform grid over the range [lo, hi], both [..., 1] float32."""
+    """The uniform grid over the range [lo, hi], both [..., 1] float32.
+
+    float_zero: zero points are -lo / scale in the storage type of scales (float16 beside float8 scales), neither rounded to an
+    integer nor clamped, so that both ends are on the grid as exactly as that type allows.
+    """
     top, middle = 2**bits - 1, 2 ** (bits - 1)
+    float_zero = float_zero and not symmetric
     magnitude = torch.maximum(lo.abs(), hi.abs())
     if convention == "gptq":
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -171,7 +184,10 @@ def from_range(
     else:
         kind = "symmetric" if symmetric else "asymmetric"
         raise ValueError(f'no {kind} grid "{convention}"; conventions: {", ".join(CONVENTIONS)} (compressed is symmetric only)')
-    return Grid(scale, zero, bits, tensor_scale=tensor_scale)
+    if float_zero:                                                 # rows of zeros keep the zero point that is a code
+        exact = as_stored(-lo / scale, scale_dtype if scale_dtype in SCALE_DTYPES else "float16")
+        zero = torch.where(magnitude > 0, exact, zero)
+    return Grid(scale, zero, bits, tensor_scale=tensor_scale, float_zero=float_zero)
 
 
 def shrink_range(

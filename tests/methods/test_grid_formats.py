@@ -78,3 +78,24 @@ def test_contradictions_are_refused_with_the_way_out(scheme: WeightScheme, part:
     for slot, name in (("rounding", "rtn"), ("rounding", "gptq"), ("rounding", "awq"), ("transform", "awq")):
         reasons = plugins.build(slot, name, {}).check(Scheme("odd", scheme), llama_shapes())
         assert len(reasons) == 1 and part in reasons[0], reasons
+
+
+def test_float_zero_points_serve_every_method_on_grids_and_no_other() -> None:
+    scheme = Scheme("w3", WeightScheme("int", 3, 16, zero_point="float"))
+    weight, evidence = random_weight(16, 64), FakeEvidence(correlated_inputs(64))
+    for name in ("rtn", "gptq", "awq"):
+        method = plugins.build("rounding", name, {})
+        assert method.check(scheme, llama_shapes()) == []
+        found = method.round_layer("mlp.up_proj", weight, evidence, scheme.weight, generator())
+        zero = found.zero                                                                           # type: ignore[attr-defined]
+        assert bool((zero != zero.round()).any()) and found.bits_per_weight == 3 + 32 / 16
+        plain = method.round_layer("mlp.up_proj", weight, evidence, WeightScheme("int", 3, 16), generator())
+        assert (found.dequantize() - weight).norm() < (plain.dequantize() - weight).norm()
+    (reason,) = plugins.build("rounding", "omniquant", {}).check(scheme, llama_shapes())
+    assert "zero_point=integer" in reason
+    (reason,) = plugins.build("rounding", "rtn", {}).check(
+        Scheme("w3sym", WeightScheme("int", 3, 16, True, zero_point="float")), llama_shapes())
+    assert "symmetric" in reason
+    (reason,) = plugins.build("rounding", "rtn", {}).check(
+        Scheme("fp8", WeightScheme("fp8_e4m3", 8, zero_point="float")), llama_shapes())
+    assert "no zero points" in reason

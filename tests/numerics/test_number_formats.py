@@ -160,3 +160,36 @@ def test_a_whole_row_may_share_a_scale(name: str) -> None:
     assert result.scale.shape == (8, 1)                                                             # type: ignore[attr-defined]
     largest = weight.abs().argmax(1, keepdim=True)
     torch.testing.assert_close(result.dequantize().gather(1, largest), weight.gather(1, largest))
+
+
+# ---- float zero points ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale_dtype", SCALES)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_float_zero_points_are_stored_as_chosen_and_counted(bits: int, scale_dtype: str) -> None:
+    weight = weights(64, 128)
+    weight[2] = 0
+    weight[5] = weight[5].abs() + 0.01                              # a range without zero
+    scheme = WeightScheme("int", bits, 32, False, scale_dtype, "float")
+    result = quantized(weight, scheme)
+    parts, meta = result.pack()
+    assert meta["zero"] == "float" and parts["zero"].dtype == {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(
+        scale_dtype, torch.float16)
+    assert torch.equal(QuantizedWeight.kinds[result.kind].unpack(parts, meta).dequantize(), result.dequantize())
+    widths = {"float16": 32, "bfloat16": 32, "float32": 64, "float8_e4m3": 24}
+    extra = 32 / weight.numel() if scale_dtype == "float8_e4m3" else 0
+    assert result.bits_per_weight == bits + widths[scale_dtype] / 32 + extra
+    assert not result.dequantize()[2].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999), bits=st.integers(2, 8), convention=st.sampled_from(["gptq", "awq", "omniquant"]))
+def test_float_zero_points_put_both_ends_of_the_range_on_the_grid(seed: int, bits: int, convention: str) -> None:
+    values = weights(seed=seed)
+    scheme = WeightScheme("int", bits, -1, False, "float32", "float")
+    grid = Fitting.of(values, scheme, convention).fit(values)
+    nearest, step = grid.nearest(values), grid.scale
+    assert bool(((nearest - values).abs() <= 0.5001 * step).all()), "nothing is clipped"
+    ends = torch.cat((values.amin(1, keepdim=True), values.amax(1, keepdim=True)), 1)
+    assert bool(((grid.nearest(ends) - ends).abs() <= 1e-3 * step).all())
