@@ -15,7 +15,8 @@ activation's own dtype, as the references do.
 
 outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others
 are rounded with a scale over the values below t, those of outlier channels among them. Outlier channels are those of one sequence,
-never of its batch mates. The product with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights.
+never of its batch mates. The product with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights; a
+weight that keeps a matrix of 16 bits for these channels (`QuantizedWeight.beside_outliers`) multiplies them by it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,7 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
     to_integers: torch.round, or a rounding that lets gradients through (`learning.round_through`).
     """
     if scheme.outlier_threshold > 0:
-        large = x.abs() >= scheme.outlier_threshold
-        kept = large.any(dim=tuple(range(1 if x.ndim > 2 else 0, x.ndim - 1)), keepdim=True)
+        large, kept = x.abs() >= scheme.outlier_threshold, outlier_channels(x, scheme.outlier_threshold)
         rest = round_dynamic(x.masked_fill(large, 0), dataclasses.replace(scheme, outlier_threshold=0.0), to_integers)
         return torch.where(kept, x, rest)
     if scheme.granularity == "group":
@@ -50,6 +50,11 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
         return round_to_range(groups, *_range(groups, (-1,)), scheme, to_integers).flatten(-2)
     axes = (-1,) if scheme.granularity == "token" else tuple(range(1 if x.ndim > 2 else 0, x.ndim))
     return round_to_range(x, *_range(x, axes), scheme, to_integers)
+
+
+def outlier_channels(x: Tensor, threshold: float) -> Tensor:
+    """Channels of x [..., tokens, in] with some |x| >= threshold in their sequence, as a mask that broadcasts against x."""
+    return (x.abs() >= threshold).any(dim=tuple(range(1 if x.ndim > 2 else 0, x.ndim - 1)), keepdim=True)
 
 
 def _range(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

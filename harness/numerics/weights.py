@@ -41,6 +41,11 @@ class QuantizedWeight(ABC):
     def dequantize(self) -> Tensor:
         """The matrix in numbers, [out, in] float32."""
 
+    def beside_outliers(self) -> Tensor | None:
+        """The matrix [out, in] float32 that input channels multiply which the activation scheme keeps apart (`outlier_threshold`),
+        where it is another than `dequantize` gives; None where it is the same."""
+        return None
+
     @abstractmethod
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What is stored: contiguous tensors by name, and JSON values that are not worth a tensor."""

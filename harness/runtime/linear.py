@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from harness.numerics.activations import outlier_channels
 from harness.numerics.inputs import apply
 from harness.numerics.weights import QuantizedWeight
 from harness.runtime.products import CodeProduct
@@ -22,6 +23,7 @@ class QuantizedLinear(nn.Module):
     Both give the same bits.
     mode "native" multiplies codes with codes, INT8 or FP8 (`runtime.products`), where weights and activations are of one such
     format; it equals the others up to the order of a sum, and exactly in its codes. MethodError for anything else.
+    Channels that the activation scheme keeps apart multiply a matrix of their own where the weight has one (LLM.int8(), 16 bits).
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.mode, self.kind, self.activation = mode, weight.kind, activation
         self._dtype = dtype
+        self._threshold = float(getattr(getattr(activation, "scheme", None), "outlier_threshold", 0.0))
         self._inputs = tuple(inputs or ())
         for name, tensor in (inputs or {}).items():
             self.register_buffer(name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), persistent=False)
@@ -44,6 +47,8 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scale", self._product.scale, persistent=False)
         elif mode == "dense":
             self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
+            beside = weight.beside_outliers() if self._threshold else None
+            self.register_buffer("beside", None if beside is None else beside.to(device, dtype), persistent=False)
         else:
             parts, self._meta = weight.pack()
             self._layout = type(weight)
@@ -58,8 +63,19 @@ class QuantizedLinear(nn.Module):
             return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(self._dtype)
         if self.mode == "dense":
             return self.get_buffer("dense")
-        parts = {name: self.get_buffer(f"packed_{name}") for name in self._parts}
-        return self._layout.unpack(parts, self._meta).dequantize().to(self._dtype)
+        return self._unpacked().dequantize().to(self._dtype)
+
+    def _unpacked(self) -> QuantizedWeight:
+        return self._layout.unpack({name: self.get_buffer(f"packed_{name}") for name in self._parts}, self._meta)
+
+    def _beside_outliers(self) -> Tensor | None:
+        """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
+        if not self._threshold or self._product is not None:
+            return None
+        if self.mode == "dense":
+            return self._buffers["beside"]
+        beside = self._unpacked().beside_outliers()
+        return None if beside is None else beside.to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._inputs:
@@ -67,7 +83,12 @@ class QuantizedLinear(nn.Module):
         if self._product is not None:
             y = self._product(x, self.get_buffer("codes"), self.get_buffer("scale"))
             return y if self.bias is None else y + self.bias
+        beside = self._beside_outliers()
+        kept = outlier_channels(x, self._threshold) if beside is not None else None
         x = x if self.activation is None else self.activation(x)
+        if beside is not None and kept is not None:
+            apart = nn.functional.linear(x.masked_fill(~kept, 0), beside)
+            return nn.functional.linear(x.masked_fill(kept, 0), self.weight, self.bias) + apart
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ def test_a_cayley_step_stays_orthogonal_and_descends() -> None:
         distances.append(float((rotation - target).square().sum()))
         rotation = cayley_step(rotation, 2 * (rotation - target), 0.5)
         assert torch.allclose(rotation.T @ rotation, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
-    assert all(after < before + 1e-9 for before, after in zip(distances, distances[1:], strict=False))
+    assert all(after < before + 1e-9 for before, after in itertools.pairwise(distances))
     assert distances[-1] < 0.3 * distances[0]
 
 
