@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
-PLACES = ("source", "include", "data_root")  # settings of evaluations that say where data lies, not which data it is
+PLACES = ("source", "include", "data_root", "revisions")    # settings that say where data lies; which it is says data_digest
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -231,6 +231,7 @@ class Cell:
     inputs  what a block is calibrated on: "quantized" (outputs of the already rounded blocks before it, as published)
             or "full_precision"
     seed    of the method's own randomness; the draw of the calibration windows has its own seed
+    variant what tells it apart from cells of its sweep that are called the same: "seed 1"; a name, never part of a key
     """
 
     model: Model
@@ -240,11 +241,12 @@ class Cell:
     inputs: str = "quantized"
     seed: int = 0
     evaluations: tuple[Evaluation, ...] = field(default=(), compare=False)
+    variant: str = field(default="", compare=False)
 
     @property
     def title(self) -> str:
-        """What a person calls the cell: "demo · gptq · w4g32"."""
-        return " · ".join((self.model.name, self.method.name, self.scheme.name))
+        """What a person calls the cell: "demo · gptq · w4g32", "demo · gptq · w4g32 · seed 1"."""
+        return " · ".join(filter(None, (self.model.name, self.method.name, self.scheme.name, self.variant)))
 
 
 def quantize_key(cell: Cell) -> str:
@@ -299,7 +301,8 @@ def score_key(cell: Cell, evaluation: Evaluation) -> str:
 
 def baseline_of(cell: Cell) -> Cell:
     """The full-precision cell that this cell is compared with: same model, nothing quantized."""
-    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0)
+    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0,
+                               variant="")
 
 
 def digest(value: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import config
+from harness import config, task_files
 from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, cell_key, quantize_key, score_key
 from harness.config import list_names, load_runtime, load_sweep
 from harness.errors import ConfigError
@@ -463,7 +463,7 @@ def test_a_benchmark_of_ones_own_is_its_wording_and_its_code(tmp_path: Path) -> 
         (folder / "own.yaml").write_text(f"task: own\ninclude: base.yaml\ndoc_to_text: {wording}\n")
         (folder / "base.yaml").write_text("dataset_path: json\nprocess_results: !function marks.right\n")
         (folder / "marks.py").write_text(code)
-        return config._task_digest("own", str(folder), None)
+        return config._task_digest(task_files.members("own", str(folder)), {"include": str(folder)})
 
     first = data_digest("Q", "right = len", "study/tasks")
     assert data_digest("Q", "right = len", "study/moved") == first

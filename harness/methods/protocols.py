@@ -20,6 +20,7 @@ from collections.abc import Generator as Generating
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Generator, Tensor, nn
 
 from harness.cell import Scheme, WeightScheme
@@ -30,7 +31,8 @@ from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
     "STATISTICS", "BlockView", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes", "TrainedLinear",
-    "Transform", "Tuning", "WeightScheme", "check_grid", "check_uniform", "fold_scales", "refusals", "repeat_scales",
+    "Transform", "Tuning", "WeightScheme", "WholeModel", "check_grid", "check_turning", "check_uniform", "fold_scales",
+    "in_attention", "put_parameters", "refusals", "repeat_scales", "turn_ends", "turned", "writes_residual",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -42,7 +44,7 @@ STATISTICS: dict[str, str] = {
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
-    "tokens": "the calibration windows themselves (training after rounding)",
+    "tokens": "the calibration windows themselves (training of the whole model)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
 }
 
@@ -165,8 +167,38 @@ class BlockView(Protocol):
         ...
 
 
+class WholeModel(Protocol):
+    """The unrounded model in the hands of a transform that learns from its loss: one block at a time, in both directions."""
+
+    shapes: Shapes
+    sequences: int                              # calibration sequences
+
+    def gradients(
+        self, parameters: Sequence[Tensor], sequences: Sequence[int], enter: Callable[[Tensor], Tensor],
+        run: Callable[[BlockView, Sequence[Tensor]], Sequence[Tensor]], leave: Callable[[Tensor], Tensor],
+    ) -> float:
+        """Add the gradients of the mean next-token cross-entropy over `sequences` to the .grad of parameters; return the loss.
+
+        enter   the embeddings' output [1, length, hidden] -> the first block's input
+        run     a block, and its inputs of all sequences -> its outputs
+        leave   the last block's output -> what the final norm expects
+        All three are called with gradients off and on, and are differentiable in the parameters and in their inputs. The cache
+        is rounded as the scheme says. Parameters () is evaluation.
+        """
+        ...
+
+
 class Transform(Protocol):
-    """Rewrites a block into an equivalent one before rounding."""
+    """Rewrites a block into an equivalent one before rounding.
+
+    One that learns from the whole model before the walk over its blocks names "tokens" in `needs` and defines two more methods:
+
+        def learn(self, model: WholeModel, scheme: Scheme, rng: Generator) -> Generating[tuple[int, int], None, dict[str, Tensor]]
+        def use(self, learned: Mapping[str, Tensor]) -> None
+
+    learn yields (step, steps) and returns what it learned; `use` is given that, by this pass or by one that resumes it, before
+    anything is rewritten.
+    """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Reasons why it cannot run; empty when it can."""
@@ -279,6 +311,98 @@ def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
     for name in pair.consumers:
         weight = block.linear(name).weight
         weight.copy_(weight.float() * columns)
+
+
+def in_attention(name: str) -> bool:
+    """A linear of the attention, by its name within a block."""
+    return "att" in name.rpartition(".")[0]
+
+
+def writes_residual(shapes: Shapes) -> list[str]:
+    """Linears that write to the residual stream: those behind no norm."""
+    behind = {name for pair in shapes.pairs if pair.kind == "norm" for name in pair.consumers}
+    return [linear.name for linear in shapes.linears if linear.name not in behind]
+
+
+def turned(
+    block: BlockView, residual: Tensor, heads: Callable[[Tensor, int], Tensor], outputs: Callable[[Tensor, int], Tensor],
+) -> dict[str, Tensor]:
+    """Parameters of a block behind x -> x Q of the residual stream and a rotation of its values, by name; computed in Q's dtype.
+
+    residual  Q [hidden, hidden], orthogonal
+    heads     (values, axis) -> each head's values, which lie along the axis, rotated
+    outputs   the same for the inputs of the output linear, [out, heads, head_dim] and axis 2
+    Norms are folded into the linears behind them. Differentiable in Q and in what the functions close over.
+    """
+    shapes, dtype = block.shapes, residual.dtype
+    found: dict[str, Tensor] = {}
+
+    def take(name: str) -> Tensor | None:
+        owner, _, kind = name.rpartition(".")
+        held = getattr(block.linear(owner), kind)
+        return None if held is None else found.get(name, held)
+
+    def put(name: str, value: Tensor, like: Tensor) -> None:
+        found[name] = value.to(like.dtype)
+
+    for pair in (pair for pair in shapes.pairs if pair.kind == "norm"):
+        gain = block.module.get_submodule(pair.producer).weight
+        assert isinstance(gain, Tensor)
+        for name in pair.consumers:
+            weight = block.linear(name).weight
+            put(f"{name}.weight", (weight.to(dtype) * gain.to(dtype)) @ residual, weight)
+        found[f"{pair.producer}.weight"] = torch.ones_like(gain)
+    for name in writes_residual(shapes):
+        linear = block.linear(name)
+        put(f"{name}.weight", residual.T @ linear.weight.to(dtype), linear.weight)
+        if linear.bias is not None:
+            put(f"{name}.bias", residual.T @ linear.bias.to(dtype), linear.bias)
+    for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)):
+        rows = shapes.kv_heads * shapes.head_dim                                # of a fused q, k, v: the last ones, the values
+        for name in (f"{pair.producer}.weight", f"{pair.producer}.bias"):
+            if (values := take(name)) is not None:
+                by_head = values[-rows:].to(dtype).unflatten(0, (shapes.kv_heads, shapes.head_dim))
+                put(name, torch.cat((values[:-rows].to(dtype), heads(by_head, 1).flatten(0, 1))), values)
+        for consumer in pair.consumers:
+            reader = take(f"{consumer}.weight")
+            assert reader is not None
+            columns = reader.to(dtype).unflatten(1, (shapes.heads, shapes.head_dim))
+            put(f"{consumer}.weight", outputs(columns, 2).flatten(1), reader)
+    return found
+
+
+def turn_ends(ends: Mapping[str, Tensor], shapes: Shapes, residual: Tensor) -> dict[str, Tensor]:
+    """Embeddings, final norm and head of a residual stream turned by residual [hidden, hidden], by name."""
+    assert shapes.ends is not None
+    embeddings, norm, head = shapes.ends
+    residual = residual.to(ends[embeddings].device)
+    folded = ends[head].to(residual.dtype) * ends[norm].to(residual.dtype)
+    return {
+        embeddings: (ends[embeddings].to(residual.dtype) @ residual).to(ends[embeddings].dtype),
+        norm: torch.ones_like(ends[norm]),
+        head: (folded @ residual).to(ends[head].dtype),
+    }
+
+
+def put_parameters(block: BlockView, values: Mapping[str, Tensor]) -> None:
+    """Write weights, biases and norms of a block, by name, in place."""
+    linears = {linear.name for linear in block.shapes.linears}
+    for name, value in values.items():
+        owner, _, kind = name.rpartition(".")
+        parameter = getattr(block.linear(owner), kind) if owner in linears else block.module.get_parameter(name)
+        parameter.copy_(value)
+
+
+def check_turning(shapes: Shapes) -> list[str]:
+    """Reasons why the residual stream and the values of a model cannot be rotated."""
+    if not shapes.rotations or shapes.ends is None:
+        return [f'family "{shapes.family}" does not allow rotations of its residual stream']
+    reasons = []
+    if shapes.experts:
+        reasons.append("rotations inside experts are not supported; use a dense model")
+    if any(pair.offset for pair in shapes.pairs):
+        reasons.append("norms with an offset cannot be folded into the linears behind them")
+    return reasons
 
 
 def check_uniform(
