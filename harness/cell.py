@@ -314,9 +314,14 @@ def digest(value: Any) -> str:
 def _execution(scheme: Scheme) -> dict[str, Any]:
     return {
         "activation": _identity(scheme.activation),
-        "kv": _identity(scheme.kv),
+        "kv": _kv_identity(scheme.kv),
         "overrides": [_identity(o, drop=("weight",)) for o in scheme.overrides if o.activation],
     }
+
+
+def _kv_identity(kv: KVScheme | None) -> Any:
+    """The residual's rule is 2 since a token attends before the cache is rounded; without a residual nothing changed."""
+    return _identity(kv) if kv is None or kv.residual == 0 else {**_identity(kv), "residual_rule": 2}
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:

@@ -4,7 +4,8 @@
 
 Keys, after rotary embedding, are rounded in groups of group_size consecutive tokens of one channel; values in groups of group_size
 consecutive channels of one token. With `residual` R the most recent tokens stay as they are: the query of token t sees key j
-rounded when j < R floor((t + 1) / R), and value j rounded when j < t + 1 - R. R = 0 rounds everything.
+rounded when j < R floor(t / R), and value j rounded when j < t - R: a token attends first, and what is then too old is rounded for
+those after it. R = 0 rounds everything, the token's own key and value too (QuaRot).
 
 Where we differ from the authors' code: there the prefill attends to unrounded keys and values, so that perplexity and
 log-likelihoods, which are one prefill, show no effect. Here every token sees the cache that it would see if the text had been
@@ -113,9 +114,9 @@ def attend(
     tokens, queries, residual = key.shape[2], query.shape[2], scheme.residual
     t = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
     j = torch.arange(tokens, device=query.device)[None]
-    full_blocks = residual * ((t + 1) // residual) if residual else t + 1
-    old_key = j < (full_blocks if scheme.key_axis == "channel" else t + 1 - residual)
-    old_value = j < (full_blocks if scheme.value_axis == "channel" else t + 1 - residual)
+    by_block, by_token = (residual * (t // residual), t - residual) if residual else (t + 1, t + 1)
+    old_key = j < (by_block if scheme.key_axis == "channel" else by_token)
+    old_value = j < (by_block if scheme.value_axis == "channel" else by_token)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.where(old_key, query @ rounded_key.transpose(2, 3), query @ key.transpose(2, 3)) * scale
     if softcap is not None:

@@ -54,13 +54,32 @@ def test_a_residual_longer_than_the_text_changes_nothing() -> None:
 
 
 def test_the_last_tokens_are_seen_as_they_are() -> None:
-    """Query t sees key j rounded iff j < R floor((t + 1) / R), value j iff j < t + 1 - R: the first R - 1 see nothing rounded."""
+    """Query t sees key j rounded iff j < R floor(t / R), value j iff j < t - R: the first R queries see nothing rounded."""
     query, key, value = (cache(seed=seed) for seed in range(3))
     exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     found = attended(KVScheme(2, 8, 8), query, key, value)
-    assert torch.allclose(found[:, :7], exact[:, :7], atol=1e-5)
+    assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-5)
     changed = (found - exact).abs().amax((0, 2, 3))
-    assert bool((changed[7:] > 1e-3).all())
+    assert bool((changed[8:] > 1e-3).all())
+
+
+def test_one_forward_is_kivis_decoding_token_by_token() -> None:
+    """Their cache, step by step: a query reads rounded blocks and the recent tokens as they are, and then what is full is rounded."""
+    query, key, value = (cache(tokens=30, seed=seed) for seed in range(3))
+    bits, size, residual = 2, 4, 8
+    old_keys, old_values = key[:, :, :0], value[:, :, :0]
+    keys, values, steps = key[:, :, :0], value[:, :, :0], []
+    for t in range(30):
+        keys, values = torch.cat((keys, key[:, :, t : t + 1]), 2), torch.cat((values, value[:, :, t : t + 1]), 2)
+        scores = query[:, :, t : t + 1] @ torch.cat((old_keys, keys), 2).transpose(2, 3) / 4
+        steps.append(scores.softmax(-1) @ torch.cat((old_values, values), 2))
+        if keys.shape[2] == residual:
+            old_keys, keys = torch.cat((old_keys, round_cache(keys, bits, size, "channel")), 2), key[:, :, :0]
+        if values.shape[2] > residual:
+            old_values = torch.cat((old_values, round_cache(values[:, :, :1], bits, size, "token")), 2)
+            values = values[:, :, 1:]
+    found = attended(KVScheme(bits, size, residual), query, key, value)
+    torch.testing.assert_close(found, torch.cat(steps, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_turned_keys_leave_the_scores_and_lose_less_by_an_outlying_channel() -> None:
