@@ -1,7 +1,14 @@
-"""Figures of a sweep: score against bits per weight, score against size, errors of the layers. Loads without torch or Matplotlib.
+"""Figures of a sweep. Loads without torch or Matplotlib.
 
-`figures` makes those of a sweep, `layer_errors` that of one cell, `save` writes SVG, PDF and PNG. Nothing is shown on a screen
-and no global state of Matplotlib is touched, so that a notebook's own style survives.
+    score against bits      a line per method, with 95 % intervals
+    score against size      every cell at the size of its checkpoint, and the front that no smaller cell beats
+    bits needed             per method, the fewest bits with which a score stays within one point of full precision
+    perplexity, accuracy    one against the other over cells, with their correlation
+    layer errors            heat maps: cell × block for a sweep, block × matrix for a cell
+
+Cells that differ in their seeds alone are one point, their mean, with Student's interval over seeds. `figures` makes those of a
+sweep, `layer_errors` that of one cell, `save` writes SVG, PDF and PNG. Nothing is shown on a screen and no global state of
+Matplotlib is touched, so that a notebook's own style survives.
 """
 
 from __future__ import annotations
@@ -9,14 +16,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.naming import group_text
+from harness.cell import Cell, cell_key
+from harness.naming import group_text, replicates, variants
+from harness.statistics import over_seeds
 from harness.store import Record, write_aside
 from harness.sweep import Sweep
-from harness.tables import better_is_higher, quality_metrics
+from harness.tables import better_is_higher, pearson, quality_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +38,51 @@ MARKERS = "osD^vPX*h"
 FULL_PRECISION = "full precision"
 BITS, SIZE = "checkpoint/bits_per_weight", "checkpoint/bytes"
 NAMES = {"perplexity": "perplexity", "acc": "accuracy", "acc_norm": "length-normalised accuracy", "exact_match": "exact match"}
+TOLERANCE = 0.01                                # one point of accuracy; of a perplexity, one percent
 ERRORS = ("output_error", "weight_error")       # of a layer, the first that is known is drawn
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell in a figure, or several that differ in their seeds alone: means over them.
+
+    label, line       what its line is called, "" for a baseline; the place of the line among those of all records
+    records           of all its cells
+    score, interval   the mean and half of its 95 % interval: over seeds, else from the standard error; 0 where neither is known
+    bits, size        per weight as stored; bytes of the whole checkpoint
+    """
+
+    label: str
+    line: int
+    records: tuple[Record, ...]
+    score: float
+    interval: float
+    bits: float
+    size: float
+
+    @property
+    def cell(self) -> Cell:
+        return self.records[0].cell
+
+
+def points(records: Sequence[Record], metric: str) -> list[Point]:
+    """Every point whose numbers are finite, in the records' order; seeds together, where all of them have the metric."""
+    by_key = {cell_key(record.cell): record for record in records}
+    rows = replicates(record.cell for record in records)
+    labels = _labels([cells[0] for cells in rows])
+    lines = list(dict.fromkeys(labels.values()))
+    made = []
+    for cells in rows:
+        label = labels.get(cell_key(cells[0]), "")
+        own = [by_key[cell_key(cell)] for cell in cells]
+        if not all(_finite(record, metric, BITS, SIZE) for record in own):
+            continue
+        score, interval = over_seeds([record.metrics()[metric] for record in own])
+        if interval is None:
+            interval = 1.96 * own[0].metrics().get(f"{metric}_stderr", 0.0)
+        bits, size = (math.fsum(record.metrics()[name] for record in own) / len(own) for name in (BITS, SIZE))
+        made.append(Point(label, lines.index(label) if label else 0, tuple(own), score, interval, bits, size))
+    return made
 
 
 def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
@@ -42,73 +96,152 @@ def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
     for model in models:
         own = [record for record in known if record.cell.model.name == model]
         suffix = f"-{model}" if len(models) > 1 else ""
-        for metric in quality_metrics(sweep, own):
-            for name, make in (("bits", score_against_bits), ("size", score_against_size)):
-                figure = make(own, metric)
-                if figure is not None:
-                    made[_file_name(f"{metric}-against-{name}{suffix}")] = figure
-        overview = error_overview(own)
-        if overview is not None:
-            made[_file_name(f"layer-errors{suffix}")] = overview
+        metrics = quality_metrics(sweep, own)
+        drawn = {f"{metric}-against-{name}": make(own, metric)
+                 for metric in metrics for name, make in (("bits", score_against_bits), ("size", score_against_size))}
+        drawn |= {f"{metric}-bits-needed": bits_needed(own, metric) for metric in metrics}
+        perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
+        accuracies = [metric for metric in metrics if _in_points(metric)]
+        drawn |= {f"accuracy-against-{metric}": accuracy_against_perplexity(own, metric, accuracies) for metric in perplexities}
+        drawn["layer-errors"] = error_overview(own)
+        made |= {_file_name(f"{name}{suffix}"): figure for name, figure in drawn.items() if figure is not None}
     return made
 
 
 def score_against_bits(records: Sequence[Record], metric: str) -> Figure | None:
-    """One line per method over the bits per weight as stored, with 95 % intervals where a standard error is known."""
-    points = [record for record in records if _finite(record, metric, BITS)]
-    if not any(not record.cell.method.is_baseline for record in points):
+    """One line per method over the bits per weight as stored, with 95 % intervals where they are known."""
+    found = points(records, metric)
+    if not any(not point.cell.method.is_baseline for point in found):
         return None
-    figure, axes = _figure(points[0].cell.model.name)
-    for index, (label, group) in enumerate(_by_method(points).items()):
-        group.sort(key=lambda record: record.metrics()[BITS])
-        bits = [record.metrics()[BITS] for record in group]
-        scores = [record.metrics()[metric] for record in group]
-        intervals = [1.96 * record.metrics().get(f"{metric}_stderr", 0.0) for record in group]
+    figure, axes = _figure(found[0].cell.model.name)
+    for label, group in _by_method(found).items():
+        group.sort(key=lambda point: point.bits)
+        intervals = [point.interval for point in group]
         bars = intervals if any(intervals) else None
-        axes.errorbar(bits, scores, yerr=bars, capsize=3, linewidth=1.5, markersize=5, label=label, **_style(index))
-    _draw_baseline(axes, points, metric)
-    _score_axis(axes, points, metric)
+        style = _style(group[0].line) | {"linewidth": 1.5, "markersize": 5, "capsize": 3}
+        axes.errorbar([point.bits for point in group], [point.score for point in group], yerr=bars, label=label, **style)
+    baseline = _baseline(found)
+    if baseline is not None:
+        axes.axhline(baseline.score, color="#777777", linestyle="--", linewidth=1, label=FULL_PRECISION)
+    _score_axis(axes, found, metric)
     axes.set_xlabel("bits per weight as stored (quantized matrices)")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
     return figure
 
 
 def score_against_size(records: Sequence[Record], metric: str) -> Figure | None:
     """Every cell at the size of its whole checkpoint; the front joins those that no smaller cell beats."""
-    points = [record for record in records if _finite(record, metric, SIZE)]
-    higher = better_is_higher(metric, [record.cell for record in records])
-    if len(points) < 2 or higher is None:
+    found = points(records, metric)
+    higher = better_is_higher(metric, [point.cell for point in found])
+    if len(found) < 2 or higher is None:
         return None
-    figure, axes = _figure(points[0].cell.model.name)
-    largest = max(record.metrics()[SIZE] for record in points)
+    figure, axes = _figure(found[0].cell.model.name)
+    largest = max(point.size for point in found)
     unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0)) if largest >= f or f == 1.0)
-    for index, (label, group) in enumerate(_by_method(points).items()):
-        sizes = [record.metrics()[SIZE] / factor for record in group]
-        axes.scatter(sizes, [record.metrics()[metric] for record in group], s=36, zorder=3, label=label, **_style(index))
-    full = [record for record in points if record.cell.method.is_baseline]
-    if full:
-        style: dict[str, Any] = {"color": "#777777", "marker": "s", "s": 36}
-        axes.scatter(full[0].metrics()[SIZE] / factor, full[0].metrics()[metric], label=FULL_PRECISION, **style)
-    best = front(points, metric, higher)
-    corners = [(record.metrics()[SIZE] / factor, record.metrics()[metric]) for record in best]
+    for label, group in _by_method(found).items():
+        sizes = [point.size / factor for point in group]
+        axes.scatter(sizes, [point.score for point in group], s=36, zorder=3, label=label, **_style(group[0].line))
+    baseline = _baseline(found)
+    if baseline is not None:
+        axes.scatter(baseline.size / factor, baseline.score, label=FULL_PRECISION, color="#777777", marker="s", s=36)
+    best = front(found, higher)
+    corners = [(point.size / factor, point.score) for point in best]
     axes.step(*zip(*corners, strict=True), where="post", color="#999999", linewidth=1, zorder=1, label="front")
-    for record, corner in zip(best, corners, strict=True):
-        name = FULL_PRECISION if record.cell.method.is_baseline else f"{record.cell.method.name} {record.cell.scheme.name}"
-        axes.annotate(name, corner, (5, 5), textcoords="offset points", fontsize=8)
-    _score_axis(axes, points, metric)
+    _score_axis(axes, found, metric)
     axes.set_xlabel(f"size of the checkpoint, {unit}")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(axes)
+    names = [FULL_PRECISION if p.cell.method.is_baseline else f"{p.cell.method.name} {p.cell.scheme.name}"
+             for p in best]
+    _annotate(figure, axes, corners, names)
     return figure
 
 
-def front(records: Sequence[Record], metric: str, higher_is_better: bool) -> list[Record]:
-    """Records that no record of equal or smaller size beats, by size."""
+def front(found: Sequence[Point], higher_is_better: bool) -> list[Point]:
+    """Points that no point of equal or smaller size beats, by size."""
     sign = -1.0 if higher_is_better else 1.0
-    best: list[Record] = []
-    for record in sorted(records, key=lambda r: (r.metrics()[SIZE], sign * r.metrics()[metric])):
-        if not best or sign * record.metrics()[metric] < sign * best[-1].metrics()[metric]:
-            best.append(record)
+    best: list[Point] = []
+    for point in sorted(found, key=lambda p: (p.size, sign * p.score)):
+        if not best or sign * point.score < sign * best[-1].score:
+            best.append(point)
     return best
+
+
+def bits_needed(records: Sequence[Record], metric: str) -> Figure | None:
+    """Bars: per method, the fewest bits per weight with which it stays within one point of full precision, there and above.
+
+    A point is one percent: of the questions for an accuracy, of full precision for a perplexity. A method none of whose cells stays
+    within it has an open bar from its largest cell on.
+    """
+    found = points(records, metric)
+    baseline = _baseline(found)
+    higher = better_is_higher(metric, [point.cell for point in found])
+    groups = _by_method(found)
+    if baseline is None or higher is None or not groups or not (_in_points(metric) or metric.endswith("/perplexity")):
+        return None
+    margin = TOLERANCE if _in_points(metric) else TOLERANCE * baseline.score
+    needed = {label: _fewest_bits(group, baseline.score, margin, higher) for label, group in groups.items()}
+    figure, axes = _figure(found[0].cell.model.name, height=max(2.2, 1.4 + 0.34 * len(groups)))
+    end = 1.2 * max(point.bits for group in groups.values() for point in group)
+    for index, (label, group) in enumerate(groups.items()):
+        colour, bits = _style(group[0].line)["color"], needed[label]
+        if bits is None:
+            most = max(point.bits for point in group)
+            axes.barh(index, end - most, left=most, height=0.6, color="none", edgecolor=colour, linestyle=":", linewidth=1)
+            axes.text((most + end) / 2, index, f"above {most:.2f}", ha="center", va="center", fontsize=8, color="#555555")
+        else:
+            axes.barh(index, bits, height=0.6, color=colour)
+            axes.text(bits, index, f" {bits:.2f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=9)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, end)
+    prefix, short = metric.rpartition("/")[::2]
+    unit = "one point" if _in_points(metric) else "one percent"
+    axes.set_xlabel(f"bits per weight to stay within {unit} of full precision: {prefix} {NAMES.get(short, short)}", fontsize=9)
+    return figure
+
+
+def _fewest_bits(group: Sequence[Point], reference: float, margin: float, higher: bool) -> float | None:
+    """Bits of the smallest point from which on every larger one is within the margin too; None where the largest is not."""
+    fewest = None
+    for point in sorted(group, key=lambda p: -p.bits):
+        loss = reference - point.score if higher else point.score - reference
+        if loss > margin + 1e-12:
+            break
+        fewest = point.bits
+    return fewest
+
+
+def accuracy_against_perplexity(records: Sequence[Record], perplexity: str, accuracies: Sequence[str]) -> Figure | None:
+    """Every cell at its perplexity and the mean of its accuracies, with Pearson's r over cells: with log perplexity, as drawn."""
+    found = [point for point in points(records, perplexity)
+             if point.score > 0 and all(_finite(record, *accuracies) for record in point.records)]
+    if len(found) < 3 or not accuracies:
+        return None
+
+    def accuracy(point: Point) -> float:
+        own = [record.metrics() for record in point.records]
+        return math.fsum(metrics[name] for metrics in own for name in accuracies) / (len(own) * len(accuracies))
+
+    figure, axes = _figure(found[0].cell.model.name)
+    means = {id(point): accuracy(point) for point in found}
+    for label, group in _by_method(found).items():
+        style = _style(group[0].line) | {"s": 36, "zorder": 3}
+        axes.scatter([point.score for point in group], [means[id(point)] for point in group], label=label, **style)
+    baseline = _baseline(found)
+    if baseline is not None:
+        axes.scatter(baseline.score, means[id(baseline)], label=FULL_PRECISION, color="#777777", marker="s", s=36)
+    logs = pearson([(math.log(point.score), means[id(point)]) for point in found])
+    plain = pearson([(point.score, means[id(point)]) for point in found])
+    if logs is not None and plain is not None:
+        text = f"r = {logs:.3f} with log perplexity\nr = {plain:.3f} with perplexity\n{len(found)} cells"
+        axes.text(0.03, 0.05, text, transform=axes.transAxes, fontsize=9, va="bottom", color="#333333")
+    _log_axis(axes.set_xscale, axes.xaxis, [point.score for point in found])
+    axes.set_xlabel(f"{perplexity.rpartition('/')[0]} perplexity, lower is better")
+    names = [metric.rpartition("/")[0] for metric in accuracies]
+    axes.set_ylabel(f"{names[0]} accuracy" if len(names) == 1 else f"mean accuracy of {len(names)} tasks")
+    _legend(axes)
+    return figure
 
 
 def layer_errors(record: Record) -> Figure | None:
@@ -143,7 +276,7 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
                 values.setdefault(int(row["block"]), []).append(float(row[name]))
         if values:
             grid.append([math.fsum(values[b]) / len(values[b]) if b in values else math.nan for b in blocks])
-            labels.append(f"{record.cell.method.name} · {record.cell.scheme.name}")
+            labels.append(" · ".join(filter(None, (record.cell.method.name, record.cell.scheme.name, record.cell.variant))))
     return _heat_map(grid, blocks, labels, known[0].cell.model.name, f"{_error_text(name)}, mean of a block") if grid else None
 
 
@@ -214,41 +347,81 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
-def _by_method(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Label -> records, without baselines. Groups join the label where there are several, activation and KV bits always."""
-    quantized = [record for record in records if not record.cell.method.is_baseline]
-    groups = {group_text(record.cell) for record in quantized}
-    found: dict[str, list[Record]] = {}
-    for record in quantized:
-        cell = record.cell
+def _legend(axes: Axes) -> None:
+    """Inside where few labels leave room, else to the right."""
+    many = len(axes.get_legend_handles_labels()[0]) > 8
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if many else {}
+    axes.legend(frameon=False, fontsize=8 if many else 9, **place)
+
+
+def _annotate(figure: Figure, axes: Axes, corners: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+    """Names beside points, each at the first of four sides where it meets no other name; left out where there is none."""
+    figure.draw_without_rendering()
+    box = axes.get_window_extent()
+    taken = [axes.get_legend().get_window_extent()] if axes.get_legend() is not None else []
+    for name, corner in zip(names, corners, strict=True):
+        for shift, across, up in (((6, 5), "left", "bottom"), ((6, -5), "left", "top"),
+                                  ((-6, 5), "right", "bottom"), ((-6, -5), "right", "top")):
+            text = axes.annotate(name, corner, shift, textcoords="offset points", fontsize=8, ha=across, va=up, color="#333333")
+            own = text.get_window_extent()
+            if not any(own.overlaps(other) for other in taken) and box.x0 <= own.x0 and own.x1 <= box.x1 and own.y1 <= box.y1:
+                taken.append(own)
+                break
+            text.remove()
+
+
+def _labels(cells: Sequence[Cell]) -> dict[str, str]:
+    """cell_key -> what its line is called. What differs within a method joins the name, activation and KV bits always."""
+    quantized = [cell for cell in cells if not cell.method.is_baseline]
+    groups = {group_text(cell) for cell in quantized}
+    told = variants(quantized)
+    labels = {}
+    for cell in quantized:
         words = [cell.method.name]
         words += [f"g{group_text(cell)}" if group_text(cell) != "row" else "per row"] if len(groups) > 1 else []
         words += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
         words += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
-        found.setdefault(" · ".join(words), []).append(record)
-    return found
+        labels[cell_key(cell)] = " · ".join(filter(None, (*words, told.get(cell_key(cell), ""))))
+    return labels
 
 
-def _draw_baseline(axes: Axes, records: Sequence[Record], metric: str) -> None:
-    baseline = next((record for record in records if record.cell.method.is_baseline), None)
-    if baseline is not None:
-        axes.axhline(baseline.metrics()[metric], color="#777777", linestyle="--", linewidth=1, label=FULL_PRECISION)
+def _by_method(found: Sequence[Point]) -> dict[str, list[Point]]:
+    """Label -> points, without baselines."""
+    labelled: dict[str, list[Point]] = {}
+    for point in found:
+        if point.label:
+            labelled.setdefault(point.label, []).append(point)
+    return labelled
 
 
-def _score_axis(axes: Axes, records: Sequence[Record], metric: str) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+def _baseline(found: Sequence[Point]) -> Point | None:
+    return next((point for point in found if point.cell.method.is_baseline), None)
 
+
+def _in_points(metric: str) -> bool:
+    return metric.rpartition("/")[2] in ("acc", "acc_norm", "exact_match")
+
+
+def _score_axis(axes: Axes, found: Sequence[Point], metric: str) -> None:
     prefix, _, short = metric.rpartition("/")
-    higher = better_is_higher(metric, [record.cell for record in records])
+    higher = better_is_higher(metric, [point.cell for point in found])
     arrow = "" if higher is None else ", higher is better" if higher else ", lower is better"
     axes.set_ylabel(f"{prefix} {NAMES.get(short, short)}{arrow}")
-    values = [record.metrics()[metric] for record in records]
-    if higher is False and min(values) > 0 and max(values) / min(values) > 3:
-        axes.set_yscale("log")
-        if max(values) / min(values) < 1e3:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(NullFormatter())
+    if higher is False:
+        _log_axis(axes.set_yscale, axes.yaxis, [point.score for point in found])
+
+
+def _log_axis(set_scale: Callable[[str], None], axis: Any, values: Sequence[float]) -> None:
+    """Logarithmic where values span more than a factor of 3, with plain numbers at 1, 2 and 5 up to a factor of 1,000."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    if min(values) <= 0 or max(values) / min(values) <= 3:
+        return
+    set_scale("log")
+    if max(values) / min(values) < 1e3:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _heat_map(grid: Sequence[Sequence[float]], blocks: Sequence[int], labels: Sequence[str], title: str, unit: str) -> Figure:

@@ -485,7 +485,7 @@ def _published_labels(row: PublishedRow) -> dict[str, str]:
 
 
 def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Heads and texts of the label columns; a column "variant" says what differs within a method, and tells equal labels apart."""
+    """Heads and texts of the label columns; "variant" says what differs within a method, and tells equal labels apart."""
     texts: dict[str, tuple[str, ...]] = {}
     for cell in cells:
         texts[cell_key(cell)] = (cell.method.name, bits_text(cell), group_text(cell))
@@ -539,7 +539,7 @@ def _notes(
         count = sum(value.comparison is not None for value in values)
         notes.append(f"≈ no difference from the baseline shown (paired test over the items, Holm over {count} tests, 5 %).")
     if any(value.half_width is not None for value in values):
-        notes.append("±: half of the 95 % interval of the mean over seeds (Student's t); tests count seeds and items as replicates.")
+        notes.append("± half of the 95 % interval of the mean over seeds (Student's t); tests draw seeds as well as items.")
     limits = sorted({e.limit for row in rows if row.cell for e in row.cell.evaluations if e.limit is not None})
     if any(value.smoke for value in values):
         listed = f" (first {', '.join(map(str, limits))} items)" if limits else ""

@@ -41,8 +41,8 @@ MAY_IMPORT = {                                  # module or package -> the parts
     "harness.methods": LEAVES | {"harness.numerics", "harness.methods.protocols"},
 }
 WITHOUT_TORCH = [
-    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics", "naming",
-    "findings", "config", "__main__",
+    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics",
+    "naming", "findings", "config", "__main__",
 ]
 
 

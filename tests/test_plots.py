@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from synthetic_sweep import LLAMA, cells, fill, make_sweep
 
-from harness.cell import Model
-from harness.plots import SIZE, error_overview, figures, front, layer_errors, save, score_against_bits
+from harness.cell import Model, cell_key
+from harness.naming import with_variants
+from harness.plots import (
+    accuracy_against_perplexity,
+    bits_needed,
+    error_overview,
+    figures,
+    front,
+    layer_errors,
+    points,
+    save,
+    score_against_bits,
+    score_against_size,
+)
 from harness.store import Record
 
 
@@ -29,6 +43,9 @@ def test_figures_of_a_sweep(records: list[Record], tmp_path: Path) -> None:
         "wikitext2-perplexity-against-size",
         "arc_easy-acc-against-bits",
         "arc_easy-acc-against-size",
+        "wikitext2-perplexity-bits-needed",
+        "arc_easy-acc-bits-needed",
+        "accuracy-against-wikitext2-perplexity",
         "layer-errors",
     ]
     assert figures(sweep, []) == {}
@@ -50,12 +67,62 @@ def test_accuracy_has_intervals(records: list[Record]) -> None:
 
 
 def test_nothing_beats_the_front(records: list[Record]) -> None:
-    scored = [record for record in records if "arc_easy/acc" in record.metrics()]
-    best = front(scored, "arc_easy/acc", True)
+    scored = points(records, "arc_easy/acc")
+    best = front(scored, True)
     assert best
-    for record in scored:
-        rivals = [b.metrics()["arc_easy/acc"] for b in best if b.metrics()[SIZE] <= record.metrics()[SIZE]]
-        assert record in best or max(rivals) >= record.metrics()["arc_easy/acc"]
+    for point in scored:
+        rivals = [each.score for each in best if each.size <= point.size]
+        assert point in best or max(rivals) >= point.score
+
+
+def test_names_on_the_front_do_not_overlap(records: list[Record]) -> None:
+    figure = score_against_size(records, "arc_easy/acc")
+    assert figure is not None and figure.axes[0].texts
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_bits_needed_is_the_smallest_from_which_all_larger_are_near_enough(records: list[Record]) -> None:
+    figure = bits_needed(records, "arc_easy/acc")
+    assert figure is not None
+    axes = figure.axes[0]
+    shown = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.patches, strict=True))
+    accuracy = {(r.cell.method.name, r.cell.scheme.weight.bits): r.metrics().get("arc_easy/acc") for r in records}
+    full = records[0].metrics()["arc_easy/acc"]
+    for method in ("rtn", "gptq"):
+        near = [bits for bits in (8, 4, 3, 2) if (a := accuracy[method, bits]) is not None and a >= full - 0.01]
+        expected = next((bits for bits in (2, 3, 4, 8) if all(more in near for more in (2, 3, 4, 8) if more >= bits)), None)
+        bar = shown[method]
+        assert (bar.get_width() == pytest.approx(expected + 0.25)) if expected else bar.get_x() == pytest.approx(8.25)
+    assert bits_needed(records[1:], "arc_easy/acc") is None                         # nothing to be near to
+    assert bits_needed(records, "checkpoint/bytes") is None
+
+
+def test_accuracy_and_perplexity_stand_with_their_correlation(records: list[Record]) -> None:
+    figure = accuracy_against_perplexity(records, "wikitext2/perplexity", ["arc_easy/acc"])
+    assert figure is not None
+    known = [record.metrics() for record in records]
+    known = [metrics for metrics in known if math.isfinite(metrics.get("wikitext2/perplexity", math.nan))]
+    pairs = [(math.log(metrics["wikitext2/perplexity"]), metrics["arc_easy/acc"]) for metrics in known]
+    expected = np.corrcoef(np.array(pairs).T)[0, 1]
+    assert f"r = {expected:.3f} with log perplexity" in figure.axes[0].texts[0].get_text()
+    assert f"{len(pairs)} cells" in figure.axes[0].texts[0].get_text()
+    assert accuracy_against_perplexity(records[:2], "wikitext2/perplexity", ["arc_easy/acc"]) is None
+
+
+def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
+    gptq = next(record for record in records if record.cell.method.name == "gptq")
+    assert gptq.cell.calibration is not None
+    draws = [dataclasses.replace(gptq.cell.calibration, seed=seed) for seed in (0, 1, 2)]
+    seeds = with_variants([dataclasses.replace(gptq.cell, calibration=draw) for draw in draws])
+    made = []
+    for cell, loss in zip(seeds, (6.0, 6.2, 6.4), strict=True):
+        score = {**gptq.scores["wikitext2"], "metrics": {"wikitext2/perplexity": loss}}
+        made.append(dataclasses.replace(gptq, cell=cell, cell_key=cell_key(cell), scores={"wikitext2": score}))
+    (point,) = points(made, "wikitext2/perplexity")
+    assert point.score == pytest.approx(6.2) and point.interval == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+    assert point.label == "gptq" and len(point.records) == 3                        # the seed tells nothing apart any more
+    assert points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
 
 
 def test_layer_errors(records: list[Record]) -> None:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from harness.statistics import (
-    LEVEL, compare, compare_seeds, holm, mcnemar, mean_error, over_seeds, paired_bootstrap, paired_t, sign_flips,
+    LEVEL,
+    compare,
+    compare_seeds,
+    holm,
+    mcnemar,
+    mean_error,
+    over_seeds,
+    paired_bootstrap,
+    paired_t,
+    sign_flips,
 )
 
 

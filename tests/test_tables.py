@@ -157,7 +157,8 @@ def test_tasks_of_a_group_are_tested_on_their_own_items(tmp_path: Path) -> None:
         metrics = {"two_tasks/acc": first / 2 + 0.5, "first/acc": first, "second/acc": 1.0, "other/acc": 1.0}
         store.write_score(store.open_cell(each), score_key(each, group), {"metrics": metrics}, items)
     known = {record.cell_key: record for record in records(sweep, store)}
-    found = compare_cells([(each,) for each in sweep.cells], known, ["two_tasks/acc", "first/acc", "second/acc", "other/acc"], store)
+    names = ["two_tasks/acc", "first/acc", "second/acc", "other/acc"]
+    found = compare_cells([(each,) for each in sweep.cells], known, names, store)
     key = cell_key(cell)
     assert {metric: comparison.items for (_, metric), comparison in found.items()} == {
         "two_tasks/acc": 80, "first/acc": 40, "second/acc": 40,
@@ -255,7 +256,8 @@ def seeded(root: Path, losses: dict[int, float], seeds: tuple[int, ...] = (0, 1,
     baseline, first = cells(LLAMA, ("gptq",), (4,))
     assert first.calibration is not None
     made = [dataclasses.replace(first, seed=seed, calibration=dataclasses.replace(first.calibration, seed=seed)) for seed in seeds]
-    sweep = dataclasses.replace(make_sweep(root), cells=with_variants([baseline, *made]), tables=(Table("t", columns=(PERPLEXITY,)),))
+    table = Table("t", columns=(PERPLEXITY,))
+    sweep = dataclasses.replace(make_sweep(root), cells=with_variants([baseline, *made]), tables=(table,))
     store = Store(sweep.runtime.runs)
     rng = np.random.default_rng(0)
     windows, tokens = rng.normal(1.8, 0.2, 40), rng.integers(2, 2048, 40)
