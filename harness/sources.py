@@ -8,6 +8,8 @@ trying out), a folder, or a hub id; a text's source is
     hub:<owner>/<name>[@<revision>]:<file>      one file of a data set's repository
     a file or a folder                          .jsonl[.gz], .txt[.gz], .parquet; in a folder the split names the file
 
+A row is its text, or an instruction with its answer (Alpaca, FLAN), which becomes one text in Alpaca's words.
+
 Digests name content, not places: a folder may move without changing a key, and what comes from the hub is named by its commit.
 What a branch stands for is asked once and kept (`hub_commit`). Nothing here asks the network for what this machine already knows.
 """
@@ -38,6 +40,8 @@ from harness.errors import DataError, HarnessError, ModelError, unknown_name
 DEMO, TINY = "demo", "tiny"
 RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
 TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
+ASKED_AND_ANSWERED = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("prompt", "response"))
+RESPONSE = "### Response:"                      # in an instruction's text, what stands before the answer (Alpaca)
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
 # What changes a model's numbers; a README or a second copy of the weights in another format does not.
 MODEL_FILES = (
@@ -283,7 +287,8 @@ def read_corpus(source: str, split: str) -> list[str]:
     if hub.file:
         return list(_read_texts(_hub_file(hub)))
     rows = hub_rows(hub.repo, hub.config, split, hub.revision)
-    return [str(text) for text in rows[_text_field(rows.column_names, hub.repo)]]
+    fields = _text_fields(rows.column_names, hub.repo)
+    return [_text(row) for row in rows.select_columns(list(fields))] if len(fields) > 1 else [str(t) for t in rows[fields[0]]]
 
 
 def missing_text(source: str, split: str) -> list[str]:
@@ -449,7 +454,7 @@ def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
             raise DataError(f"text {path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"text {path}, line {number}: an object is expected, not {type(row).__name__}")
-        yield str(row[_text_field(row, f"{path}, line {number}")])
+        yield _text({name: row[name] for name in _text_fields(row, f"{path}, line {number}")})
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
@@ -460,15 +465,38 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise DataError(f"text {path}: not a Parquet file: {_first_line(error)}") from error
-    yield from (str(text) for text in table[_text_field(table.column_names, str(path))].to_pylist())
+    columns = table.select(list(_text_fields(table.column_names, str(path))))
+    for batch in columns.to_batches():
+        yield from map(_text, batch.to_pylist())
 
 
-def _text_field(fields: Iterable[str], where: str) -> str:
+def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
+    """The field that holds a row's text; else those of an instruction and its answer, and of what the instruction is about."""
     present = set(fields)
     for name in TEXT_FIELDS:
         if name in present:
-            return name
-    raise DataError(f"text {where}: none of the fields {', '.join(TEXT_FIELDS)}; there are {', '.join(sorted(present)) or 'none'}")
+            return (name,)
+    for pair in ASKED_AND_ANSWERED:
+        if present >= set(pair):
+            return (*pair, *({"input"} & present if pair[0] == "instruction" else ()))
+    pairs = ", ".join(" and ".join(pair) for pair in ASKED_AND_ANSWERED)
+    raise DataError(
+        f"text {where}: none of the fields {', '.join(TEXT_FIELDS)}, nor {pairs}; there are {', '.join(sorted(present)) or 'none'}"
+    )
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    """A row with one field is its text; an instruction with its answer is written as Alpaca's own texts are."""
+    values = [str(value) for value in row.values()]
+    if len(values) == 1:
+        return values[0]
+    asked, answered, *about = values
+    context = f"\n\n### Input:\n{about[0]}" if about and about[0] else ""
+    with_it = ", paired with an input that provides further context" if context else ""
+    return (
+        f"Below is an instruction that describes a task{with_it}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{asked}{context}\n\n{RESPONSE}\n{answered}"
+    )
 
 
 def _open(path: Path) -> IO[str]:

@@ -152,11 +152,12 @@ def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Itera
     """Train one checkpoint from its base."""
     from harness.formats.native import CheckpointWriter
     from harness.runtime.tuning import run_tuning
-    from harness.streaming.calibration import draw_windows
+    from harness.streaming.calibration import draw_documents, draw_windows
 
     folder = sources.model_folder(cell.model)
-    assert cell.calibration is not None, "a cell that needs calibration and has none is refused by the plan"
-    windows = draw_windows(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
+    assert cell.calibration is not None and cell.method.tuning is not None, "refused by the plan"
+    draw = draw_documents if "documents" in cell.method.tuning.needs else draw_windows
+    windows = draw(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
     writer = CheckpointWriter(store.checkpoint_folder(quantize_key(cell)), fingerprint(cell))
     base = store.checkpoint_folder(quantize_key(untuned(cell)))
     yield from run_tuning(cell, folder, base, windows, writer, device, keys)

@@ -60,6 +60,30 @@ def test_parquet_shards_are_joined_in_order(tmp_path: Path) -> None:
     assert sources.read_corpus(str(tmp_path), "train") == ROWS
 
 
+INSTRUCTIONS = [
+    {"instruction": "Add.", "input": "2 and 3", "output": "5", "source": "x"},
+    {"instruction": "Name a pet.", "input": "", "output": "A newt."},
+]
+
+
+def test_instructions_become_texts_in_the_words_of_alpaca(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS))
+    added, pet = sources.read_corpus(str(tmp_path), "train")
+    assert added == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n5"
+    )
+    assert "### Input" not in pet and pet.endswith("### Instruction:\nName a pet.\n\n### Response:\nA newt.")
+    for prompt, answer in sources.ASKED_AND_ANSWERED[1:]:
+        path = tmp_path / f"{prompt}-{answer}.parquet"
+        parquet.write_table(pyarrow.table({answer: ["A newt."], "task": [1], prompt: ["Name a pet."]}), path)
+        assert sources.read_corpus(str(path), "") == [pet]
+    (tmp_path / "both.jsonl").write_text(json.dumps({**INSTRUCTIONS[0], "text": "as it is"}) + "\n")
+    assert sources.read_corpus(str(tmp_path), "both") == ["as it is"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')

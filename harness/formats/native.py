@@ -89,9 +89,10 @@ class CheckpointWriter:
             size = sum(part.numel() * part.element_size() for part in parts.values())
             tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
             entries[name] = {
-                "kind": weight.kind, "defined_in": type(weight).__module__.rpartition(".")[2], "shape": list(weight.shape),
-                "bytes": size, "meta": meta,
+                "kind": weight.kind, "defined_in": _home(weight), "shape": list(weight.shape), "bytes": size, "meta": meta,
             }
+            if weight.contained:
+                entries[name]["contains"] = [[inner.kind, _home(inner)] for inner in weight.contained]
         self._store(_block(index), tensors, {"linears": entries, "report": dict(report)})
 
     def read_block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
@@ -209,9 +210,16 @@ def _read_block(
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
         parts = {key.removeprefix(f"{name}:"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}:")}
+        for kind, defined_in in linear.get("contains", ()):
+            _kind(kind, defined_in, folder)
         weights[name] = _kind(linear["kind"], linear["defined_in"], folder).unpack(parts, linear["meta"])
     dense = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
     return BlockContent(weights, dense, description["report"])
+
+
+def _home(weight: QuantizedWeight) -> str:
+    """The name of the file that defines a layout."""
+    return type(weight).__module__.rpartition(".")[2]
 
 
 def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:

@@ -26,13 +26,14 @@ from torch import Generator, Tensor, nn
 from harness.cell import Scheme, WeightScheme
 from harness.errors import unknown_name
 from harness.numerics.grids import CONVENTIONS
+from harness.numerics.learning import Document
 from harness.numerics.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
-    "STATISTICS", "BlockView", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes", "TrainedLinear",
-    "Transform", "Tuning", "WeightScheme", "WholeModel", "check_grid", "check_turning", "check_uniform", "fold_scales",
-    "in_attention", "put_parameters", "refusals", "repeat_scales", "turn_ends", "turned", "writes_residual",
+    "STATISTICS", "BlockView", "Document", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes",
+    "TrainedLinear", "Transform", "Tuning", "WeightScheme", "WholeModel", "check_grid", "check_turning", "check_uniform",
+    "fold_scales", "in_attention", "put_parameters", "refusals", "repeat_scales", "turn_ends", "turned", "writes_residual",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -45,6 +46,7 @@ STATISTICS: dict[str, str] = {
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
     "tokens": "the calibration windows themselves (training of the whole model)",
+    "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
 }
 
@@ -264,8 +266,8 @@ class Tuning(Protocol):
     """Trains the whole model after rounding.
 
     The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
-    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" and, to be taught, "teacher". Weights
-    are trained, activations and cache are not rounded meanwhile.
+    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" or "documents" and, to be taught,
+    "teacher". Weights are trained, activations and cache are not rounded meanwhile.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
@@ -276,11 +278,12 @@ class Tuning(Protocol):
         ...
 
     def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Tensor, rng: Generator
+        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Any, rng: Generator
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Train `parameters`, all of the linears', in place. Yields (step, steps) and returns notes for the record, JSON values.
 
-        windows: [samples, length] calibration tokens.   teacher: the full-precision model, None unless "teacher" is needed.
+        windows: [samples, length] calibration tokens; with "documents" in `needs` a sequence of Document instead.
+        teacher: the full-precision model, None unless "teacher" is needed.
         Raises MethodError when a loss is not finite.
         """
         ...

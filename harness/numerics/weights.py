@@ -56,6 +56,11 @@ class QuantizedWeight(ABC):
         """The inverse of `pack`, exact: unpack(*pack()).dequantize() has the same bits."""
 
     @property
+    def contained(self) -> tuple[QuantizedWeight, ...]:
+        """Matrices in layouts of their own that this one holds."""
+        return ()
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of everything `pack` stores."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.pack()[0].values())

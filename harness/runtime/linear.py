@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.numerics.activations import outlier_channels
+from harness.numerics.adapters import AdaptedWeight, low_rank
 from harness.numerics.inputs import apply
 from harness.numerics.weights import QuantizedWeight
 from harness.runtime.products import CodeProduct
@@ -17,6 +18,8 @@ MODES = ("dense", "packed", "native")
 
 class QuantizedLinear(nn.Module):
     """y = round(t(x)) W'ᵀ + b, t what `numerics.inputs` says of the linear's input tensors, if it has any.
+
+    A low-rank adapter stays beside its matrix: it is added in the model's dtype and reads its input before that is rounded.
 
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
@@ -40,6 +43,12 @@ class QuantizedLinear(nn.Module):
         for name, tensor in (inputs or {}).items():
             self.register_buffer(name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        self._scaling: float | None = None
+        if isinstance(weight, AdaptedWeight):
+            self._scaling = weight.scaling
+            self.register_buffer("adapter_down", weight.down.to(device, dtype), persistent=False)
+            self.register_buffer("adapter_up", weight.up.to(device, dtype), persistent=False)
+            weight = weight.base
         self._product: CodeProduct | None = None
         if mode == "native":
             self._product = CodeProduct(weight, getattr(activation, "scheme", None), device)
@@ -58,7 +67,13 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized matrix [out, in] in the model's dtype."""
+        """The dequantized matrix [out, in] in the model's dtype; with an adapter, their sum."""
+        if self._scaling is None:
+            return self._matrix()
+        change = self._scaling * (self.get_buffer("adapter_up").float() @ self.get_buffer("adapter_down").float())
+        return (self._matrix() + change).to(self._dtype)
+
+    def _matrix(self) -> Tensor:
         if self._product is not None:
             return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(self._dtype)
         if self.mode == "dense":
@@ -82,14 +97,22 @@ class QuantizedLinear(nn.Module):
             x = apply(x, {name: self.get_buffer(name) for name in self._inputs})
         if self._product is not None:
             y = self._product(x, self.get_buffer("codes"), self.get_buffer("scale"))
-            return y if self.bias is None else y + self.bias
+            y = y if self.bias is None else y + self.bias
+        else:
+            y = self._multiplied(x)
+        if self._scaling is None:
+            return y
+        return y + low_rank(x, self.get_buffer("adapter_down"), self.get_buffer("adapter_up"), self._scaling)
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """x, rounded, times the matrix without an adapter; bias added."""
         beside = self._beside_outliers()
         kept = outlier_channels(x, self._threshold) if beside is not None else None
         x = x if self.activation is None else self.activation(x)
         if beside is not None and kept is not None:
             apart = nn.functional.linear(x.masked_fill(~kept, 0), beside)
-            return nn.functional.linear(x.masked_fill(kept, 0), self.weight, self.bias) + apart
-        return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x.masked_fill(kept, 0), self._matrix(), self.bias) + apart
+        return nn.functional.linear(x, self._matrix(), self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, mode={self.mode}"

@@ -23,12 +23,13 @@ from harness.cell import Cell, baseline_of, cell_key, to_json, untuned
 from harness.errors import DataError, MethodError
 from harness.events import Event, Progress, Quantized
 from harness.formats.native import BlockContent, Checkpoint, CheckpointWriter
+from harness.methods.protocols import Document
 from harness.models import family_of, read_config
 from harness.models.protocols import DecoderFamily, Slot
 from harness.numerics import inputs
 from harness.runtime.linear import QuantizedLinear
 from harness.runtime.load import load
-from harness.streaming.calibration import windows_digest
+from harness.streaming.calibration import documents_digest, windows_digest
 from harness.streaming.passes import generator
 from harness.streaming.weights import DTYPES, WeightReader
 
@@ -68,14 +69,14 @@ class FrozenModel(LanguageModel):
 
 
 def run_tuning(
-    cell: Cell, folder: Path, base: Path, windows: Tensor, writer: CheckpointWriter, device: str = "cpu",
+    cell: Cell, folder: Path, base: Path, windows: Tensor | Sequence[Document], writer: CheckpointWriter, device: str = "cpu",
     cell_keys: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Train a cell's model and write its checkpoint.
 
     folder   of the model
     base     checkpoint of the cell without its tuning, complete
-    windows  [samples, length] tokens
+    windows  [samples, length] tokens; documents for a tuning that needs these
     Yields Progress while it trains, then Quantized. Raises MethodError for a matrix that cannot be trained or is not finite at
     last, StoreError for a damaged base, ModelError for a model that cannot be read.
     """
@@ -83,7 +84,7 @@ def run_tuning(
     assert part is not None, f"{cell.title} has no tuning"
     began, keys = time.monotonic(), tuple(cell_keys) or (cell_key(cell),)
     tuning = plugins.build("tuning", part.name, to_json(part)["settings"])
-    if windows.numel() == 0:
+    if (windows.numel() if isinstance(windows, Tensor) else len(windows)) == 0:
         raise DataError(f"{cell.title}: there is no text to train on; set calibration.samples and calibration.length")
     stored = Checkpoint.open(base)
     weights_only = dataclasses.replace(untuned(cell), scheme=dataclasses.replace(cell.scheme, activation=None, kv=None))
@@ -200,18 +201,24 @@ def _share(difference: Tensor, whole: Tensor) -> float:
 
 
 def _report(
-    cell: Cell, stored: Checkpoint, windows: Tensor, notes: Any, parameters: Sequence[nn.Parameter], seconds: float
+    cell: Cell, stored: Checkpoint, windows: Tensor | Sequence[Document], notes: Any, parameters: Sequence[nn.Parameter],
+    seconds: float,
 ) -> dict[str, Any]:
     """What the manifest says besides the blocks; sizes outside the matrices and coverage are the base's."""
     base, part = stored.manifest, cell.method.tuning
     assert part is not None
-    samples, length = windows.shape
+    if isinstance(windows, Tensor):
+        samples, length = windows.shape
+        text = {"windows_sha256": windows_digest(windows), "samples": samples, "length": length}
+    else:
+        tokens = sum(document.tokens.numel() for document in windows)
+        text = {"documents_sha256": documents_digest(windows), "documents": len(windows), "tokens": tokens}
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
-        "calibration": {"windows_sha256": windows_digest(windows), "samples": samples, "length": length},
+        "calibration": text,
         "tuning": {"trained_parameters": trained, "base": base["fingerprint"].get("quantize_key", ""), **notes},
     }
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from harness.cell import Calibration
 from harness.errors import ConfigError, DataError, unknown_name
-from harness.sources import read_corpus
+from harness.numerics.learning import Document
+from harness.sources import RESPONSE, read_corpus
 
 PACKINGS = ("window", "document", "join")
 
@@ -35,6 +36,36 @@ def draw_windows(calibration: Calibration, tokenizer: Any, documents: Sequence[s
     texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
     draw = {"window": _windows, "document": _documents, "join": _joined}[calibration.packing]
     return torch.tensor(draw(calibration, tokenizer, texts), dtype=torch.int64)
+
+
+def draw_documents(calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None) -> list[Document]:
+    """Every text of the corpus, tokenized, for tunings that learn from answers; packing, samples and length cut windows alone.
+
+    What stands before an answer (`sources.RESPONSE`) is the prompt. A prompt and its answer are tokenized apart, a BOS before the
+    one and an EOS behind the other where the tokenizer has them; a text without a prompt is tokenized as in a window.
+    """
+    texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
+    first, last = ([token] if token is not None else [] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    found = []
+    for text in texts:
+        before, response, answer = text.partition(RESPONSE)
+        if not response:
+            found.append(Document(torch.tensor(_tokens(tokenizer, text), dtype=torch.int64)))
+            continue
+        answered = answer.removeprefix("\n")
+        prompt = before + response + answer[: len(answer) - len(answered)]
+        asked, answers = (_tokens(tokenizer, part, add_special_tokens=False) for part in (prompt, answered))
+        found.append(Document(torch.tensor([*first, *asked, *answers, *last], dtype=torch.int64), len(first) + len(asked)))
+    return found
+
+
+def documents_digest(documents: Sequence[Document]) -> str:
+    """SHA-256 of the tokens and of where prompts end."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(f"{document.prompt} {document.tokens.numel()}\n".encode())
+        found.update(document.tokens.numpy().astype("<i8").tobytes())
+    return found.hexdigest()
 
 
 def windows_digest(windows: Tensor) -> str:
@@ -97,5 +128,5 @@ def _joined(calibration: Calibration, tokenizer: Any, texts: Sequence[str]) -> l
     )
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, verbose=False)["input_ids"])
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])

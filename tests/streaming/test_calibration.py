@@ -63,3 +63,21 @@ def test_too_little_text() -> None:
         draw(packing="join", samples=900)
     with pytest.raises(ConfigError, match='did you mean "window"'):
         draw(packing="windows")
+
+
+def test_documents_have_prompts_where_answers_follow() -> None:
+    from harness.sources import RESPONSE
+    from harness.streaming.calibration import documents_digest, draw_documents
+
+    class Letters:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, text)]}
+
+    calibration = Calibration("texts", "nowhere")
+    asked, plain = draw_documents(calibration, Letters(), [f"Why? {RESPONSE}\nSo.", "Words."])
+    prompt = [1, *map(ord, f"Why? {RESPONSE}\n")]
+    assert asked.prompt == len(prompt) and asked.tokens.tolist() == [*prompt, *map(ord, "So."), 2]
+    assert plain.prompt == 0 and plain.tokens.tolist() == [1, *map(ord, "Words.")]
+    assert documents_digest([asked, plain]) != documents_digest([plain, asked]) != documents_digest([plain])

@@ -1,0 +1,73 @@
+"""QLoRA: low-rank adapters in 16 bits are trained beside a frozen quantized model.
+
+QLoRA: Efficient Finetuning of Quantized LLMs (arXiv 2305.14314), eqs. 5 and 6.
+Objective: min over A, B of the cross-entropy of answers to instructions with y = x W'ᵀ + α/r · (x Aᵀ) Bᵀ, W' the quantized matrix:
+NF4 in blocks of 64 with double quantization in `method: qlora`, any other rounding by choice. A is drawn uniformly within 1 / √in,
+B is 0 at first: training starts at the quantized model. The adapter is not merged into W', neither stored nor run.
+
+Defaults are those of the authors' code (artidoro/qlora): rank 64, α 16, all linears of the blocks, AdamW at a constant 2e-4, norm
+of gradients at most 0.3, 10,000 steps of 16 texts, 384 tokens of a prompt and 128 of its answer, loss on answers alone. Their
+Guanaco scripts use a dropout of 0.05; 33B and 65B a rate of 1e-4.
+
+Where we differ: factors are trained in float32 and rounded to adapter_dtype when stored (theirs are in the compute dtype all
+along); the loss is the mean over all learned tokens of a step, theirs the mean of means where gradients are accumulated; texts are
+drawn without replacement in random order, theirs in groups of like length; a prompt ends in a newline where theirs ends in a space;
+no paged optimizer and no gradient checkpointing, which change no numbers. Texts without prompts are learned whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator as Generating
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Generator, Tensor, nn
+
+from harness.methods.protocols import Document, Network, Scheme, Shapes
+from harness.numerics.adapters import FrozenLinear, LowRankLinear, LowRankSettings, check_dtype, train_adapters, unknown_linears
+from harness.numerics.weights import QuantizedWeight
+
+
+class Tuning:
+    """Fine-tuning of low-rank adapters."""
+
+    version = 1
+    needs = ("documents",)
+    stochastic = True
+    activation_aware = False
+
+    @dataclass(frozen=True)
+    class Settings(LowRankSettings):
+        """adapter_dtype: in which A and B are stored: bfloat16, float16 or float32."""
+
+        adapter_dtype: str = "bfloat16"
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            check_dtype("adapter_dtype", self.adapter_dtype)
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._linears: list[FrozenLinear] = []
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Any weights; `linears` must name linears of the model."""
+        return unknown_linears(self.settings, [linear.name for linear in shapes.linears])
+
+    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+        """The quantized linear with an adapter, or frozen where it gets none."""
+        settings = self.settings
+        if settings.has_adapter(name):
+            linear: FrozenLinear = LowRankLinear(weight, bias, settings, weight.shape[1], settings.adapter_dtype)
+        else:
+            linear = FrozenLinear(weight, bias)
+        self._linears.append(linear)
+        return linear
+
+    def tune(
+        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
+        rng: Generator,
+    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
+        """Train on the documents; notes: mean losses of equal stretches of the steps, and the documents that were used."""
+        return (yield from train_adapters(student, self._linears, windows, self.settings, rng))
