@@ -12,10 +12,13 @@ from evidence import FakeBlock, generator, llama_shapes
 from torch import Tensor
 
 from harness import plugins
-from harness.cell import Scheme, WeightScheme
+from harness.cell import ActivationScheme, Scheme, WeightScheme
 from harness.methods.bi_smoothing import Transform as BiSmoothing
 from harness.methods.protocols import ScalePair
 from harness.methods.smoothquant import Transform as SmoothQuant
+from harness.methods.smoothquant import smoothing_scales
+from harness.numerics.activations import round_dynamic
+from harness.numerics.grids import fit
 from harness.numerics.inputs import of_module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "streaming"))
@@ -238,3 +241,44 @@ def test_hessians_are_of_the_divided_inputs(tiny_model: Any, tmp_path: Path) -> 
     assert alone == company
     errors = [entry["output_error"] for entry in alone["manifest.json"]["layer_errors"]]
     assert len(errors) == 3 * 7 and max(errors) < 1e-3
+
+
+# --- what the authors' code (mit-han-lab/smoothquant @ c61476d, smooth.py and fake_quant.py) gives on fixed tensors ---------------
+
+THEIRS = {                              # alpha -> s; codes of the queries' smoothed rows; the first two tokens' W8A8 outputs
+    0.5: (
+        [0.7071068, 0.7337994, 0.781736, 0.1825742, 0.7977241, 3.038218, 0.7071068, 0.7687061],
+        [[-23, -5, 15, -127, 2, 85, -10, 9], [-20, 17, -47, -51, 33, -127, 7, 46], [5, 37, -15, 127, -37, -12, 27, -24],
+         [12, -10, 4, 127, -5, 35, -13, 0], [-23, 0, 26, -114, 10, -127, -6, 18], [-15, 41, -54, 38, 67, -127, 25, -70]],
+        [[-21.71191, 1.976403, 10.79401, 18.33342, -4.535774, 5.242987],
+         [9.130313, -6.143113, -1.822762, 1.257962, -6.205603, -4.101105]],
+    ),
+    0.85: (
+        [0.8208261, 0.8300015, 0.714511, 0.5468112, 0.8510625, 9.290725, 0.7793308, 0.7991062],
+        [[-9, -2, 4, -127, 1, 86, -4, 3], [-7, 6, -14, -50, 12, -127, 2, 16], [2, 14, -5, 127, -13, -12, 10, -8],
+         [5, -4, 1, 127, -2, 36, -5, 0], [-9, 0, 8, -112, 3, -127, -2, 6], [-6, 15, -16, 37, 23, -127, 9, -24]],
+        [[-21.68648, 1.964536, 10.80316, 18.20525, -4.511732, 5.242564],
+         [9.115749, -6.165242, -1.880802, 1.252317, -6.141449, -4.104451]],
+    ),
+}
+
+
+def fixed(rows: int, columns: int, down: int, across: int) -> Tensor:
+    """Sixteenths that every machine makes alike."""
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
+    return ((row * down + column * across) % 29 - 14).float() / 16
+
+
+@pytest.mark.parametrize("alpha", list(THEIRS))
+def test_scales_codes_and_outputs_are_the_authors(alpha: float) -> None:
+    queries, keys, x = fixed(6, 8, 37, 11), fixed(4, 8, 5, 17) * 2, fixed(5, 8, 13, 19)
+    queries[:, 3] *= 30
+    x[:, 5] *= 20
+    scales, codes, outputs = THEIRS[alpha]
+    found = smoothing_scales(x.abs().amax(0), torch.cat((queries, keys)).abs().amax(0), alpha)
+    torch.testing.assert_close(found, torch.tensor(scales), rtol=1e-6, atol=0)
+    grid = fit(queries * found, 8, symmetric=True, convention="awq")
+    rounded = grid.quantize(queries * found)
+    assert torch.equal(rounded - grid.zero, torch.tensor(codes).float())
+    y = round_dynamic(x / found, ActivationScheme()) @ grid.dequantize(rounded).T
+    torch.testing.assert_close(y[:2], torch.tensor(outputs), rtol=1e-5, atol=1e-5)
