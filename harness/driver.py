@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from harness import schedule, tables, tracking
 from harness.cell import Cell, cell_key, digest
 from harness.display import Display, Silent, Tally
-from harness.errors import HarnessError, StoreError
+from harness.errors import HarnessError, ScheduleError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored
 from harness.plan import Plan, duration, make, render, within
 from harness.store import Record, Store, SweepState, is_running, write_aside
@@ -81,7 +81,8 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
     """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
 
     A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are told in the summary; whatever was complete
-    stays in the store. So does a store that takes nothing more, because every other cell would fail of the same.
+    stays in the store. So does a store that takes nothing more, because every other cell would fail of the same, and a cluster that
+    is lost for good.
     """
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
@@ -105,7 +106,7 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
         display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
     store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
     recorder = _Recorder(plan, store, display, text)
-    interrupted, stopped = False, ""
+    interrupted, stopped, begun = False, "", False
     try:
         with ExitStack() as stack:
             stop = stack.enter_context(_interrupts())
@@ -113,6 +114,7 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
             events = schedule.run(plan, command, **limit)
             stack.callback(_close, events)
             for event in events:
+                begun = True
                 if isinstance(event, Failed):
                     store.check_writable()
                 recorder.event(event)
@@ -124,6 +126,11 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
         interrupted = True
     except StoreError as error:                 # the next cells would all fail of it
         stopped = str(error)
+    except ScheduleError as error:
+        stopped = str(error)
+        if not begun:
+            recorder.end(time.monotonic() - began, interrupted, stopped)
+            raise
     finally:
         display.close()
     if store.is_cancelled(sweep.name):

@@ -54,7 +54,7 @@ class Scored(Event):
 class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 
-    kind: "error", "out_of_memory", "killed", "timeout", "lost", "cancelled"; reason: one line; detail: traceback or log tail.
+    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "cancelled"; reason: one line; detail: traceback or log tail.
     retry: True when a changed plan tries the cells again (alone, or on another node), so that this is not yet their end.
     """
 

@@ -16,6 +16,7 @@ What fails is tried again by a changed plan, or not at all in this run:
     killed while alone         once more, with nothing beside it
     out of memory              in company: alone. Alone: with nothing beside it, evaluations in batches of 1. Then it has failed
     a node is lost             as it was, on another node, three times
+    a cluster's head is lost   as it was, once another head has taken its place at the same address
 
 Finished blocks and scores are kept, so a second try starts where the first ended. The next run of the sweep starts from whatever
 the store holds.
@@ -31,6 +32,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,9 +55,15 @@ from harness.work import EvaluateTask, QuantizeTask, Task
 POLL_SECONDS = 1.0                              # how long an executor waits for events before deadlines are looked at
 SILENCE_SECONDS = 90.0                          # after which Ray is asked whether a task's node still lives
 PROBE_SECONDS = 60.0                            # for every node of a cluster to say what it sees
+LOOK_SECONDS = 5.0                              # between two looks at a cluster's head and nodes
+HEAD_SECONDS = 20.0                             # of silence after which the head counts as lost; Ray ends the driver after 60
+RETURN_SECONDS = 600.0                          # for another head to take its place
+JOIN_SECONDS = 60.0                             # for the first node that takes tasks to join a cluster
 STOP_SECONDS = 5.0                              # between asking a process to end and ending it
 LOSSES = 3                                      # nodes that may be lost under the same work
 PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
+log = logging.getLogger(__name__)
+
 TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
 
 
@@ -110,13 +118,15 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
     board = _Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
     try:
         store = Store(plan.sweep.runtime.runs)
+        shared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plan.sweep.runtime.cluster.address and isinstance(executor, RayCluster):
-            executor.check_shared(store, plan)
-        while time.monotonic() < ends and not store.is_cancelled(plan.sweep.name) and (board.submit() or board.running):
-            for message in executor.wait():
-                yield from board.receive(message)
-            yield from board.deadlines()
-            yield from board.cancelled()
+            shared = executor.shared(store, plan)
+        with shared:
+            while time.monotonic() < ends and not store.is_cancelled(plan.sweep.name) and (board.submit() or board.running):
+                for message in executor.wait():
+                    yield from board.receive(message)
+                yield from board.deadlines()
+                yield from board.cancelled()
     finally:
         executor.close()
 
@@ -332,7 +342,7 @@ class _Board:
             return
         unfinished, job.unfinished = job.unfinished, set()
         keys = [key for key in map(cell_key, job.work.cells) if key in unfinished or any(key == pair[0] for pair in unfinished)]
-        if isinstance(job.work, _Look) and end.kind != "lost":
+        if isinstance(job.work, _Look) and end.kind not in ("lost", "head_lost"):
             # Cells are scored in order: the first unfinished one is what the process died of, the others were only behind it.
             behind = {pair for pair in unfinished if pair[0] != keys[0]}
             unfinished -= behind
@@ -345,6 +355,9 @@ class _Board:
 
     def _changed_plan(self, job: _Job, kind: str, unfinished: set[Any]) -> bool:
         """Queue what a process left when it ended; False where there is no other way left to try it."""
+        if kind == "head_lost":                 # nothing that the work could have done
+            self._give(job, [unfinished])
+            return True
         if kind == "lost":
             if job.work.losses + 1 < LOSSES:
                 self._give(job, [unfinished], losses=job.work.losses + 1)
@@ -625,20 +638,27 @@ class RayCluster:
     """Tasks on a Ray cluster: one of its own on the loopback interface unless an address is given.
 
     cluster.settings go to `ray.init` (num_cpus, num_gpus, …), but for cpus_per_task, which is the CPU share of one task.
+
+    At an address, slots follow the nodes that join and leave, and a head that is lost is waited for.
     """
 
     def __init__(self, runtime: Runtime, workers: int) -> None:
         cluster = runtime.cluster
         self._ray = _import_ray(own=not cluster.address)
-        settings = dict(cluster.settings)
-        cpus = settings.pop("cpus_per_task", None)
+        self._address, self._settings, self._workers = cluster.address, dict(cluster.settings), workers
+        cpus = self._settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
-        self._started = self._connect(cluster.address, settings)
-        resources = self._ray.cluster_resources()
-        gpus = cluster.gpus_per_task if runtime.device != "cpu" and (resources.get("GPU", 0) or runtime.device == "cuda") else 0.0
-        self._check({"CPU": float(self.threads), "GPU": gpus}, resources)
-        fit = [int(resources.get(name, 0) / amount) for name, amount in (("CPU", self.threads), ("GPU", gpus)) if amount]
-        self.slots = max(1, min(fit) if cluster.address else min([workers, *fit]))
+        self._started = self._connect(self._address, self._settings)
+        nodes = self._joined(JOIN_SECONDS)
+        has_gpu = any(node.get("GPU", 0) for node in nodes)
+        gpus = cluster.gpus_per_task if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda") else 0.0
+        self._asked = {"CPU": float(self.threads), "GPU": gpus}
+        self._check(nodes)
+        self.slots = self._count_slots(nodes)
+        self._head = "" if self._started else str(self._ray.get_runtime_context().gcs_address)
+        self._looked = self._answered = time.monotonic()
+        self._shared: list[str] = []            # what tasks look for first; the store's probe leads
+        self._root = ""
         # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
         options: dict[str, Any] = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         if gpus:
@@ -673,55 +693,80 @@ class RayCluster:
             raise ScheduleError(f"{where}: {_first_line(error)}; {way_out}") from error
         return True
 
-    def _check(self, wanted: Mapping[str, float], resources: Mapping[str, float]) -> None:
+    def _joined(self, seconds: float) -> list[dict[str, float]]:
+        """What each living node has, once some node takes tasks or the time is over: a cluster's nodes may still be starting."""
+        ends = time.monotonic() + seconds
+        while True:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            if any(node.get("CPU", 0) for node in nodes) or time.monotonic() > ends:
+                return nodes
+            time.sleep(POLL_SECONDS)
+
+    def _count_slots(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """Tasks that run at once: what fits on each node."""
+        wanted = [(name, amount) for name, amount in self._asked.items() if amount]
+        fit = sum(min(int(node.get(name, 0) / amount) for name, amount in wanted) for node in nodes)
+        return max(1, fit if self._address else min(self._workers, fit))
+
+    def _check(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """A request that no node can meet would wait in silence."""
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        wanted = self._asked
         if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
             return
         asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         have = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes) or "none"
-        total = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
+        total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
         raise ScheduleError(
             f"no node of the cluster can take a task, which asks for {asked}. Nodes have: {have} (in all {total}). "
             "Lower cluster.gpus_per_task, set device=cpu, or add a node."
         )
 
-    def check_shared(self, store: Store, plan: Plan) -> None:
+    @contextlib.contextmanager
+    def shared(self, store: Store, plan: Plan) -> Iterator[None]:
         """Raise ScheduleError naming every node that does not see the store, or a model's folder, of this process.
 
-        Each node is asked for a file that was written just now: a folder of the same name on a disk of its own has none.
+        Each node is asked for a file that was written just now: a folder of the same name on a disk of its own has none. The file
+        stays for the tasks, which look for it too: they may run on nodes that join later.
         """
         cells = [cell for each in plan.passes for cell in each.cells] + [cell for each in plan.scorings for cell in each.cells]
         folders = {folder for cell in cells if (folder := _local(cell.model))}
         with store.probe() as probe:
-            wanted = [str(probe), *sorted(folders)]
+            self._shared, self._root = [str(probe), *sorted(folders)], str(store.root.absolute())
             asked = {}
             for node in self._ray.nodes():
                 if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
                     place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                     look = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_missing_paths)
-                    asked[look.remote(wanted)] = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
+                    asked[look.remote(self._shared)] = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
             answered, silent = self._ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
             problems = [f"node {asked[each]} did not answer within {PROBE_SECONDS:g} s" for each in silent]
             for each in answered:
                 try:
-                    missing = self._ray.get(each)
+                    problems += [f"node {asked[each]} does not see {self._in_words(path)}" for path in self._ray.get(each)]
                 except self._ray.exceptions.RayError as error:
                     problems.append(f"node {asked[each]}: {_first_line(error)}")
-                    continue
-                shown = [f"{store.root.absolute()}, where this process writes" if path == str(probe) else path for path in missing]
-                problems += [f"node {asked[each]} does not see {path}" for path in shown]
-        if problems:
-            raise ScheduleError(
-                f"{'; '.join(problems)}. Nothing was started. Results and models must lie on a file system that all nodes share: "
-                "set runs= to such a folder, and name models by a path on it or by their hub id"
-            )
+            if problems:
+                raise self._not_shared(problems, "Nothing was started. ")
+            yield
+        self._shared = []
+
+    def _in_words(self, path: str) -> str:
+        return f"{self._root}, where this process writes" if path == self._shared[0] else path
+
+    def _not_shared(self, problems: Sequence[str], so_far: str = "") -> ScheduleError:
+        return ScheduleError(
+            f"{'; '.join(problems)}. {so_far}Results and models must lie on a file system that all nodes share: "
+            "set runs= to such a folder, and name models by a path on it or by their hub id"
+        )
 
     def submit(self, number: int, task: Task) -> None:
-        self._running[number] = self._remote.remote(encode(task))
+        self._running[number] = self._remote.remote(encode(task), self._shared)
         self._heard[number] = time.monotonic()
 
     def wait(self) -> list[Message]:
+        lost = self._look()
+        if lost:
+            return lost
         numbers = {stream: number for number, stream in self._running.items()}
         if not numbers:
             return []
@@ -743,10 +788,51 @@ class RayCluster:
             return self._forget(number, Exit("error", f"the task broke off: {_first_line(error.cause or error)}"))
         except self._ray.exceptions.RayError as error:
             return self._forget(number, Exit("killed", f"the worker process was ended: {_first_line(error)}"))
-        if isinstance(news, str):               # a task's first word is where it runs
-            self._nodes[number] = news
+        if isinstance(news, tuple):             # a task's first word is where it runs, and what it does not see there
+            self._nodes[number], name, missing = news
+            if missing:
+                raise self._not_shared([f"node {name} does not see {self._in_words(path)}" for path in missing])
             return None
         return Message(number, news)
+
+    def _look(self) -> list[Message]:
+        """Every LOOK_SECONDS: slots for the nodes of now. The tasks of a head that was lost, when another has taken its place."""
+        now = time.monotonic()
+        if not self._head or now - self._looked < LOOK_SECONDS:
+            return []
+        self._looked = now
+        if _answers(self._head):
+            self._answered = now
+            self.slots = self._count_slots([node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            return []
+        if now - self._answered < HEAD_SECONDS:
+            return []
+        end = Exit("head_lost", f"the head of the cluster at {self._head} no longer answers")
+        lost = [self._forget(number, end) for number in list(self._running)]
+        self._ray.shutdown()                    # before Ray ends this process
+        self._rejoin()
+        return lost
+
+    def _rejoin(self) -> None:
+        """Join the cluster that takes the lost one's place. Raises ScheduleError where none does."""
+        log.warning("the head of the cluster at %s no longer answers; waiting %g s for it", self._head, RETURN_SECONDS)
+        ends = time.monotonic() + RETURN_SECONDS
+        while time.monotonic() < ends:
+            time.sleep(POLL_SECONDS)
+            if not _answers(self._head):
+                continue
+            with contextlib.suppress(ScheduleError):                           # it is only just starting
+                self._connect(self._address, self._settings)
+                nodes = self._joined(ends - time.monotonic())
+                self._check(nodes)
+                self.slots = self._count_slots(nodes)
+                self._looked = self._answered = time.monotonic()
+                return
+            self._ray.shutdown()
+        raise ScheduleError(
+            f"the head of the cluster at {self._head} is lost, and none took its place within {RETURN_SECONDS:g} s. "
+            "What was finished is in the store: start the cluster again, then the same command goes on"
+        )
 
     def _lost(self) -> list[Message]:
         """Tasks on nodes that Ray has given up: their streams stay silent for minutes."""
@@ -780,13 +866,25 @@ class RayCluster:
             self._ray.shutdown()
 
 
-def _stream(data: Mapping[str, Any]) -> Iterator[Any]:
-    """The body of a Ray task: the node it runs on, then the events."""
+def _stream(data: Mapping[str, Any], shared: Sequence[str]) -> Iterator[Any]:
+    """The body of a Ray task: its node, the node's name, and which of the `shared` paths that does not see; then the events."""
     import ray
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    yield ray.get_runtime_context().get_node_id()
-    yield from work.run(decode(data))
+    missing = _missing_paths(shared)
+    yield ray.get_runtime_context().get_node_id(), socket.gethostname(), missing
+    if not missing:
+        yield from work.run(decode(data))
+
+
+def _answers(address: str) -> bool:
+    """Whether a program listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _missing_paths(paths: Sequence[str]) -> list[str]:

@@ -20,7 +20,7 @@ from harness import store as store_module
 from harness.cell import cell_key
 from harness.config import load_sweep
 from harness.display import Live, Silent, Tally, news, record_text, status
-from harness.errors import ConfigError, PlanError, StoreError, TrackingError
+from harness.errors import ConfigError, PlanError, ScheduleError, StoreError, TrackingError
 from harness.events import Event, Failed, Progress, Quantized, Scored
 from harness.plan import make, seconds_of, within
 from harness.store import Store
@@ -127,6 +127,25 @@ def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch
     monkeypatch.undo()
     store = Store(sweep.runtime.runs)
     assert not any(store.failures(cell_key(cell)) for cell in sweep.cells)
+
+
+def test_a_cluster_lost_for_good_ends_the_sweep_in_words(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was never there is an error as before; either way nobody takes the sweep for a running one."""
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+
+    def lost(plan: Any, before: int) -> Iterator[Event]:
+        for _ in range(before):
+            yield Progress(time.time(), (cell_key(plan.missing[0]),), stage="block", step=1, steps=4)
+        raise ScheduleError("the head of the cluster is lost")
+
+    script(monkeypatch, lambda plan: lost(plan, 1))
+    summary = driver.run(sweep)
+    assert summary.exit_code == 1 and summary.stopped == "the head of the cluster is lost" and "resume" in summary.text
+    script(monkeypatch, lambda plan: lost(plan, 0))
+    with pytest.raises(ScheduleError):
+        driver.run(sweep)
+    state = Store(sweep.runtime.runs).sweep_state(sweep.name)
+    assert state is not None and state["ended"]
 
 
 def test_a_cancelled_sweep_goes_on_when_it_is_run_again(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:

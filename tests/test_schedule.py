@@ -298,6 +298,91 @@ def test_a_node_may_be_lost_three_times(demo_sweep: Make, monkeypatch: pytest.Mo
     assert [event.retry for event in events if isinstance(event, Failed)] == [True, True, False]
 
 
+def test_a_lost_head_costs_the_work_no_try(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [Exit("head_lost", "the head no longer answers")] * 5
+
+    def act(task: Task) -> list[Event | Exit]:
+        return [losses.pop()] if losses else well(task)
+
+    events = play(plan_of(demo_sweep("method=rtn", "scheme=w4", *SMALL)), Script(act), monkeypatch)
+    assert [event.retry for event in events if isinstance(event, Failed)] == [True] * 5
+    assert sum(isinstance(event, Scored) for event in events) == 2
+
+
+class FakeRay:
+    """A cluster whose nodes a test chooses. init: fails as often as `refusals` says."""
+
+    def __init__(self, *nodes: dict[str, float], refusals: int = 0) -> None:
+        self.resources, self.refusals, self.joined, self.shut = nodes, refusals, 0, 0
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": resources} for resources in self.resources]
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **settings: Any) -> None:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise ConnectionError("no cluster yet")
+        self.joined += 1
+
+    def shutdown(self) -> None:
+        self.shut += 1
+
+
+def joined(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> schedule.RayCluster:
+    """A `RayCluster` in the state in which its cluster was just reached."""
+    cluster = object.__new__(schedule.RayCluster)
+    cluster._ray, cluster._address, cluster._settings, cluster._workers = ray, "10.0.0.1:6379", {}, 1
+    cluster._asked, cluster._head, cluster._started, cluster.slots = {"CPU": 2.0, "GPU": 0.0}, "10.0.0.1:6379", False, 1
+    cluster._looked = cluster._answered = clock[0]
+    cluster._running, cluster._nodes, cluster._heard = {7: "stream"}, {}, {7: 0.0}
+
+    class Time:
+        monotonic = staticmethod(lambda: clock[0])
+
+        @staticmethod
+        def sleep(seconds: float) -> None:
+            clock[0] += seconds
+
+    monkeypatch.setattr(schedule, "time", Time)
+    return cluster
+
+
+def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, back = [0.0], [100.0]
+    ray = FakeRay({"CPU": 4.0}, {"CPU": 3.0}, refusals=2)
+    cluster = joined(ray, monkeypatch, clock)
+    monkeypatch.setattr(schedule, "_answers", lambda address: clock[0] >= back[0])
+    clock[0] = schedule.HEAD_SECONDS - 1
+    assert cluster._look() == [] and not ray.shut               # a hiccup
+    clock[0] = schedule.HEAD_SECONDS + schedule.LOOK_SECONDS
+    (message,) = cluster._look()
+    assert message.number == 7 and isinstance(message.news, Exit) and message.news.kind == "head_lost"
+    assert ray.joined == 1 and clock[0] >= 100 and not cluster._running
+    assert cluster.slots == 3                                   # two tasks of two CPUs on the first node, one on the second
+    cluster._running, back[0] = {8: "stream"}, 1e9
+    clock[0] += schedule.HEAD_SECONDS + 1
+    with pytest.raises(ScheduleError, match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command goes on"):
+        cluster._look()
+
+
+def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    ray = FakeRay({"CPU": 2.0})
+    cluster = joined(ray, monkeypatch, clock)
+    monkeypatch.setattr(schedule, "_answers", lambda address: True)
+    ray.resources = ({"CPU": 2.0}, {"CPU": 16.0}, {})
+    clock[0] = schedule.LOOK_SECONDS + 1
+    assert cluster._look() == [] and cluster.slots == 9
+    ray.resources = ({},)
+    began = clock[0]
+    assert cluster._joined(60.0) == [{}] and clock[0] > began + 60     # nothing but a head: waited for, then told
+    with pytest.raises(ScheduleError, match="asks for 2 CPU"):
+        cluster._check([{}])
+
+
 def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask):
@@ -469,7 +554,8 @@ def test_a_node_that_does_not_see_the_store_is_named(ray_cluster: Any, demo_swee
     plan, store = plan_of(sweep), Store(sweep.runtime.runs)
     executor = make_executor(dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1)), 1)
     assert isinstance(executor, schedule.RayCluster)
-    executor.check_shared(store, plan)
+    with executor.shared(store, plan):
+        assert list(store.root.glob(".probe*"))                 # for the tasks, which may run on nodes that join later
     assert not list(store.root.glob(".probe*"))
 
     @contextlib.contextmanager
@@ -478,7 +564,7 @@ def test_a_node_that_does_not_see_the_store_is_named(ray_cluster: Any, demo_swee
 
     monkeypatch.setattr(Store, "probe", elsewhere)
     with pytest.raises(ScheduleError, match=r"node .* does not see .*runs, where this process writes\. Nothing was started"):
-        executor.check_shared(store, plan)
+        executor.shared(store, plan).__enter__()
 
 
 def test_the_plan_is_what_runs(demo_sweep: Make) -> None:
