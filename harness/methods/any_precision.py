@@ -16,19 +16,13 @@ of the statistic (float32), there in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
-from harness.numerics.codebooks import LookupWeight, SortedRows, cluster_rows, split_clusters
-from harness.numerics.grids import as_stored
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_tables, sensitivity_of
+from harness.numerics.codebooks import lookup_rows
 from harness.numerics.weights import QuantizedWeight
-
-NUMBERS = 2**24                                 # weights whose prefix sums are held at a time
 
 
 class Rounding:
@@ -61,36 +55,15 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """seed_bits to 8 bits, one table per output row that is shorter than the row."""
-        seed_bits = self.settings.seed_bits
-
-        def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
-            if weight.group_size != -1:
-                yield f"Any-Precision has one table per output row; use group_size=-1 instead of {weight.group_size}"
-            if weight.bits == int(weight.bits) and seed_bits <= weight.bits <= 8 and 2**int(weight.bits) > linear.in_features:
-                yield f"a table of {2**int(weight.bits)} values is longer than the row it stands for"
-
-        return check_uniform(scheme, shapes, bits=range(seed_bits, 9)) + refusals(scheme, shapes, reasons)
+        return check_tables(scheme, shapes, bits=range(self.settings.seed_bits, 9))
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Memory: some 2^24 · 60 bytes on the CPU, where the sorting is done."""
-        assert evidence is not None, "any_precision needs squared gradients"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
-        sensitivity = evidence["squared_gradient"]
-        if not bool(torch.isfinite(sensitivity).all()):
-            raise MethodError(f"{name}: squared gradients hold NaN or infinity; load the model with model.dtype=float32")
-        importance = sensitivity * (weight != 0)
-        bits = int(scheme.bits)
-        codes, tables = [], []
-        at_a_time = max(1, NUMBERS // weight.shape[1])
-        for values, weights in zip(weight.split(at_a_time), importance.split(at_a_time), strict=True):
-            rows = SortedRows.of(values, weights)
-            table, borders = cluster_rows(rows, 2**self.settings.seed_bits, rng, iterations=self.settings.iterations)
-            for _ in range(self.settings.seed_bits, bits):
-                table, borders = split_clusters(rows, table, borders)
-            codes.append(rows.codes(borders))
-            tables.append(table.float())
-        table = as_stored(torch.cat(tables), scheme.scale_dtype).to(weight.device)
-        return LookupWeight(torch.cat(codes).to(weight.device), table, bits, scheme.scale_dtype)
+        """Quantize weight [out, in] float32. Memory: that of `lookup_rows`."""
+        importance = sensitivity_of(weight, evidence) * (weight != 0)
+        settings = self.settings
+        return lookup_rows(
+            weight, importance, int(scheme.bits), rng, seed_bits=settings.seed_bits, iterations=settings.iterations,
+            scale_dtype=scheme.scale_dtype,
+        )

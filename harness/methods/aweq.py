@@ -23,7 +23,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import BlockView, LinearShape, Scheme, Shapes, check_uniform, fold_scales
+from harness.methods.protocols import BlockView, LinearShape, Scheme, Shapes, check_uniform, fold_scales, require_finite
 from harness.numerics.activations import round_dynamic
 from harness.numerics.grids import CONVENTIONS, fit
 from harness.numerics.weights import QuantizedWeight, UniformWeight
@@ -110,8 +110,7 @@ class Rounding:
         for linear in block.shapes.linears:
             groups.setdefault(linear.group, []).append(linear)
             weight = block.linear(linear.name).weight.float()
-            if not bool(torch.isfinite(weight).all()):
-                raise MethodError(f"{linear.name}: the weight holds NaN or infinity; the model itself is damaged")
+            require_finite(weight, linear.name)
             rounded[linear.name] = self._round(weight, scheme, block.index, linear.name)
         placed: dict[str, Tensor] = {}
         corrections: dict[str, Tensor] = {}

@@ -35,6 +35,7 @@ from harness.methods.protocols import (
     check_grid,
     fold_scales,
     repeat_scales,
+    require_finite,
 )
 from harness.numerics.grids import CONVENTIONS, Fitting
 from harness.numerics.weights import QuantizedWeight, on_grid
@@ -215,8 +216,7 @@ class Rounding:
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, and the inputs of the search in float32."""
         assert evidence is not None, "awq needs the layer's inputs"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         settings = self.settings
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]

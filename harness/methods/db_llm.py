@@ -23,8 +23,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Network, Scheme, Shapes, WeightScheme, check_uniform, refusals
-from harness.numerics.dual_binary import DualBinaryWeight, TrainedScales, assemble, initial_step
+from harness.methods.protocols import Evidence, Network, Scheme, Shapes, WeightScheme, check_uniform, require_finite
+from harness.numerics.dual_binary import LEVELS, DualBinaryWeight, TrainedScales, assemble, initial_step
 from harness.numerics.grids import as_stored
 from harness.numerics.learning import steps_of
 from harness.numerics.weights import QuantizedWeight
@@ -56,8 +56,7 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight, five with range_search."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         groups = weight.reshape(weight.shape[0], -1, size)
         step = as_stored(initial_step(groups, self.settings.range_search), scheme.scale_dtype)
@@ -162,6 +161,4 @@ def distillation_loss(student: Tensor, teacher: Tensor, gamma: float) -> Tensor:
 
 
 def _check(scheme: Scheme, shapes: Shapes) -> list[str]:
-    reasons = check_uniform(scheme, shapes, bits=(2,))
-    word = "DB-LLM's levels -s, 0, s, 2s are not symmetric; use symmetric=false"
-    return reasons + refusals(scheme, shapes, lambda _linear, weight: [word] if weight.symmetric else [])
+    return check_uniform(scheme, shapes, bits=(2,), never_symmetric=LEVELS)

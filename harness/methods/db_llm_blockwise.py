@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import BlockView, Scheme, Shapes, check_uniform, refusals
-from harness.numerics.dual_binary import TrainedScales, initial_step
+from harness.methods.protocols import BlockView, Scheme, Shapes, check_uniform, require_finite
+from harness.numerics.dual_binary import LEVELS, TrainedScales, initial_step
 from harness.numerics.learning import train
 from harness.numerics.weights import QuantizedWeight
 
@@ -54,17 +52,14 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """2 bits, in groups that divide every layer."""
-        word = "DB-LLM's levels -s, 0, s, 2s are not symmetric; use symmetric=false"
-        reasons = check_uniform(scheme, shapes, bits=(2,))
-        return reasons + refusals(scheme, shapes, lambda _linear, weight: [word] if weight.symmetric else [])
+        return check_uniform(scheme, shapes, bits=(2,), never_symmetric=LEVELS)
 
     def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
         """Quantize the block's linears. Peak memory: the block in float32 four times, and one sequence's activations."""
         trained: dict[str, TrainedScales] = {}
         for shape in block.shapes.linears:
             weight = block.linear(shape.name).weight.detach().float()
-            if not bool(torch.isfinite(weight).all()):
-                raise MethodError(f"{shape.name}: the weight holds NaN or infinity; the model itself is damaged")
+            require_finite(weight, shape.name)
             size = scheme.weight_for(block.index, shape.name).group_size
             groups = weight.reshape(weight.shape[0], -1, weight.shape[1] if size == -1 else size)
             step = initial_step(groups, self.settings.range_search)[..., 0]

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_uniform, refusals, require_finite
 from harness.numerics.grids import from_range
 from harness.numerics.weights import QuantizedWeight, UniformWeight
 
@@ -67,8 +66,7 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         size = choose_group_size(weight, self.settings.alpha, self.settings.minimum_group)
         bits = int(scheme.bits)
         grouped = weight.reshape(weight.shape[0], -1, size)

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_grid, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_grid, refusals, shared_factor
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import CONVENTIONS, Fitting
-from harness.numerics.hessians import Factor, factored
+from harness.numerics.hessians import Factor
 from harness.numerics.number_formats import DOUBLE_QUANTIZED
 from harness.numerics.weights import QuantizedWeight, on_grid
 
@@ -91,18 +90,8 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, or four [in, in] while H is factored."""
-        assert evidence is not None, "gptq needs the Hessian"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
         settings = self.settings
-        try:
-            factor = evidence.once(
-                ("factor", settings.damping_fraction, settings.act_order),
-                lambda: factored(evidence["hessian"], settings.damping_fraction, settings.act_order),
-            )
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
-        return self._round(weight, factor, scheme)
+        return self._round(weight, shared_factor(weight, evidence, settings.damping_fraction, settings.act_order), scheme)
 
     def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
         rows, columns = weight.shape

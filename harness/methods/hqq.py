@@ -23,8 +23,7 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals, require_finite
 from harness.numerics.grids import as_stored
 from harness.numerics.weights import QuantizedWeight, UniformWeight
 
@@ -100,21 +99,18 @@ class Rounding:
         """Asymmetric integers of 2 to 8 bits in groups that divide the axis."""
 
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
-            if weight.symmetric:
-                yield "HQQ optimizes zero points; use symmetric=false"
             if self.settings.axis == 0 and weight.group_size == -1:
                 yield "HQQ with axis=0 needs a group_size"
             elif self.settings.axis == 0 and linear.out_features % weight.group_size:
                 yield f"group_size {weight.group_size} does not divide the output rows, across which axis=0 groups"
 
-        return check_uniform(scheme, shapes) + refusals(scheme, shapes, reasons)
+        return check_uniform(scheme, shapes, never_symmetric="HQQ optimizes zero points") + refusals(scheme, shapes, reasons)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         rows, columns = weight.shape
         size = columns if scheme.group_size == -1 else scheme.group_size
         across = self.settings.axis == 0

@@ -56,5 +56,5 @@ class Rounding:
         """The weight [out, in] in scheme.scale_dtype. Raises MethodError where that cannot hold it."""
         kept = weight.to(DTYPES[scheme.scale_dtype])
         if not bool(torch.isfinite(kept).all()):
-            raise MethodError(f"{name}: weights that {scheme.scale_dtype} cannot hold (NaN, or too large); use bfloat16 or float32")
+            raise MethodError(f"weights that {scheme.scale_dtype} cannot hold (NaN, or too large); use bfloat16 or float32")
         return DenseWeight(kept)

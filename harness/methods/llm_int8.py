@@ -76,7 +76,7 @@ class Rounding:
         """Quantize weight [out, in] float32. Peak memory: two copies of weight. Raises MethodError beyond float16's range."""
         half = weight.half()
         if not bool(torch.isfinite(half).all()):
-            raise MethodError(f"{name}: weights that float16 cannot hold (NaN, or beyond 65504); LLM.int8() is defined on float16")
+            raise MethodError("weights that float16 cannot hold (NaN, or beyond 65504); LLM.int8() is defined on float16")
         return Int8OfFloat16(half) if self.settings.outlier_weights == "fp16" else _rounded(half)
 
 

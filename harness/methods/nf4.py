@@ -19,11 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, require_finite
 from harness.numerics.block_maxima import BlockMaxima, unit_blocks
 from harness.numerics.grids import encode
 from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS
@@ -68,8 +66,7 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         scaled, values = unit_blocks(weight.reshape(-1), scheme.group_size)
         codes = encode(scaled, FORMATS[scheme.format].element).reshape(weight.shape)
         double = self.settings.double_quantization or scheme.scale_dtype == DOUBLE_QUANTIZED

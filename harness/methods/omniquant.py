@@ -29,7 +29,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import BlockView, ScalePair, Scheme, Shapes, WeightScheme, check_uniform, repeat_scales
+from harness.methods.protocols import (
+    BlockView,
+    ScalePair,
+    Scheme,
+    Shapes,
+    WeightScheme,
+    check_uniform,
+    repeat_scales,
+    require_finite,
+)
 from harness.numerics.activations import round_dynamic
 from harness.numerics.grids import CONVENTIONS, Grid
 from harness.numerics.learning import clipped_grid, nearest_through, round_through, train
@@ -171,8 +180,7 @@ class _Linears:
         self.lower: dict[str, nn.Parameter] = {}
         for shape in block.shapes.linears:
             name, weight = f"{shape.name}.weight", block.linear(shape.name).weight
-            if not bool(torch.isfinite(weight).all()):
-                raise MethodError(f"{shape.name}: the weight holds NaN or infinity; the model itself is damaged")
+            require_finite(weight, shape.name)
             self.parameters[name], self.grouped[name] = weight.detach(), scheme.weight_for(block.index, shape.name)
             if settings.clip:
                 size = self._size(name)

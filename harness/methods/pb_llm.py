@@ -26,11 +26,9 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, shared_factor
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import SCALE_DTYPES, Grid, as_stored, fit
-from harness.numerics.hessians import factored
 from harness.numerics.packing import pack, unpack
 from harness.numerics.weights import QuantizedWeight
 
@@ -160,17 +158,8 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight, and four [in, in] while H is factored."""
-        assert evidence is not None, "pb_llm needs the Hessian"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
         settings = self.settings
-        try:
-            factor = evidence.once(
-                ("factor", settings.damping_fraction, False),
-                lambda: factored(evidence["hessian"], settings.damping_fraction, False),
-            )
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
+        factor = shared_factor(weight, evidence, settings.damping_fraction)
         high = fit(weight, HIGH_BITS, False, "gptq", scheme.scale_dtype)
         weight = weight.masked_fill(factor.dead, 0)
         rows, columns = weight.shape

@@ -24,16 +24,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.cell import Scheme, WeightScheme
-from harness.errors import unknown_name
+from harness.errors import MethodError, unknown_name
 from harness.numerics.grids import CONVENTIONS
+from harness.numerics.hessians import Factor, factored
 from harness.numerics.learning import Document
 from harness.numerics.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.numerics.weights import QuantizedWeight
 
 __all__ = [
     "STATISTICS", "BlockView", "Document", "Evidence", "LinearShape", "Network", "Rounding", "ScalePair", "Scheme", "Shapes",
-    "TrainedLinear", "Transform", "Tuning", "WeightScheme", "WholeModel", "check_grid", "check_turning", "check_uniform",
-    "fold_scales", "in_attention", "put_parameters", "refusals", "repeat_scales", "turn_ends", "turned", "writes_residual",
+    "TrainedLinear", "Transform", "Tuning", "WeightScheme", "WholeModel", "check_grid", "check_tables", "check_turning",
+    "check_uniform", "fold_scales", "in_attention", "put_parameters", "refusals", "repeat_scales", "require_finite",
+    "sensitivity_of", "shared_factor", "turn_ends", "turned", "writes_residual",
 ]
 
 STATISTICS: dict[str, str] = {
@@ -233,7 +235,7 @@ class Rounding(Protocol):
 
         name: within its block, "self_attn.q_proj".   weight: [out, in] float32, not written to.
         evidence: of the layer's input; None when `needs` is empty.   rng: seeded by cell, block and linear.
-        Raises MethodError when the numbers break down.
+        Raises MethodError when the numbers break down; the pass adds block and layer to what it says.
         """
         ...
 
@@ -287,6 +289,36 @@ class Tuning(Protocol):
         Raises MethodError when a loss is not finite.
         """
         ...
+
+
+def require_finite(weight: Tensor, name: str = "") -> None:
+    """Raise MethodError when a matrix [out, in] holds NaN or infinity; name: of its linear, where the caller has several."""
+    if not bool(torch.isfinite(weight).all()):
+        raise MethodError(f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged")
+
+
+def shared_factor(weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False) -> Factor:
+    """What a column-by-column rounding of weight [out, in] starts from: its Hessian, damped, inverted and factored.
+
+    Computed once for all matrices with one input and all cells of one stream. Raises MethodError when the weight or the Hessian
+    is not finite, or the Hessian not positive definite.
+    """
+    assert evidence is not None, "a method that needs the Hessian is given evidence"
+    require_finite(weight)
+    return evidence.once(
+        ("factor", damping_fraction, act_order), lambda: factored(evidence["hessian"], damping_fraction, act_order)
+    )
+
+
+def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:
+    """Squared gradients of weight [out, in], for methods that weigh its errors with them. Raises MethodError when they, or the
+    weight, are not finite."""
+    assert evidence is not None, "a method that needs squared gradients is given evidence"
+    require_finite(weight)
+    sensitivity = evidence["squared_gradient"]
+    if not bool(torch.isfinite(sensitivity).all()):
+        raise MethodError("squared gradients hold NaN or infinity; load the model with model.dtype=float32")
+    return sensitivity
 
 
 def repeat_scales(scales: Tensor, pair: ScalePair, shapes: Shapes) -> Tensor:
@@ -409,13 +441,30 @@ def check_turning(shapes: Shapes) -> list[str]:
 
 
 def check_uniform(
-    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None
+    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None,
+    never_symmetric: str | None = None,
 ) -> list[str]:
     """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
 
     One reason per kind of problem, naming every layer it concerns. convention: also that this grid exists for the scheme.
+    never_symmetric: the reason to refuse symmetric schemes for, where the method does.
     """
-    return _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
+    reasons = _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
+    if never_symmetric is not None and any(weight.symmetric for weight, _ in _weight_schemes(scheme, shapes)):
+        reasons.append(f"{never_symmetric}; use symmetric=false")
+    return reasons
+
+
+def check_tables(scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9)) -> list[str]:
+    """Reasons why some linear cannot have one table of 2^bits values per output row."""
+
+    def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+        if weight.group_size != -1:
+            yield f"there is one table per output row; use group_size=-1 instead of {weight.group_size}"
+        if weight.bits in bits and 2 ** int(weight.bits) > linear.in_features:
+            yield f"a table of {2 ** int(weight.bits)} values is longer than the row it stands for"
+
+    return check_uniform(scheme, shapes, bits=bits) + refusals(scheme, shapes, reasons)
 
 
 def check_grid(scheme: Scheme, shapes: Shapes, *, convention: str) -> list[str]:

@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals, require_finite
 from harness.numerics.feedback import descend, ldlq
 from harness.numerics.grids import SCALE_DTYPES, as_stored, fit
 from harness.numerics.hessians import damped
@@ -124,32 +124,26 @@ class Rounding:
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
             if weight.group_size != -1:
                 yield f"groups have no meaning after a rotation; use group_size=-1 instead of {weight.group_size}"
-            if weight.symmetric:
-                yield "QuIP's grid is not symmetric; use symmetric=false"
 
-        return check_uniform(scheme, shapes) + refusals(scheme, shapes, reasons)
+        return check_uniform(scheme, shapes, never_symmetric="QuIP's grid is not symmetric") + refusals(scheme, shapes, reasons)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight and four [in, in]."""
         assert evidence is not None, "quip needs the Hessian"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         bits, settings = int(scheme.bits), self.settings
         top = 2**bits - 1
-        try:
-            if not settings.incoherence:
-                hessian, dead = damped(evidence["hessian"], settings.damping_fraction)
-                grid = fit(weight, bits, False, "gptq", scheme.scale_dtype)
-                target = (weight.masked_fill(dead, 0) / grid.scale + grid.zero).clamp_(0, top)
-                codes = self._round(target, hessian, top)
-                return UniformWeight.from_grid(codes, grid, symmetric=False, scale_dtype=scheme.scale_dtype)
-            seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
-            rotated, hessian, column_scale = incoherent(weight, evidence["hessian"], settings.rescale, seed, scheme.scale_dtype)
-            hessian, dead = damped(hessian, settings.damping_fraction)
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
+        if not settings.incoherence:
+            hessian, dead = damped(evidence["hessian"], settings.damping_fraction)
+            grid = fit(weight, bits, False, "gptq", scheme.scale_dtype)
+            target = (weight.masked_fill(dead, 0) / grid.scale + grid.zero).clamp_(0, top)
+            codes = self._round(target, hessian, top)
+            return UniformWeight.from_grid(codes, grid, symmetric=False, scale_dtype=scheme.scale_dtype)
+        seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
+        rotated, hessian, column_scale = incoherent(weight, evidence["hessian"], settings.rescale, seed, scheme.scale_dtype)
+        hessian, dead = damped(hessian, settings.damping_fraction)
         largest = SPREAD * rotated.square().mean().sqrt() + 1e-16
         target = ((rotated / largest + 1) * (top / 2)).clamp_(0, top)
         codes = self._round(target, hessian, top)

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_grid
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_grid, require_finite
 from harness.numerics.grids import CONVENTIONS, Fitting
 from harness.numerics.weights import QuantizedWeight, on_grid
 
@@ -54,8 +52,7 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: two copies of weight, four with range_search."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
         grid = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search).fit(grouped)

@@ -28,8 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals, require_finite
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import from_range
 from harness.numerics.hessians import damped, inverse_factor
@@ -76,28 +75,26 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Asymmetric integers of 2 to 4 bits in groups, four or more of them in some layer."""
-        return check_uniform(scheme, shapes, bits=(2, 3, 4)) + check_groups(scheme, shapes)
+        return check_uniform(scheme, shapes, bits=(2, 3, 4), never_symmetric="SliM-LLM's grids have zero points") + check_groups(
+            scheme, shapes
+        )
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight, or four [in, in] while H is factored."""
         assert evidence is not None, "slim_llm needs the Hessian and the inputs"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         bits, size, settings = int(scheme.bits), scheme.group_size, self.settings
         inputs = evidence["inputs"]
         unit = 2.0 * inputs.shape[-2]                             # the authors' Hessian over ours
-        try:
-            before, dead, factor = evidence.once(
-                ("slim_llm factors", settings.damping_fraction),
-                lambda: factors(evidence["hessian"] * unit, settings.damping_fraction),
-            )
-            moved = 0
-            if settings.search_widths:
-                moved = search_moved(weight, list(inputs), group_salience(weight, before, size), bits, size, scheme.scale_dtype)
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
+        before, dead, factor = evidence.once(
+            ("slim_llm factors", settings.damping_fraction),
+            lambda: factors(evidence["hessian"] * unit, settings.damping_fraction),
+        )
+        moved = 0
+        if settings.search_widths:
+            moved = search_moved(weight, list(inputs), group_salience(weight, before, size), bits, size, scheme.scale_dtype)
         weight = weight.masked_fill(dead, 0)
         widths = widths_of(group_salience(weight, factor, size), bits, moved)
         return self._round(weight, factor, widths, scheme)
@@ -169,8 +166,6 @@ def check_groups(scheme: Scheme, shapes: Shapes) -> list[str]:
 
     def reasons(linear: LinearShape, weight: WeightScheme) -> list[str]:
         problems = []
-        if weight.symmetric:
-            problems.append("SliM-LLM's grids have zero points; use symmetric=false")
         if weight.group_size < 1:
             problems.append("SliM-LLM gives each group its own width; set a group_size (128 as published)")
         else:

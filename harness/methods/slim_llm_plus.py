@@ -18,7 +18,17 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import BlockView, Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import (
+    BlockView,
+    Evidence,
+    LinearShape,
+    Scheme,
+    Shapes,
+    WeightScheme,
+    check_uniform,
+    refusals,
+    require_finite,
+)
 from harness.numerics.grids import Grid
 from harness.numerics.hessians import damped, inverse_factor
 from harness.numerics.learning import clipped_grid, nearest_through, train
@@ -66,14 +76,11 @@ class Rounding:
         """Asymmetric integers of 2 to 4 bits in groups."""
 
         def reasons(_linear: LinearShape, weight: WeightScheme) -> list[str]:
-            problems = []
-            if weight.symmetric:
-                problems.append("SliM-LLM's grids have zero points; use symmetric=false")
-            if weight.group_size < 1:
-                problems.append("SliM-LLM gives each group its own width; set a group_size (128 as published)")
-            return problems
+            grouped = weight.group_size > 0
+            return [] if grouped else ["SliM-LLM gives each group its own width; set a group_size (128 as published)"]
 
-        return check_uniform(scheme, shapes, bits=(2, 3, 4)) + refusals(scheme, shapes, reasons)
+        word = "SliM-LLM's grids have zero points"
+        return check_uniform(scheme, shapes, bits=(2, 3, 4), never_symmetric=word) + refusals(scheme, shapes, reasons)
 
     def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
         """Quantize the block's linears. Peak memory: the block in float32 four times, or one Hessian's factorisation."""
@@ -81,8 +88,7 @@ class Rounding:
         matrices: dict[str, _Matrix] = {}
         for shape in block.shapes.linears:
             weight = block.linear(shape.name).weight.detach()
-            if not bool(torch.isfinite(weight).all()):
-                raise MethodError(f"{shape.name}: the weight holds NaN or infinity; the model itself is damaged")
+            require_finite(weight, shape.name)
             own = scheme.weight_for(block.index, shape.name)
             try:
                 widths = self._widths(weight.float(), block.evidence[shape.name], own)

@@ -27,8 +27,7 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals, require_finite
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import SCALE_DTYPES, as_stored
 from harness.numerics.hessians import damped, inverse_factor
@@ -195,30 +194,24 @@ class Rounding:
         second_level = self.settings.scale_bits is not None or self.settings.zero_bits is not None
 
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
-            if weight.symmetric:
-                yield "SpQR's grid is not symmetric; use symmetric=false"
             if weight.group_size == -1:
                 yield "SpQR rounds small groups; set group_size (16 in the paper)"
             if second_level and linear.out_features % self.settings.second_group:
                 yield f"second_group {self.settings.second_group} does not divide the output rows"
 
-        return check_uniform(scheme, shapes) + refusals(scheme, shapes, reasons)
+        return check_uniform(scheme, shapes, never_symmetric="SpQR's grid is not symmetric") + refusals(scheme, shapes, reasons)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, and four [in, in] while H is factored."""
         assert evidence is not None, "spqr needs the Hessian"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         settings = self.settings
-        try:
-            upper, dead, order = evidence.once(
-                ("spqr factor", settings.damping_fraction, settings.act_order),
-                lambda: _factor(evidence["hessian"], settings.damping_fraction, settings.act_order),
-            )
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
+        upper, dead, order = evidence.once(
+            ("spqr factor", settings.damping_fraction, settings.act_order),
+            lambda: _factor(evidence["hessian"], settings.damping_fraction, settings.act_order),
+        )
         weight = weight.masked_fill(dead, 0)
         weight = weight if order is None else weight[:, order]
         return _Layer(weight, upper, scheme, settings).round(order)

@@ -12,20 +12,15 @@ dense value (theirs is added to the centroid nearest to 0, and zeros join the cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, check_uniform, refusals
-from harness.numerics.codebooks import LookupWeight, SortedRows, cluster_rows
-from harness.numerics.grids import as_stored
+from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_tables, sensitivity_of
+from harness.numerics.codebooks import lookup_rows
 from harness.numerics.sparse import Outliers
 from harness.numerics.weights import QuantizedWeight
-
-NUMBERS = 2**24                                 # weights whose prefix sums are held at a time
 
 
 class Rounding:
@@ -61,43 +56,24 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """2 to 8 bits, one table per output row that is shorter than the row."""
-
-        def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
-            if weight.group_size != -1:
-                yield f"SqueezeLLM has one table per output row; use group_size=-1 instead of {weight.group_size}"
-            if weight.bits == int(weight.bits) and 2 <= weight.bits <= 8 and 2**int(weight.bits) > linear.in_features:
-                yield f"a table of {2**int(weight.bits)} values is longer than the row it stands for"
-
-        return check_uniform(scheme, shapes) + refusals(scheme, shapes, reasons)
+        return check_tables(scheme, shapes)
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Memory: some 2^24 · 60 bytes on the CPU, where the sorting is done."""
-        assert evidence is not None, "squeezellm needs squared gradients"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
-        sensitivity = evidence["squared_gradient"]
-        if not bool(torch.isfinite(sensitivity).all()):
-            raise MethodError(f"{name}: squared gradients hold NaN or infinity; load the model with model.dtype=float32")
+        """Quantize weight [out, in] float32. Memory: that of `lookup_rows`."""
+        sensitivity = sensitivity_of(weight, evidence)
         sparse = largest(sensitivity, self.settings.sensitive_fraction)
         sparse = sparse | largest(weight.abs().masked_fill(sparse, 0), self.settings.outlier_fraction)
         importance = sensitivity.masked_fill(sparse, 0) * (weight != 0)
         # A row without any gradient is clustered by its weights alone, and those in the sparse matrix must not pull at it.
         importance = torch.where(importance.sum(1, keepdim=True) > 0, importance, (~sparse).float())
-        dense = weight.masked_fill(sparse, 0)
-
         bits = int(scheme.bits)
-        codes, tables = [], []
-        at_a_time = max(1, NUMBERS // weight.shape[1])
-        for values, weights in zip(dense.split(at_a_time), importance.split(at_a_time), strict=True):
-            rows = SortedRows.of(values, weights)
-            table, borders = cluster_rows(rows, 2**bits, rng, iterations=self.settings.iterations)
-            codes.append(rows.codes(borders))
-            tables.append(table.float())
-        table = as_stored(torch.cat(tables), scheme.scale_dtype).to(weight.device)
-        outliers = Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None
-        return LookupWeight(torch.cat(codes).to(weight.device), table, bits, scheme.scale_dtype, outliers)
+        return lookup_rows(
+            weight.masked_fill(sparse, 0), importance, bits, rng, seed_bits=bits, iterations=self.settings.iterations,
+            scale_dtype=scheme.scale_dtype,
+            outliers=Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None,
+        )
 
 
 def largest(values: Tensor, fraction: float) -> Tensor:

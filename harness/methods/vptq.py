@@ -31,8 +31,7 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from harness.errors import MethodError
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, require_finite
 from harness.numerics.codebooks import cluster_vectors, nearest_vectors
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import SCALE_DTYPES, as_stored
@@ -190,16 +189,12 @@ class Rounding:
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, four [in, in], 2^26 distances."""
         assert evidence is not None, "vptq needs the Hessian"
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         settings, dtype = self.settings, scheme.scale_dtype
-        try:
-            prepared = evidence.once(
-                ("vptq", settings.damping_fraction, settings.act_order),
-                lambda: prepare(evidence["hessian"], settings.damping_fraction, settings.act_order),
-            )
-        except MethodError as error:
-            raise MethodError(f"{name}: {error}") from error
+        prepared = evidence.once(
+            ("vptq", settings.damping_fraction, settings.act_order),
+            lambda: prepare(evidence["hessian"], settings.damping_fraction, settings.act_order),
+        )
         rows = weight.shape[0]
         scale = offset = None
         if settings.normalize:

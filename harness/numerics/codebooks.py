@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
-from harness.numerics.grids import SCALE_DTYPES
+from harness.numerics.grids import SCALE_DTYPES, as_stored
 from harness.numerics.packing import pack, unpack
 from harness.numerics.sparse import Outliers
 from harness.numerics.weights import QuantizedWeight
@@ -188,6 +188,31 @@ def cluster_rows(rows: SortedRows, k: int, rng: Generator, *, iterations: int = 
             break
         borders = moved
     return table, borders
+
+
+NUMBERS = 2**24                                 # weights whose prefix sums are held at a time
+
+
+def lookup_rows(
+    weight: Tensor, importance: Tensor, bits: int, rng: Generator, *, seed_bits: int, iterations: int, scale_dtype: str,
+    outliers: Outliers | None = None,
+) -> LookupWeight:
+    """weight [out, in] as one table per row: weighted k-means with 2^seed_bits clusters, split again and again up to 2^bits.
+
+    importance: [out, in], not negative; a row of zeros counts every weight once. Some 2^24 · 60 bytes on the CPU, where the sorting
+    is done.
+    """
+    codes, tables = [], []
+    at_a_time = max(1, NUMBERS // weight.shape[1])
+    for values, weights in zip(weight.split(at_a_time), importance.split(at_a_time), strict=True):
+        rows = SortedRows.of(values, weights)
+        table, borders = cluster_rows(rows, 2**seed_bits, rng, iterations=iterations)
+        for _ in range(seed_bits, bits):
+            table, borders = split_clusters(rows, table, borders)
+        codes.append(rows.codes(borders))
+        tables.append(table.float())
+    table = as_stored(torch.cat(tables), scale_dtype).to(weight.device)
+    return LookupWeight(torch.cat(codes).to(weight.device), table, bits, scale_dtype, outliers)
 
 
 def _spread_centres(rows: SortedRows, k: int, rng: Generator) -> Tensor:

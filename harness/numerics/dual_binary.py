@@ -15,6 +15,8 @@ from harness.numerics.grids import SCALE_DTYPES, as_stored
 from harness.numerics.packing import pack, unpack
 from harness.numerics.weights import QuantizedWeight
 
+LEVELS = "the levels -s, 0, s, 2s are not symmetric"
+
 
 @dataclass(frozen=True)
 class DualBinaryWeight(QuantizedWeight):

@@ -333,14 +333,11 @@ class _Pass(_Walk):
     def _streams_wanted(self) -> bool:
         return any(job.reads_stream and job.finished < len(self.blocks) for job in self._alive())
 
-    def _full_wanted(self, index: int) -> bool:
-        """Some cell will read outputs of the original block `index`: as its inputs, or as what to come close to."""
-        later = index + 1 < len(self.blocks)
-        return any(
-            (job.reads_stream and later and job.cell.inputs == FULL and not job.own_stream and job.finished < len(self.blocks))
-            or ("reference" in job.needs and (job.finished <= index or (later and job.finished < len(self.blocks))))
-            for job in self._alive()
-        )
+    def _reads_full(self, job: _Job, index: int) -> bool:
+        """The job will read outputs of the original block `index`: as its inputs, or as what to come close to."""
+        later = index + 1 < len(self.blocks) and job.finished < len(self.blocks)
+        follows = job.reads_stream and job.cell.inputs == FULL and not job.own_stream
+        return (later and follows) or ("reference" in job.needs and (job.finished <= index or later))
 
     def _walk_block(self, index: int) -> None:
         blocks = self.blocks
@@ -359,7 +356,7 @@ class _Pass(_Walk):
         references: list[Tensor] | None = None
         for history in histories:
             members = [job for job in readers if job.history == history and not job.failed]
-            keep = history == full and self._full_wanted(index)
+            keep = history == full and any(self._reads_full(job, index) for job in self._alive())
             working = [job for job in members if job.finished <= index]
             if not (members or keep):
                 continue
@@ -368,12 +365,8 @@ class _Pass(_Walk):
             try:
                 statistics, outputs = self._observe(index, blocks.build(index, original), hidden, _first_needs(working), keep)
             except Exception as error:                  # nothing of this stream can go on
-                for job in members:
+                for job in (job for job in self._alive() if job in members or (keep and self._reads_full(job, index))):
                     self._fail(job, f"block {index}", error)
-                if keep:
-                    for job in self._alive():
-                        if job.reads_stream and (job.cell.inputs == FULL or "reference" in job.needs):
-                            self._fail(job, f"block {index}", error)
                 continue
             self.shared_seconds += time.monotonic() - began
             if keep:
@@ -656,15 +649,14 @@ class _Pass(_Walk):
             quantized = weights[slot.name]
             difference = quantized.dequantize().to(weight.device) - weight
             entry = {
-                "weight_error": _ratio(difference.square().sum(), weight.square().sum()),
+                "weight_error": _relative_error(difference, weight),
                 "bits_per_weight": quantized.bits_per_weight,
             }
             of_group = statistics.get(slot.group)
             if slot.expert is not None and needs & set(OF_INPUTS):
                 entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
             if "hessian" in needs and of_group is not None and of_group.finite and of_group.tokens:
-                hessian = of_group.values["hessian"]
-                entry["output_error"] = _ratio(((difference @ hessian) * difference).sum(), ((weight @ hessian) * weight).sum())
+                entry["output_error"] = _relative_error(difference, weight, of_group.values["hessian"])
             report[slot.name] = entry
         return report
 
@@ -788,7 +780,15 @@ def _scheme(cell: Cell, with_execution: bool) -> Any:
     return {key: value for key, value in scheme.items() if key not in drop}
 
 
-def _ratio(error: Tensor, reference: Tensor) -> float:
+def _relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:
+    """||D||² / ||W||², or tr(D H Dᵀ) / tr(W H Wᵀ); in float64 where a sum overflows float32. 0 where nothing comes out at all."""
+    def size(matrix: Tensor, metric: Tensor | None) -> Tensor:
+        return matrix.square().sum() if metric is None else ((matrix @ metric) * matrix).sum()
+
+    error, reference = size(difference, hessian), size(weight, hessian)
+    if not bool(torch.isfinite(error) & torch.isfinite(reference)):
+        metric = hessian.double() if hessian is not None else None
+        error, reference = size(difference.double(), metric), size(weight.double(), metric)
     value = float(error / reference) if float(reference) > 0 else 0.0
     return max(value, 0.0)                              # round-off of an exact layer
 

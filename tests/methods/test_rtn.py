@@ -135,7 +135,7 @@ def test_impossible_schemes_say_why(scheme: WeightScheme, part: str) -> None:
 def test_a_damaged_weight_and_an_unknown_grid_are_refused() -> None:
     weight = random_weight(4, 16)
     weight[2, 3] = torch.nan
-    with pytest.raises(MethodError, match=r"mlp\.up_proj: the weight holds NaN"):
+    with pytest.raises(MethodError, match="the weight holds NaN"):
         rtn(weight)
     with pytest.raises(ConfigError, match='no grid "gtpq"'):
         plugins.build("rounding", "rtn", {"grid": "gtpq"})

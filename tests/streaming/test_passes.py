@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import CALIBRATION, GPTQ, RTN, SEQUENTIAL, cell, content, failures, part, quantize, windows
 
-from harness.cell import Cell, Method, Model, Override, Part, Scheme, WeightScheme, freeze, quantize_key
+from harness.cell import Cell, Method, Model, Override, Part, Scheme, WeightScheme, cell_key, freeze, quantize_key
 from harness.errors import StoreError
 from harness.events import Progress, Quantized
 from harness.formats.native import Checkpoint, CheckpointWriter
@@ -167,6 +167,52 @@ def test_one_cells_error_is_its_own(tiny_model: Callable[..., Path], tmp_path: P
     events = quantize(wrong, folder, tmp_path)
     assert len(failures(events)) == 2 and 'no rounding "nothing"' in failures(events)[0].reason
     assert len([event for event in events if isinstance(event, Quantized)]) == 1
+
+
+def test_a_failing_layer_is_named_once(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny_model("llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("inf")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for found in failures(quantize([cell(folder, RTN), cell(folder, GPTQ)], folder, tmp_path)):
+        assert found.reason.startswith("block 1, mlp.down_proj: the weight holds NaN or infinity")
+        assert found.reason.count("down_proj") == 1
+
+
+def test_a_failing_full_precision_stream_leaves_streams_of_their_own(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transform of the residual stream starts a stream of its own, whatever happens to that of the original blocks."""
+    from harness.streaming import passes
+
+    folder = tiny_model("llama")
+    rotated = Method("rotated", transform=part("quarot", "transform"), rounding=part("gptq"))
+    cells = [cell(folder, method, inputs="full_precision") for method in (GPTQ, rotated)]
+    original = passes._Walk._observe
+    calls: list[int] = []
+
+    def failing(self: passes._Walk, *arguments: object) -> object:
+        calls.append(len(calls))
+        if len(calls) == 1:                             # the first stream of a block is the full-precision one
+            raise RuntimeError("no room")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(passes._Walk, "_observe", failing)
+    events = quantize(cells, folder, tmp_path)
+    assert [event.cell_keys for event in failures(events)] == [(cell_key(cells[0]),)]
+    assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [(cell_key(cells[1]),)]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e15, 3e24])
+def test_relative_errors_do_not_overflow(size: float) -> None:
+    from harness.streaming.passes import _relative_error
+
+    weight, hessian = size * torch.tensor([[1.0, 2.0], [3.0, 4.0]]), size * torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    assert _relative_error(weight / 8, weight) == pytest.approx(1 / 64)
+    assert _relative_error(weight / 8, weight, hessian) == pytest.approx(1 / 64)
+    assert _relative_error(0 * weight, 0 * weight, hessian) == 0
 
 
 def test_data_is_needed_where_it_is_needed(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
