@@ -100,7 +100,7 @@ SweepArgument = Annotated[str | None, typer.Argument(
 Overrides = Annotated[list[str] | None, typer.Argument(
     metavar="[KEY=VALUE]...", help="Changes to the sweep: axes take lists (scheme=w4,w3).", autocompletion=complete_override,
 )]
-Runs = Annotated[str, typer.Option("--runs", help="The folder that holds results.")]
+Runs = Annotated[str, typer.Option("--runs", help="The folder, or the URL, that holds results.")]
 
 
 # --- commands --------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     from harness import display
 
     loaded, store = _load(sweep, overrides)
-    print(display.status(store, loaded.name, loaded.cells))
+    print(display.status(store.snapshot(loaded.cells), loaded.name, loaded.cells))
 
 
 @app.command()
@@ -161,6 +161,7 @@ def table(
     names = [each.name for each in loaded.tables]
     if name and name not in names:
         raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
+    store = store.snapshot(loaded.cells)
     records = [store.record(cell) for cell in loaded.cells]
     chosen = [each for each in loaded.tables if not name or each.name == name]
     print("\n".join(tables.render(tables.build(loaded, each, records, store), form) for each in chosen), end="")
@@ -174,6 +175,7 @@ def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     loaded, store = _load(sweep, overrides)
     if not loaded.findings:
         raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
+    store = store.snapshot(loaded.cells)
     print(checks.render(checks.check(loaded, [store.record(cell) for cell in loaded.cells], store)), end="")
 
 
@@ -222,7 +224,7 @@ def gc(
     store = Store(runs)
     found = clean.find(store)
     for each in found:
-        print(f"{size(each.bytes):>9}  {each.path}  {each.reason}")
+        print(f"{size(each.bytes):>9}  {store.where(each.path)}  {each.reason}")
     freed = sum(each.bytes for each in found) if dry_run else clean.remove(store, found)
     print(f"{len(found)} leftovers, {size(freed)} {'would be free; nothing was deleted' if dry_run else 'freed'}")
 
@@ -268,9 +270,10 @@ def diagnose(
 def ui(runs: Runs = "runs", port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000) -> None:
     """Serve MLflow's pages on the results beside a runs folder; ends with Ctrl-C."""
     from harness import tracking
+    from harness.store import place_of
     from harness.sweep import Runtime
 
-    raise typer.Exit(tracking.serve(Runtime(Path(runs)), port))
+    raise typer.Exit(tracking.serve(Runtime(place_of(runs)), port))
 
 
 data_app = typer.Typer(help="Data for machines without network: pull a bundle, check one.", no_args_is_help=True)

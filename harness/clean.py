@@ -8,7 +8,6 @@ that is at work right now, and a checkpoint whose lock is held certainly does: b
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,56 +40,52 @@ def remove(store: Store, found: Sequence[Leftover]) -> int:
     """Delete what was found, but for checkpoints that somebody holds; returns the bytes that are free now."""
     freed = 0
     for each in found:
-        if each.path.is_dir():
+        if each.path.parent.name == "checkpoints":
             try:
                 with store.lock(f"checkpoint-{each.path.name}", timeout=0):
                     # The manifest goes first: a folder that is half deleted must not count as a checkpoint.
-                    (each.path / "manifest.json").unlink(missing_ok=True)
-                    shutil.rmtree(each.path)
+                    store.files.remove(each.path / "manifest.json")
+                    store.files.remove(each.path)
             except StoreError:
                 continue
         else:
-            each.path.unlink(missing_ok=True)
+            store.files.remove(each.path)
         freed += each.bytes
     return freed
 
 
 def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
     folder = store.root / "checkpoints"
-    if not folder.is_dir():
+    sizes: dict[str, int] = {}
+    newest: dict[str, float] = {}
+    for entry in store.files.walk(folder):
+        key = entry.path.relative_to(folder).parts[0]
+        sizes[key] = sizes.get(key, 0) + entry.bytes
+        newest[key] = max(newest.get(key, 0.0), entry.modified)
+    if not sizes:
         return
     used = set()
-    for key in store.cell_keys():
-        cell = store.cell(key)
+    now = store.snapshot()
+    for key in now.cell_keys():
+        cell = now.cell(key)
         if cell is None:
             raise StoreError(
-                f"{store.cell_folder(key)} has no readable cell.json, so the checkpoints that it uses are not known. Run its sweep "
-                "again, or delete the folder; then collect"
+                f"{store.where(store.cell_folder(key))} has no readable cell.json, so the checkpoints that it uses are not known. "
+                "Run its sweep again, or delete the folder; then collect"
             )
         used |= {quantize_key(cell), quantize_key(untuned(cell))}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name not in used and _newest(path) < before:
-            yield Leftover(path, _bytes(path), "no cell uses this checkpoint")
+    for key in sorted(sizes.keys() - used):
+        if newest[key] < before:
+            yield Leftover(folder / key, sizes[key], "no cell uses this checkpoint")
 
 
 def _asides(store: Store, before: float) -> Iterator[Leftover]:
-    if not store.root.is_dir():
-        return
-    for path in sorted(store.root.rglob(".*")):
-        if ASIDE.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < before:
-            yield Leftover(path, path.stat().st_size, "half-written by a process that was ended")
+    for entry in sorted(store.files.walk(store.root), key=lambda entry: entry.path):
+        if ASIDE.fullmatch(entry.path.name) and entry.modified < before:
+            yield Leftover(entry.path, entry.bytes, "half-written by a process that was ended")
 
 
 def _cancelled(store: Store, before: float) -> Iterator[Leftover]:
-    for name in sorted(store.cancelled_names()):
-        path = store.root / "cancelled" / name
-        if path.stat().st_mtime < before:
-            yield Leftover(path, path.stat().st_size, "a cancellation that has been heard or concerns nobody")
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _newest(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    for entry in sorted(store.files.walk(store.root / "cancelled"), key=lambda entry: entry.path):
+        if entry.modified < before and not entry.path.name.startswith("."):
+            yield Leftover(entry.path, entry.bytes, "a cancellation that has been heard or concerns nobody")

@@ -48,8 +48,10 @@ from harness.cell import (
     has_static_activations,
 )
 from harness.errors import ConfigError, unknown_name
+from harness.files import bytes_of
 from harness.naming import with_variants
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
+from harness.store import place_of
 from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
 from harness.task_files import TaskFile
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed, types_of
@@ -61,7 +63,7 @@ GROUPS = {                                      # what `harness list` calls them
 SLOTS = ("transform", "rounding", "tuning")
 AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
 EDITABLE = ("model", *SLOTS, "scheme", "calibration")           # axes with fields: "calibration.samples"
-RUNTIME = ("runs", "device", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
+RUNTIME = ("runs", "store", "device", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
 INPUTS = ("quantized", "full_precision")
 SCHEME_NAME = re.compile(
     r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
@@ -979,6 +981,7 @@ class _Resolver:
         for key in unknown:
             problems.add(unknown_name("key", f"data.{key}", ["data.root"], self.file.where))
         content["data_root"] = data.get("root")
+        place = content.get("runs")             # a URL must not become a path on the way
         runtime = typed(Runtime, content, self.file.where if given else str(root / "config.yaml"), problems)
         if runtime is None:
             return None
@@ -989,7 +992,10 @@ class _Resolver:
             data_root = sources.resolve_path(str(runtime.data_root), self.base if "data.root" in from_file else None)
             if not data_root.is_dir():
                 problems.add(f"{self.file.where}: data.root: {data_root} is not a folder")
-        return dataclasses.replace(runtime, runs=runtime.runs.expanduser().absolute(), data_root=data_root)
+        if runtime.store.quota:
+            with problems.collect():
+                bytes_of(runtime.store.quota, f"{self.file.where}: store.quota")
+        return dataclasses.replace(runtime, runs=place_of(str(place)), data_root=data_root)
 
     def _tables(self, evaluations: tuple[Evaluation, ...]) -> tuple[Table, ...]:
         tables: list[Table] = []

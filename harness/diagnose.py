@@ -198,7 +198,7 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
 
     from harness import plots, sources
     from harness.config import load_sweep
-    from harness.store import write_aside
+    from harness.store import is_url, write_aside
     from harness.streaming.calibration import draw_windows
 
     stated = {override.partition("=")[0].lstrip("+") for override in overrides}
@@ -213,7 +213,7 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     windows = draw_windows(cell.calibration, AutoTokenizer.from_pretrained(folder))
     diagnosis = diagnose(cell.model, folder, windows, bits=bits, group_size=group_size, device=device)
 
-    place = sweep.runtime.runs / "diagnoses" / cell.model.name
+    place = (Path("runs") if is_url(sweep.runtime.runs) else Path(sweep.runtime.runs)) / "diagnoses" / cell.model.name
     place.mkdir(parents=True, exist_ok=True)
     record = json.dumps({**diagnosis.record(), "calibration": to_json(cell.calibration)}, indent=1, sort_keys=True) + "\n"
     write_aside(place / "diagnosis.json", lambda path: path.write_text(record, encoding="utf-8"))

@@ -244,7 +244,7 @@ def record_text(record: Record, store: Store, command: str) -> str:
         sections.append(f"failure ({failure.get('kind', '')})\n" + _indent(text))
     if record.provenance:
         sections.append("made by\n" + _indent(yaml.safe_dump(record.provenance, sort_keys=False, allow_unicode=True)))
-    sections.append(f"log     {store.log_path(record.cell_key)}\nagain   {command}")
+    sections.append(f"log     {store.where(store.log_path(record.cell_key))}\nagain   {command}")
     return "\n\n".join(sections)
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from harness import provenance
 from harness.errors import HarnessError
-from harness.plan import available_memory, count_cores, free_disk, size
-from harness.store import Store
+from harness.files import free_disk
+from harness.plan import available_memory, count_cores, size
+from harness.store import Store, place_of
 
 KNOWN_GOOD = {                                  # what the harness was tested with; another minor version may do as well
     "torch": "2.13", "transformers": "5.23", "ray": "2.60", "mlflow": "3.17", "lm-eval": "0.4", "hydra-core": "1.3",
@@ -38,7 +39,7 @@ class Finding:
 def examine(runs: str = "runs") -> list[Finding]:
     """Everything, each finding by itself: one that breaks is a finding too."""
     checks: list[Callable[[], Iterable[Finding]]] = [
-        _python, _packages, _cores, _memory, lambda: _disk(Path(runs)), lambda: _store(runs), _gpus, _configs, _hub, _git,
+        _python, _packages, _cores, _memory, lambda: _disk(Store(runs).root), lambda: _store(runs), _gpus, _configs, _hub, _git,
     ]
     found: list[Finding] = []
     for check in checks:
@@ -110,11 +111,12 @@ def _disk(runs: Path) -> Iterable[Finding]:
 
 
 def _store(runs: str) -> Iterable[Finding]:
-    path = Path(runs)
+    place = place_of(runs)
+    path = Store(place).root
     existed = path.exists()
     try:
-        Store(path).check_writable()
-        yield Finding("ok", "runs", f"{path.absolute()} can be written")
+        Store(place).check_writable()
+        yield Finding("ok", "runs", f"{place} can be written")
     except HarnessError as error:
         yield Finding("wrong", "runs", str(error))
     finally:

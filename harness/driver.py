@@ -25,7 +25,7 @@ from harness.display import Display, Silent, Tally
 from harness.errors import HarnessError, ScheduleError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored
 from harness.plan import Plan, duration, make, render, within
-from harness.store import Record, Store, SweepState, is_running, write_aside
+from harness.store import Record, Store, SweepState, is_running
 from harness.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
     other = store.sweep_state(sweep.name)
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
         display.close()                         # all done and all told before: only the tables may have changed
-        records = tuple(store.record(cell) for cell in sweep.cells)
+        records = _records(store, sweep)
         written = write_tables(sweep, records, store)
         paths = tuple(path for each in written.values() for path in each)
         return Summary(plan, records, {}, time.monotonic() - began, files=paths)
@@ -176,9 +176,7 @@ class _Recorder:
         self.warnings: list[str] = []
         self.cells = self.tally.cells
         waiting = {cell_key(cell) for cell in plan.missing}
-        for key in waiting:
-            store.open_cell(self.cells[key])
-            store.clear_failures(key)           # they are tried again
+        store.open_cells([self.cells[key] for key in sorted(waiting)])
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.tracker: tracking.Tracker | None = None
@@ -215,7 +213,7 @@ class _Recorder:
     def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
         """Write tables and figures, close the tracking, say what happened."""
         sweep = self.plan.sweep
-        records = tuple(self.store.record(cell) for cell in sweep.cells)
+        records = _records(self.store, sweep)
         for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
             self._untold[key] = "unfinished"
         self._tell_after = 0.0
@@ -282,10 +280,15 @@ def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dic
         for format_name, suffix in tables.FORMATS.items():
             path = store.root / "tables" / sweep.name / f"{table.name}{suffix}"
             content = tables.render(data, format_name).encode()
-            write_aside(path, lambda aside, content=content: aside.write_bytes(content))  # type: ignore[misc]
+            store.write_file(path, content)
             paths.append(path)
         written[table.name] = tuple(paths)
     return written
+
+
+def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:
+    now = store.snapshot(sweep.cells)
+    return tuple(now.record(cell) for cell in sweep.cells)
 
 
 def _tracked(sweep: Sweep) -> list[str]:
@@ -298,7 +301,7 @@ def _tracked(sweep: Sweep) -> list[str]:
 def _runs(sweep: Sweep) -> str:
     """The option that names a store which is not ./runs."""
     runs = sweep.runtime.runs
-    return "" if runs.absolute() == Path("runs").absolute() else f" --runs {runs}"
+    return "" if runs == Path("runs").absolute() else f" --runs {runs}"
 
 
 def _ui(sweep: Sweep) -> str:

@@ -111,8 +111,8 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
 
     dtype = DTYPES[cell.model.dtype]
-    writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), store)
-    with torch.no_grad():
+    with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
+        writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint)
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
         settings = layout.quantization_config(described, writing.other_linears(described))
@@ -159,12 +159,12 @@ class _Writing:
     """One checkpoint on its way to a folder."""
 
     def __init__(
-        self, cell: Cell, layout: Layout, family: Any, config: Any, dtype: Any, reader: Any, store: Store
+        self, cell: Cell, layout: Layout, family: Any, config: Any, dtype: Any, reader: Any, checkpoint: Path
     ) -> None:
         from harness.formats.native import Checkpoint
 
         self.cell, self.layout, self.family, self.config, self.dtype, self.reader = cell, layout, family, config, dtype, reader
-        self.checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(cell)))
+        self.checkpoint = Checkpoint.open(checkpoint)
         self.model = family.skeleton(config, dtype)
         self.blocks = family.blocks(self.model)
         from harness.models.protocols import tied

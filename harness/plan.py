@@ -14,16 +14,15 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import plugins, sources
 from harness.cell import Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
 from harness.errors import ConfigError, HarnessError, PlanError
+from harness.files import bytes_of
 from harness.store import Store
 from harness.sweep import Runtime, Sweep
 
@@ -98,6 +97,7 @@ class Plan:
     problems: tuple[str, ...]
     workers: int
     notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
+    used_bytes: int = 0                         # of the store, where it has a quota
 
     @property
     def checkpoints(self) -> int:
@@ -151,6 +151,7 @@ def make(sweep: Sweep, store: Store) -> Plan:
     stopped = {id(refusal.cell) for refusal in refused}
     able = [cell for cell in sweep.cells if id(cell) not in stopped]
 
+    live, store = store, store.snapshot(able)
     manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, able))}
     unmade = [cell for cell in able if manifests[quantize_key(cell)] is None]
     unscored = {
@@ -160,17 +161,18 @@ def make(sweep: Sweep, store: Store) -> Plan:
     pending = {id(cell) for cell in missing}
 
     workers = count_workers(sweep.runtime)
-    history = _History(store) if missing else None
+    history = _History(store if store is live else live.snapshot()) if missing else None
     passes = tuple(_passes(unmade, checker, history, workers)) if history else ()
     scorings = tuple(_scorings(missing, unscored, checker, history)) if history else ()
-    problems = _problems(sweep.runtime, store, passes, scorings)
+    used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
+    problems = _problems(sweep.runtime, store, passes, scorings, used)
     done = tuple(cell for cell in able if id(cell) not in pending)
     notes = dict.fromkeys(
         f"{cell.model.name}: {note}"
         for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
-    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, tuple(notes))
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, tuple(notes), used)
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
@@ -403,7 +405,25 @@ def uses_gpu(runtime: Runtime) -> bool:
     return runtime.device != "cpu" and count_gpus() > 0
 
 
-def _problems(runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: Sequence[Scoring]) -> tuple[str, ...]:
+def quota_bytes(runtime: Runtime) -> int | None:
+    """What the store may take, or None."""
+    return bytes_of(runtime.store.quota, "store.quota") if runtime.store.quota else None
+
+
+def over_quota(runtime: Runtime, used: int, needed: int) -> str:
+    """A sentence where the store would take more than its quota, else ""."""
+    quota = quota_bytes(runtime)
+    if quota is None or used + needed <= quota:
+        return ""
+    return (
+        f"the checkpoints take about {size(needed)}, and {runtime.runs} holds {size(used)} of its quota of {size(quota)}; "
+        f"harness gc --dry-run --runs {runtime.runs} says what may go, and store.quota=SIZE raises the quota"
+    )
+
+
+def _problems(
+    runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: Sequence[Scoring], used: int
+) -> tuple[str, ...]:
     if not passes and not scorings:
         return ()
     found = []
@@ -411,18 +431,12 @@ def _problems(runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: 
         store.check_writable()
     except HarnessError as error:
         found.append(str(error))
-    need, free = sum(each.disk_bytes for each in passes), free_disk(runtime.runs)
-    if need > free:
+    need, free = sum(each.disk_bytes for each in passes), store.files.free_bytes(store.root)
+    if passes and (sentence := over_quota(runtime, used, need)):
+        found.append(sentence)
+    if free is not None and need > free:
         found.append(f"the checkpoints take about {size(need)}; {runtime.runs} has {size(free)} free. Set `runs=` to a larger disk")
     return tuple(found)
-
-
-def free_disk(path: Path) -> int:
-    """Bytes free on the disk that holds `path`, which need not exist yet."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 # --- passes and evaluations ------------------------------------------------------------------------------------------------------
@@ -647,6 +661,9 @@ def render(plan: Plan) -> str:
     lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
     where = runtime.cluster.address or f"{_count(plan.workers, 'worker')} on this machine"
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
+    if plan.passes and (quota := quota_bytes(runtime)) is not None:
+        left = max(0, quota - plan.used_bytes)
+        lines.append(f"        about {size(plan.disk_bytes)} to write · {size(left)} left of the quota of {size(quota)}")
     if plan.missing and plan.seconds is not None:
         lines.append(f"        about {duration(plan.seconds)[2:]} on these workers, start-up excluded")
     return "\n".join(lines)

@@ -45,7 +45,7 @@ from typing import IO, Any, Protocol
 
 from harness import events, provenance, sources, work
 from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
-from harness.errors import ScheduleError
+from harness.errors import ScheduleError, StoreError
 from harness.events import Event, Failed, Quantized, Scored, TaskStarted
 from harness.plan import Pass, Plan, count_cores, count_gpus
 from harness.store import Store
@@ -235,7 +235,7 @@ class _Board:
 
     def _start(self, work: _Walk | _Look) -> None:
         common: dict[str, Any] = {
-            "runs": str(self.runtime.runs.absolute()), "device": self.runtime.device, "threads": self.executor.threads,
+            "runs": str(self._store.place), "device": self.runtime.device, "threads": self.executor.threads,
             "command": self.command,
         }
         task: Task
@@ -657,8 +657,7 @@ class RayCluster:
         self.slots = self._count_slots(nodes)
         self._head = "" if self._started else str(self._ray.get_runtime_context().gcs_address)
         self._looked = self._answered = time.monotonic()
-        self._shared: list[str] = []            # what tasks look for first; the store's probe leads
-        self._root = ""
+        self._shared: list[str] = []            # what tasks look for first: the store, its probe, folders of models
         # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
         options: dict[str, Any] = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         if gpus:
@@ -731,7 +730,7 @@ class RayCluster:
         cells = [cell for each in plan.passes for cell in each.cells] + [cell for each in plan.scorings for cell in each.cells]
         folders = {folder for cell in cells if (folder := _local(cell.model))}
         with store.probe() as probe:
-            self._shared, self._root = [str(probe), *sorted(folders)], str(store.root.absolute())
+            self._shared = [str(store.place), probe.name, *sorted(folders)]
             asked = {}
             for node in self._ray.nodes():
                 if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
@@ -742,7 +741,7 @@ class RayCluster:
             problems = [f"node {asked[each]} did not answer within {PROBE_SECONDS:g} s" for each in silent]
             for each in answered:
                 try:
-                    problems += [f"node {asked[each]} does not see {self._in_words(path)}" for path in self._ray.get(each)]
+                    problems += [f"node {asked[each]} does not see {what}" for what in self._ray.get(each)]
                 except self._ray.exceptions.RayError as error:
                     problems.append(f"node {asked[each]}: {_first_line(error)}")
             if problems:
@@ -750,13 +749,10 @@ class RayCluster:
             yield
         self._shared = []
 
-    def _in_words(self, path: str) -> str:
-        return f"{self._root}, where this process writes" if path == self._shared[0] else path
-
     def _not_shared(self, problems: Sequence[str], so_far: str = "") -> ScheduleError:
         return ScheduleError(
-            f"{'; '.join(problems)}. {so_far}Results and models must lie on a file system that all nodes share: "
-            "set runs= to such a folder, and name models by a path on it or by their hub id"
+            f"{'; '.join(problems)}. {so_far}Results and models must lie where all nodes see them: set runs= to a folder on a "
+            "shared file system or to an object store, and name models by a path that all see or by their hub id"
         )
 
     def submit(self, number: int, task: Task) -> None:
@@ -791,7 +787,7 @@ class RayCluster:
         if isinstance(news, tuple):             # a task's first word is where it runs, and what it does not see there
             self._nodes[number], name, missing = news
             if missing:
-                raise self._not_shared([f"node {name} does not see {self._in_words(path)}" for path in missing])
+                raise self._not_shared([f"node {name} does not see {what}" for what in missing])
             return None
         return Message(number, news)
 
@@ -887,9 +883,17 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _missing_paths(paths: Sequence[str]) -> list[str]:
-    """The body of a probe: which of the paths this node does not see."""
-    return [path for path in paths if not os.path.exists(path)]
+def _missing_paths(shared: Sequence[str]) -> list[str]:
+    """The body of a probe: what this node does not see. shared: the store, the probe that was written in it, other paths."""
+    if not shared:
+        return []
+    runs, probe, *paths = shared
+    try:
+        store = Store(runs)
+        seen, why = store.files.exists(store.root / probe), "where this process writes"
+    except StoreError as error:                 # no package, no credentials, no way there
+        seen, why = False, str(error)
+    return [f"{runs}, {why}"] * (not seen) + [path for path in paths if not os.path.exists(path)]
 
 
 def _local(model: Model) -> str | None:

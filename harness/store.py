@@ -10,6 +10,8 @@
     runs/locks/<name>.lock              who works on what
     runs/cancelled/<name>               a cell or a sweep that somebody wants stopped
 
+runs/ is a folder that all processes share, or the URL of an object store (`objects`).
+
 Every file is written to a neighbour, flushed to the disk, then renamed: a reader sees the whole file or none, and what a killed
 process leaves behind blocks nobody. A file that is damaged all the same counts as missing and is named in `Record.problems`, so
 that the next run makes it again. Nothing is ever unpickled. JSON has no infinities: they are written as the strings "NaN",
@@ -18,27 +20,24 @@ that the next run makes it again. Nothing is ever unpickled. JSON has no infinit
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import logging
 import math
-import os
 import re
-import shutil
-import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cell import Cell, Evaluation, cell_key, from_json, quantize_key, score_key, to_json
 from harness.errors import StoreError
+from harness.files import Disk, Files, Owner, Waiting, write_aside
 
 if TYPE_CHECKING:
     import pandas
@@ -109,46 +108,41 @@ class Record:
         )
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock or runs a sweep.
+class Store:
+    """Reads and writes `runs/`. Several processes may use one store; whoever makes a checkpoint or a score holds its `lock`.
 
-    started  start of the process, seconds since the epoch, for people
-    birth    tells the process from a later one that was given the same id; unlike `started` it does not move with the clock
+    root   a folder; of a store in an object store this machine's mirror of it (see `objects`)
+    place  what makes this store again: the folder, or the URL
     """
 
-    host: str
-    pid: int
-    started: float
-    birth: str = ""
+    def __init__(self, place: Path | str) -> None:
+        self.place = place
+        if isinstance(place, str) and place.startswith("file://"):
+            self.place = place = Path(place.removeprefix("file://"))
+        if is_url(place):
+            from harness.objects import Objects
 
-    @classmethod
-    def current(cls) -> Owner:
-        import psutil
-
-        return cls(_host(), os.getpid(), psutil.Process().create_time(), _birth(os.getpid()) or "")
-
-    @property
-    def is_dead(self) -> bool:
-        """Certainly dead; a process of another host is never certainly dead."""
-        if self.host != _host():
-            return False
-        birth = _birth(self.pid)
-        return birth is None or bool(self.birth and birth and birth != self.birth)
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
-        return f"process {self.pid} on {self.host.partition('/')[0]}, running since {since}"
-
-
-class Store:
-    """Reads and writes `runs/`. Several processes may use one folder; whoever makes a checkpoint or a score holds its `lock`."""
-
-    def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+            objects = Objects(str(place))
+            self.files: Files = objects
+            self.root = objects.root
+        else:
+            self.files = Disk()
+            self.root = Path(place)
 
     def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
+        return f"Store({str(self.place)!r})"
+
+    def snapshot(self, cells: Iterable[Cell] | None = None) -> Store:
+        """The store as it is now, for reading some cells (None: all) at once. The same store where reading one by one is fast."""
+        if isinstance(self.files, Disk):
+            return self
+        wanted = list(cells) if cells is not None else None
+        keys = [cell_key(cell) for cell in wanted] if wanted is not None else self.cell_keys()
+        taken = copy.copy(self)
+        known = [] if wanted is None else dict.fromkeys(map(quantize_key, wanted))
+        manifests = [self.checkpoint_folder(key) / "manifest.json" for key in known]
+        taken.files = self.files.prefetched([self.cell_folder(key) for key in dict.fromkeys(keys)], manifests)
+        return taken
 
     # -- places --------------------------------------------------------------------------------------------------------
 
@@ -167,7 +161,36 @@ class Store:
     def items_path(self, cell_key: str, score_key: str) -> Path:
         return self.score_path(cell_key, score_key).with_suffix(".parquet")
 
+    def where(self, path: Path) -> str:
+        """A path of this store as people should read it."""
+        return f"{self.place}/{path.relative_to(self.root).as_posix()}" if is_url(self.place) else str(path)
+
+    def local(self, path: Path) -> Path | None:
+        """A file of the store as one of this machine; None where it is not there."""
+        try:
+            return self.files.local(path)
+        except FileNotFoundError:
+            return None
+
+    def write_file(self, path: Path, content: bytes) -> None:
+        """Write any file below the root."""
+        self.files.write(path, lambda aside: aside.write_bytes(content))
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def making(self, quantize_key: str) -> Iterator[Path]:
+        """The folder in which to make a checkpoint, with the blocks that are finished; `files.keep` takes what follows."""
+        folder = self.checkpoint_folder(quantize_key)
+        with self.files.making(folder):
+            yield folder
+
+    @contextmanager
+    def reading(self, quantize_key: str) -> Iterator[Path]:
+        """The folder of a complete checkpoint, ready to be read on this machine."""
+        folder = self.checkpoint_folder(quantize_key)
+        with self.files.reading(folder):
+            yield folder
 
     def manifest(self, quantize_key: str) -> dict[str, Any] | None:
         """What the checkpoint holds, or None while it is not complete."""
@@ -184,7 +207,7 @@ class Store:
             with self.lock(f"record-{key}"):    # another driver may ask the same cell for other evaluations
                 merged = self._with_earlier(cell, self.cell(key))
                 content = {"title": cell.title, "cell_key": key, "quantize_key": quantize_key(cell), "cell": to_json(merged)}
-                write_json(self.cell_folder(key) / "cell.json", content)
+                self._write_json(self.cell_folder(key) / "cell.json", content)
         return key
 
     @staticmethod
@@ -193,6 +216,27 @@ class Store:
         asked = {score_key(cell, evaluation): evaluation for evaluation in cell.evaluations}
         earlier = () if known is None else tuple(e for e in known.evaluations if score_key(known, e) not in asked)
         return dataclasses.replace(cell, evaluations=(*earlier, *cell.evaluations))
+
+    def open_cells(self, cells: Sequence[Cell]) -> None:
+        """`open_cell` and `clear_failures` for many at once."""
+        known = self.snapshot(cells)
+
+        def open_one(cell: Cell) -> None:
+            key = cell_key(cell)
+            earlier = known.cell(key)
+            if earlier is None or not set(cell.evaluations) <= set(earlier.evaluations):
+                self.open_cell(cell)
+            if known.failures(key):
+                self.clear_failures(key)        # they are tried again
+
+        if self.files.parallel == 1:
+            for cell in cells:
+                open_one(cell)
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(self.files.parallel) as pool:
+            list(pool.map(open_one, cells))
 
     def cell(self, cell_key: str, problems: list[str] | None = None) -> Cell | None:
         """The cell of a key with every evaluation ever asked of it, the latest asked last."""
@@ -203,14 +247,14 @@ class Store:
         try:
             return from_json(Cell, content["cell"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            _report(f"{path} is not a cell of this version ({error}); it counts as missing", problems)
+            _report(f"{self.where(path)} is not a cell of this version ({error}); it counts as missing", problems)
             return None
 
     def write_provenance(self, cell_key: str, facts: Mapping[str, Any]) -> None:
         """Add facts that are no part of any key (versions, device, commit, batch size, seconds) to record.json."""
         path = self.cell_folder(cell_key) / "record.json"
         with self.lock(f"record-{cell_key}"):
-            write_json(path, {**(self._read(path, []) or {}), **facts})
+            self._write_json(path, {**(self._read(path, []) or {}), **facts})
 
     def find(self, prefix: str) -> str:
         """The one cell key that starts with `prefix`. Raises StoreError with the candidates when there are none or several."""
@@ -222,13 +266,12 @@ class Store:
         listed = "\n".join(f"  {key[:12]}  {self._title(key)}" for key in shown[:20])
         more = f"\n  … and {len(shown) - 20} more" if len(shown) > 20 else ""
         if matches:
-            raise StoreError(f'{len(matches)} cells in {self.root} start with "{prefix}"; give more digits:\n{listed}{more}')
+            raise StoreError(f'{len(matches)} cells in {self.place} start with "{prefix}"; give more digits:\n{listed}{more}')
         hint = f" There are:\n{listed}{more}" if keys else " It holds no cells yet; start with: harness run"
-        raise StoreError(f'no cell in {self.root} starts with "{prefix}".{hint}')
+        raise StoreError(f'no cell in {self.place} starts with "{prefix}".{hint}')
 
     def cell_keys(self) -> list[str]:
-        folder = self.root / "cells"
-        return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+        return self.files.names(self.root / "cells")
 
     def _title(self, key: str) -> str:
         cell = self.cell(key)
@@ -242,10 +285,10 @@ class Store:
         path = self.score_path(cell_key, score_key)
         score = self._read(path, found)
         if score is not None and not isinstance(score.get("metrics"), dict):
-            _report(f"{path} has no metrics; it counts as missing", found)
+            _report(f"{self.where(path)} has no metrics; it counts as missing", found)
             return None
-        if score is not None and score.get("items") and not self.items_path(cell_key, score_key).exists():
-            _report(f"{self.items_path(cell_key, score_key)} is missing: paired tests leave this score out", found)
+        if score is not None and score.get("items") and not self.files.exists(self.items_path(cell_key, score_key)):
+            _report(f"{self.where(self.items_path(cell_key, score_key))} is missing: paired tests leave this score out", found)
         return score
 
     def write_score(
@@ -265,21 +308,21 @@ class Store:
             if len(set(lengths.values())) > 1 or "id" not in lengths:
                 raise StoreError(f'items of score {score_key[:12]} need a column "id" and equal lengths; they have {lengths}')
             rows = lengths["id"]
-            write_aside(self.items_path(cell_key, score_key), functools.partial(_write_parquet, items))
+            self.files.write(self.items_path(cell_key, score_key), functools.partial(_write_parquet, items))
         content = {**score, "cell_key": cell_key, "score_key": score_key, "items": rows}
-        write_json(self.score_path(cell_key, score_key), content)
+        self._write_json(self.score_path(cell_key, score_key), content)
 
     def items(self, cell_key: str, score_key: str) -> pandas.DataFrame | None:
         """Results of one evaluation item by item; None when it has none or the file is damaged."""
         import pandas
 
-        path = self.items_path(cell_key, score_key)
-        if not path.exists():
+        path = self.local(self.items_path(cell_key, score_key))
+        if path is None:
             return None
         try:
             return pandas.read_parquet(path)
         except (OSError, ValueError) as error:                      # pyarrow's errors are ValueErrors
-            _report(f"{path} is damaged and counts as missing ({_first_line(error)})", None)
+            _report(f"{self.where(path)} is damaged and counts as missing ({_first_line(error)})", None)
             return None
 
     # -- failures ------------------------------------------------------------------------------------------------------
@@ -288,19 +331,22 @@ class Store:
         """failure: {"stage", "kind", "reason", "detail"}, as in events.Failed; the time is added where it is missing."""
         content = {"time": time.time(), **failure}
         stage = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(content.get("stage", ""))) or "cell"
-        write_json(self.cell_folder(cell_key) / "failures" / f"{int(content['time'] * 1000):015d}-{stage}.json", content)
+        self._write_json(self.cell_folder(cell_key) / "failures" / f"{int(content['time'] * 1000):015d}-{stage}.json", content)
 
     def failures(self, cell_key: str) -> list[dict[str, Any]]:
         """Oldest first."""
+        return [content for path in self._failure_paths(cell_key) if (content := self._read(path, [])) is not None]
+
+    def _failure_paths(self, cell_key: str) -> list[Path]:
         folder = self.cell_folder(cell_key) / "failures"
-        return [content for path in sorted(folder.glob("[!.]*.json")) if (content := self._read(path, [])) is not None]
+        return [folder / name for name in self.files.names(folder) if name.endswith(".json")]
 
     def clear_failures(self, cell_key: str, stage: str | None = None) -> None:
         """Forget the failures of one stage, or all: the work they stood for succeeded or is tried again."""
-        for path in sorted((self.cell_folder(cell_key) / "failures").glob("[!.]*.json")):
+        for path in self._failure_paths(cell_key):
             content = self._read(path, [])
             if stage is None or content is None or content.get("stage") == stage:
-                path.unlink(missing_ok=True)
+                self.files.remove(path)
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -344,10 +390,10 @@ class Store:
         return self._read(self._sweep_path(name), [])
 
     def write_sweep_state(self, name: str, state: Mapping[str, Any]) -> None:
-        write_json(self._sweep_path(name), state, durable=False)    # written every second; losing the last one costs nothing
+        self._write_json(self._sweep_path(name), state, durable=False)      # often; losing the last one costs nothing
 
     def sweep_names(self) -> list[str]:
-        return sorted(path.stem for path in (self.root / "sweeps").glob("[!.]*.json"))
+        return [name.removesuffix(".json") for name in self.files.names(self.root / "sweeps") if name.endswith(".json")]
 
     def _sweep_path(self, name: str) -> Path:
         return self.root / "sweeps" / f"{name}.json"
@@ -357,10 +403,10 @@ class Store:
     def check_writable(self, needed_bytes: int = 0) -> None:
         """Raise StoreError where the store cannot take `needed_bytes` more: no permission, read-only or full."""
         probe = self.root / f".probe.{uuid.uuid4().hex}"
-        write_aside(probe, lambda path: path.write_bytes(b"0" * 4096))
-        probe.unlink(missing_ok=True)
-        free = shutil.disk_usage(self.root).free
-        if free < needed_bytes:
+        self.files.write(probe, lambda path: path.write_bytes(b"0" * 4096))
+        self.files.remove(probe)
+        free = self.files.free_bytes(self.root)
+        if free is not None and free < needed_bytes:
             raise StoreError(
                 f"{self.root.resolve()} has {free / 1e9:.1f} GB free, the sweep needs {needed_bytes / 1e9:.1f} GB; "
                 "free some, or keep the results elsewhere with runs=FOLDER"
@@ -368,82 +414,66 @@ class Store:
 
     @contextmanager
     def probe(self) -> Iterator[Path]:
-        """A file just written, by which another machine can tell whether it sees this very folder."""
+        """A file just written, by which another machine can tell whether it sees this very store."""
         path = self.root.absolute() / f".probe.{uuid.uuid4().hex}"
-        write_aside(path, lambda aside: aside.write_text(str(path)))
+        self.files.write(path, lambda aside: aside.write_text(path.name))
         try:
             yield path
         finally:
-            path.unlink(missing_ok=True)
+            self.files.remove(path)
+
+    def used_bytes(self) -> int:
+        """What all files of the store take together."""
+        return sum(entry.bytes for entry in self.files.walk(self.root))
 
     # -- cancelling ----------------------------------------------------------------------------------------------------
 
     def cancel(self, name: str) -> None:
         """Ask whoever runs a cell (by its key) or a sweep (by its name) to leave off; it is noticed within seconds."""
-        write_aside(self.root / "cancelled" / name, lambda aside: aside.write_text(str(Owner.current())), durable=False)
+        self.files.write(self.root / "cancelled" / name, lambda aside: aside.write_text(str(Owner.current())), durable=False)
 
     def is_cancelled(self, name: str) -> bool:
-        return (self.root / "cancelled" / name).exists()
+        return self.files.exists(self.root / "cancelled" / name)
 
     def cancelled_names(self) -> set[str]:
         """Keys of cells and names of sweeps that were cancelled since they last began."""
-        folder = self.root / "cancelled"
-        return {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+        return set(self.files.names(self.root / "cancelled"))
 
     def clear_cancelled(self, names: Iterable[str]) -> None:
         """Forget what was asked before: somebody starts these again."""
-        for name in names:
-            (self.root / "cancelled" / name).unlink(missing_ok=True)
+        for name in self.cancelled_names() & set(names):
+            self.files.remove(self.root / "cancelled" / name)
 
-    @contextmanager
-    def lock(
-        self, name: str, timeout: float | None = None, on_wait: Callable[[Owner | None], None] | None = None
-    ) -> Iterator[None]:
+    def lock(self, name: str, timeout: float | None = None, on_wait: Waiting | None = None) -> AbstractContextManager[None]:
         """Hold `name` (a key, a sweep) against every other process and thread; wait while another has it.
 
         timeout   seconds to wait before StoreError names the holder; None waits without end. The lock is not re-entrant.
         on_wait   called once with the holder when there is a wait
 
-        The operating system frees the lock when its process ends, however it ends. One that a surviving child of a dead process on
-        this host still holds is broken.
+        On a file system the operating system frees the lock when its process ends, however it ends, and one that a surviving child
+        of a dead process on this host still holds is broken. In an object store it is a lease (see `objects`).
         """
-        descriptor = self._acquire(name, timeout, on_wait)
-        try:
-            yield
-        finally:
-            os.close(descriptor)                # frees it
+        return self.files.lock(self.root / "locks" / f"{name}.lock", timeout, on_wait)
 
-    def _acquire(self, name: str, timeout: float | None, on_wait: Callable[[Owner | None], None] | None) -> int:
-        path = self.root / "locks" / f"{name}.lock"
-        began, pause, told = time.monotonic(), 0.01, False
-        while True:
-            descriptor, owner = _try_lock(path)
-            if descriptor is not None:
-                return descriptor
-            if on_wait is not None and not told:
-                on_wait(owner)
-                told = True
-            if timeout is not None and time.monotonic() - began >= timeout:
-                holder = str(owner) if owner else "another process"
-                raise StoreError(f"{path} is held by {holder}; waited {timeout:g} s. Wait for it to end, or end it")
-            time.sleep(pause)
-            pause = min(1.0, pause * 1.5)       # 10 ms growing to 1 s
+    def _write_json(self, path: Path, content: Any, durable: bool = True) -> None:
+        text = json_text(content)
+        self.files.write(path, lambda aside: aside.write_text(text, encoding="utf-8"), durable)
 
     def _read(self, path: Path, problems: list[str], decode: bool = True) -> dict[str, Any] | None:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = self.files.read(path).decode()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            _report(f"{path} cannot be read and counts as missing ({_first_line(error)})", problems)
+            _report(f"{self.where(path)} cannot be read and counts as missing ({_first_line(error)})", problems)
             return None
         try:
             content = json.loads(text)
         except ValueError as error:
-            _report(f"{path} is damaged and counts as missing ({_first_line(error)})", problems)
+            _report(f"{self.where(path)} is damaged and counts as missing ({_first_line(error)})", problems)
             return None
         if not isinstance(content, dict):
-            _report(f"{path} is not a JSON object and counts as missing", problems)
+            _report(f"{self.where(path)} is not a JSON object and counts as missing", problems)
             return None
         return _decode(content) if decode else content
 
@@ -467,9 +497,12 @@ class SweepState:
     States of a cell: waiting, quantizing, evaluating, done, failed, refused.
     """
 
-    def __init__(self, store: Store, name: str, titles: Mapping[str, str], title: str = "", interval_seconds: float = 1.0) -> None:
+    def __init__(
+        self, store: Store, name: str, titles: Mapping[str, str], title: str = "", interval_seconds: float | None = None
+    ) -> None:
         """titles: cell_key -> title, in the sweep's order."""
-        self.store, self.name, self.interval_seconds = store, name, interval_seconds
+        self.store, self.name = store, name
+        self.interval_seconds = store.files.state_seconds if interval_seconds is None else interval_seconds
         self.content: dict[str, Any] = {
             "name": name,
             "title": title,
@@ -506,50 +539,23 @@ def is_running(state: Mapping[str, Any]) -> bool:
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:
     """Write readable JSON aside, then rename. Raises StoreError when the disk refuses."""
-    text = json.dumps(_encode(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(content)
     write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"), durable)
 
 
-def write_aside(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
-    """Let `write` fill a neighbour of `path`, flush it to the disk, rename it. A reader sees the whole file or none.
-
-    durable False leaves out the flush. Raises StoreError when the disk refuses; leaves no neighbour behind then.
-    """
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(aside)
-            if durable:
-                _flush(aside)
-            os.replace(aside, path)
-            if durable:
-                _flush(path.parent)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StoreError(_explain(path, error)) from error
+def json_text(content: Any) -> str:
+    """Readable JSON; what is not finite becomes a string."""
+    return json.dumps(_encode(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_url(place: object) -> bool:
+    """Whether a store is in an object store rather than in a folder."""
+    return isinstance(place, str) and re.match(r"[a-z][a-z0-9+.-]*://", place) is not None and not place.startswith("file://")
 
 
-def _explain(path: Path, error: OSError) -> str:
-    ways_out = {
-        errno.EACCES: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",
-        errno.EPERM: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",
-        errno.EROFS: "the file system is read-only; keep the results elsewhere with runs=FOLDER",
-        errno.ENOSPC: "the disk is full; free some space and run the same command again, nothing finished is lost",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, nothing finished is lost",
-        errno.ENOTDIR: "a file stands where a folder should be",
-    }
-    return f"cannot write {path}: {ways_out.get(error.errno or 0, error.strerror or str(error))}"
+def place_of(text: str) -> Path | str:
+    """What `runs=` names: the URL of an object store as it is, or the absolute path of a folder."""
+    return text if is_url(text) else Path(text.removeprefix("file://")).expanduser().absolute()
 
 
 def _write_parquet(items: Mapping[str, Sequence[Any]], path: Path) -> None:
@@ -561,68 +567,6 @@ def _write_parquet(items: Mapping[str, Sequence[Any]], path: Path) -> None:
     except pyarrow.ArrowException as error:
         raise StoreError(f"items cannot be stored as a table: {_first_line(error)}; a column holds values of one type") from error
     pyarrow.parquet.write_table(table, path, compression="zstd")
-
-
-def _try_lock(path: Path) -> tuple[int | None, Owner | None]:
-    """(descriptor, owner) when taken, (None, holder) when not. A guard makes taking, naming the owner and breaking one step."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        guard = os.open(path.with_suffix(".guard"), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise StoreError(_explain(path, error)) from error
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = _read_owner(descriptor)
-            os.close(descriptor)
-            if owner is not None and owner.is_dead:
-                path.unlink(missing_ok=True)    # held through a child that outlived it; the next try makes a new file
-            return None, owner
-        owner = Owner.current()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(dataclasses.asdict(owner)).encode(), 0)
-        return descriptor, owner
-    except OSError as error:
-        raise StoreError(f"cannot lock {path}: {error.strerror}; the file system of runs/ must support file locks") from error
-    finally:
-        os.close(guard)
-
-
-def _read_owner(descriptor: int) -> Owner | None:
-    try:
-        return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):
-        return None
-
-
-@functools.cache
-def _host() -> str:
-    """Host name and process namespace: containers may share a host name but count processes each from 1."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{socket.gethostname()}/{namespace}"
-
-
-def _birth(pid: int) -> str | None:
-    """What tells a process from others of the same id: clock ticks from boot to its start; None when it does not run."""
-    import psutil
-
-    try:
-        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return None
-    except psutil.NoSuchProcess:
-        return None
-    except psutil.AccessDenied:
-        return ""                               # alive; nothing more may be known
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _encode(value: Any) -> Any:

@@ -141,6 +141,13 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class StoreLimits:
+    """quota: bytes that runs/ may take, as "200GB"; "": as many as there are."""
+
+    quota: str = ""
+
+
+@dataclass(frozen=True)
 class Tracking:
     """Where records go. kind: sqlite (mlflow.db beside runs/), server (uri), or none."""
 
@@ -151,9 +158,13 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What changes where and how a sweep runs but none of its numbers."""
+    """What changes where and how a sweep runs but none of its numbers.
 
-    runs: Path
+    runs    the store: a folder, or as text the URL of an object store
+    """
+
+    runs: Path | str
+    store: StoreLimits = StoreLimits()
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
     data_root: Path | None = None

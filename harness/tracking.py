@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from harness import naming, plots, tables
 from harness.cell import Cell, cell_key, digest, score_key, to_json
 from harness.errors import TrackingError
-from harness.store import Record, Store, write_json
+from harness.store import Record, Store, is_url, write_json
 from harness.sweep import Runtime, Sweep, Tracking
 
 if TYPE_CHECKING:
@@ -113,13 +113,16 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     Runs that are there are completed; doing it twice changes nothing. Cells of which nothing is known yet are left out.
     """
     if sweep is None:
-        cells = tuple(record.cell for record in store.records())
-        runtime = Runtime(store.root, tracking=tracking or Tracking())
-        sweep = Sweep("store", f"Everything in {store.root.name}", "All cells of the store.", cells, (), (), runtime)
+        now = store.snapshot()
+        cells = tuple(cell for key in now.cell_keys() if (cell := now.cell(key)) is not None)
+        runtime = Runtime(store.place, tracking=tracking or Tracking())
+        name = str(store.place) if is_url(store.place) else store.root.name
+        sweep = Sweep("store", f"Everything in {name}", "All cells of the store.", cells, (), (), runtime)
     elif tracking is not None:
         sweep = dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, tracking=tracking))
     if sweep.runtime.tracking.kind == "none":
         raise TrackingError("tracking=none keeps no runs; publish with tracking=sqlite or tracking=server tracking.uri=http://…")
+    store = store.snapshot(sweep.cells)
     records = [store.record(cell) for cell in sweep.cells]
     known = [record for record in records if record.manifest or record.scores or record.failures]
     tracker = MLflowTracker(sweep, "", rebuild=True)
@@ -352,7 +355,7 @@ class MLflowTracker:
 
     @contextlib.contextmanager
     def _writing(self, what: str) -> Iterator[None]:
-        lock = contextlib.nullcontext() if self.uri.startswith("http") else self.store.lock("tracking")
+        lock = contextlib.nullcontext() if self.uri.startswith("http") else Store(self.store.root).lock("tracking")
         with _translated(what), lock:
             yield
 
@@ -360,14 +363,17 @@ class MLflowTracker:
 # -- where it is, and how to look at it --------------------------------------------------------------------------------
 
 
-def tracking_uri(tracking: Tracking, runs: Path) -> str:
-    """What MLflow is told: the database beside runs/, or the server. Raises TrackingError for a kind that does not exist."""
+def tracking_uri(tracking: Tracking, runs: Path | str) -> str:
+    """What MLflow is told: the database beside runs/ (of an object store: in the working directory), or the server.
+
+    Raises TrackingError for a kind that does not exist.
+    """
     if tracking.kind == "server":
         if not re.match(r"https?://", tracking.uri):
             raise TrackingError(f'tracking=server needs tracking.uri=http://HOST:PORT, not "{tracking.uri}"')
         return tracking.uri.rstrip("/")
     if tracking.kind == "sqlite":
-        return tracking.uri or f"sqlite:///{runs.resolve().parent / 'mlflow.db'}"
+        return tracking.uri or f"sqlite:///{_beside(runs) / 'mlflow.db'}"
     raise TrackingError(f'no tracking "{tracking.kind}"; known: none, server, sqlite')
 
 
@@ -380,7 +386,7 @@ class Command:
     url: str
 
 
-def ui_command(tracking: Tracking, runs: Path, port: int = 5000) -> Command:
+def ui_command(tracking: Tracking, runs: Path | str, port: int = 5000) -> Command:
     """The command that serves MLflow's pages on the loopback interface. Raises TrackingError where there is nothing to show, or
     the port is taken."""
     uri = tracking_uri(tracking, runs)
@@ -419,8 +425,12 @@ def serve(runtime: Runtime, port: int = 5000) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _artifact_folder(runs: Path) -> Path:
-    return runs.resolve().parent / "mlruns"
+def _artifact_folder(runs: Path | str) -> Path:
+    return _beside(runs) / "mlruns"
+
+
+def _beside(runs: Path | str) -> Path:
+    return Path.cwd() if is_url(runs) else Path(runs).resolve().parent
 
 
 def _check_server(uri: str) -> None:
@@ -586,11 +596,11 @@ def _write_artifacts(folder: Path, record: Record, store: Store) -> None:
         if items is not None:
             (folder / "items").mkdir(exist_ok=True)
             path = store.items_path(record.cell_key, score_key(cell, evaluation))
-            (folder / "items" / f"{name}.parquet").write_bytes(path.read_bytes())
+            (folder / "items" / f"{name}.parquet").write_bytes(store.files.read(path))
             shown = f"{name}.csv" if len(items) <= ITEM_ROWS_SHOWN else f"{name}-first-{ITEM_ROWS_SHOWN}.csv"
             items.head(ITEM_ROWS_SHOWN).to_csv(folder / "items" / shown, index=False)
-    if store.log_path(record.cell_key).is_file():
-        _write(folder / "log.txt", store.log_path(record.cell_key).read_text(encoding="utf-8", errors="replace"))
+    with contextlib.suppress(FileNotFoundError):
+        _write(folder / "log.txt", store.files.read(store.log_path(record.cell_key)).decode(errors="replace"))
     if record.failures:
         parts = [[str(failure.get(name, "")) for name in ("stage", "kind", "reason", "detail")] for failure in record.failures]
         texts = [f"{stage}: {kind}: {reason}\n\n{detail}\n" for stage, kind, reason, detail in parts]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import plugins, provenance, sources
 from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
-from harness.errors import HarnessError
+from harness.errors import HarnessError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
 from harness.store import Store, under_name
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOG_SECONDS = 30.0                              # after which logs go to a store elsewhere, at the latest
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
@@ -43,7 +44,7 @@ OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocat
 class QuantizeTask:
     """Make the checkpoints of cells of one model and one draw of calibration windows in one walk.
 
-    runs     the store's folder
+    runs     the store: its folder or its URL
     device   "auto", "cpu", "cuda" or "cuda:<index>"
     threads  CPU threads of one operation; 0: as the process has them
     command  what the user typed, for the record
@@ -158,9 +159,9 @@ def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Itera
     assert cell.calibration is not None and cell.method.tuning is not None, "refused by the plan"
     draw = draw_documents if "documents" in cell.method.tuning.needs else draw_windows
     windows = draw(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
-    writer = CheckpointWriter(store.checkpoint_folder(quantize_key(cell)), fingerprint(cell))
-    base = store.checkpoint_folder(quantize_key(untuned(cell)))
-    yield from run_tuning(cell, folder, base, windows, writer, device, keys)
+    with store.making(quantize_key(cell)) as place, store.reading(quantize_key(untuned(cell))) as base:
+        writer = CheckpointWriter(place, fingerprint(cell), store.files.keep)
+        yield from run_tuning(cell, folder, base, windows, writer, device, keys)
 
 
 def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
@@ -172,17 +173,17 @@ def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
     if not cells:
         return
     folder = sources.model_folder(cells[0].model)
-    writers = {}
-    for cell in cells:
-        key = quantize_key(cell)
-        writers[key] = CheckpointWriter(store.checkpoint_folder(key), fingerprint(cell))
     calibrations = {cell.calibration for cell in cells if cell.method.needs}
     assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
     for calibration in calibrations:
         assert calibration is not None, "a cell that needs calibration and has none is refused by the plan"
         windows = draw_windows(calibration, load_tokenizer(folder, cells[0].model.trust_remote_code))
-    yield from run_pass(cells, folder, windows, writers, device)
+    with ExitStack() as places:
+        writers = {}
+        for key, cell in {quantize_key(cell): cell for cell in cells}.items():
+            writers[key] = CheckpointWriter(places.enter_context(store.making(key)), fingerprint(cell), store.files.keep)
+        yield from run_pass(cells, folder, windows, writers, device)
 
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
@@ -247,9 +248,12 @@ def _evaluate_cell(
     key, folder = cell_key(cell), sources.model_folder(cell.model)
     manifest = store.manifest(quantize_key(cell))
     if manifest is None:
-        raise HarnessError(f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.root}; run the sweep again")
-    checkpoint = None if cell.method.is_baseline else store.checkpoint_folder(quantize_key(cell))
-    model, tokenizer = load(cell, folder, checkpoint, device)
+        raise HarnessError(f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again")
+    if cell.method.is_baseline:
+        model, tokenizer = load(cell, folder, None, device)
+    else:
+        with store.reading(quantize_key(cell)) as checkpoint:
+            model, tokenizer = load(cell, folder, checkpoint, device)
     subject = Subject(cell, model, tokenizer, device, batch_size, manifest, folder, store.root / "cache")
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:
@@ -383,7 +387,9 @@ class _Logs:
     """One log file per cell: every event of the cell, and whatever the harness logs while its task runs."""
 
     def __init__(self, store: Store, cells: Iterable[Cell]) -> None:
+        self._store = store
         self._paths = {cell_key(cell): store.log_path(cell_key(cell)) for cell in cells}
+        self._kept = time.monotonic()
         self._stack = ExitStack()
 
     def __enter__(self) -> _Logs:
@@ -391,7 +397,11 @@ class _Logs:
         handler = logging.Handler()
         handler.emit = lambda record: self._write(self._paths, f"{record.levelname.lower()}  {record.getMessage()}")  # type: ignore[method-assign]
         root.addHandler(handler)
+        self._stack.callback(self._keep)
         self._stack.callback(root.removeHandler, handler)
+        with contextlib.suppress(StoreError):
+            for path in self._paths.values():   # an earlier task, perhaps elsewhere, began it
+                self._store.local(path)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -401,6 +411,14 @@ class _Logs:
         line = describe(event)
         if line:
             self._write(event.cell_keys or self._paths, line)
+        if isinstance(event, Quantized | Scored | Failed) or time.monotonic() - self._kept > LOG_SECONDS:
+            self._keep()
+
+    def _keep(self) -> None:
+        self._kept = time.monotonic()
+        with contextlib.suppress(StoreError):
+            for path in self._paths.values():
+                self._store.files.keep(path)
 
     def _write(self, keys: Iterable[str], line: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -19,6 +19,7 @@ ONE_IMPORTER = {                                # library -> the modules that ma
     "ray": {"harness.schedule"},
     "mlflow": {"harness.tracking"},
     "lm_eval": {"harness.evaluators.lm_eval_tasks"},
+    "fsspec": {"harness.objects"},
 }
 LEAVES = {"harness.cell", "harness.errors", "harness.events"}
 MAY_IMPORT = {                                  # module or package -> the parts of the harness that it may import
@@ -27,7 +28,9 @@ MAY_IMPORT = {                                  # module or package -> the parts
     "harness.events": set(),
     "harness.sweep": {"harness.cell"},
     "harness.plugins": {"harness.errors"},
-    "harness.store": LEAVES,
+    "harness.files": LEAVES,
+    "harness.objects": LEAVES | {"harness.files"},
+    "harness.store": LEAVES | {"harness.files", "harness.objects"},
     "harness.naming": {"harness.cell"},
     "harness.statistics": LEAVES | {"harness.store"},
     "harness.published": LEAVES,

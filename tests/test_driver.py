@@ -113,10 +113,10 @@ def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch
     sweep = demo_sweep("method=rtn", "scheme=w4,w3", *SMALL)
 
     def act(plan: Any) -> Iterator[Event]:
-        def full(path: Path, write: Any, durable: bool = True) -> None:
+        def full(self: Any, path: Path, fill: Any, durable: bool = True) -> None:
             raise StoreError(f"cannot write {path}: the disk is full")
 
-        monkeypatch.setattr(store_module, "write_aside", full)
+        monkeypatch.setattr(store_module.Disk, "write", full)
         for cell in plan.missing:
             yield Failed(time.time(), (cell_key(cell),), stage="block 0", reason="cannot write: no space left on device")
 

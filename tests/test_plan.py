@@ -12,7 +12,8 @@ import pytest
 
 from harness.cell import Cell, cell_key, quantize_key, score_key
 from harness.errors import ConfigError, PlanError
-from harness.plan import Plan, checkpoint_bytes, count_workers, free_disk, make, pass_memory, quantize_flops, render, size
+from harness.files import Disk, free_disk
+from harness.plan import Plan, checkpoint_bytes, count_workers, make, pass_memory, quantize_flops, render, size
 from harness.store import Store
 from harness.sweep import Cluster, Sweep
 
@@ -103,7 +104,7 @@ def test_a_model_too_large_for_this_machine_is_a_reason(demo_sweep: Make, monkey
 
 
 def test_too_small_a_disk_is_a_problem_of_the_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PLAN, "free_disk", lambda path: 10)
+    monkeypatch.setattr(Disk, "free_bytes", lambda self, root: 10)
     plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))
     assert "larger disk" in plan.problems[0]
     with pytest.raises(PlanError, match="larger disk"):

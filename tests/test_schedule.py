@@ -560,7 +560,7 @@ def test_a_node_that_does_not_see_the_store_is_named(ray_cluster: Any, demo_swee
 
     @contextlib.contextmanager
     def elsewhere(self: Store) -> Iterator[Path]:
-        yield Path("/nowhere/.probe")
+        yield self.root / ".probe.gone"
 
     monkeypatch.setattr(Store, "probe", elsewhere)
     with pytest.raises(ScheduleError, match=r"node .* does not see .*runs, where this process writes\. Nothing was started"):

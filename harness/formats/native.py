@@ -18,7 +18,7 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ class CheckpointWriter:
     Raises StoreError when the folder holds a checkpoint with another fingerprint, or cannot be written.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], keep: Callable[[Path], None] = lambda path: None
+    ) -> None:
+        """keep: told of every file that was written or removed, in that order; a store elsewhere follows."""
+        self.folder, self._keep = folder, keep
         self.fingerprint = json.loads(json.dumps(fingerprint))
         path = folder / "fingerprint.json"
         try:
@@ -69,7 +72,7 @@ class CheckpointWriter:
                 differences = "; ".join(f"{k}: {held.get(k)!r} there, {self.fingerprint.get(k)!r} asked for" for k in names)
                 raise StoreError(f"{folder}: holds another checkpoint ({differences}); use another folder, or delete this one")
         else:
-            _write(path, _json(self.fingerprint))
+            self._write(path, _json(self.fingerprint))
 
     def finished_blocks(self) -> int:
         """How many blocks, counted from the first, are complete in the folder."""
@@ -119,7 +122,7 @@ class CheckpointWriter:
 
     def write_seconds(self, seconds: float) -> None:
         """Remember the time spent so far, for a pass that resumes."""
-        _write(self.folder / "seconds.json", _json(seconds))
+        self._write(self.folder / "seconds.json", _json(seconds))
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of a checkpoint that is complete already; a damaged one counts as missing, as for the store."""
@@ -162,15 +165,20 @@ class CheckpointWriter:
             "notes": {str(i): block["report"]["notes"] for i, block in enumerate(blocks) if block["report"].get("notes")},
             **report,
         }
-        _write(self.folder / "manifest.json", _json(manifest))
+        self._write(self.folder / "manifest.json", _json(manifest))
         (self.folder / "seconds.json").unlink(missing_ok=True)
+        self._keep(self.folder / "seconds.json")
         return manifest
 
     def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        _write(self.folder / f"{stem}.safetensors", data)
+        self._write(self.folder / f"{stem}.safetensors", data)
         description["file"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write(self.folder / f"{stem}.json", _json(description))
+        self._write(self.folder / f"{stem}.json", _json(description))
+
+    def _write(self, path: Path, data: bytes) -> None:
+        _write(path, data)
+        self._keep(path)
 
 
 class Checkpoint:
