@@ -644,11 +644,12 @@ class RayCluster:
 
     def __init__(self, runtime: Runtime, workers: int) -> None:
         cluster = runtime.cluster
-        self._ray = _import_ray(own=not cluster.address)
+        self._ray = _import_ray(own=not cluster.address or cluster.address.startswith(("127.", "localhost:", "[::1]")))
         self._address, self._settings, self._workers = cluster.address, dict(cluster.settings), workers
         cpus = self._settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
         self._started = self._connect(self._address, self._settings)
+        self._alive: set[str] = set()
         nodes = self._joined(JOIN_SECONDS)
         has_gpu = any(node.get("GPU", 0) for node in nodes)
         gpus = cluster.gpus_per_task if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda") else 0.0
@@ -666,7 +667,8 @@ class RayCluster:
             num_cpus=self.threads, num_gpus=gpus, max_retries=0, num_returns="streaming", **options
         )(_stream)
         self._running: dict[int, Any] = {}
-        self._nodes: dict[int, str] = {}
+        self._nodes: dict[int, str] = {}        # where a task said that it runs
+        self._around: dict[int, set[str]] = {}  # the nodes of the time when it was submitted
         self._heard: dict[int, float] = {}
 
     def _connect(self, address: str, settings: dict[str, Any]) -> bool:
@@ -696,10 +698,16 @@ class RayCluster:
         """What each living node has, once some node takes tasks or the time is over: a cluster's nodes may still be starting."""
         ends = time.monotonic() + seconds
         while True:
-            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            nodes = self._living()
             if any(node.get("CPU", 0) for node in nodes) or time.monotonic() > ends:
                 return nodes
             time.sleep(POLL_SECONDS)
+
+    def _living(self) -> list[dict[str, float]]:
+        """What each living node has."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        self._alive = {str(node["NodeID"]) for node in nodes}
+        return [node["Resources"] for node in nodes]
 
     def _count_slots(self, nodes: Sequence[Mapping[str, float]]) -> int:
         """Tasks that run at once: what fits on each node."""
@@ -757,7 +765,7 @@ class RayCluster:
 
     def submit(self, number: int, task: Task) -> None:
         self._running[number] = self._remote.remote(encode(task), self._shared)
-        self._heard[number] = time.monotonic()
+        self._heard[number], self._around[number] = time.monotonic(), self._alive
 
     def wait(self) -> list[Message]:
         lost = self._look()
@@ -799,7 +807,7 @@ class RayCluster:
         self._looked = now
         if _answers(self._head):
             self._answered = now
-            self.slots = self._count_slots([node["Resources"] for node in self._ray.nodes() if node["Alive"]])
+            self.slots = self._count_slots(self._living())
             return []
         if now - self._answered < HEAD_SECONDS:
             return []
@@ -831,21 +839,27 @@ class RayCluster:
         )
 
     def _lost(self) -> list[Message]:
-        """Tasks on nodes that Ray has given up: their streams stay silent for minutes."""
+        """Tasks on nodes that Ray has given up: their streams stay silent for minutes.
+
+        One that has not yet said where it runs counts as lost with any node of its time; if it only waited, it waits again.
+        """
         now = time.monotonic()
         silent = [number for number in self._running if now - self._heard[number] > SILENCE_SECONDS]
         if not silent:
             return []
-        alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
-        lost = []
+        self._living()
+        alive, lost = self._alive, []
         for number in silent:
             self._heard[number] = now
-            if number in self._nodes and self._nodes[number] not in alive:
-                lost.append(self._forget(number, Exit("lost", f"node {self._nodes[number][:12]} no longer answers")))
+            gone = ({self._nodes[number]} if number in self._nodes else self._around[number]) - alive
+            if gone:
+                names = ", ".join(sorted(node[:12] for node in gone))
+                self.cancel(number)
+                lost.append(Message(number, Exit("lost", f"node {names} no longer answers")))
         return lost
 
     def _forget(self, number: int, end: Exit) -> Message:
-        for known in (self._running, self._nodes, self._heard):
+        for known in (self._running, self._nodes, self._around, self._heard):
             known.pop(number, None)
         return Message(number, end)
 
@@ -902,7 +916,7 @@ def _local(model: Model) -> str | None:
 
 
 def _import_ray(own: bool = True) -> Any:
-    """Ray, set up before it is loaded. own: for a cluster that is started here, and must not be reached from elsewhere."""
+    """Ray, set up before it is loaded. own: for a cluster on the loopback interface, which must not be reached from elsewhere."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")    # a task without a GPU must not see all of them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if own:

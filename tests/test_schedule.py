@@ -314,9 +314,10 @@ class FakeRay:
 
     def __init__(self, *nodes: dict[str, float], refusals: int = 0) -> None:
         self.resources, self.refusals, self.joined, self.shut = nodes, refusals, 0, 0
+        self.cancelled: list[str] = []
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": resources} for resources in self.resources]
+        return [{"Alive": True, "NodeID": f"n{number}", "Resources": held} for number, held in enumerate(self.resources)]
 
     def is_initialized(self) -> bool:
         return False
@@ -330,6 +331,9 @@ class FakeRay:
     def shutdown(self) -> None:
         self.shut += 1
 
+    def cancel(self, stream: str, force: bool) -> None:
+        self.cancelled.append(stream)
+
 
 def joined(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> schedule.RayCluster:
     """A `RayCluster` in the state in which its cluster was just reached."""
@@ -337,7 +341,8 @@ def joined(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]) ->
     cluster._ray, cluster._address, cluster._settings, cluster._workers = ray, "10.0.0.1:6379", {}, 1
     cluster._asked, cluster._head, cluster._started, cluster.slots = {"CPU": 2.0, "GPU": 0.0}, "10.0.0.1:6379", False, 1
     cluster._looked = cluster._answered = clock[0]
-    cluster._running, cluster._nodes, cluster._heard = {7: "stream"}, {}, {7: 0.0}
+    cluster._running, cluster._nodes, cluster._heard, cluster._around = {7: "stream"}, {}, {7: 0.0}, {7: {"n0", "n1"}}
+    cluster._alive = {"n0", "n1"}
 
     class Time:
         monotonic = staticmethod(lambda: clock[0])
@@ -366,6 +371,23 @@ def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPa
     clock[0] += schedule.HEAD_SECONDS + 1
     with pytest.raises(ScheduleError, match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command goes on"):
         cluster._look()
+
+
+@pytest.mark.parametrize(("said", "lost"), [(None, True), ("n0", False), ("n1", True)])
+def test_a_silent_task_is_lost_with_its_node(monkeypatch: pytest.MonkeyPatch, said: str | None, lost: bool) -> None:
+    """Also one whose node went before it said where it runs."""
+    clock = [0.0]
+    ray = FakeRay({"CPU": 2.0}, {"CPU": 2.0})
+    cluster = joined(ray, monkeypatch, clock)
+    cluster._nodes = {} if said is None else {7: said}
+    clock[0] = schedule.SILENCE_SECONDS + 1
+    assert cluster._lost() == [] and 7 in cluster._running      # silent, but nobody is gone
+    ray.resources = ({"CPU": 2.0},)
+    assert cluster._lost() == []                                # asked once per SILENCE_SECONDS
+    clock[0] *= 2
+    found = cluster._lost()
+    assert [message.number for message in found] == [7] * lost and (7 not in cluster._running) == lost
+    assert ray.cancelled == ["stream"] * lost
 
 
 def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
