@@ -644,7 +644,7 @@ class RayCluster:
 
     def __init__(self, runtime: Runtime, workers: int) -> None:
         cluster = runtime.cluster
-        self._ray = _import_ray(own=not cluster.address or cluster.address.startswith(("127.", "localhost:", "[::1]")))
+        self._ray = _import_ray(own=not cluster.address)
         self._address, self._settings, self._workers = cluster.address, dict(cluster.settings), workers
         cpus = self._settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
@@ -916,7 +916,7 @@ def _local(model: Model) -> str | None:
 
 
 def _import_ray(own: bool = True) -> Any:
-    """Ray, set up before it is loaded. own: for a cluster on the loopback interface, which must not be reached from elsewhere."""
+    """Ray, set up before it is loaded. own: for a cluster that is started here, and must not be reached from elsewhere."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")    # a task without a GPU must not see all of them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if own:
