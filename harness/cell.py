@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
 PLACES = ("source", "include", "data_root", "revisions")    # settings that say where data lies; which it is says data_digest
+YOUNGER = ("apply_chat_template",)          # settings that came after their evaluators: left out of keys while they are off
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -294,8 +295,8 @@ def has_static_activations(scheme: Scheme) -> bool:
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
     """Identity of one evaluation of one cell; 64 hexadecimal digits. Where data lies is left out once its digest is known."""
     identity = _identity(evaluation, drop=("name",))
-    if evaluation.data_digest:
-        identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in PLACES}
+    dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(PLACES if evaluation.data_digest else ())
+    identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in dropped}
     return digest({"cell": cell_key(cell), "evaluation": identity})
 
 

@@ -46,7 +46,7 @@ TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet
 # What changes a model's numbers; a README or a second copy of the weights in another format does not.
 MODEL_FILES = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "*.py",
+    "vocab.*", "merges.txt", "*.model", "chat_template.*", "*.py",
 )
 # Downloaded with them: its end tokens end generated texts, from the hub as from a folder. A hub id's identity is its commit.
 FETCHED_FILES = (*MODEL_FILES, "generation_config.json")
@@ -129,6 +129,14 @@ def model_digest(source: str, revision: str | None = None) -> str:
     folder = _checked_folder(source)
     names = sorted({path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
     return digest([[name, file_digest(folder / name)] for name in names])
+
+
+def lacks_chat_template(folder: Path) -> bool:
+    """Whether a model folder has a tokenizer and no chat template with it."""
+    config = folder / "tokenizer_config.json"
+    if any(folder.glob("chat_template.*")) or not config.is_file():
+        return False
+    return "chat_template" not in json.loads(config.read_text(encoding="utf-8"))
 
 
 def _checked_folder(source: str) -> Path:

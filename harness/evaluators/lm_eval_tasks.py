@@ -21,7 +21,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,6 +72,7 @@ class Evaluator:
         num_fewshot    worked examples before each question; None: as the task's YAML says
         data_root      folder with tasks/<task>/<split>.jsonl in place of the hub; None: the task's own data set
         add_bos_token  begin-of-sequence token before each request; None: as the tokenizer does by itself
+        apply_chat_template  put each question, with its worked examples as turns, into the tokenizer's chat template
         revisions      commits of the hub's data sets; a sweep fills in those of conf/data_sets.yaml, or what the branch stands for
         scorer         shared_prefix computes common prefixes once; lm_eval is lm-eval's own model; auto: the former where the
                        model allows it
@@ -82,6 +83,7 @@ class Evaluator:
         num_fewshot: int | None = None
         data_root: str | None = None
         add_bos_token: bool | None = None
+        apply_chat_template: bool = False
         revisions: dict[str, str] | None = None
         scorer: str = "auto"
 
@@ -105,13 +107,18 @@ class Evaluator:
         for task in tasks:
             for reason in _reasons(task, self.settings):
                 reasons[reason] = None
+        if self.settings.apply_chat_template and not sources.is_hub_id(model.source):
+            with contextlib.suppress(HarnessError):     # a model that cannot be read is refused under its own name
+                if sources.lacks_chat_template(sources.model_folder(model)):
+                    reasons[f"{model.name} has no chat template; set apply_chat_template=false"] = None
         return list(reasons)
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
         scorer = _scorer(self.settings, subject)
-        built = _built(self.settings, evaluation.limit, evaluation.data_digest)
-        built.forget_answers()
         language_model = _language_model(subject, self.settings)
+        chat = _chat(self.settings, subject, language_model)
+        built = _built(self.settings, evaluation.limit, evaluation.data_digest, chat)
+        built.forget_answers()
         yield subject.progress(evaluation, 0, len(built.instances))
         done, truncated = 0, 0
         likelihoods = [instance for instance in built.instances if instance.request_type == "loglikelihood"]
@@ -132,6 +139,7 @@ class Evaluator:
         details = {
             "scorer": scorer, "batch_size": language_model.batch_size, "context_length": language_model.max_length,
             "truncated_requests": truncated, "add_bos_token": self.settings.add_bos_token,
+            "apply_chat_template": self.settings.apply_chat_template,
             "lm_eval": importlib.metadata.version("lm_eval"), "log_probabilities": "float32",
         }
         if evaluation.limit is not None:
@@ -245,24 +253,41 @@ class Built:
         return self._pairs[key]
 
 
+@dataclass(frozen=True)
+class Chat:
+    """A chat template. render: turns -> text; digest: of the tokenizer that it belongs to."""
+
+    render: Callable[..., str]
+    digest: str
+
+
+def _chat(settings: Evaluator.Settings, subject: Subject, language_model: Any) -> Chat | None:
+    """The template that the settings ask for. Raises EvaluationError where the tokenizer has none."""
+    if not settings.apply_chat_template:
+        return None
+    if not getattr(subject.tokenizer, "chat_template", None):
+        raise EvaluationError(f"{subject.cell.title}: the tokenizer has no chat template; set apply_chat_template=false")
+    return Chat(language_model.apply_chat_template, tokenizer_digest(subject.model_folder))
+
+
 _kept: OrderedDict[str, Built] = OrderedDict()
 
 
-def _built(settings: Evaluator.Settings, limit: int | None, data: str = "") -> Built:
+def _built(settings: Evaluator.Settings, limit: int | None, data: str = "", chat: Chat | None = None) -> Built:
     """The tasks of an evaluation, built once per process and state of their files (data: its digest)."""
     asked = asdict(settings)
     for unread in ("scorer", "add_bos_token"):
         del asked[unread]
-    key = digest([asked, limit, data])
+    key = digest([asked, limit, data, chat.digest if chat else None])
     if key not in _kept:
-        _kept[key] = _build(settings, limit)
+        _kept[key] = _build(settings, limit, chat)
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     _kept.move_to_end(key)
     return _kept[key]
 
 
-def _build(settings: Evaluator.Settings, limit: int | None) -> Built:
+def _build(settings: Evaluator.Settings, limit: int | None, chat: Chat | None) -> Built:
     from lm_eval.tasks import TaskManager
 
     files = task_files.members(settings.task, settings.include)
@@ -279,7 +304,7 @@ def _build(settings: Evaluator.Settings, limit: int | None) -> Built:
             manager = TaskManager(include_path=folders, include_defaults=False)
             tasks = manager.load([{"group": "harness", "task": overrides}])["tasks"]
             for task in tasks.values():
-                _prepare(task, settings.num_fewshot, limit)
+                _prepare(task, settings.num_fewshot, limit, chat)
         except HarnessError:
             raise
         except Exception as error:              # YAML, templates, data sets and the hub each raise their own
@@ -307,7 +332,7 @@ def _hub_overrides(file: TaskFile, revisions: Mapping[str, str]) -> dict[str, An
     return {"dataset_kwargs": {**(file.config.get("dataset_kwargs") or {}), "revision": revisions[file.data_set]}}
 
 
-def _prepare(task: Any, num_fewshot: int | None, limit: int | None) -> None:
+def _prepare(task: Any, num_fewshot: int | None, limit: int | None, chat: Chat | None) -> None:
     """Number and seed of worked examples as in simple_evaluate; requests built once and kept."""
     own = task.get_config("num_fewshot")
     if num_fewshot is not None and own != 0:
@@ -315,7 +340,8 @@ def _prepare(task: Any, num_fewshot: int | None, limit: int | None) -> None:
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    turns = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": chat.render} if chat else {}
+    task.build_all_requests(limit=limit, rank=0, world_size=1, **turns)
     # `evaluate` builds the requests of every task it is given; these exist, with the same limit.
     task.build_all_requests = lambda **arguments: None
 

@@ -34,7 +34,7 @@ from harness.evaluators.protocols import Subject, model_context_length
 RECIPES = ("join", "sample", "documents")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model",
+    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
 )
 KEPT = 4                                        # texts whose windows stay in memory
 _kept: OrderedDict[str, list[Tensor]] = OrderedDict()

@@ -14,11 +14,12 @@ import yaml
 from subjects import last, stories
 
 from harness import config, task_files
-from harness.cell import Evaluation, Model, Scheme
+from harness.cell import Evaluation, Model, Scheme, freeze, score_key
 from harness.cell import KVScheme as KV
 from harness.errors import ConfigError, DataError, EvaluationError
 from harness.evaluators import lm_eval_tasks
 from harness.evaluators.lm_eval_tasks import Evaluator
+from harness.evaluators.protocols import Subject
 
 TASKS = [
     "arc_easy", "boolq", "piqa", "winogrande", "commonsense_qa", "copa", "hellaswag", "openbookqa", "truthfulqa_mc1",
@@ -49,7 +50,9 @@ def stock(shared: Path, tmp_path: Path, task: str, limit: int, **arguments: Any)
     return _known[task]
 
 
-def _stock(shared: Path, tmp_path: Path, task: str, limit: int, **arguments: Any) -> dict[str, Any]:
+def _stock(
+    shared: Path, tmp_path: Path, task: str, limit: int, subject: Subject | None = None, **arguments: Any
+) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -62,7 +65,7 @@ def _stock(shared: Path, tmp_path: Path, task: str, limit: int, **arguments: Any
     }
     config |= {key: None for key in task_files.SPLITS if str(file.config.get(key)) not in local.splits}
     (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(config))
-    subject = stories(shared)
+    subject = subject or stories(shared)
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         return simple_evaluate(
             model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=16), tasks=[f"{task}_local"],
@@ -102,6 +105,28 @@ def test_worked_examples_are_the_same(shared: Path, tmp_path: Path) -> None:
     built = lm_eval_tasks._built(Evaluator.Settings(task="gsm8k", data_root=str(shared / "data"), num_fewshot=1), 3)
     ours = [instance.args[0] for instance in built.instances]
     assert ours == [sample["arguments"][0][0] for sample in theirs["samples"]["gsm8k_local"][:3]]
+
+
+def test_a_chat_template_is_applied_as_lm_eval_does(shared: Path, tmp_path: Path) -> None:
+    turns = "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}\n{% endfor %}"
+    subject = stories(shared)
+    subject.tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    theirs = _stock(shared, tmp_path, "arc_easy", 4, subject, num_fewshot=0, apply_chat_template=True)
+    own = evaluator(shared, "arc_easy", apply_chat_template=True)
+    score = last(own.score(subject, Evaluation("arc_easy", "lm", limit=4)))
+    samples = theirs["samples"]["arc_easy_local"]
+    assert samples[0]["arguments"][0][0].startswith("<user>Question:")
+    assert score.items["prompt_hash"] == [sample["prompt_hash"] for sample in samples]
+    for ours, sample in zip(score.items["log_likelihoods"], samples, strict=True):
+        assert ours == pytest.approx([response[0][0] for response in sample["resps"]], abs=2e-3, rel=1e-5)
+    model = Model("stories", str(shared / "models" / "stories260K"))
+    assert "has no chat template" in own.check(Evaluation("arc_easy", "lm"), model)[0]
+    with pytest.raises(EvaluationError, match="has no chat template"):
+        last(own.score(stories(shared), Evaluation("arc_easy", "lm", limit=4)))
+    off = Evaluation("arc_easy", "lm", freeze({"task": "arc_easy", "apply_chat_template": False}), data_digest="d")
+    absent = dataclasses.replace(off, settings=freeze({"task": "arc_easy"}))
+    on = dataclasses.replace(off, settings=freeze({"task": "arc_easy", "apply_chat_template": True}))
+    assert score_key(subject.cell, off) == score_key(subject.cell, absent) != score_key(subject.cell, on)
 
 
 def test_a_group_reads_one_file_by_subject(shared: Path) -> None:
