@@ -4,7 +4,7 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test lint bench chaos demo-model constraints clean
+.PHONY: help install demo test lint bench chaos topology demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,8 +31,12 @@ lint: install  ## ruff and mypy
 bench: install  ## speed and memory, each figure beside its reference in one run
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
-chaos: install  ## kill driver, workers and machine a hundred times over small sweeps; the tables must stay the same (an hour)
-	$(BIN)/python tests/chaos/chaos.py --kills 100
+chaos: install  ## kill whatever a sweep depends on a hundred times; the tables must stay the same (an hour; CHAOS= for its options)
+	$(BIN)/python tests/chaos/chaos.py --kills 100 $(CHAOS)
+
+topology: install  ## a cluster in network namespaces, with MLflow on PostgreSQL: doors, loss and return (root, Linux, ten minutes)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/constraints-mlflow.txt
+	$(BIN)/python tests/topology/topology.py
 
 demo-model: install  ## train the embedded demo model again from its committed recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.demo.train
