@@ -18,19 +18,22 @@ smoothing, which needs no groups.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from harness.cell import ActivationScheme, Model, to_json
-from harness.errors import MethodError
+from harness.errors import MethodError, TrackingError
 from harness.numerics.activations import round_dynamic
 from harness.numerics.grids import fit
 from harness.streaming.passes import survey
+
+if TYPE_CHECKING:
+    from harness.sweep import Runtime
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 TOKENS = 1024                           # of each linear's input, taken at equal distances
@@ -189,10 +192,11 @@ def _judge(
 
 
 def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: int = 0) -> str:
-    """Diagnose a model by its name, write record and figures below <runs>/diagnoses/<model>/, and return the text to print.
+    """Diagnose a model by its name, write record and figures below <runs>/diagnoses/<model>/ and to MLflow, and return the text
+    to print.
 
     overrides: of calibration (calibration=c4, calibration.samples=16; without any, 8 windows of wikitext2, or of the demo's own
-    text for its models), runs, device, data.root.
+    text for its models), runs, device, data.root, tracking (none writes to the folder alone).
     """
     from transformers import AutoTokenizer
 
@@ -204,7 +208,7 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     stated = {override.partition("=")[0].lstrip("+") for override in overrides}
     text = [] if "calibration" in stated else [f"calibration={'demo' if model.startswith('demo') else 'wikitext2'}"]
     few = [] if "calibration.samples" in stated else ["calibration.samples=8"]
-    grid = [f"model={model}", "method=bi_smoothing", "scheme=w8a8", "tracking=none", *text, *few, *overrides]
+    grid = [f"model={model}", "method=bi_smoothing", "scheme=w8a8", *text, *few, *overrides]
     sweep = load_sweep(None, grid)
     cell = next(cell for cell in sweep.cells if not cell.method.is_baseline)
     assert cell.calibration is not None
@@ -215,15 +219,44 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
 
     place = (Path("runs") if is_url(sweep.runtime.runs) else Path(sweep.runtime.runs)) / "diagnoses" / cell.model.name
     place.mkdir(parents=True, exist_ok=True)
-    record = json.dumps({**diagnosis.record(), "calibration": to_json(cell.calibration)}, indent=1, sort_keys=True) + "\n"
-    write_aside(place / "diagnosis.json", lambda path: path.write_text(record, encoding="utf-8"))
+    asked = {
+        "model": to_json(cell.model), "calibration": to_json(cell.calibration), "bits": bits, "group_size": group_size or "any",
+    }
+    record = {**diagnosis.record(), "asked": asked}
+    text_of = json.dumps(record, indent=1, sort_keys=True) + "\n"
+    write_aside(place / "diagnosis.json", lambda path: path.write_text(text_of, encoding="utf-8"))
     rows = [asdict(report) for report in diagnosis.linears]
+    listed = "\n".join(",".join(map(str, row)) for row in (list(rows[0]), *(row.values() for row in rows))) + "\n"
+    write_aside(place / "linears.csv", lambda path: path.write_text(listed, encoding="utf-8"))
     for value in ("both", "weight_ratio", "activation_ratio"):
         plots.save(plots.diagnosis_map(rows, value, cell.model.name), place, value.replace("_", "-"))
     first = max(diagnosis.linears, key=lambda report: report.both)
     title = f"{cell.model.name} · block {first.block} · {first.linear}"
     plots.save(plots.channel_magnitudes(diagnosis.channels, title), place, "channels")
-    return f"{render(diagnosis)}\n\nrecord and figures: {place}"
+    return f"{render(diagnosis)}\n\nrecord and figures: {place}{_track(sweep.runtime, diagnosis, record, place)}"
+
+
+def _track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], place: Path) -> str:
+    """Keep the diagnosis in MLflow, where that is on: what to print of it. A store that does not answer costs the line alone."""
+    from harness import tracking
+
+    if runtime.tracking.kind == "none":
+        return ""
+    curves: dict[str, dict[int, float]] = {}
+    for report in diagnosis.linears:
+        for value in ("both", "grouped", "weight_ratio", "activation_ratio"):
+            curves.setdefault(f"{value}/{report.linear}", {})[report.block] = getattr(report, value)
+    curves |= {
+        "linears that stand out": {0: len(diagnosis.affected)}, "linears to group": {0: len(diagnosis.proposed)},
+        "their share of all error": {0: sum(report.share for report in diagnosis.affected)},
+    }
+    name = f"{diagnosis.model} · {diagnosis.bits} bits"
+    open_this = "*Artifacts*: figures, `linears.csv`, `diagnosis.json`. *Model metrics*: every matrix, the block as step."
+    text = f"**{name}**\n\n```\n{render(diagnosis)}\n```\n\n{open_this}"
+    try:
+        return f"\nMLflow: {tracking.keep_diagnosis(runtime, name, record, curves, text, place)}"
+    except TrackingError as error:
+        return f"\nMLflow: {error}"
 
 
 def render(diagnosis: Diagnosis) -> str:

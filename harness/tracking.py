@@ -68,6 +68,7 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
 }
 MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
+DIAGNOSES = "which linears of a model low-bit weights and activations ruin, and why; open a run for its text, curves and figures"
 SHORT_GUIDE = "open the run for its tables, its + for one run per cell, the chart icon for curves"
 OPEN_THIS = """\
 **What to open**
@@ -142,11 +143,90 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     return f'published {len(known)} cells as experiment "{tracker.experiment}" in {place}{left}'
 
 
+def keep_diagnosis(
+    runtime: Runtime, name: str, record: Mapping[str, Any], curves: Mapping[str, Mapping[int, float]], text: str, folder: Path
+) -> str:
+    """One MLflow run for a diagnosis in the experiment "diagnoses", with the files of its folder; returns where it is, one line.
+
+    name    what a person calls it
+    record  JSON values: its entry "asked" (what was diagnosed, and how) identifies the run, which is found again, completed where
+            the record changed, and never doubled
+    curves  metric -> block -> value, which MLflow draws over the blocks
+    text    Markdown for the run's page
+    Raises TrackingError.
+    """
+    key, shown = digest(record["asked"]), digest(record)
+    experiment = runtime.tracking.experiment or "diagnoses"
+    sweep = Sweep(experiment, "Diagnoses", DIAGNOSES, (), (), (), dataclasses.replace(
+        runtime, tracking=dataclasses.replace(runtime.tracking, experiment=experiment)
+    ))
+    tracker = _Connection(sweep)
+    with tracker.writing(f"record the diagnosis of {name} in {tracker.uri}"):
+        client, experiment_id = tracker.client, tracker.find_experiment(f"Diagnoses: {DIAGNOSES}")
+        found = client.search_runs([experiment_id], f"tags.`harness.diagnosis` = '{key}'")
+        run = found[0] if found else client.create_run(
+            experiment_id, run_name=name, tags={"harness.diagnosis": key, "mlflow.user": _user(), "mlflow.source.type": "JOB"}
+        )
+        if run.data.tags.get("harness.record") != shown:
+            entities, now = tracker.mlflow.entities, int(1000 * time.time())
+            points = [
+                entities.Metric(_metric_name(metric), value, now, step)
+                for metric, values in curves.items() for step, value in values.items() if math.isfinite(value)
+            ]
+            params = [
+                entities.Param(_key(entry), _cut(str(value), PARAM_LIMIT)) for entry, value in _flat(record["asked"]).items()
+                if entry not in run.data.params
+            ]
+            for begin in range(0, max(len(points), 1), BATCH_METRICS // 2):
+                client.log_batch(run.info.run_id, points[begin : begin + BATCH_METRICS // 2], params if begin == 0 else [], [])
+            client.log_artifacts(run.info.run_id, str(folder))
+            client.set_tag(run.info.run_id, "mlflow.note.content", _cut(text, TAG_LIMIT))
+            client.set_tag(run.info.run_id, "harness.record", shown)            # last: what was interrupted is done again
+            client.set_terminated(run.info.run_id, "FINISHED")
+    return f'experiment "{experiment}" in {tables.without_password(tracker.uri)}'
+
+
 def _state(record: Record) -> str:
     return "done" if record.complete else "failed" if record.failures else "unfinished"
 
 
-class MLflowTracker:
+class _Connection:
+    """A tracking server, or mlflow.db beside runs/, for one experiment."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.store = Store(sweep.runtime.runs)
+        self.uri = tracking_uri(sweep.runtime.tracking, sweep.runtime.runs)
+        self.experiment = sweep.runtime.tracking.experiment or sweep.name or "sweeps"
+        with self.writing(f"open {self.uri}"):
+            if self.uri.startswith("http"):
+                _check_server(self.uri)
+            self.mlflow = _import_mlflow()
+            self.client = self.mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def find_experiment(self, note: str) -> str:
+        """Its number; made, with this description, where it does not exist yet."""
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise TrackingError(
+                    f'experiment "{self.experiment}" was deleted in {self.uri}; restore it there (mlflow experiments restore '
+                    f"-x {found.experiment_id}) or name another with tracking.experiment=NAME"
+                )
+            return str(found.experiment_id)
+        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _cut(note, TAG_LIMIT)}
+        place = None if self.uri.startswith("http") else _artifact_folder(self.sweep.runtime.runs).as_uri()
+        return str(self.client.create_experiment(self.experiment, artifact_location=place, tags=tags))
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Errors translated; writers of SQLite one after the other."""
+        lock = contextlib.nullcontext() if self.uri.startswith("http") else Store(self.store.root).lock("tracking")
+        with _translated(what), lock:
+            yield
+
+
+class MLflowTracker(_Connection):
     """One parent run per sweep, one child run per cell, in a tracking server or in mlflow.db beside runs/.
 
     Writes to SQLite are serialised over processes by a lock of the store.
@@ -154,21 +234,16 @@ class MLflowTracker:
 
     def __init__(self, sweep: Sweep, plan_text: str, rebuild: bool = False) -> None:
         """rebuild: send artifacts even where MLflow has those of the same results."""
-        self.sweep, self.rebuild = sweep, rebuild
-        self.store = Store(sweep.runtime.runs)
-        self.uri = tracking_uri(sweep.runtime.tracking, sweep.runtime.runs)
-        self.experiment = sweep.runtime.tracking.experiment or sweep.name or "sweeps"
+        super().__init__(sweep)
+        self.rebuild = rebuild
         self.states: dict[str, str] = {}
         self._names = _run_names(sweep.cells)
         self._curves = _curves(sweep.cells)
         self._children: dict[str, Any] = {}
         self._parent_metrics: dict[tuple[str, int], float] = {}
-        with self._writing(f"open {self.uri}"):
-            if self.uri.startswith("http"):
-                _check_server(self.uri)
-            self.mlflow = _import_mlflow()
-            self.client = self.mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-            self.experiment_id = self._find_experiment()
+        with self.writing(f"open {self.uri}"):
+            note = f"{sweep.title}: {SHORT_GUIDE}\n\n{sweep.description}\n\n{OPEN_THIS}".strip()
+            self.experiment_id = self.find_experiment(note)
             self.parent_id = self._find_parent(plan_text)
 
     # -- the three calls -----------------------------------------------------------------------------------------------
@@ -177,7 +252,7 @@ class MLflowTracker:
         """Note what is known of a cell now; new numbers, params and artifacts only. Raises TrackingError."""
         key = record.cell_key
         self.states[key] = state
-        with self._writing(f"record {record.cell.title} in {self.uri}"):
+        with self.writing(f"record {record.cell.title} in {self.uri}"):
             run = self._child(record)
             metrics = record.metrics()
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -210,7 +285,7 @@ class MLflowTracker:
 
     def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
         """Keep tables and figures with the parent, describe it, end it. Raises TrackingError."""
-        with self._writing(f'close sweep "{self.sweep.name}" in {self.uri}'):
+        with self.writing(f'close sweep "{self.sweep.name}" in {self.uri}'):
             for key, state in self.states.items():
                 if STATUS[state] in ("SCHEDULED", "RUNNING"):
                     self._set_status(self._children[key].info.run_id, STATUS[state], STATUS["unfinished"])
@@ -236,20 +311,6 @@ class MLflowTracker:
             self.client.set_terminated(self.parent_id, status)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
-
-    def _find_experiment(self) -> str:
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            if found.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f'experiment "{self.experiment}" was deleted in {self.uri}; restore it there (mlflow experiments restore '
-                    f"-x {found.experiment_id}) or name another with tracking.experiment=NAME"
-                )
-            return str(found.experiment_id)
-        note = f"{self.sweep.title}: {SHORT_GUIDE}\n\n{self.sweep.description}\n\n{OPEN_THIS}".strip()
-        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _cut(note, TAG_LIMIT)}
-        place = None if self.uri.startswith("http") else _artifact_folder(self.sweep.runtime.runs).as_uri()
-        return str(self.client.create_experiment(self.experiment, artifact_location=place, tags=tags))
 
     def _find_parent(self, plan_text: str) -> str:
         quote = '"' if "'" in self.sweep.name else "'"
@@ -352,13 +413,6 @@ class MLflowTracker:
         if len(text) > TAG_LIMIT:
             text = "\n\n".join((*parts, command, "The table is too long for this page; it is in *Artifacts*."))
         return text
-
-    @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        lock = contextlib.nullcontext() if self.uri.startswith("http") else Store(self.store.root).lock("tracking")
-        with _translated(what), lock:
-            yield
-
 
 # -- where it is, and how to look at it --------------------------------------------------------------------------------
 

@@ -77,10 +77,36 @@ def test_a_stated_group_size_is_judged_and_not_another(tiny_model: object) -> No
 
 
 def test_the_command_writes_record_and_figures(tmp_path: Path) -> None:
-    text = run("demo:weight_outliers", [f"runs={tmp_path}", "calibration.samples=1", "device=cpu"])
+    text = run("demo:weight_outliers", [f"runs={tmp_path}", "calibration.samples=1", "device=cpu", "tracking=none"])
+    assert "MLflow" not in text
     place = tmp_path / "diagnoses" / "demo_weight_outliers"
     assert str(place) in text and '"group_size": 16' in text
     record = json.loads((place / "diagnosis.json").read_text())
     assert record["overrides"][0]["blocks"] == [0]
     made = {path.name for path in place.iterdir()}
     assert {f"{name}.png" for name in ("both", "weight-ratio", "activation-ratio", "channels")} <= made
+
+
+def test_a_diagnosis_is_one_mlflow_run_however_often_it_is_made(tmp_path: Path) -> None:
+    """Found again by what was asked; another question is another run. Figures, table and curves over blocks go with it."""
+    from mlflow import MlflowClient
+
+    asked = [f"runs={tmp_path / 'runs'}", "calibration.samples=1", "device=cpu"]
+    for bits in (8, 8, 6):
+        assert 'experiment "diagnoses"' in run("demo:weight_outliers", asked, bits)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("diagnoses")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    assert [each.info.run_name for each in runs] == ["demo_weight_outliers · 8 bits", "demo_weight_outliers · 6 bits"]
+    first = runs[0].info.run_id
+    points = client.get_metric_history(first, "both/self_attn.q_proj")
+    assert sorted((point.step, point.value > 0.1) for point in points) == [(0, True), (1, False), (2, False), (3, False)]
+    assert {"both.png", "channels.png", "diagnosis.json", "linears.csv"} <= {file.path for file in client.list_artifacts(first)}
+    assert "5 linears stand out" in runs[0].data.tags["mlflow.note.content"]
+
+
+def test_a_tracking_server_that_is_not_there_costs_no_diagnosis(tmp_path: Path) -> None:
+    text = run("demo", [
+        f"runs={tmp_path}", "calibration.samples=1", "device=cpu", "tracking=server", "tracking.uri=http://127.0.0.1:9",
+    ])
+    assert "no tracking server" in text and (tmp_path / "diagnoses" / "demo" / "diagnosis.json").exists()
