@@ -14,6 +14,7 @@ from harness.cell import Cell, cell_key, quantize_key, to_json
 from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
 from harness.plan import Plan, duration
+from harness.flips import with_flips
 from harness.store import Record, Store, is_running
 
 SHOWN_AT_ONCE = 8                               # running cells in the live view
@@ -233,7 +234,7 @@ def record_text(record: Record, store: Store, command: str) -> str:
     sections = [f"{cell.title}\n  cell        {record.cell_key}\n  checkpoint  {quantize_key(cell)}"]
     config = {name: value for name, value in to_json(cell).items() if name != "evaluations"}
     sections.append("config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
-    sections.append("scores\n" + _indent(_scores(record) or "none yet"))
+    sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
     unseen = _unseen_experts(record)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import plugins
+from harness import flips, plugins
 from harness.cell import Cell, Evaluation, baseline_of, cell_key
 from harness.errors import ConfigError, unknown_name
 from harness.naming import bits_text, group_text, replicates, variants
@@ -116,6 +116,8 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     published = load_published(table.published, _published_folders(sweep)) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
     if published is not None and table.correlation is None:
+    if store is not None and any(name.rpartition("/")[2] in flips.METRICS for c in columns for name in (c.metric, *c.of)):
+        by_key = {key: flips.with_flips(record, store) for key, record in by_key.items()}
         unknown = [c.published for c in columns if c.published and c.published not in published.columns]
         problems = [unknown_name("published column", name, published.columns, f"table {table.name}") for name in unknown]
         if problems:

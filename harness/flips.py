@@ -1,0 +1,89 @@
+"""Answers that changed against full precision, benchmark by benchmark: where errors cancel, accuracy hides them.
+
+    flips       share of items whose answer is another than the full-precision model's: another choice; where nothing is chosen,
+                right instead of wrong or wrong instead of right
+    flips_lost  share of items that were right and are wrong;   flips_won: the other way round
+    choice_kl   mean over items of sum_c p(c) log(p(c) / q(c)) in nats, c the choices of an item, p the full-precision model's
+                likelihoods of them and q the cell's, each normalised over the item
+
+They follow from the item results of two cells, so they cost no evaluation and no key holds them: tables whose columns name them
+("arc_easy/flips") and `harness show` compute them from the store. Items are matched by identity and prompt. Loads without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from harness.cell import Evaluation, baseline_of, cell_key, score_key
+
+if TYPE_CHECKING:
+    import pandas
+
+    from harness.store import Record, Store
+
+METRICS = ("flips", "flips_lost", "flips_won", "choice_kl")
+
+
+def with_flips(record: Record, store: Store) -> Record:
+    """The record with these metrics beside the others, where the items of the cell and of its baseline are known."""
+    baseline = baseline_of(record.cell)
+    if cell_key(baseline) == record.cell_key:
+        return record
+    scores = dict(record.scores)
+    for evaluation in record.cell.evaluations:
+        score = scores.get(evaluation.name)
+        if score is None or evaluation.evaluator != "lm_eval_tasks":
+            continue
+        ours = store.evaluation_items(record, evaluation)
+        theirs = store.items(cell_key(baseline), score_key(baseline, evaluation))
+        if ours is None or theirs is None:
+            continue
+        found = _of_evaluation(evaluation, ours, theirs)
+        scores[evaluation.name] = {**score, "metrics": {**score["metrics"], **found}}
+    return dataclasses.replace(record, scores=scores)
+
+
+def _of_evaluation(evaluation: Evaluation, ours: pandas.DataFrame, theirs: pandas.DataFrame) -> dict[str, float]:
+    """Metrics by full name, for the evaluation and for each of its tasks where it has several."""
+    known = [name for name in ("id", "prompt_hash") if name in ours and name in theirs]
+    if "id" not in known or ours["id"].duplicated().any():
+        return {}
+    pairs = ours.merge(theirs, on=known, suffixes=("", "_before"))
+    if not len(pairs) == len(ours) == len(theirs):
+        return {}
+    groups = [(evaluation.name, pairs)]
+    if "task" in pairs and pairs["task"].nunique() > 1:
+        groups += [(str(task), items) for task, items in pairs.groupby("task", sort=False)]
+    return {f"{name}/{metric}": value for name, items in groups for metric, value in of_items(items).items()}
+
+
+def of_items(items: pandas.DataFrame) -> dict[str, float]:
+    """Metrics of matched items: columns of the cell, and those of full precision with `_before` behind their names."""
+    found: dict[str, float] = {}
+    has_choices, has_marks = ("chosen" in items and "chosen_before" in items), ("correct" in items and "correct_before" in items)
+    if has_choices or has_marks:
+        answer = "chosen" if has_choices else "correct"
+        found["flips"] = float((items[answer] != items[f"{answer}_before"]).mean())
+    if has_marks:
+        now, before = items["correct"].astype(bool), items["correct_before"].astype(bool)
+        found["flips_lost"], found["flips_won"] = float((before & ~now).mean()), float((~before & now).mean())
+    if has_choices:
+        rows = zip(items["log_likelihoods_before"], items["log_likelihoods"], strict=True)
+        found["choice_kl"] = math.fsum(_divergence(before, now) for before, now in rows) / len(items)
+    return found
+
+
+def _divergence(before: Any, now: Any) -> float:
+    """KL between two sets of log-likelihoods, each normalised."""
+    p, q = (_normalised(np.asarray(each, np.float64)) for each in (before, now))
+    likely = np.exp(p) > 0
+    return float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely])))
+
+
+def _normalised(log_likelihoods: np.ndarray) -> np.ndarray:
+    shifted = log_likelihoods - log_likelihoods.max()
+    return shifted - np.log(np.exp(shifted).sum())
