@@ -2,11 +2,13 @@
 
 What a layout (`harness/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is written. Tensors
 go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype. The folder is written
-aside and renamed. Peak memory: a shard and a block.
+aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
+weights alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -18,16 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness import sources
-from harness.cell import Cell, cell_key, quantize_key
+from harness.cell import Cell, cell_key, quantize_key, untuned
 from harness.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.formats.protocols import Description, Layout
+    from harness.formats.protocols import AdapterLayout, Description, Layout
     from harness.methods.protocols import Shapes
-    from harness.models.protocols import Slot
+    from harness.models.protocols import DecoderFamily, Slot
     from harness.numerics.weights import QuantizedWeight
 
 SHARD_BYTES = 4 * 2**30
@@ -43,12 +45,12 @@ def layouts() -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / "formats").glob("*.py") if path.stem not in NOT_LAYOUTS)
 
 
-def layout_of(name: str) -> Layout:
+def layout_of(name: str) -> Layout | AdapterLayout:
     """Raises ConfigError for an unknown name, or when the layout's library is not installed."""
     if name not in layouts():
         raise ConfigError(unknown_name("export format", name, layouts()))
     try:
-        return cast("Layout", importlib.import_module(f"harness.formats.{name}").Layout())
+        return cast("Layout | AdapterLayout", importlib.import_module(f"harness.formats.{name}").Layout())
     except ImportError as error:
         raise ConfigError(f'export format "{name}" needs a library that cannot be imported here: {error}') from error
 
@@ -67,6 +69,8 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
         for linear in shapes.linears:
             weight, activation = cell.scheme.weight_for(block, linear.name), cell.scheme.activation_for(block, linear.name)
             reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
+    if cell.method.tuning is None and hasattr(layout, "write_adapters"):
+        reasons["nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"] = None
     rounding = cell.method.rounding
     settings = dict(rounding.settings) if rounding is not None else {}
     dynamic_order = settings.get("act_order") and not settings.get("static_groups") and cell.scheme.weight.group_size != -1
@@ -93,6 +97,7 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
     """
     import torch
 
+    from harness.formats.protocols import AdapterLayout
     from harness.models import family_of, read_config
     from harness.streaming.weights import DTYPES, WeightReader
 
@@ -110,15 +115,15 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
     if store.manifest(quantize_key(cell)) is None:
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
 
+    if isinstance(layout, AdapterLayout):
+        return _export_adapters(cell, layout, family, family.config(data), store, name, output)
     dtype = DTYPES[cell.model.dtype]
     with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
         writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint)
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
         settings = layout.quantization_config(described, writing.other_linears(described))
-        aside = output.with_name(f".{output.name}.{os.getpid()}.aside")
-        try:
-            aside.mkdir(parents=True)
+        with _written_aside(output) as aside:
             total, files = _write_shards(aside, writing.tensors(), shard_bytes)
             config = {**data, "dtype": cell.model.dtype, "quantization_config": settings}
             config.pop("torch_dtype", None)
@@ -131,18 +136,59 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
                 for path in source.glob(pattern):
                     if path.is_file():
                         shutil.copyfile(path, aside / path.name)
-            if output.exists():
-                output.rmdir()
-            aside.rename(output)
-        except OSError as error:
-            raise StoreError(f"{output}: cannot be written: {error}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     text = (
         f"{output}: {cell.title} ({cell_key(cell)[:12]}) as {name}, {files} weight file{'s' * (files > 1)}, {total / 1e6:,.1f} MB; "
         f"dtype {cell.model.dtype}"
     )
     return Exported(output, name, files, total, text)
+
+
+@contextlib.contextmanager
+def _written_aside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when all is written."""
+    aside = output.with_name(f".{output.name}.{os.getpid()}.aside")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    except OSError as error:
+        raise StoreError(f"{output}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _export_adapters(
+    cell: Cell, layout: AdapterLayout, family: DecoderFamily, config: Any, store: Store, name: str, output: Path
+) -> Exported:
+    """What a tuning left beside the weights."""
+    from harness.formats.native import Checkpoint
+    from harness.numerics.adapters import AdaptedWeight
+    from harness.numerics.inputs import NAMES
+
+    checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(cell)))
+    adapters: dict[str, AdaptedWeight] = {}
+    reasons: dict[str, None] = {}
+    for index in range(checkpoint.manifest["blocks"]):
+        content = checkpoint.block(index)
+        places = {slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)}
+        for linear, weight in content.weights.items():
+            if isinstance(weight, AdaptedWeight):
+                adapters[family.block_prefix(index) + places[linear]] = weight
+        if any(key.rpartition(".")[2] in NAMES for key in content.dense):
+            reasons["inputs that are transformed at run time"] = None
+    if not adapters:
+        reasons["nothing lies beside its weights: its tuning is merged into what is stored"] = None
+    _refuse(cell, name, list(reasons))
+    tuning = cell.method.tuning
+    assert tuning is not None, "refused"
+    with _written_aside(output) as aside:
+        layout.write_adapters(aside, adapters, cell.model.source, dict(tuning.settings).get("dropout", 0.0))
+        total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
+    key, base = cell_key(cell)[:12], quantize_key(untuned(cell))[:12]
+    text = f"{output}: adapters of {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB; for the weights of checkpoint {base}"
+    return Exported(output, name, 1, total, text)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -628,9 +628,16 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
             total += sum(2.0 * linear.out_features * linear.in_features**2 for linear in shapes.linears)
             total += sum(float(width) ** 3 for width in widths.values())
         for part in cell.method.parts:
-            epochs = dict(part.settings).get("epochs", 0)
-            total += 6.0 * weights * tokens * (epochs if isinstance(epochs, int | float) else 0)
+            total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens)
     return total * shapes.blocks
+
+
+def _trained_tokens(settings: Mapping[str, Any], tokens: int) -> float:
+    """Of a part with epochs over the windows, or with steps of a batch of texts (at most: texts may be short)."""
+    if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
+        return float(settings["steps"] * settings["batch"] * (settings["prompt_length"] + settings["answer_length"]))
+    epochs = settings.get("epochs", 0)
+    return tokens * epochs if isinstance(epochs, int | float) else 0.0
 
 
 # --- in words --------------------------------------------------------------------------------------------------------------------

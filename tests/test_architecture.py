@@ -20,6 +20,7 @@ ONE_IMPORTER = {                                # library -> the modules that ma
     "mlflow": {"harness.tracking"},
     "lm_eval": {"harness.evaluators.lm_eval_tasks"},
     "fsspec": {"harness.objects"},
+    "peft": {"harness.formats.peft"},
 }
 LEAVES = {"harness.cell", "harness.errors", "harness.events"}
 MAY_IMPORT = {                                  # module or package -> the parts of the harness that it may import
@@ -116,7 +117,7 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
     """numerics, streaming, methods, models, formats, runtime and evaluators run where only torch and transformers are installed."""
     allowed = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "harness"} | set(sys.stdlib_module_names)
     optional = {
-        "harness.evaluators.lm_eval_tasks", "harness.formats.compressed_tensors",
+        "harness.evaluators.lm_eval_tasks", "harness.formats.compressed_tensors", "harness.formats.peft",
         "harness.evaluators.tasks.summaries", "harness.evaluators.tasks.translations",      # functions of lm-eval's task files
     }
     packages = ("numerics", "streaming", "methods", "models", "formats", "runtime", "evaluators")

@@ -6,12 +6,14 @@ Native checkpoints are read block by block; a layout says which of their matrice
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from harness.cell import ActivationScheme, WeightScheme
+from harness.numerics.adapters import AdaptedWeight
 from harness.numerics.weights import QuantizedWeight
 
 Description = dict[str, Any]                    # of a linear in the layout's own words: JSON values
@@ -46,4 +48,15 @@ class Layout(Protocol):
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         """Further JSON files of the folder, by name."""
+        ...
+
+
+@runtime_checkable
+class AdapterLayout(Protocol):
+    """A layout of adapters alone: `class Layout` with these methods instead."""
+
+    def scheme_reasons(self, weight: WeightScheme, activation: ActivationScheme | None) -> list[str]: ...
+
+    def write_adapters(self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float) -> None:
+        """Write the folder. adapters: by module name in the model; base: source of the unquantized model."""
         ...

@@ -28,7 +28,6 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from harness.errors import MethodError
 from harness.methods.protocols import (
     Document,
     Evidence,
@@ -39,6 +38,7 @@ from harness.methods.protocols import (
     WeightScheme,
     check_uniform,
     refusals,
+    require_finite,
 )
 from harness.numerics.adapters import FrozenLinear, LowRankLinear, LowRankSettings, check_dtype, train_adapters, unknown_linears
 from harness.numerics.block_maxima import SECOND_BLOCK, SMALLEST, BlockMaxima, dynamic_table, nearest, unit_blocks
@@ -129,8 +129,7 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: four copies of weight, and 2^16 blocks in the search."""
-        if not bool(torch.isfinite(weight).all()):
-            raise MethodError(f"{name}: the weight holds NaN or infinity; the model itself is damaged")
+        require_finite(weight)
         if scheme.format == "int":
             size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
             groups = weight.reshape(weight.shape[0], -1, size)

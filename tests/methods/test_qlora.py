@@ -110,7 +110,8 @@ def test_the_layout_of_the_base_is_found_by_a_process_that_never_saw_it(tiny_mod
     import subprocess
 
     folder = tiny_model("llama")
-    method = Method("ir_qlora", rounding=part("ir_qlora", shift_steps=2), tuning=part("ir_qlora", "tuning", **{**SMALL, "steps": 1}))
+    tuning = part("ir_qlora", "tuning", **{**SMALL, "steps": 1})
+    method = Method("ir_qlora", rounding=part("ir_qlora", shift_steps=2), tuning=tuning)
     scheme = Scheme("nf4g32", WeightScheme("nf4", 4, 32, scale_dtype="float32"))
     c = dataclasses.replace(cell(folder, method), scheme=scheme)
     tune(c, folder, tmp_path)
