@@ -922,7 +922,7 @@ class _Resolver:
     def _text(self, source: str, split: str) -> tuple[str, str]:
         """Where a text is read and its digest. Of the hub: its source at a commit, or the bundle's copy under the same digest."""
         if not source.startswith("hub:"):
-            is_named = source in (sources.DEMO, sources.RANDOM_ASCII)
+            is_named = source in (sources.DEMO, sources.RANDOM_ASCII, sources.RANDOM_TOKENS)
             place = source if is_named else str(sources.resolve_path(source, self.base))
             return place, sources.corpus_digest(place, split)
         pinned = sources.pin(source, self._pins(), ask=self.bundle is None)

@@ -39,8 +39,10 @@ from harness.errors import DataError, HarnessError, ModelError, unknown_name
 
 DEMO, TINY = "demo", "tiny"
 RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
+RANDOM_TOKENS = "random_tokens"                 # no text at all: windows are drawn from a tokenizer's vocabulary
 TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
 ASKED_AND_ANSWERED = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("prompt", "response"))
+QUESTIONS = (("question", "choices", "answerKey"), ("goal", "sol1", "sol2", "label"))         # of benchmarks: ARC's, PIQA's
 RESPONSE = "### Response:"                      # in an instruction's text, what stands before the answer (Alpaca)
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
 # What changes a model's numbers; a README or a second copy of the weights in another format does not.
@@ -289,6 +291,8 @@ def read_corpus(source: str, split: str) -> list[str]:
         return corpus.documents(split)
     if source == RANDOM_ASCII:
         return random_ascii(split)
+    if source == RANDOM_TOKENS:
+        raise DataError(f"{RANDOM_TOKENS} are windows for calibration and no text")
     if not source.startswith("hub:"):
         return [text for path in corpus_files(source, split) for text in _read_texts(path)]
     hub = hub_text(source)
@@ -349,7 +353,7 @@ def corpus_digest(source: str, split: str) -> str:
         from harness.demo import corpus
 
         return corpus.corpus_digest(split)
-    if source == RANDOM_ASCII:
+    if source in (RANDOM_ASCII, RANDOM_TOKENS):
         return digest([source, split])
     if source.startswith("hub:"):
         hub = hub_text(source)
@@ -484,6 +488,9 @@ def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
     for name in TEXT_FIELDS:
         if name in present:
             return (name,)
+    for names in QUESTIONS:
+        if present >= set(names):
+            return names
     for pair in ASKED_AND_ANSWERED:
         if present >= set(pair):
             return (*pair, *({"input"} & present if pair[0] == "instruction" else ()))
@@ -494,7 +501,10 @@ def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def _text(row: Mapping[str, Any]) -> str:
-    """A row with one field is its text; an instruction with its answer is written as Alpaca's own texts are."""
+    """A row with one field is its text; an instruction with its answer is written as Alpaca's own texts are; a question of a
+    benchmark is followed by its right answer."""
+    if tuple(row) in QUESTIONS:
+        return _answered(row)
     values = [str(value) for value in row.values()]
     if len(values) == 1:
         return values[0]
@@ -505,6 +515,15 @@ def _text(row: Mapping[str, Any]) -> str:
         f"Below is an instruction that describes a task{with_it}. Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{asked}{context}\n\n{RESPONSE}\n{answered}"
     )
+
+
+def _answered(row: Mapping[str, Any]) -> str:
+    """Question and right answer on one line; the question alone where the answer is withheld."""
+    if "goal" in row:
+        label = int(row["label"])
+        return f"{row['goal']} {row[f'sol{label + 1}']}" if label in (0, 1) else str(row["goal"])
+    choices = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+    return f"{row['question']} {choices[row['answerKey']]}" if row["answerKey"] in choices else str(row["question"])
 
 
 def _open(path: Path) -> IO[str]:

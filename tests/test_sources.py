@@ -84,6 +84,17 @@ def test_instructions_become_texts_in_the_words_of_alpaca(tmp_path: Path) -> Non
     assert sources.read_corpus(str(tmp_path), "both") == ["as it is"]
 
 
+def test_questions_of_benchmarks_are_followed_by_their_right_answers(tmp_path: Path) -> None:
+    """ARC's and PIQA's rows, in whatever order their fields come; an answer that is withheld is left out."""
+    arc = {"id": "1", "answerKey": "B", "question": "Which?", "choices": {"text": ["this", "that"], "label": ["A", "B"]}}
+    rows = [arc, {**arc, "answerKey": ""}, {"goal": "Close it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
+            {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": -1}]
+    for name, part in (("arc", rows[:2]), ("piqa", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    assert sources.read_corpus(str(tmp_path), "arc") == ["Which? that", "Which?"]
+    assert sources.read_corpus(str(tmp_path), "piqa") == ["Close it. Push.", "Open it."]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\nnot json\n')

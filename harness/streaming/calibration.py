@@ -21,7 +21,7 @@ from torch import Tensor
 from harness.cell import Calibration
 from harness.errors import ConfigError, DataError, unknown_name
 from harness.numerics.learning import Document
-from harness.sources import RESPONSE, read_corpus
+from harness.sources import RANDOM_TOKENS, RESPONSE, read_corpus
 
 PACKINGS = ("window", "document", "join")
 
@@ -33,9 +33,19 @@ def draw_windows(calibration: Calibration, tokenizer: Any, documents: Sequence[s
     """
     if calibration.packing not in PACKINGS:
         raise ConfigError(unknown_name("packing", calibration.packing, PACKINGS, f"calibration {calibration.name}"))
+    if calibration.source == RANDOM_TOKENS and documents is None:
+        return _random_tokens(calibration, tokenizer)
     texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
     draw = {"window": _windows, "document": _documents, "join": _joined}[calibration.packing]
     return torch.tensor(draw(calibration, tokenizer, texts), dtype=torch.int64)
+
+
+def _random_tokens(calibration: Calibration, tokenizer: Any) -> Tensor:
+    """Uniform and independent tokens of the vocabulary, none of them special: not even characters make sense (arXiv 2405.20835)."""
+    known = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    draws = random.Random(f"{RANDOM_TOKENS} {calibration.split} {calibration.seed}")
+    drawn = draws.choices(known, k=calibration.samples * calibration.length)
+    return torch.tensor(drawn, dtype=torch.int64).reshape(calibration.samples, calibration.length)
 
 
 def draw_documents(calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None) -> list[Document]:

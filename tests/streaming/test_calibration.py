@@ -54,6 +54,23 @@ def test_windows_follow_pythons_random() -> None:
     assert draw(seed=3).tolist() == [tokens[s : s + 32] for s in starts]
 
 
+class Vocabulary:
+    """Fifty tokens, the first three special."""
+
+    all_special_ids = (0, 1, 2)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + token): token for token in range(50)}
+
+
+def test_random_tokens_are_seeded_and_never_special() -> None:
+    tokenizer, calibration = Vocabulary(), Calibration("random_tokens", "random_tokens", samples=3, length=400)
+    drawn = draw_windows(calibration, tokenizer)
+    assert drawn.shape == (3, 400) and torch.equal(drawn, draw_windows(calibration, tokenizer))
+    assert not torch.equal(drawn, draw_windows(dataclasses.replace(calibration, seed=1), tokenizer))
+    assert set(drawn.flatten().tolist()) == set(range(3, 50))
+
+
 def test_too_little_text() -> None:
     with pytest.raises(DataError, match="too few for a window of 99999"):
         draw(length=99999)
