@@ -56,6 +56,7 @@ class Pass:
     sharing  in words, what the cells have in common
     seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on device and CPU together; disk_bytes of its
              checkpoints
+    apart    memory ran out for its like before: nothing may run beside it
     """
 
     cells: tuple[Cell, ...]
@@ -63,6 +64,7 @@ class Pass:
     seconds: float | None
     peak_memory_bytes: int
     disk_bytes: int
+    apart: bool = False
 
     @property
     def checkpoints(self) -> tuple[Cell, ...]:
@@ -98,6 +100,7 @@ class Plan:
     workers: int
     notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
     used_bytes: int = 0                         # of the store, where it has a quota
+    careful: frozenset[str] = frozenset()       # keys of cells to score in batches of 1: memory ran out for their like
 
     @property
     def checkpoints(self) -> int:
@@ -167,12 +170,13 @@ def make(sweep: Sweep, store: Store) -> Plan:
     used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
     problems = _problems(sweep.runtime, store, passes, scorings, used)
     done = tuple(cell for cell in able if id(cell) not in pending)
+    warned, careful = history.warnings(missing, checker) if history else ([], frozenset())
     notes = dict.fromkeys(
         f"{cell.model.name}: {note}"
         for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
-    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, tuple(notes), used)
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used, careful)
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
@@ -448,7 +452,12 @@ def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, worker
     for cell in unmade:
         walk = (cell.model, cell.calibration if cell.method.needs else None)
         by_walk.setdefault(walk, {}).setdefault(quantize_key(cell), []).append(cell)
-    walks = [_by_stream(list(by_key.values())) for by_key in by_walk.values()]
+    walks = []
+    for by_key in by_walk.values():             # what ran out of memory before, here or in a smaller sibling, walks alone
+        alone = {key for key, cells in by_key.items() if history.ran_out(cells[0], "quantize", checker) is not None}
+        together = [cells for key, cells in by_key.items() if key not in alone]
+        walks += [_by_stream(together)] if together else []
+        walks += [[by_key[key]] for key in by_key if key in alone]
     for checkpoints in walks:
         shapes = checker.shapes(checkpoints[0][0].model)
         assert shapes is not None, "a model without shapes is refused"
@@ -462,6 +471,7 @@ def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, worker
                 history.quantize_seconds(first, shapes, checker.runtime),
                 sum(pass_memory(first, shapes)),
                 sum(checkpoint_bytes(cell, shapes) for cell in first),
+                len(first) == 1 and (history.ran_out(first[0], "quantize", checker) or 2) < 2,
             )
 
 
@@ -589,7 +599,11 @@ class _History:
     def __init__(self, store: Store) -> None:
         quantized: dict[Hashable, list[float]] = collections.defaultdict(list)
         scored: dict[Hashable, list[float]] = collections.defaultdict(list)
+        self._short: list[tuple[str, Cell, int]] = []                           # stage, cell, how many together
         for record in store.records():
+            for stage in ("quantize", "evaluate"):
+                if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
+                    self._short.append((stage, record.cell, int(mark.get("beside", 2))))
             model = record.cell.model.digest
             if record.manifest and (seconds := record.manifest.get("seconds")):
                 quantized[model, record.cell.method.name].append(float(seconds))
@@ -598,6 +612,33 @@ class _History:
                     scored[model, name].append(float(seconds))
         self.quantized = {key: statistics.median(values) for key, values in quantized.items()}
         self.scored = {key: statistics.median(values) for key, values in scored.items()}
+
+    def ran_out(self, cell: Cell, stage: str, checker: _Checker) -> int | None:
+        """With how many together memory ran out for a cell or a sibling that needs no more; None where it never did.
+
+        A sibling has the same method, and a model with as many parameters or fewer.
+        """
+        return min((together for together, _ in self._siblings(cell, stage, checker)), default=None)
+
+    def _siblings(self, cell: Cell, stage: str, checker: _Checker) -> Iterable[tuple[int, Cell]]:
+        for marked, other, together in self._short:
+            if marked != stage or (stage == "quantize" and other.method.name != cell.method.name):
+                continue
+            mine, theirs = checker.shapes(cell.model), checker.shapes(other.model)
+            if other.model.digest == cell.model.digest or (mine and theirs and theirs.parameters <= mine.parameters):
+                yield together, other
+
+    def warnings(self, cells: Sequence[Cell], checker: _Checker) -> tuple[list[str], frozenset[str]]:
+        """What the plan says of cells whose like ran out of memory, and the keys of those to score in batches of 1."""
+        said: dict[str, None] = {}
+        careful = set()
+        for cell in cells:
+            for stage, way in (("quantize", "walks alone"), ("evaluate", "is scored in batches of 1")):
+                found = min(self._siblings(cell, stage, checker), key=lambda pair: pair[0], default=None)
+                if found is not None:
+                    said.setdefault(f"{cell.title} {way}: memory ran out for {found[1].title}")
+                    careful |= {cell_key(cell)} if stage == "evaluate" else set()
+        return list(said), frozenset(careful)
 
     def quantize_seconds(self, cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> float:
         known = [self.quantized.get((cell.model.digest, cell.method.name)) for cell in cells]

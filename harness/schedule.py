@@ -43,11 +43,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
-from harness import events, provenance, sources, work
+from harness import events, plugins, provenance, sources, work
 from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
 from harness.errors import ScheduleError, StoreError
 from harness.events import Event, Failed, Quantized, Scored, TaskStarted
-from harness.plan import Pass, Plan, count_cores, count_gpus
+from harness.plan import Pass, Plan, count_cores, count_gpus, over_quota
 from harness.store import Store
 from harness.sweep import Runtime
 from harness.work import EvaluateTask, QuantizeTask, Task
@@ -85,10 +85,11 @@ class Message:
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are)."""
+    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are); share: of a GPU (0: none)."""
 
     slots: int
     threads: int
+    share: float
 
     def submit(self, number: int, task: Task) -> None: ...
 
@@ -109,7 +110,7 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
     """Everything that the plan has missing, as events. Closing the generator ends all tasks.
 
     seconds: after which nothing is begun any more and what runs is ended; finished blocks and scores stay.
-    Raises ScheduleError when no worker could ever take the tasks.
+    Raises ScheduleError when no worker could ever take the tasks, StoreError when its quota has no room for the next checkpoints.
     """
     if not plan.passes and not plan.scorings:
         return
@@ -127,6 +128,8 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
                     yield from board.receive(message)
                 yield from board.deadlines()
                 yield from board.cancelled()
+            if board.full:
+                raise StoreError(board.full)
     finally:
         executor.close()
 
@@ -149,9 +152,13 @@ Pair = tuple[Cell, tuple[Evaluation, ...]]
 
 @dataclass(frozen=True)
 class _Walk:
-    """Checkpoints to make in one task. losses: nodes lost under it; tried: it died before; apart: nothing may run beside it."""
+    """Checkpoints to make in one task, which take about disk_bytes.
+
+    losses: nodes lost under it; tried: it died before; apart: nothing may run beside it.
+    """
 
     cells: tuple[Cell, ...]
+    disk_bytes: int = 0
     losses: int = 0
     tried: bool = False
     apart: bool = False
@@ -195,7 +202,9 @@ class _Board:
         self._store = Store(self.runtime.runs)
         self._looked = time.monotonic()                                        # for cells that were cancelled
         passes = in_order(plan.passes, 1 if cheapest_first else executor.slots)
-        self._quantize = collections.deque(_Walk(each.cells) for each in passes)
+        self._quantize = collections.deque(_Walk(each.cells, each.disk_bytes, apart=each.apart) for each in passes)
+        self._careful = plan.careful
+        self.full = ""                          # why no checkpoint may be begun, where the store has reached its quota
         unmade = {quantize_key(cell) for each in plan.passes for cell in each.cells}
         self._waiting: dict[str, list[Pair]] = {}
         self._ready: dict[Model, list[Pair]] = {}
@@ -205,7 +214,23 @@ class _Board:
                 if quantize_key(cell) in unmade:
                     self._waiting.setdefault(cell_key(cell), []).append((cell, evaluations))
                 else:
-                    self._ready.setdefault(cell.model, []).append((cell, evaluations))
+                    self._make_ready(cell, evaluations)
+
+    def _make_ready(self, cell: Cell, evaluations: tuple[Evaluation, ...]) -> None:
+        """Give a cell to be scored: by itself what needs its device for itself, and what memory ran out for before."""
+        exclusive = tuple(e for e in evaluations if self._needs_all(e))
+        if exclusive:
+            self._again.append(_Look(((cell, exclusive),), apart=True))
+        others = tuple(e for e in evaluations if e not in exclusive)
+        if others and cell_key(cell) in self._careful:
+            self._again.append(_Look(((cell, others),), batch_size=1))
+        elif others:
+            self._ready.setdefault(cell.model, []).append((cell, others))
+
+    def _needs_all(self, evaluation: Evaluation) -> bool:
+        """A measurement of a device, where tasks do not have one each."""
+        facts = plugins.find("evaluator").get(evaluation.evaluator)
+        return self.executor.slots > 1 and self.executor.share != 1.0 and facts is not None and facts.get("exclusive", False)
 
     def submit(self) -> bool:
         """Fill the free slots; True when anything was submitted."""
@@ -225,18 +250,28 @@ class _Board:
             share = max(1, -(-len(self._ready[model]) // free))
             chosen, self._ready[model] = self._ready[model][:share], self._ready[model][share:]
             self._start(_Look(tuple(chosen)))
-        elif self._quantize and not self._quantize[0].apart:
+        elif self._quantize and not self._quantize[0].apart and self._has_room(self._quantize[0]):
             self._start(self._quantize.popleft())
-        elif not self.running and (self._again or self._quantize):
-            self._start(self._again.popleft() if self._again else self._quantize.popleft())
+        elif not self.running and self._again:
+            self._start(self._again.popleft())
+        elif not self.running and self._quantize and self._has_room(self._quantize[0]):
+            self._start(self._quantize.popleft())
         else:
             return False
         return True
 
+    def _has_room(self, walk: _Walk) -> bool:
+        """Whether the quota of the store has room for what is being made and for these checkpoints too."""
+        if not self.runtime.store.quota:
+            return True
+        underway = sum(job.work.disk_bytes for job in self.running.values() if isinstance(job.work, _Walk))
+        self.full = over_quota(self.runtime, self._store.used_bytes(), underway + walk.disk_bytes)
+        return not self.full
+
     def _start(self, work: _Walk | _Look) -> None:
         common: dict[str, Any] = {
             "runs": str(self._store.place), "device": self.runtime.device, "threads": self.executor.threads,
-            "command": self.command,
+            "command": self.command, "share": self.executor.share or 1.0,
         }
         task: Task
         unfinished: set[Any]
@@ -266,7 +301,7 @@ class _Board:
                 yield news
                 for key in news.cell_keys:
                     for cell, evaluations in self._waiting.pop(key, ()):
-                        self._ready.setdefault(cell.model, []).append((cell, evaluations))
+                        self._make_ready(cell, evaluations)
             case Scored():
                 job.unfinished -= {(key, news.evaluation) for key in news.cell_keys}
                 yield news
@@ -348,6 +383,10 @@ class _Board:
             unfinished -= behind
             self._ready.setdefault(job.work.cells[0].model, []).extend(self._pairs(job, behind))
             keys = keys[:1]
+        if end.kind == "out_of_memory":         # a task that ends itself has noted it
+            together = len({quantize_key(cell) for cell in job.work.cells}) if job.quantizes else 2
+            with contextlib.suppress(StoreError):
+                work.ran_out(self._store, keys, "quantize" if job.quantizes else "evaluate", 0 if job.work.apart else together, 0)
         kind, reason = end.kind or "error", end.reason or "the task ended without a result for this cell"
         stage = "quantize" if job.quantizes else "evaluate"
         retry = bool(end.kind) and self._changed_plan(job, end.kind, unfinished)
@@ -444,6 +483,7 @@ class InProcess:
 
     slots = 1
     threads = 0
+    share = 1.0
 
     def __init__(self) -> None:
         self._current: tuple[int, Iterator[Event]] | None = None
@@ -486,6 +526,8 @@ class Processes:
         self.slots = workers
         self.threads = max(1, count_cores() // workers)
         self._gpus = count_gpus() if runtime.device != "cpu" else 0
+        self._hidden = runtime.device == "cpu"
+        self.share = min(1.0, self._gpus / workers)
         self._news: queue.Queue[Message] = queue.Queue()
         self._running: dict[int, tuple[subprocess.Popen[str], int]] = {}
 
@@ -495,6 +537,8 @@ class Processes:
         environment = {**os.environ, **process_environment(self.threads)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = _visible_gpu(place % self._gpus)
+        elif self._hidden:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         ours, theirs = os.pipe()
         printed = tempfile.TemporaryFile("w+", errors="replace")
         command = [sys.executable, "-c", "from harness.schedule import serve; serve()", str(theirs), str(os.getpid())]
@@ -557,6 +601,7 @@ def process_environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",          # a task without a GPU must not see all of them
     }
 
 
@@ -654,6 +699,7 @@ class RayCluster:
         has_gpu = any(node.get("GPU", 0) for node in nodes)
         gpus = cluster.gpus_per_task if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda") else 0.0
         self._asked = {"CPU": float(self.threads), "GPU": gpus}
+        self.share = min(1.0, gpus)
         self._check(nodes)
         self.slots = self._count_slots(nodes)
         self._head = "" if self._started else str(self._ray.get_runtime_context().gcs_address)

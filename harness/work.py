@@ -48,6 +48,7 @@ class QuantizeTask:
     device   "auto", "cpu", "cuda" or "cuda:<index>"
     threads  CPU threads of one operation; 0: as the process has them
     command  what the user typed, for the record
+    share    of a GPU's memory that this process may take
     """
 
     cells: tuple[Cell, ...]
@@ -55,6 +56,7 @@ class QuantizeTask:
     device: str = "auto"
     threads: int = 0
     command: str = ""
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class EvaluateTask:
     threads: int = 0
     batch_size: int = 0
     command: str = ""
+    share: float = 1.0
 
 
 Task = QuantizeTask | EvaluateTask
@@ -77,7 +80,7 @@ def run(task: Task) -> Iterator[Event]:
     """The events of a task of either kind, between one TaskStarted and one TaskEnded. Raises nothing but what ends a process."""
     began, keys = time.monotonic(), tuple(map(cell_key, task.cells))
     try:
-        device = prepare(task.device, task.threads)
+        device = prepare(task.device, task.threads, task.share)
     except HarnessError as error:
         yield failure(error, keys, "task")
         return
@@ -116,6 +119,8 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
             if isinstance(event, Quantized):
                 for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
+            if isinstance(event, Failed) and event.kind == "out_of_memory":
+                ran_out(store, event.cell_keys, "quantize", len(sharers), peak_memory(device))
             yield event
 
 
@@ -261,6 +266,8 @@ def _evaluate_cell(
             yield from _score(subject, evaluation, store, facts)
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
+            if failed.kind == "out_of_memory":
+                ran_out(store, (key,), "evaluate", subject.batch_size, peak_memory(device))
             if failed.kind != "out_of_memory" or subject.batch_size == 1:
                 yield failed
                 continue
@@ -311,8 +318,11 @@ def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Score
 # --- the process -----------------------------------------------------------------------------------------------------------------
 
 
-def prepare(device: str, threads: int) -> str:
-    """Set this process up for a task and return its device. Raises HarnessError for a device that is not there."""
+def prepare(device: str, threads: int, share: float = 1.0) -> str:
+    """Set this process up for a task and return its device. Raises HarnessError for a device that is not there.
+
+    share: of the card's memory that this process may allocate; beyond it torch runs out of memory here and not in a neighbour.
+    """
     import torch
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning idle threads slow the other workers some tenfold
@@ -321,14 +331,28 @@ def prepare(device: str, threads: int) -> str:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False           # Hessians in TF32 are no longer positive definite
     torch.backends.cudnn.allow_tf32 = False
+    if device == "cpu":                         # asks no driver for anything
+        return device
     available = torch.cuda.is_available()
-    if device == "auto":
-        return "cuda" if available else "cpu"
-    if device.startswith("cuda") and not available:
+    if device == "auto" and not available:
+        return "cpu"
+    if not available:
         raise HarnessError(f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto')
-    if available and device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+    device = "cuda" if device == "auto" else device
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.device(device).index or 0)
+    torch.cuda.reset_peak_memory_stats()
     return device
+
+
+def ran_out(store: Store, keys: Iterable[str], stage: str, beside: int, peak_memory_bytes: int) -> None:
+    """Note in the records that memory ran out, for plans of cells that need as much or more.
+
+    stage   "quantize" or "evaluate"
+    beside  how many checkpoints the task made together, or sequences it scored together; 0: it had a machine or a node to itself
+    """
+    facts = {"beside": beside, "peak_memory_bytes": peak_memory_bytes, "time": time.time()}
+    for key in keys:
+        store.write_provenance(key, {f"out_of_memory_{stage}": facts})
 
 
 def device_name(device: str) -> str:

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from harness import schedule
+from harness import schedule, work
+from harness import store as store_module
 from harness.cell import cell_key, quantize_key
-from harness.errors import ScheduleError
+from harness.errors import ScheduleError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
 from harness.plan import Plan, make, render
 from harness.schedule import Exit, InProcess, Message, Processes, decode, decode_event, encode, encode_event, make_executor
@@ -39,6 +40,7 @@ class Script:
     """An executor that does what a function says of each task: events, then how the task ends."""
 
     threads = 1
+    share = 0.0
 
     def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int = 1) -> None:
         self.act, self.slots = act, slots
@@ -195,6 +197,98 @@ def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_swee
     events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
     assert [task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)] == [0, 1]
     assert sum(isinstance(event, Scored) for event in events) == 1
+
+
+def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell of the same method on the same or a larger model walks alone from the start; its plan says why."""
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask) and "gptq w4" in names(task) and len(task.cells) > 1:
+            return [Exit("out_of_memory", "the node ran out of memory")]
+        return well(task)
+
+    sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false", *SMALL)
+    Store(sweep.runtime.runs).open_cells(sweep.cells)
+    play(one_pass(plan_of(sweep)), Script(act), monkeypatch)
+    siblings = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
+    assert sorted(len(each.cells) for each in siblings.passes) == [1, 1, 2]             # gptq each alone, rtn together
+    assert not any(each.apart for each in siblings.passes) and not siblings.careful
+    assert any("demo · gptq · w8 walks alone: memory ran out for demo · gptq · w" in note for note in siblings.notes)
+    store, key = Store(sweep.runtime.runs), cell_key(sweep.cells[0])
+    work.ran_out(store, [key], "quantize", 1, 10**9)                                    # and then alone
+    work.ran_out(store, [key], "evaluate", 8, 10**9)
+    assert store.record(sweep.cells[0]).provenance["out_of_memory_quantize"]["peak_memory_bytes"] == 10**9
+    again = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
+    assert sorted(each.apart for each in again.passes) == [False, True, True] and len(again.careful) == 4
+    script = Script(well, slots=2)
+    play(again, script, monkeypatch)
+    assert {task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)} == {1}
+
+
+def test_a_run_stops_before_its_store_exceeds_its_quota(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others wrote meanwhile counts; what runs is finished, and nothing more is begun."""
+    sweep = demo_sweep("method=rtn", "scheme=w4,w3", "baseline=false", "store.quota=1GB", *SMALL)
+    plan, script = plan_of(sweep), Script(well)
+    (first,) = plan.passes
+    passes = tuple(dataclasses.replace(first, cells=(cell,), disk_bytes=4 * 10**8, seconds=1.0) for cell in first.cells)
+
+    def fill(task: Task) -> list[Event | Exit]:
+        if isinstance(task, QuantizeTask):
+            store = Store(sweep.runtime.runs)
+            monkeypatch.setattr(store_module.Store, "used_bytes", lambda self: 7 * 10**8)
+            assert store.used_bytes() > 0
+        return well(task)
+
+    script.act = fill
+    events: list[Event] = []
+    monkeypatch.setattr(schedule, "make_executor", lambda runtime, workers: script)
+    with pytest.raises(StoreError, match=r"holds 700\.0 MB of its quota of 1\.0 GB; harness gc"):
+        events.extend(schedule.run(dataclasses.replace(plan, passes=passes), "harness run test"))
+    assert [type(task).__name__ for task in script.tasks] == ["QuantizeTask", "EvaluateTask"] and script.closed
+
+
+def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside nothing where tasks share a device; with the others where each has a GPU of its own."""
+    sweep = demo_sweep("method=rtn", "scheme=w4,w3", "evaluations=[demo_perplexity,demo_efficiency]", "evaluations.limit=2")
+    plan, beside = plan_of(sweep), []
+
+    for share, expected in ((0.5, {0}), (1.0, set())):
+        script = Script(well, slots=3)
+        script.share, submit = share, script.submit
+        beside.clear()
+
+        def watched(number: int, task: Task, script: Script = script, submit: Any = submit) -> None:
+            if isinstance(task, EvaluateTask) and {e.evaluator for wanted in task.evaluations for e in wanted} == {"efficiency"}:
+                beside.append(sum(isinstance(message.news, Exit) for message in script.queue))
+            assert task.share == script.share
+            submit(number, task)
+
+        monkeypatch.setattr(script, "submit", watched)
+        events = play(plan, script, monkeypatch)
+        assert set(beside) == expected and len(beside) == 3 * len(expected)
+        assert sum(isinstance(event, Scored) for event in events) == 6
+
+
+def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    class Started(Exception):
+        pass
+
+    def start(command: Any, env: dict[str, str], **others: Any) -> Any:
+        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
+        raise Started
+
+    monkeypatch.setattr(schedule, "count_gpus", lambda: 2)
+    monkeypatch.setattr(schedule.subprocess, "Popen", start)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runtime = dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
+    for device, share in (("auto", 0.5), ("cpu", 0.0)):
+        executor = Processes(4, dataclasses.replace(runtime, device=device))
+        assert executor.share == share
+        with pytest.raises(Started):
+            executor.submit(1, QuantizeTask((), "runs"))
+    assert seen == ["0", ""]
+    assert schedule.process_environment(1)["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"
 
 
 def test_a_worker_killed_under_one_cell_is_given_it_once_more(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Evaluator:
     """Size and speed of one model."""
 
     version = 1
+    exclusive = True                            # of its device: nothing else may run there meanwhile
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "prefill_seconds": {"higher_is_better": False, "unit": "seconds to the first token"},
         "decode_tokens_per_second": {"higher_is_better": True, "unit": "tokens per second, all sequences"},
