@@ -34,9 +34,11 @@ MAY_IMPORT = {                                  # module or package -> the parts
     "harness.store": LEAVES | {"harness.files", "harness.objects"},
     "harness.naming": {"harness.cell"},
     "harness.statistics": LEAVES | {"harness.store"},
+    "harness.flips": LEAVES | {"harness.store"},
     "harness.published": LEAVES,
     "harness.tables": LEAVES | {
         "harness.sweep", "harness.store", "harness.statistics", "harness.plugins", "harness.published", "harness.naming",
+        "harness.flips",
     },
     "harness.plots": LEAVES | {
         "harness.sweep", "harness.store", "harness.statistics", "harness.tables", "harness.plugins", "harness.naming",
@@ -46,7 +48,7 @@ MAY_IMPORT = {                                  # module or package -> the parts
 }
 WITHOUT_TORCH = [
     "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics",
-    "naming", "findings", "config", "__main__",
+    "naming", "findings", "flips", "config", "__main__",
 ]
 
 
