@@ -61,9 +61,9 @@ def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
 
     loaded = load_sweep(*_split(sweep, overrides))
     store = Store(loaded.runtime.runs)
-    chosen = next((each for each in loaded.tables if not name or each.name == name), None)
+    chosen = next((each for each in loaded.shown_tables if not name or each.name == name), None)
     if chosen is None:
-        raise ConfigError(unknown_name("table", name, [each.name for each in loaded.tables], f"sweep {loaded.name}"))
+        raise ConfigError(unknown_name("table", name, [each.name for each in loaded.shown_tables], f"sweep {loaded.name}"))
     return tables.frame(tables.build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
 
 

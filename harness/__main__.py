@@ -115,7 +115,7 @@ def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     made = make(loaded, store)
     print(render(made))
     if not made.refused and not made.problems:
-        print(f"next    {_again('run', sweep, overrides)}")
+        print(f"next    {_again('run' if made.missing else 'table', sweep, overrides)}")
     made.require()
 
 
@@ -158,12 +158,12 @@ def table(
     if form not in tables.FORMATS:
         raise ConfigError(unknown_name("table format", form, tables.FORMATS))
     loaded, store = _load(sweep, overrides)
-    names = [each.name for each in loaded.tables]
+    names = [each.name for each in loaded.shown_tables]
     if name and name not in names:
         raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
     store = store.snapshot(loaded.cells)
     records = [store.record(cell) for cell in loaded.cells]
-    chosen = [each for each in loaded.tables if not name or each.name == name]
+    chosen = [each for each in loaded.shown_tables if not name or each.name == name]
     print("\n".join(tables.render(tables.build(loaded, each, records, store), form) for each in chosen), end="")
 
 

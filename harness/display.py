@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from harness.cell import Cell, cell_key, quantize_key, to_json
+from harness.cell import Cell, baseline_of, cell_key, quantize_key, score_key, to_json, untuned
 from harness.errors import HarnessError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
-from harness.plan import Plan, duration
 from harness.flips import with_flips
+from harness.plan import Plan, duration
 from harness.store import Record, Store, is_running
 
 SHOWN_AT_ONCE = 8                               # running cells in the live view
@@ -232,7 +233,7 @@ def record_text(record: Record, store: Store, command: str) -> str:
 
     cell = record.cell
     sections = [f"{cell.title}\n  cell        {record.cell_key}\n  checkpoint  {quantize_key(cell)}"]
-    config = {name: value for name, value in to_json(cell).items() if name != "evaluations"}
+    config = {name: value for name, value in to_json(cell).items() if name not in ("evaluations", "variant")}
     sections.append("config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
     if record.layer_errors:
@@ -243,31 +244,97 @@ def record_text(record: Record, store: Store, command: str) -> str:
     for failure in record.failures:
         text = f"{failure.get('stage', '')}: {failure.get('reason', '')}\n{failure.get('detail', '')}"
         sections.append(f"failure ({failure.get('kind', '')})\n" + _indent(text))
+    sections.append("ancestry\n" + _indent(_ancestry(record, store)))
     if record.provenance:
         sections.append("made by\n" + _indent(yaml.safe_dump(record.provenance, sort_keys=False, allow_unicode=True)))
     sections.append(f"log     {store.where(store.log_path(record.cell_key))}\nagain   {command}")
     return "\n\n".join(sections)
 
 
-def command_for(cell: Cell) -> str:
-    """The command that makes one cell by itself: its names, and what differs from what their files say today.
+def _ancestry(record: Record, store: Store) -> str:
+    """All that the numbers descend from: model, texts, data, seeds, code, packages, devices, and the cells behind them."""
+    cell = record.cell
+    model = cell.model
+    revision = f"@{model.revision}" if model.revision else ""
+    lines = [("model", f"{model.name}: {model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}")]
+    if cell.calibration is not None:
+        text = cell.calibration
+        windows = f"{text.samples} windows of {text.length} tokens by seed {text.seed}"
+        place = f"{text.source}, split {text.split}, digest {text.digest or 'not known'}"
+        lines.append(("calibration", f"{text.name}: {windows} from {place}"))
+    random = any(part.stochastic for part in cell.method.parts)
+    lines.append(("seed", f"{cell.seed}" if random else f"{cell.seed}, which the method does not draw from"))
+    for evaluation in cell.evaluations:
+        limit = f", the first {evaluation.limit} items" if evaluation.limit is not None else ""
+        scorer = f"{evaluation.name}: {evaluation.evaluator}, version {evaluation.version}{limit}"
+        lines.append(("data", f"{scorer}, data {evaluation.data_digest or 'without a digest'}"))
+    made: dict[str, Mapping[str, Any]] = {name: facts for name, facts in record.provenance.items() if isinstance(facts, Mapping)}
+    scored = {name: score.get("provenance") for name, score in record.scores.items()}
+    made |= {name: facts for name, facts in scored.items() if isinstance(facts, Mapping) and facts not in made.values()}
+    for name, facts in made.items():
+        changed = _place(store, facts.get("changes", ""))
+        commit = facts.get("commit") or "an installed package"
+        lines.append(("code", f"{name}: {commit}" + (f", changes {changed}" if changed else "")))
+        if facts.get("packages"):
+            lines.append(("packages", f"{name}: {_place(store, facts['packages'])}"))
+        lines.append(("device", f"{name}: {facts.get('device')} on {facts.get('host')}, {facts.get('threads')} threads"))
+    if cell.method.tuning is not None:
+        lines.append(("tuned from", f"checkpoint {quantize_key(untuned(cell))}"))
+    if not cell.method.is_baseline:
+        lines.append(("compared", f"with cell {cell_key(baseline_of(cell))}"))
+    return "\n".join(f"{name:<11} {text}" for name, text in dict.fromkeys(lines))
 
-    Where no such command exists (a configuration was renamed, a version raised, a corpus changed), what it was is in the record.
+
+def _place(store: Store, name: str) -> str:
+    if not name:
+        return ""
+    return f"{store.root / name}" + ("" if (store.root / name).is_file() else " (not here)")
+
+
+def command_for(cell: Cell) -> str:
+    """The command that makes one cell and its scores by itself: names, and what differs from what their files say today.
+
+    It is tried: what is returned leads to the same keys. Where no such command exists (a configuration was renamed, a version
+    raised, a corpus changed), that is said, and what the cell was is in the record.
     """
     import shlex
 
     from harness.config import load_sweep
 
     words = _names(cell)
-    for _ in range(2):                          # once with names alone to see what differs, once to see that it is the same cell
+    for _ in range(3):                          # with names alone, with what differs, and to see that nothing is left
         try:
-            made = next(c for c in load_sweep(None, [*words, "baseline=false"]).cells if c.method.name == cell.method.name)
+            made = next(c for c in load_sweep(None, [*words, "baseline=false"]).cells)
         except (HarnessError, StopIteration):
             break
-        if cell_key(made) == cell_key(cell):
-            return " ".join(["harness run", *map(shlex.quote, words)])
-        words += _differences(cell, made)
-    return f"the configuration has changed since; nearest: harness run {shlex.join(words)}"
+        different = _differences(cell, made)
+        if cell_key(made) == cell_key(cell) and not any(word.startswith("evaluations=") for word in different):
+            return shlex.join(["harness", "run", *words])
+        new = {word.partition("=")[0] for word in different}
+        if not set(different) - set(words):
+            break
+        words = [word for word in words if word.partition("=")[0] not in new] + different
+    return f"the configuration has changed since; nearest: {shlex.join(['harness', 'run', *words])}"
+
+
+def _names(cell: Cell) -> list[str]:
+    """Words for the names of a cell's parts; settings that a sweep varies stand in brackets behind a name and are no part of it."""
+    words = [f"model={_plain(cell.model.name)}", f"method={_plain(cell.method.name)}"]
+    words += [] if cell.method.is_baseline else [f"scheme={_plain(cell.scheme.name)}"]
+    if cell.calibration is not None:
+        words.append(f"calibration={_plain(cell.calibration.name)}")
+    if cell.seed:
+        words.append(f"seed={cell.seed}")
+    latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
+    if latest:
+        words.append(f"evaluations=[{','.join(latest)}]")
+        limits = {evaluation.limit for evaluation in latest.values()}
+        words += [f"evaluations.limit={limits.pop()}"] if len(limits) == 1 and limits != {None} else []
+    return words
+
+
+def _plain(name: str) -> str:
+    return name.partition("[")[0]
 
 
 def _differences(cell: Cell, made: Cell) -> list[str]:
@@ -280,6 +347,18 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
             found += _changed(slot, to_json(wanted)["settings"], to_json(given)["settings"])
     for group, (wanted, given) in groups.items():
         found += _changed(group, to_json(wanted) or {}, to_json(given) or {})
+    if cell.calibration is not None and cell.inputs != made.inputs:
+        found.append(f"inputs={cell.inputs}")
+    latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
+    others = {evaluation.name: evaluation for evaluation in made.evaluations}
+    missing = [name for name in latest if name not in others or score_key(cell, latest[name]) != score_key(cell, others[name])]
+    if missing:
+        entries = []
+        for name, evaluation in latest.items():
+            own, theirs = to_json(evaluation)["settings"], to_json(others[name])["settings"] if name in others else {}
+            changed = {key: value for key, value in own.items() if value != theirs.get(key)}
+            entries.append(f"{{{name}: {_literal(changed)}}}" if name in missing and changed else name)
+        found.append(f"evaluations=[{','.join(entries)}]")
     return found
 
 
@@ -290,26 +369,20 @@ def _changed(prefix: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -
             continue
         if isinstance(value, dict) and isinstance(given.get(name), dict):
             found += _changed(f"{prefix}.{name}", value, given[name])
-        elif isinstance(value, str | int | float | bool):
-            found.append(f"{prefix}.{name}={value}")
+        else:
+            found.append(f"{prefix}.{name}={_literal(value)}")
     return found
 
 
-def _names(cell: Cell) -> list[str]:
-    words = [f"model={cell.model.name}", f"method={cell.method.name}", f"scheme={cell.scheme.name}"]
-    if cell.method.needs and cell.calibration is not None:
-        words.append(f"calibration={cell.calibration.name}")
-        if cell.inputs != "quantized":
-            words.append(f"inputs={cell.inputs}")
-    if cell.seed:
-        words.append(f"seed={cell.seed}")
-    if cell.evaluations:
-        names = ",".join(dict.fromkeys(evaluation.name for evaluation in cell.evaluations))
-        words.append(f"evaluations=[{names}]")
-        limits = {evaluation.limit for evaluation in cell.evaluations}
-        if limits != {None} and len(limits) == 1:
-            words.append(f"evaluations.limit={limits.pop()}")
-    return words
+def _literal(value: Any) -> str:
+    """A JSON value in the grammar of overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_literal(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) else "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _scores(record: Record) -> str:
@@ -326,8 +399,7 @@ def _scores(record: Record) -> str:
 
 def _layer_errors(record: Record) -> str:
     def relative(row: Mapping[str, Any]) -> float:
-        numbers = [value for value in row.values() if isinstance(value, float)]
-        return numbers[0] if numbers else 0.0
+        return next((float(row[name]) for name in ("output_error", "weight_error") if isinstance(row.get(name), int | float)), 0.0)
 
     rows = sorted(record.layer_errors, key=relative, reverse=True)
     lines = []

@@ -13,7 +13,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +99,7 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
         display.close()                         # all done and all told before: only the tables may have changed
         records = _records(store, sweep)
-        written = write_tables(sweep, records, store)
-        paths = tuple(path for each in written.values() for path in each)
+        paths = write_tables(sweep, tables.build_all(sweep, records, store), store)
         return Summary(plan, records, {}, time.monotonic() - began, files=paths)
     if plan.missing and other and is_running(other):
         display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
@@ -219,22 +218,18 @@ class _Recorder:
         self._tell_after = 0.0
         self._tell()
         failed = {key: event.reason for key, event in self.tally.failed.items()}
-        files = self._guard(lambda: write_tables(sweep, records, self.store)) or {}
-        paths = tuple(path for each in files.values() for path in each)
+        made = self._guard(lambda: tables.build_all(sweep, records, self.store)) or {}
+        paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
+        figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
         summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped)
         tracker = self.tracker
         if tracker is not None:
-            self._guard(lambda: tracker.finish(files, self._figures(records), summary.text))
+            self._guard(lambda: tracker.finish(made, figures, summary.text))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
         with contextlib.suppress(StoreError):   # a full disk has been told of
             self.state.end()
         return dataclasses.replace(summary, warnings=tuple(self.warnings))
-
-    def _figures(self, records: tuple[Record, ...]) -> dict[str, Any]:
-        from harness import plots
-
-        return self._guard(lambda: plots.figures(self.plan.sweep, records)) or {}
 
     def _track(self, key: str, state: str) -> None:
         self._untold[key] = state
@@ -271,19 +266,25 @@ class _Recorder:
             return None
 
 
-def write_tables(sweep: Sweep, records: tuple[Record, ...], store: Store) -> dict[str, tuple[Path, ...]]:
-    """The sweep's tables in every format, below runs/tables/<sweep>/; name of a table -> its files."""
-    written: dict[str, tuple[Path, ...]] = {}
-    for table in sweep.tables:
-        data = tables.build(sweep, table, records, store)
-        paths = []
-        for format_name, suffix in tables.FORMATS.items():
-            path = store.root / "tables" / sweep.name / f"{table.name}{suffix}"
-            content = tables.render(data, format_name).encode()
+def write_tables(sweep: Sweep, made: Mapping[str, tables.TableData], store: Store) -> tuple[Path, ...]:
+    """The sweep's tables in every format, below runs/tables/<sweep>/; the HTML leads from a number to the cell that made it."""
+    links = {cell_key(cell): f"../../cells/{cell_key(cell)}/cell.json" for cell in sweep.cells}
+    paths = []
+    for name, data in made.items():
+        for form, suffix in tables.FORMATS.items():
+            path = store.root / "tables" / sweep.name / f"{name}{suffix}"
+            content = tables.render(data, form, links if form == "html" else None).encode()
             store.write_file(path, content)
             paths.append(path)
-        written[table.name] = tuple(paths)
-    return written
+    return tuple(paths)
+
+
+def write_figures(sweep: Sweep, records: tuple[Record, ...], store: Store) -> tuple[Path, ...]:
+    """The sweep's figures as SVG, PDF and PNG, below runs/figures/<sweep>/."""
+    from harness import plots
+
+    folder = store.root / "figures" / sweep.name
+    return tuple(path for name, figure in plots.figures(sweep, records).items() for path in plots.save(figure, folder, name))
 
 
 def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:

@@ -358,7 +358,8 @@ def _annotate(figure: Figure, axes: Axes, corners: Sequence[tuple[float, float]]
     """Names beside points, each at the first of four sides where it meets no other name; left out where there is none."""
     figure.draw_without_rendering()
     box = axes.get_window_extent()
-    taken = [axes.get_legend().get_window_extent()] if axes.get_legend() is not None else []
+    legend = axes.get_legend()
+    taken = [] if legend is None else [legend.get_window_extent()]
     for name, corner in zip(names, corners, strict=True):
         for shift, across, up in (((6, 5), "left", "bottom"), ((6, -5), "left", "top"),
                                   ((-6, 5), "right", "bottom"), ((-6, -5), "right", "top")):

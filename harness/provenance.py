@@ -1,6 +1,8 @@
 """Where and with what a number was made: commit, versions, machine, device, threads, command. Part of records, never of keys.
 
-Loads without torch: versions are read from the installed packages' metadata.
+What is too long for every record is kept once below runs/provenance/, named by its digest: the uncommitted changes of the code
+(<digest>.diff) and the list of everything installed (<digest>.txt), from which `pip install -r` makes the environment again. Loads
+without torch: versions are read from the installed packages' metadata.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from harness.store import write_aside
 
 PACKAGES = (
     "quantization-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "ray", "lm-eval", "datasets", "mlflow",
@@ -25,10 +28,12 @@ PACKAGES = (
 )
 
 
-def collect(device: str, threads: int, command: str) -> dict[str, Any]:
-    """The facts of this process. device: "cpu", or a card by name; threads: of one torch operation on the CPU."""
+def collect(device: str, threads: int, command: str, runs: Path) -> dict[str, Any]:
+    """The facts of this process. device: "cpu", or a card by name; threads: of one torch operation on the CPU; runs: the store."""
     return {
         "commit": git_state(),
+        "changes": _kept(runs, changes(), "diff"),
+        "packages": _kept(runs, packages(), "txt"),
         "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -53,20 +58,56 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
+def packages() -> str:
+    """Every installed distribution, name==version a line, from the names of their metadata folders."""
+    folders = {found.name for place in map(Path, sys.path) if place.is_dir() for found in place.glob("*.dist-info")}
+    pairs = sorted(name.removesuffix(".dist-info").rsplit("-", 1) for name in folders if "-" in name)
+    return "".join(f"{name}=={version}\n" for name, version in pairs)
+
+
+@functools.cache
 def git_state() -> str:
     """The checkout's commit; with "+" and a digest of the uncommitted changes, if there are any. "" for an installed package."""
+    commit = _git(Path(harness.__file__).parent, "rev-parse", "HEAD")
+    return commit + (f"+{_digest(changes())}" if commit and changes() else "")
+
+
+@functools.cache
+def changes() -> str:
+    """The package's uncommitted changes as a diff, files that git does not know yet included; without passwords of addresses."""
     folder = Path(harness.__file__).parent
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return ""
-    changes = _git(folder, "diff", "HEAD", "--", ".")
-    return commit + (f"+{hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else "")
+    diff = _git(folder, "diff", "HEAD", "--", ".")
+    for name in _git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
+        try:
+            lines = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        diff += f"\n--- /dev/null\n+++ b/harness/{name}\n@@ -0,0 +1,{len(lines)} @@\n" + "\n".join(f"+{line}" for line in lines)
+    return _without_password(diff.strip())
 
 
 def command_line() -> str:
     """What was typed, as far as a process can know, without the user and password of an address: it goes into records."""
     program = "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
-    return re.sub(r"(://)[^/\s]+@", r"\1", " ".join((program, *sys.argv[1:])))
+    return _without_password(" ".join((program, *sys.argv[1:])))
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"(://)[^/\s]+@", r"\1", text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _kept(runs: Path, text: str, suffix: str) -> str:
+    """Where the text lies below runs/, written there unless it is; "" for none."""
+    if not text:
+        return ""
+    name = f"provenance/{_digest(text)}.{suffix}"
+    if not (runs / name).is_file():
+        write_aside(runs / name, lambda aside: aside.write_text(text.rstrip("\n") + "\n", encoding="utf-8"))
+    return name
 
 
 def _git(folder: Path, *arguments: str) -> str:

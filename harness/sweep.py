@@ -188,3 +188,8 @@ class Sweep:
     path: Path | None = None
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def shown_tables(self) -> tuple[Table, ...]:
+        """Its tables; for a sweep that names none, one with sizes and the headline metric of every evaluation."""
+        return self.tables or (Table(self.name, self.title),)

@@ -60,6 +60,7 @@ class Value:
     best: bool = False
     smoke: bool = False
     gap: str = ""
+    cell_key: str = ""                          # of the cell that the number was made by, the first of several seeds
 
     @property
     def difference(self) -> float | None:
@@ -115,9 +116,9 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     cells = _ordered(chosen)
     published = load_published(table.published, _published_folders(sweep)) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
-    if published is not None and table.correlation is None:
     if store is not None and any(name.rpartition("/")[2] in flips.METRICS for c in columns for name in (c.metric, *c.of)):
         by_key = {key: flips.with_flips(record, store) for key, record in by_key.items()}
+    if published is not None and table.correlation is None:
         unknown = [c.published for c in columns if c.published and c.published not in published.columns]
         problems = [unknown_name("published column", name, published.columns, f"table {table.name}") for name in unknown]
         if problems:
@@ -146,7 +147,7 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
             known = [by_key.get(cell_key(seed)) for seed in own]
             found = comparisons.get((cell_key(own[0]), head.column.metric)) if own else None
             value = _value(head, known, matches.get(key), published, found)
-            values.append(value if own else replace(value, gap="absent"))
+            values.append(replace(value, cell_key=cell_key(own[0])) if own else replace(value, gap="absent"))
         others = tuple(cell_key(other) for seeds in members[key].values() for other in seeds if other is not cell)
         model = "" if side_by_side else cell.model.name
         rows.append(Row(texts[key], tuple(values), cell, key, model, cell.method.is_baseline, others))
@@ -602,6 +603,12 @@ def _ours_text(value: Value, column: Column) -> str:
     return _text(value.number, column) + spread + tie + ("†" if value.smoke else "")
 
 
+def build_all(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -> dict[str, TableData]:
+    """Every table of a sweep by name."""
+    known = list(records)
+    return {table.name: build(sweep, table, known, store) for table in sweep.shown_tables}
+
+
 def _grid(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[list[str]]]:
     """Heads and texts of every printed column; bold is put around the best."""
     heads = list(data.labels)
@@ -619,12 +626,16 @@ def _grid(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[list[
     return heads, lines
 
 
-def render(data: TableData, format: str = "md") -> str:
-    """The table as text: md, latex, csv (full precision) or html. Ends with a newline."""
-    printers = {"md": _markdown, "latex": _latex, "csv": _csv, "html": _html}
-    if format not in printers:
-        raise ConfigError(unknown_name("table format", format, printers))
-    return printers[format](data)
+def render(data: TableData, format: str = "md", links: Mapping[str, str] | None = None) -> str:
+    """The table as text: md, latex, csv (full precision) or html. Ends with a newline.
+
+    links: cell_key -> an address; HTML then links every number to the cell that made it, Markdown every row's name.
+    """
+    if format not in FORMATS:
+        raise ConfigError(unknown_name("table format", format, FORMATS))
+    if format == "latex":
+        return _latex(data)
+    return _csv(data) if format == "csv" else (_markdown if format == "md" else _html)(data, links or {})
 
 
 def _sections(data: TableData, lines: Sequence[list[str]]) -> list[tuple[str, list[list[str]]]]:
@@ -635,8 +646,11 @@ def _sections(data: TableData, lines: Sequence[list[str]]) -> list[tuple[str, li
     return list(sections.items()) if len(sections) > 1 else [("", list(lines))]
 
 
-def _markdown(data: TableData) -> str:
+def _markdown(data: TableData, links: Mapping[str, str]) -> str:
     heads, lines = _grid(data, ("**", "**"))
+    for row, line in zip(data.rows, lines, strict=True):
+        if row.cell_key in links:
+            line[0] = f"[{line[0]}]({links[row.cell_key]})"
     heads = [head.replace("|", r"\|") for head in heads]
     lines = [[text.replace("|", r"\|") for text in line] for line in lines]
     widths = [max(3, *(len(line[i]) for line in [heads, *lines])) for i in range(len(heads))]
@@ -755,7 +769,9 @@ table{border-collapse:collapse}caption{caption-side:top;text-align:left;font-wei
 th,td{padding:4px 12px;text-align:right;white-space:nowrap}th{border-bottom:2px solid #1c2733;cursor:pointer}
 td{border-bottom:1px solid #e4e8ec}th.l,td.l{text-align:left}tr.base td{background:#f3f6f9}td.p,th.p{color:#66717d}
 tr.section td{font-weight:600;border-bottom:1px solid #1c2733;padding-top:14px}
-td.best{font-weight:700}p{max-width:80ch;margin:8px 0}code{background:#f3f6f9;padding:2px 6px}
+td.best{font-weight:700}
+a{color:inherit;text-decoration:none}a:hover{text-decoration:underline}
+p{max-width:80ch;margin:8px 0}code{background:#f3f6f9;padding:2px 6px}
 """
 SORT = """
 for (const head of document.querySelectorAll("th")) head.onclick = () => {
@@ -775,14 +791,27 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
-def _html(data: TableData) -> str:
+def _html(data: TableData, links: Mapping[str, str]) -> str:
     heads, lines = _grid(data, ("\x02", "\x03"))
     left = len(data.labels)
     quiet = {left + i for i, head in enumerate(heads[left:]) if head in ("published", "Δ")}
 
+    makers: list[int | None] = []               # printed column -> column of the table, None beside it
+    for position, head in enumerate(data.columns):
+        makers += [position, None, None] if head.published else [position]
+
     def classes(index: int, text: str) -> str:
         names = [n for n, on in (("l", index < left), ("p", index in quiet), ("best", text.startswith("\x02"))) if on]
         return f' class="{" ".join(names)}"' if names else ""
+
+    def entry(row: Row, index: int, text: str) -> str:
+        """A number of ours says on hovering which cell made it, and leads there where links are known."""
+        shown, column = html.escape(text.strip("\x02\x03")), makers[index - left] if index >= left else None
+        key = "" if column is None or not shown else row.values[column].cell_key
+        if key in links:
+            shown = f'<a href="{html.escape(links[key])}" target="_blank">{shown}</a>'
+        hint = f' title="harness show {key[:12]}"' if key else ""
+        return f"<td{classes(index, text)}{hint}>{shown}</td>"
 
     title = html.escape(data.caption or data.name)
     out = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
@@ -797,8 +826,7 @@ def _html(data: TableData) -> str:
             out.append(f'<tr class="section"><td class="l" colspan="{len(heads)}">{html.escape(section)}</td></tr>')
         for line in section_lines:
             base = ' class="base"' if rows[id(line)].baseline else ""
-            entries = [(classes(i, text), html.escape(text.strip("\x02\x03"))) for i, text in enumerate(line)]
-            out.append(f"<tr{base}>{''.join(f'<td{names}>{text}</td>' for names, text in entries)}</tr>")
+            out.append(f"<tr{base}>{''.join(entry(rows[id(line)], i, text) for i, text in enumerate(line))}</tr>")
         out.append("</tbody>")
     out += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in data.notes)]
     out += [f"<p><code>{html.escape(command)}</code></p>" for command in data.commands]

@@ -9,8 +9,9 @@ and never doubles them.
     parent   one curve per method and score, "wikitext2/perplexity gptq", with the bit width as step; the plan, tables, figures; a
              description that says what to open.
 
-The charts page of MLflow 3.17 draws only the runs that are unfolded, which at first is the parent alone, under one heading per part
-of a metric's name before its last slash. So the curves share the headings of the cells' metrics, and none stands empty.
+The charts page of MLflow 3.17 draws only the runs that are unfolded, under one heading per part of a metric's name before its last
+slash. So the curves share the headings of the cells' metrics, and none stands empty. The runs page unfolds the parents of runs of
+type "evaluation" when it is first seen, and takes its columns from a view that is kept as a tag of the experiment.
 
 MLflow would store an infinity as 1.8e308 and cut long values without a word: here what is not finite becomes the tag `diverged`,
 and what is cut says so. Nothing in this module may cost a result: the store has everything, and `publish` builds the runs again
@@ -47,9 +48,13 @@ from harness.store import Record, Store, is_url, write_json
 from harness.sweep import Runtime, Sweep, Tracking
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from harness.tables import TableData
 
 PARAM_LIMIT, TAG_LIMIT, KEY_LIMIT = 6000, 8000, 250             # characters; MLflow cuts beyond them silently
+EXPERIMENT_TAG_LIMIT, DATASET_NAME_LIMIT, DATASET_DIGEST_LIMIT = 5000, 500, 36
+VIEW = "cells"                                                  # a view of the runs page that MLflow reads from an experiment's tag
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEW_PARAMS, VIEW_METRICS = ("method", "bits", "group"), 8
 BATCH_PARAMS, BATCH_METRICS = 100, 1000                         # entries of one log_batch
 ITEM_ROWS_SHOWN = 1000                                          # of per-item results; the Parquet file has all
 STATUS = {                                                      # state of a cell -> status of its run
@@ -86,8 +91,8 @@ class Tracker(Protocol):
     def cell(self, record: Record, state: str) -> None:
         """Note what is known of a cell now. state: a key of STATUS."""
 
-    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
-        """Close the sweep. files: table name -> its files; summary: the last lines that the run printed."""
+    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
+        """Close the sweep. made: its tables by name; figures: their files; summary: the last lines that the run printed."""
 
 
 class NullTracker:
@@ -96,7 +101,7 @@ class NullTracker:
     def cell(self, record: Record, state: str) -> None:
         pass
 
-    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
+    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
         pass
 
 
@@ -129,15 +134,10 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     tracker = MLflowTracker(sweep, "", rebuild=True)
     for record in known:
         tracker.cell(record, _state(record))
-    files: dict[str, list[Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for table in sweep.tables:
-            data = tables.build(sweep, table, records, store)
-            for format, suffix in tables.FORMATS.items():
-                path = Path(folder) / f"{table.name}{suffix}"
-                path.write_text(tables.render(data, format), encoding="utf-8")
-                files.setdefault(table.name, []).append(path)
-        tracker.finish(files, plots.figures(sweep, records), "")
+        drawn = plots.figures(sweep, records).items()
+        figures = [path for name, figure in drawn for path in plots.save(figure, Path(folder), name)]
+        tracker.finish(tables.build_all(sweep, records, store), figures, "")
     left = f"; {len(records) - len(known)} have no results yet" if len(known) < len(records) else ""
     place = tables.without_password(tracker.uri)
     return f'published {len(known)} cells as experiment "{tracker.experiment}" in {place}{left}'
@@ -244,6 +244,7 @@ class MLflowTracker(_Connection):
         with self.writing(f"open {self.uri}"):
             note = f"{sweep.title}: {SHORT_GUIDE}\n\n{sweep.description}\n\n{OPEN_THIS}".strip()
             self.experiment_id = self.find_experiment(note)
+            self._page, self.parent_id = f"#/experiments/{self.experiment_id}", ""
             self.parent_id = self._find_parent(plan_text)
 
     # -- the three calls -----------------------------------------------------------------------------------------------
@@ -277,35 +278,45 @@ class MLflowTracker(_Connection):
                     _write_artifacts(Path(folder), record, self.store)
                     self.client.log_artifacts(run.info.run_id, folder)
                 tags["harness.artifacts"] = fingerprint             # last: an interrupted upload is done again
+                tags["mlflow.loggedArtifacts"] = json.dumps(_item_tables(record, self.store))
+            if state == "done" and not run.inputs.dataset_inputs:
+                self.client.log_inputs(run.info.run_id, datasets=self._data_sets(record.cell))
             tags = {name: value for name, value in tags.items() if run.data.tags.get(name) != _cut(value, TAG_LIMIT)}
             self._log(run.info.run_id, new, params, tags)
             self._set_status(run.info.run_id, run.info.status, STATUS[state])
             self._children[key] = self.client.get_run(run.info.run_id)
             self._log_curve(record)
 
-    def finish(self, files: Mapping[str, Sequence[Path]], figures: Mapping[str, Figure], summary: str) -> None:
+    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
         """Keep tables and figures with the parent, describe it, end it. Raises TrackingError."""
         with self.writing(f'close sweep "{self.sweep.name}" in {self.uri}'):
             for key, state in self.states.items():
                 if STATUS[state] in ("SCHEDULED", "RUNNING"):
                     self._set_status(self._children[key].info.run_id, STATUS[state], STATUS["unfinished"])
-            first = ""
+            self._keep_view()
+            inputs = {each.dataset.digest: each for cell in self.sweep.cells for each in self._data_sets(cell)}
+            if inputs and not self.client.get_run(self.parent_id).inputs.dataset_inputs:
+                self.client.log_inputs(self.parent_id, datasets=list(inputs.values()))
+            links = {key: f"{self._page}/runs/{run.info.run_id}" for key, run in self._children.items()}
+            absolute = {key: f"{self.uri}/{link}" for key, link in links.items()} if self.uri.startswith("http") else {}
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
-                for paths in files.values():
-                    for path in paths:
-                        text = path.read_text(encoding="utf-8")
-                        _write(root / "tables" / path.name, text)
-                        first = first or (text if path.suffix == ".md" else "")
-                for name, figure in figures.items():
-                    plots.save(figure, root / "figures", name, ("png", "svg"))
+                for name, data in made.items():
+                    for form, suffix in tables.FORMATS.items():
+                        text = tables.render(data, form, absolute if form == "html" else None)
+                        _write(root / "tables" / f"{name}{suffix}", text)
+                for path in figures:
+                    (root / "figures").mkdir(exist_ok=True)
+                    (root / "figures" / path.name).write_bytes(path.read_bytes())
                 if summary:
                     _write(root / "summary.txt", summary)
                 self.client.log_artifacts(self.parent_id, folder)
             done = sum(state == "done" for state in self.states.values())
             failed = sum(state in ("failed", "refused") for state in self.states.values())
             progress = f"{done} of {len(self.sweep.cells)} cells done" + (f", {failed} failed" if failed else "")
-            tags = {"harness.progress": progress, "mlflow.note.content": self._description(progress, first)}
+            first = next(iter(made.values()), None)
+            shown = [tables.render(first, "md", addresses) for addresses in (links, None)] if first is not None else [""]
+            tags = {"harness.progress": progress, "mlflow.note.content": self._description(progress, *shown)}
             self._log(self.parent_id, {}, {}, tags)
             status = "FAILED" if failed else "FINISHED" if done == len(self.sweep.cells) else "KILLED"
             self.client.set_terminated(self.parent_id, status)
@@ -351,9 +362,20 @@ class MLflowTracker(_Connection):
             else:
                 name = self._names.get(key, record.cell.title)
                 tags = {"mlflow.parentRunId": self.parent_id, "harness.key": key, "harness.checkpoint": record.quantize_key}
+                tags["mlflow.runType"] = "evaluation"               # MLflow's runs page unfolds the parents of such runs at first
                 tags |= {**_origin(self.sweep), "harness.command": f"harness show {key[:12]}"}
                 self._children[key] = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
         return self._children[key]
+
+    def _data_sets(self, cell: Cell) -> list[Any]:
+        """What a cell was calibrated and scored on, as MLflow's data sets: name, digest, where it lies."""
+        entities, made = self.mlflow.entities, []
+        for context, name, identity, source in _data_of(cell):
+            own = entities.Dataset(
+                name[:DATASET_NAME_LIMIT], identity[:DATASET_DIGEST_LIMIT], "local", tables.without_password(json.dumps(source)),
+            )
+            made.append(entities.DatasetInput(own, [entities.InputTag("mlflow.data.context", context)]))
+        return made
 
     def _search(self, filter: str) -> list[Any]:
         found: list[Any] = []
@@ -406,13 +428,35 @@ class MLflowTracker(_Connection):
         else:
             self.client.set_terminated(run_id, wanted)
 
-    def _description(self, progress: str, table: str) -> str:
-        parts = [f"**{self.sweep.title or self.sweep.name}** — {progress}", self.sweep.description, OPEN_THIS]
+    def _description(self, progress: str, *forms: str) -> str:
+        """forms: the table, the best form first; the first that fits is shown."""
+        parts = [f"**{self.sweep.title or self.sweep.name}** — {progress}", self._shortcuts()]
         command = f"Run again, or complete: `{tables.command_line(self.sweep)}`"
-        text = "\n\n".join(part.strip() for part in (*parts, command, table) if part.strip())
-        if len(text) > TAG_LIMIT:
-            text = "\n\n".join((*parts, command, "The table is too long for this page; it is in *Artifacts*."))
+        for table in (*forms, "The table is too long for this page; it is in *Artifacts*."):
+            pieces = (*parts, table, self.sweep.description, OPEN_THIS, command)
+            text = "\n\n".join(part.strip() for part in pieces if part.strip())
+            if len(text) <= TAG_LIMIT:
+                return text
         return text
+
+    def _shortcuts(self) -> str:
+        """Links for the first lines of the parent's page; MLflow folds the rest of a description."""
+        words = [f"[cells side by side]({self._page}/runs?viewStateShareKey={VIEW}&{MODEL_TRAINING})"]
+        if self.parent_id:
+            places = {f"table {table.name}": f"tables/{table.name}.html" for table in self.sweep.shown_tables[:8]}
+            places["figures"] = "figures"
+            words += [f"[{name}]({self._page}/runs/{self.parent_id}/artifacts/{place})" for name, place in places.items()]
+        return "Open: " + " · ".join(words)
+
+    def _keep_view(self) -> None:
+        """A view of the runs page with the columns that this sweep is about; its runs page unfolds by the tag of the cells."""
+        cells = self.sweep.cells
+        metrics = [metric for metric in tables.quality_metrics(self.sweep, map(self.store.record, cells)) if "/" in metric]
+        columns = [f"params.`{name}`" for name in VIEW_PARAMS]
+        columns += [f"metrics.`{_metric_name(name)}`" for name in ("checkpoint/bits_per_weight", *metrics[:VIEW_METRICS])]
+        text = json.dumps({"selectedColumns": columns})
+        if len(text) <= EXPERIMENT_TAG_LIMIT:
+            self.client.set_experiment_tag(self.experiment_id, VIEW_TAG, text)
 
 # -- where it is, and how to look at it --------------------------------------------------------------------------------
 
@@ -592,7 +636,11 @@ def _cell_description(record: Record, state: str) -> str:
     lines += [f"- {name}: {value:.4g}" if math.isfinite(value) else f"- {name}: diverged" for name, value in shown.items()]
     if record.failures and state == "failed":
         lines += [f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"]
-    files = "`layer_errors.png`, `evaluations/`, `items/` (per-item results), `log.txt`, `cell.json` (all settings)"
+    files = (
+        "`layer_errors.png`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
+        "code, installed packages), `log.txt`, `cell.json` (all settings)"
+    )
+    lines += ["", f"Its full ancestry, and the command that makes it again: `harness show {record.cell_key[:12]}`"]
     return "\n".join([*lines, "", f"*Artifacts*: {files}."])
 
 
@@ -640,25 +688,59 @@ def _write_artifacts(folder: Path, record: Record, store: Store) -> None:
     write_json(folder / "cell.json", {**identity, "cell": to_json(cell)}, durable=False)
     facts = json.loads(tables.without_password(json.dumps(record.provenance, default=str)))
     write_json(folder / "environment.json", facts, durable=False)
+    for facts in record.provenance.values():
+        for kept in (facts.get("changes"), facts.get("packages")) if isinstance(facts, Mapping) else ():
+            if kept and (store.root / kept).is_file():
+                _write(folder / kept, tables.without_password((store.root / kept).read_text(encoding="utf-8")))
     _write_layer_errors(folder, record)
     for evaluation in cell.evaluations:
         if evaluation.name not in record.scores:
             continue
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", evaluation.name)
+        name = _file_name(evaluation.name)
         write_json(folder / "evaluations" / f"{name}.json", record.scores[evaluation.name], durable=False)
         items = store.evaluation_items(record, evaluation)
         if items is not None:
             (folder / "items").mkdir(exist_ok=True)
             path = store.items_path(record.cell_key, score_key(cell, evaluation))
             (folder / "items" / f"{name}.parquet").write_bytes(store.files.read(path))
-            shown = f"{name}.csv" if len(items) <= ITEM_ROWS_SHOWN else f"{name}-first-{ITEM_ROWS_SHOWN}.csv"
-            items.head(ITEM_ROWS_SHOWN).to_csv(folder / "items" / shown, index=False)
+            first = items.head(ITEM_ROWS_SHOWN)             # in the form that MLflow's pages show as a table
+            first.to_json(folder / _item_table(name, len(items)), orient="split", index=False, date_format="iso", force_ascii=False)
     with contextlib.suppress(FileNotFoundError):
         _write(folder / "log.txt", store.files.read(store.log_path(record.cell_key)).decode(errors="replace"))
     if record.failures:
         parts = [[str(failure.get(name, "")) for name in ("stage", "kind", "reason", "detail")] for failure in record.failures]
         texts = [f"{stage}: {kind}: {reason}\n\n{detail}\n" for stage, kind, reason, detail in parts]
         _write(folder / "failures.txt", "\n".join(texts))
+
+
+def _item_table(name: str, rows: int) -> str:
+    """Where the table of an evaluation's items lies among a run's artifacts."""
+    return f"items/{name}.json" if rows <= ITEM_ROWS_SHOWN else f"items/{name}-first-{ITEM_ROWS_SHOWN}.json"
+
+
+def _item_tables(record: Record, store: Store) -> list[dict[str, str]]:
+    """The items of a cell's evaluations as MLflow lists tables, so that its pages show them as such."""
+    found = []
+    for evaluation in record.cell.evaluations:
+        rows = record.scores.get(evaluation.name, {}).get("items", 0)
+        if rows and store.items_path(record.cell_key, score_key(record.cell, evaluation)).exists():
+            found.append({"path": _item_table(_file_name(evaluation.name), rows), "type": "table"})
+    return found
+
+
+def _data_of(cell: Cell) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(context, name, digest, source) of the texts and benchmarks of a cell."""
+    text = cell.calibration
+    if text is not None:
+        yield "calibration", text.name, text.digest or "unknown", {"source": text.source, "split": text.split}
+    for evaluation in {evaluation.name: evaluation for evaluation in cell.evaluations}.values():
+        settings = dict(evaluation.settings)
+        source = {name: settings[name] for name in ("source", "split", "task", "include", "data_root") if settings.get(name)}
+        yield "evaluation", evaluation.name, evaluation.data_digest or "unknown", source
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
 def _write_layer_errors(folder: Path, record: Record) -> None:

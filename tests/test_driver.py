@@ -346,3 +346,25 @@ def test_the_command_of_a_record_makes_the_same_cell(demo_sweep: Make) -> None:
     words = shlex.split(command_for(wanted))
     assert words[:2] == ["harness", "run"]
     assert cell_key(wanted) in map(cell_key, load_sweep(None, words[2:]).cells)
+
+
+@pytest.mark.parametrize("changes", [
+    ("method=gptq", "scheme=w4", "rounding.damping_fraction=0.05,0.1", "seed=1,2"),     # names with settings in brackets
+    ("method=awq", "scheme=w3g32", "inputs=quantized"),                                 # not the method's own
+    ("method=rtn", "scheme=w8a8", "scheme.activation.dynamic=false", "calibration=demo"),
+    ("method=none", "evaluations.limit=5"),
+    ("method=rtn", "scheme=w4", "evaluations=[{demo_facts: {num_fewshot: 2}}]"),
+])
+def test_the_command_of_a_record_makes_the_same_scores(demo_sweep: Make, changes: tuple[str, ...]) -> None:
+    import shlex
+
+    from harness.cell import score_key
+    from harness.display import command_for
+
+    own = () if any(change.startswith("evaluations=") for change in changes) else ("evaluations=demo_perplexity,demo_facts",)
+    wanted = demo_sweep(*changes, *own, "baseline=false").cells[-1]
+    command = command_for(wanted)
+    assert command.startswith("harness run "), command
+    (made,) = load_sweep(None, [*shlex.split(command)[2:], "baseline=false"]).cells
+    assert cell_key(made) == cell_key(wanted)
+    assert [score_key(made, e) for e in made.evaluations] == [score_key(wanted, e) for e in wanted.evaluations]

@@ -55,6 +55,11 @@ def test_plan_run_status_show(tmp_path: Path) -> None:
     key = Store(tmp_path / "runs").cell_keys()[0]
     code, out = invoke("show", key[:10], "--runs", str(tmp_path / "runs"))
     assert code == 0 and key in out and "harness run model=demo" in out
+    ancestry = out.partition("\nancestry\n")[2].partition("\n\n")[0]
+    for part in ("weights 5fad06c6", "demo_perplexity: perplexity, version", "provenance/", "cpu on ", "code  ", "seed  "):
+        assert part in ancestry, part
+    code, out = invoke("plan", *GRID, *local(tmp_path))
+    assert code == 0 and out.splitlines()[-1].startswith("next    harness table model=demo")     # all is done
 
 
 @pytest.mark.parametrize("form,sign", [("md", "| "), ("latex", "\\begin{tabular}"), ("csv", ","), ("html", "<table>")])

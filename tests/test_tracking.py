@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 import socket
@@ -18,9 +19,10 @@ from synthetic_sweep import LLAMA, cells, fill, make_sweep
 
 from harness.cell import Model, cell_key, score_key
 from harness.errors import TrackingError
-from harness.plots import figures
+from harness.plots import figures, save
 from harness.store import Store
 from harness.sweep import Runtime, Sweep, Tracking
+from harness.tables import build_all
 from harness.tracking import (
     ENVIRONMENT,
     PARAM_LIMIT,
@@ -54,10 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Store, MLflow
         tracker.cell(record, "quantizing")
         tracker.cell(record, "failed" if record.failures else "done")
     tracker.cell(store.record(sweep.cells[-1]), "waiting")
-    table = sweep.runtime.runs / "table1.md"
-    table.write_text("| method |\n| ------ |\n| gptq   |\n")
     records = [store.record(cell) for cell in sweep.cells]
-    tracker.finish({"table1": [table]}, figures(sweep, records), "done    3 of 5 cells")
+    folder = sweep.runtime.runs / "figures"
+    drawn = [path for name, figure in figures(sweep, records).items() for path in save(figure, folder, name)]
+    tracker.finish(build_all(sweep, records, store), drawn, "done    3 of 5 cells")
     return sweep, store, tracker
 
 
@@ -120,8 +122,14 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     assert artifacts_of(tracker, run) == {
         "cell.json", "environment.json", "layer_errors.csv", "layer_errors.png", "log.txt",
         "evaluations/arc_easy.json", "evaluations/wikitext2.json",
-        "items/arc_easy.csv", "items/arc_easy.parquet", "items/wikitext2.csv", "items/wikitext2.parquet",
+        "items/arc_easy.json", "items/arc_easy.parquet", "items/wikitext2.json", "items/wikitext2.parquet",
     }
+    listed = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert [each["path"] for each in listed] == ["items/wikitext2.json", "items/arc_easy.json"] and listed[0]["type"] == "table"
+    items = json.loads(Path(tracker.client.download_artifacts(run.info.run_id, "items/arc_easy.json")).read_text())
+    assert items["columns"] == ["id", "acc"] and len(items["data"]) == 400
+    inputs = {each.dataset.name: (each.dataset.digest, each.tags[0].value) for each in run.inputs.dataset_inputs}
+    assert inputs == {"c4_128x2048": ("c", "calibration"), "wikitext2": ("w", "evaluation"), "arc_easy": ("a", "evaluation")}
     failed = runs_of(tracker)["awq · w2g128"]
     assert "singular" in failed.data.tags["failure"] and "failures.txt" in artifacts_of(tracker, failed)
 
@@ -141,12 +149,19 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     assert [(point.step, point.value) for point in history] == [(4, store.record(cell).metrics()["wikitext2/perplexity"])]
     assert "wikitext2/perplexity full_precision" in parent.data.metrics
     note = parent.data.tags["mlflow.note.content"]
-    assert "What to open" in note and "harness run llama3_8b_ptq" in note and "| gptq   |" in note
+    assert "What to open" in note and "harness run llama3_8b_ptq" in note
+    child = runs_of(tracker)["gptq · w4g128"].info.run_id
+    assert f"| [gptq](#/experiments/{tracker.experiment_id}/runs/{child}) | 4    |" in note         # a row leads to its cell
     files = artifacts_of(tracker, parent)
     assert {"plan.txt", "summary.txt", "sweep.json", "tables/table1.md"} <= files
     assert "figures/layer-errors.png" in files and "figures/arc_easy-acc-against-bits.svg" in files
     experiment = tracker.client.get_experiment(tracker.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(experiment.tags["mlflow.sharedViewState.cells"])
+    assert "viewStateShareKey=cells" in note and f"/runs/{parent.info.run_id}/artifacts/tables/table1.html" in note
+    assert {each.dataset.name for each in parent.inputs.dataset_inputs} == {"c4_128x2048", "wikitext2", "arc_easy"}
+    assert {"params.`method`", "metrics.`wikitext2/perplexity`", "metrics.`arc_easy/acc`"} <= set(view["selectedColumns"])
+    assert {"figures/layer-errors.pdf", "figures/wikitext2-perplexity-bits-needed.svg", "tables/table1.html"} <= files
 
 
 def test_publishing_again_changes_nothing(made: tuple[Sweep, Store, MLflowTracker]) -> None:
