@@ -497,6 +497,8 @@ class _Resolver:
         self._check_settings_used(points)
         self._check_skips()
         tables = self._tables(evaluations)
+        named = {str(point["model"][0]) for point in points if "model" in point}
+        self._check_models(tables, named | {cell.model.name for cell in cells})
         findings = self._findings(tables)
         self.problems.check()
         file = self.file
@@ -1047,6 +1049,16 @@ class _Resolver:
         if table.published and not any((root / f"{table.published}.yaml").is_file() for root in _published()):
             self.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
         return dataclasses.replace(table, columns=tuple(columns))
+
+    def _check_models(self, tables: Sequence[Table], known: Iterable[str]) -> None:
+        """Tables speak of models that the sweep has; a run that was narrowed to some models keeps the file's tables, with gaps."""
+        if "model" in self.edits.axes:
+            return
+        names = sorted(known)
+        for index, table in enumerate(tables):
+            for name in dict.fromkeys((*table.models, *(column.model for column in table.columns if column.model))):
+                if name not in names:
+                    self.problems.add(unknown_name("model", name, names, f"{self.file.where}: tables[{index}]"))
 
     def _parts_of_benchmarks(self, evaluations: tuple[Evaluation, ...]) -> frozenset[str]:
         """Names of the groups and tasks that the sweep's benchmarks consist of; they have metrics of their own."""

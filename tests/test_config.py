@@ -506,3 +506,20 @@ def test_a_thousand_cells_compose_each_value_once(monkeypatch: pytest.MonkeyPatc
     assert len(sweep.cells) > 1000
     assert max(composed.values()) == 1 and composed["config"] == 1
     assert len({cell_key(cell) for cell in sweep.cells}) == len(sweep.cells)
+
+
+def test_models_that_a_table_names_must_be_in_the_sweep(tmp_path: Path) -> None:
+    text = """
+model: demo
+method: rtn
+scheme: w4
+evaluations: [demo_perplexity]
+tables: [{name: t, models: [demoo], columns: [{metric: demo_perplexity/perplexity, title: ppl, model: dmo}]}]
+"""
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        config.load_sweep(str(path))
+    for part in ('no model "demoo"; did you mean "demo"', 'no model "dmo"; did you mean "demo"', "tables[0]"):
+        assert part in str(error.value)
+    assert config.load_sweep(str(path), ["model=demo_weight_outliers"]).tables       # narrowed: the file's table stays, with gaps
