@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from harness.cell import ActivationScheme, Cell, KVScheme, Method, Scheme, WeightScheme, quantize_key
+from harness import plugins
+from harness.cell import ActivationScheme, Cell, KVScheme, Method, Override, Scheme, WeightScheme, freeze, quantize_key
 from harness.errors import MethodError, StoreError
 from harness.formats.native import Checkpoint
+from harness.runtime.activations import ActivationQuantizer
 from harness.runtime.linear import QuantizedLinear
 from harness.runtime.load import load
 
@@ -95,6 +97,63 @@ def test_static_scales_come_from_the_calibration(tiny_model: Callable[..., Path]
     assert float(linear.activation.hi) > 0 and not linear.activation.observing
     with pytest.raises(MethodError, match="need calibration data"):
         load(dataclasses.replace(base, calibration=None), folder, None)
+
+
+GROUPED = {"weight": freeze({"group_size": 16}), "activation": freeze({"granularity": "group", "group_size": 16})}
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def w8a8(*overrides: Override, group_size: int = -1) -> Scheme:
+    granularity = "token" if group_size == -1 else "group"
+    activation = ActivationScheme(granularity=granularity, group_size=group_size)
+    return Scheme("w8a8", WeightScheme(bits=8, group_size=group_size), activation, overrides=overrides)
+
+
+def test_named_layers_are_rounded_as_their_overrides_say(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Mixed grouping: with no layer named it is plain W8A8, with all of them the grouped scheme, to the bit."""
+    folder = tiny_model("llama")
+    some = Override(("q_proj", "up_proj"), blocks=(0, 2), **GROUPED)
+    found = {}
+    for name, scheme in {
+        "plain": w8a8(), "no block": w8a8(Override(EVERY, blocks=(), **GROUPED)), "some": w8a8(some),
+        "all": w8a8(Override(EVERY, **GROUPED)), "grouped": w8a8(group_size=16),
+    }.items():
+        one, checkpoint = quantized(folder, tmp_path / name.replace(" ", "-"), Method("rtn", rounding=part("rtn")), scheme=scheme)
+        model, _ = load(one, folder, checkpoint)
+        found[name] = logits(model, windows(2))
+        if name == "some":
+            sizes = {
+                (index, short): module.activation.scheme.group_size
+                for index, block in enumerate(model.model.layers) for path, module in block.named_modules()
+                if isinstance(module, QuantizedLinear) and (short := path.rpartition(".")[2])
+            }
+            named = {(index, short) for index in (0, 2) for short in ("q_proj", "up_proj")}
+            assert {key for key, size in sizes.items() if size == 16} == named and len(sizes) == 21
+    assert torch.equal(found["plain"], found["no block"]) and torch.equal(found["all"], found["grouped"])
+    assert not torch.equal(found["plain"], found["some"]) and not torch.equal(found["some"], found["all"])
+
+
+def test_groups_do_not_see_what_a_power_of_two_does_to_one_of_them() -> None:
+    """Per-group W8A8 is invariant, to the bit, to scaling a whole aligned group up in the weights and down in the inputs."""
+    rng = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(24, 64, generator=rng) * 0.05, torch.randn(2, 9, 64, generator=rng)
+    planted, shrunk = weight.clone(), x.clone()
+    planted[:, 16:32] *= 256
+    shrunk[..., 16:32] /= 256
+    outputs = {}
+    for group_size in (16, -1):
+        scheme = WeightScheme(bits=8, group_size=group_size, symmetric=True, scale_dtype="float32")
+        activation = ActivationScheme(granularity="token" if group_size == -1 else "group", group_size=group_size)
+        rounding = plugins.build("rounding", "rtn", {"grid": "awq"})
+        for name, w, inputs in (("as it is", weight, x), ("planted", planted, shrunk)):
+            quantizer = ActivationQuantizer(activation)
+            made = rounding.round_layer("q", w, None, scheme, rng)
+            linear = QuantizedLinear(made, None, torch.float32, torch.device("cpu"), quantizer)
+            outputs[group_size, name] = linear(inputs)
+    assert torch.equal(outputs[16, "as it is"], outputs[16, "planted"])
+    exact = x @ weight.T
+    errors = {name: float((outputs[-1, name] - exact).norm() / exact.norm()) for name in ("as it is", "planted")}
+    assert errors["planted"] > 10 * errors["as it is"], errors
 
 
 def test_a_rounded_cache(tiny_model: Callable[..., Path]) -> None:
