@@ -233,10 +233,10 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     first = max(diagnosis.linears, key=lambda report: report.both)
     title = f"{cell.model.name} · block {first.block} · {first.linear}"
     plots.save(plots.channel_magnitudes(diagnosis.channels, title), place, "channels")
-    return f"{render(diagnosis)}\n\nrecord and figures: {place}{_track(sweep.runtime, diagnosis, record, place)}"
+    return f"{render(diagnosis)}\n\nrecord and figures: {place}{track(sweep.runtime, diagnosis, record, place)}"
 
 
-def _track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], place: Path) -> str:
+def track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], place: Path) -> str:
     """Keep the diagnosis in MLflow, where that is on: what to print of it. A store that does not answer costs the line alone."""
     from harness import tracking
 

@@ -10,8 +10,9 @@ import torch
 
 from harness import sources
 from harness.cell import Calibration, Model
-from harness.diagnose import Diagnosis, diagnose, render, run
+from harness.diagnose import Diagnosis, diagnose, render, run, track
 from harness.streaming.calibration import draw_windows
+from harness.sweep import Runtime, Tracking
 
 PLANTED = [(0, f"self_attn.{name}_proj") for name in "qkv"] + [(0, "mlp.gate_proj"), (0, "mlp.up_proj")]
 
@@ -87,26 +88,30 @@ def test_the_command_writes_record_and_figures(tmp_path: Path) -> None:
     assert {f"{name}.png" for name in ("both", "weight-ratio", "activation-ratio", "channels")} <= made
 
 
-def test_a_diagnosis_is_one_mlflow_run_however_often_it_is_made(tmp_path: Path) -> None:
-    """Found again by what was asked; another question is another run. Figures, table and curves over blocks go with it."""
+def test_a_diagnosis_is_one_mlflow_run_however_often_it_is_made(tmp_path: Path, found: dict[str, Diagnosis]) -> None:
+    """Found again by what was asked; another question is another run. Figures and curves over blocks go with it."""
     from mlflow import MlflowClient
 
-    asked = [f"runs={tmp_path / 'runs'}", "calibration.samples=1", "device=cpu"]
+    diagnosis, runtime, place = found["demo:weight_outliers"], Runtime(tmp_path / "runs", tracking=Tracking()), tmp_path / "made"
+    place.mkdir()
+    (place / "both.png").write_bytes(b"a figure")
     for bits in (8, 8, 6):
-        assert 'experiment "diagnoses"' in run("demo:weight_outliers", asked, bits)
+        record = {**diagnosis.record(), "asked": {"bits": bits}}
+        assert 'experiment "diagnoses"' in track(runtime, diagnosis, record, place)
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("diagnoses")
     runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    assert [each.info.run_name for each in runs] == ["demo_weight_outliers · 8 bits", "demo_weight_outliers · 6 bits"]
+    assert [each.data.params["bits"] for each in runs] == ["8", "6"]
     first = runs[0].info.run_id
     points = client.get_metric_history(first, "both/self_attn.q_proj")
     assert sorted((point.step, point.value > 0.1) for point in points) == [(0, True), (1, False), (2, False), (3, False)]
-    assert {"both.png", "channels.png", "diagnosis.json", "linears.csv"} <= {file.path for file in client.list_artifacts(first)}
+    assert [file.path for file in client.list_artifacts(first)] == ["both.png"]
     assert "5 linears stand out" in runs[0].data.tags["mlflow.note.content"]
 
 
-def test_a_tracking_server_that_is_not_there_costs_no_diagnosis(tmp_path: Path) -> None:
-    text = run("demo", [
-        f"runs={tmp_path}", "calibration.samples=1", "device=cpu", "tracking=server", "tracking.uri=http://127.0.0.1:9",
-    ])
-    assert "no tracking server" in text and (tmp_path / "diagnoses" / "demo" / "diagnosis.json").exists()
+def test_a_tracking_server_that_is_not_there_costs_no_diagnosis(tmp_path: Path, found: dict[str, Diagnosis]) -> None:
+    runtime = Runtime(tmp_path / "runs", tracking=Tracking(kind="server", uri="http://127.0.0.1:9"))
+    record = {**found["demo"].record(), "asked": {"bits": 8}}
+    assert "no tracking server" in track(runtime, found["demo"], record, tmp_path)
+    off = Runtime(tmp_path / "runs", tracking=Tracking(kind="none"))
+    assert track(off, found["demo"], record, tmp_path) == ""
