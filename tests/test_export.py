@@ -232,6 +232,37 @@ def test_gptq_tensors_mean_our_weights(
     assert torch.equal(embeddings, tiny.ours(cell).get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("group_size", "symmetric", "ordered"), [(32, True, False), (32, False, True), (-1, False, False)])
+def test_gptqmodel_reads_the_same_weights(bits: int, group_size: int, symmetric: bool, ordered: bool) -> None:
+    """Somebody else's reader of the layout, on a CPU, where it is installed."""
+    torch_linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    from gptqmodel.quantization import FORMAT
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    from harness.formats.gptq import Layout
+    from harness.numerics.grids import Fitting
+    from harness.numerics.weights import on_grid
+
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(bits)) * 0.02
+    scheme_ = WeightScheme("int", bits, group_size, symmetric)
+    groups = weight.reshape(64, -1, 128 if group_size == -1 else group_size)
+    grid = Fitting.of(weight, scheme_).fit(groups)
+    found = on_grid(grid.quantize(groups), grid, scheme_)
+    if ordered:
+        order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+        found = dataclasses.replace(found, column_group=order.to(torch.int32) // group_size)
+    assert Layout().weight_reasons(found, torch.float16) == []
+    module = torch_linear.TorchLinear(
+        bits=bits, group_size=group_size, sym=symmetric, desc_act=ordered, in_features=128, out_features=64, bias=False,
+        pack_dtype=torch.int32, format=FORMAT.GPTQ, register_buffers=True,
+    )
+    module.load_state_dict(Layout().pack_linear(found, None, torch.float16), strict=False)
+    convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    module.post_init()
+    assert torch.equal(module.dequantize_weight().T, found.dequantize().half())
+
+
 def test_a_gptq_word_by_hand() -> None:
     """Codes 1 … 8 of one channel, four bits each: 0x87654321; zero points are stored less one."""
     from harness.formats.gptq import Layout
@@ -250,6 +281,9 @@ def test_a_gptq_word_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "method", "scheme_", "part_of"), [
     ("gptq", RTN, scheme("mxfp4"), 'holds integers, not "mxfp4"'),
+    ("compressed_tensors", RTN, scheme("nf4", scale="double_quantized"), 'no number format "nf4"'),
+    ("compressed_tensors", RTN, Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")), "zero_point=integer"),
+    ("gptq", RTN, Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")), "zero_point=integer"),
     ("gptq", RTN, scheme(bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
     ("compressed_tensors", RTN, scheme("nf4"), 'no number format "nf4"'),
     ("compressed_tensors", RTN, scheme("mxint8"), 'no number format "mxint8"'),
