@@ -7,6 +7,10 @@ is in the details. The prompt (prefill) and the tokens after it (decode) are tim
 `details["execution"]` is "simulated" wherever quantized weights are computed with in their floating-point form or activations are
 rounded and then multiplied as floats: such a speed is at best that of 16 bits and says nothing of a kernel for the format. The
 stored size does not depend on that. On a CPU the peak memory is that of the process since it began.
+
+The scheduler gives the device to this evaluation alone, and that is checked: another process on a card fails it, before or after
+the runs. Of a processor the share that others had stands in `details["others"]`, and `details["alone"]` is false above a tenth.
+Energy is there where the device reports it (`meters`): on a processor that of the whole package.
 """
 
 from __future__ import annotations
@@ -23,8 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.cell import Cell, Evaluation, Model
+from harness.errors import EvaluationError
+from harness.evaluators import meters
 from harness.evaluators.protocols import Score, Subject, model_context_length
 from harness.events import Progress
+
+MOST_OTHERS = 0.1                               # of a processor's time that other processes may have had
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class Evaluator:
         "peak_memory_bytes": {"higher_is_better": False, "unit": "bytes"},
         "loaded_bytes": {"higher_is_better": False, "unit": "bytes"},
         "stored_bytes": {"higher_is_better": False, "unit": "bytes"},
+        "joules_per_token": {"higher_is_better": False, "unit": "joules per new token, prefill included"},
     }
 
     @dataclass(frozen=True)
@@ -87,22 +96,35 @@ class Evaluator:
         prompts = torch.randint(0, vocabulary, (settings.batch, settings.prompt_tokens), generator=generator).to(subject.device)
         if torch.device(subject.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(subject.device)
-        timings = []
+        timings, joules = [], []
+        check_alone(subject.device)
+        began = meters.ProcessorTime.now()
         yield subject.progress(evaluation, 0, runs)
         for run in range(runs):
+            before = meters.energy_joules(subject.device)
             timing = generate(subject.model, prompts, settings.new_tokens)
+            after = meters.energy_joules(subject.device)
             if run >= settings.warmup:
                 timings.append(timing)
+                joules.append(after - before if before is not None and after is not None and after > before else None)
             yield subject.progress(evaluation, run + 1, runs)
-        yield self._score(subject, evaluation, timings)
+        check_alone(subject.device)
+        on_processor = torch.device(subject.device).type == "cpu"
+        others = meters.ProcessorTime.now().others_share(began) if on_processor else meters.other_processes(subject.device)
+        yield self._score(subject, evaluation, timings, joules, others)
 
-    def _score(self, subject: Subject, evaluation: Evaluation, timings: list[Timing]) -> Score:
+    def _score(
+        self, subject: Subject, evaluation: Evaluation, timings: list[Timing], joules: list[float | None], others: float | None
+    ) -> Score:
         settings = self.settings
         runs = {
             "prefill_seconds": [timing.prefill for timing in timings],
             "decode_tokens_per_second": [settings.batch * (settings.new_tokens - 1) / timing.decode for timing in timings],
             "tokens_per_second": [settings.batch * settings.new_tokens / (timing.prefill + timing.decode) for timing in timings],
         }
+        used = [energy for energy in joules if energy is not None]
+        if len(used) == len(timings):           # a counter that began anew meanwhile says nothing
+            runs["joules_per_token"] = [energy / (settings.batch * settings.new_tokens) for energy in used]
         values = {name: statistics.median(measured) for name, measured in runs.items()}
         values["peak_memory_bytes"] = float(peak_memory_bytes(subject.device))
         values["loaded_bytes"] = float(loaded_bytes(subject.model))
@@ -112,9 +134,19 @@ class Evaluator:
             "execution": "real" if is_full_precision(subject.cell) else "simulated", "device": device_name(subject.device),
             "prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens, "batch": settings.batch,
             "repeats": settings.repeats, "range": {name: [min(measured), max(measured)] for name, measured in runs.items()},
+            "alone": None if others is None else others <= MOST_OTHERS, "others": others,
             "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
         }
         return Score({f"{evaluation.name}/{name}": value for name, value in values.items()}, {}, None, details)
+
+
+def check_alone(device: str) -> None:
+    """Raises EvaluationError where another process computes on the card."""
+    others = meters.other_processes(device)
+    if others:
+        count = f"{others} other process{'es' if others > 1 else ''}"
+        raise EvaluationError(f"{count} on {device_name(device)} ({device}): speed and memory are measured alone on a device; "
+                              "end them, or leave the evaluation out")
 
 
 @torch.inference_mode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from subjects import last, stories
 from test_divergence import damaged
 
 from harness.cell import Evaluation, Model
+from harness.errors import EvaluationError
+from harness.evaluators import meters
 from harness.evaluators.efficiency import Evaluator, generate, loaded_bytes
+from harness.evaluators.meters import ProcessorTime
 
 QUICK = Evaluator.Settings(prompt_tokens=8, new_tokens=4, batch=2)
 
@@ -68,3 +73,36 @@ def test_shared_storage_is_counted_once() -> None:
 def test_impossible_settings(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         Evaluator.Settings(**settings)
+
+
+def test_energy_is_there_where_the_device_reports_it(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "COUNTERS", tmp_path)
+    without = last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
+    assert "e/joules_per_token" not in without.metrics, "nothing is estimated"
+    assert 0 <= without.details["others"] <= 1 and without.details["alone"] == (without.details["others"] <= 0.1)
+    counts = itertools.count(0, 16_000_000)                     # 16 joules between two readings, for 2 × 4 tokens
+    (tmp_path / "intel-rapl:0").mkdir()
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("0")
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: str(next(counts)) if path.name == "energy_uj" else "")
+    reported = last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
+    assert reported.metrics["e/joules_per_token"] == 2.0
+    assert reported.details["alone"] is None, "a machine that does not say who else runs"
+
+
+def test_a_counter_that_begins_anew_says_nothing(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([*range(5), 0.0, *range(20)])
+    monkeypatch.setattr(meters, "energy_joules", lambda device: float(next(readings)))
+    assert "e/joules_per_token" not in last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency"))).metrics
+
+
+def test_company_on_a_card_fails_the_evaluation(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([0, 2])                                       # alone before the runs, not after them
+    monkeypatch.setattr(meters, "other_processes", lambda device: next(counts))
+    with pytest.raises(EvaluationError, match="2 other processes on cpu"):
+        last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
+
+
+def test_others_have_what_this_process_had_not() -> None:
+    before, after = ProcessorTime(0.0, 1.0, 10.0), ProcessorTime(2.0, 2.0, 11.0 + (os.cpu_count() or 1))
+    assert after.others_share(before) == pytest.approx(0.5)
+    assert ProcessorTime(2.0, 2.0, None).others_share(before) is None
