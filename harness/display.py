@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from harness.cell import Cell, baseline_of, cell_key, quantize_key, score_key, to_json, untuned
 from harness.errors import HarnessError
-from harness.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
+from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted
 from harness.flips import with_flips
 from harness.plan import Plan, duration
 from harness.store import Record, Store, is_running
@@ -186,6 +186,8 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
             title = tally.cells[key].title if key in tally.cells else key[:12]
             word, look = ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
             lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
+    if isinstance(event, Joined):
+        lines.append(f"ray     dashboard http://{event.dashboard}")
     if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):
         lines.append(f"start   {event.worker} on {event.device}")
     lines += [f"  ok    {tally.cells[key].title}    {short_metrics(tally.metrics.get(key, {}))}" for key in finished]

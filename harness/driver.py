@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import signal
 import threading
@@ -22,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 from harness import schedule, tables, tracking
 from harness.cell import Cell, cell_key, digest
 from harness.display import Display, Silent, Tally
-from harness.errors import HarnessError, ScheduleError, StoreError
-from harness.events import Event, Failed, Progress, Quantized, Scored
+from harness.errors import HarnessError, ScheduleError, StoreError, TrackingError
+from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Usage
 from harness.plan import Plan, duration, make, render, within
 from harness.store import Record, Store, SweepState, is_running
 from harness.sweep import Sweep
+from harness.teller import Teller
 
 if TYPE_CHECKING:
     import pandas
 
 log = logging.getLogger(__name__)
 
-TRACKING_PAUSE_SECONDS = 60.0                   # after tracking failed; until then its news wait, and the sweep goes on
 
 
 @dataclass(frozen=True)
@@ -178,20 +177,25 @@ class _Recorder:
         store.open_cells([self.cells[key] for key in sorted(waiting)])
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
-        self.tracker: tracking.Tracker | None = None
-        self._open = lambda: tracking.open_tracker(plan.sweep, plan_text)
-        self._untold: dict[str, str] = {}       # cells of which tracking does not know the latest state
-        self._tell_after = 0.0
-        self._tell()
+        self.teller = Teller(lambda: tracking.open_tracker(plan.sweep, plan_text), self._tell_one, self._progress, self._warn)
+        self.dashboard = ""
         for cell in plan.done:
             self.state.update(cell_key(cell), "done")
-            self._track(cell_key(cell), "done")
+            self.teller.note(cell_key(cell), "done")
         self.state.save()
 
     def event(self, event: Event) -> None:
         """Take in one event."""
         finished = self.tally.add(event)
         match event:
+            case TaskStarted():
+                for key in event.cell_keys:
+                    self.teller.note(key, "quantizing" if "checkpoint" in self.tally.pending.get(key, ()) else "evaluating")
+            case Usage():
+                for key in event.cell_keys:
+                    self.teller.use(key, event.facts)
+            case Joined():
+                self.dashboard = event.dashboard
             case Progress():
                 doing = "quantizing" if event.stage == "block" else "evaluating"
                 for key in event.cell_keys:
@@ -200,13 +204,13 @@ class _Recorder:
                 for key in event.cell_keys:
                     state = "done" if key in finished else "evaluating"
                     self.state.update(key, state)
-                    self._track(key, state)
+                    self.teller.note(key, state)
             case Failed() if not event.retry:
                 failure = {name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")}
                 for key in event.cell_keys:
                     self.store.write_failure(key, failure)
                     self.state.update(key, "failed", reason=event.reason)
-                    self._track(key, "failed")
+                    self.teller.note(key, "failed")
         self.display.event(event, self.tally, finished)
 
     def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
@@ -214,56 +218,47 @@ class _Recorder:
         sweep = self.plan.sweep
         records = _records(self.store, sweep)
         for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
-            self._untold[key] = "unfinished"
-        self._tell_after = 0.0
-        self._tell()
+            self.teller.note(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         made = self._guard(lambda: tables.build_all(sweep, records, self.store)) or {}
         paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
         figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
         summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped)
-        tracker = self.tracker
-        if tracker is not None:
-            self._guard(lambda: tracker.finish(made, figures, summary.text))
+        if not self.teller.end(lambda tracker: tracker.finish(made, figures, summary.text)):
+            self._warn(TrackingError("tracking is slow and was not told everything"))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
         with contextlib.suppress(StoreError):   # a full disk has been told of
             self.state.end()
         return dataclasses.replace(summary, warnings=tuple(self.warnings))
 
-    def _track(self, key: str, state: str) -> None:
-        self._untold[key] = state
-        self._tell()
-
-    def _tell(self) -> None:
-        """Send what tracking does not know yet. One that is down or slow is left alone for a while and then told everything."""
-        if time.monotonic() < self._tell_after:
-            return
-        if self.tracker is None:
-            self.tracker = self._guard(self._open)
-        while self.tracker is not None and self._untold:
-            key, state = next(iter(self._untold.items()))
-            if not self._guard(functools.partial(self._tell_one, self.tracker, key, state)):
-                break
-            del self._untold[key]
-        if self.tracker is None or self._untold:
-            self._tell_after = time.monotonic() + TRACKING_PAUSE_SECONDS
-
-    def _tell_one(self, tracker: tracking.Tracker, key: str, state: str) -> bool:
+    def _tell_one(self, tracker: tracking.Tracker, key: str, state: str) -> None:
         tracker.cell(self.store.record(self.cells[key]), state)
-        return True
+
+    def _progress(self) -> str:
+        """How far the sweep is, for tracking."""
+        done, left = len(self.tally.done) + len(self.plan.done), self.tally.seconds_left
+        words = [f"{done} of {len(self.cells)} cells done"]
+        words += [f"{len(self.tally.failed)} failed"] if self.tally.failed else []
+        words += [f"{duration(left)} left"] if left is not None else []
+        words += [f"Ray's dashboard: http://{self.dashboard}"] if self.dashboard else []
+        return ", ".join(words)
 
     def _guard(self, work: Callable[[], Any]) -> Any:
-        """What fails here is told, once, and stops nothing: the store has the results, `harness publish` sends them later."""
+        """What fails here is told and stops nothing: the store has the results."""
         try:
             return work()
-        except Exception as error:              # tracking must never end a sweep, whatever its libraries raise
-            log.warning("tracking or tables failed", exc_info=error)
-            sentence = f"{_first_line(error)}; the store has all results, `harness publish` sends them to tracking"
-            if sentence not in self.warnings:
-                self.warnings.append(sentence)
-                self.display.line(f"warning {sentence}")
+        except Exception as error:              # whatever the libraries of tables and figures raise
+            log.warning("tables or figures failed", exc_info=error)
+            self._warn(error)
             return None
+
+    def _warn(self, error: Exception) -> None:
+        """Each sentence once."""
+        sentence = f"{_first_line(error)}; the store has all results, `harness publish` sends them to tracking"
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+            self.display.line(f"warning {sentence}")
 
 
 def write_tables(sweep: Sweep, made: Mapping[str, tables.TableData], store: Store) -> tuple[Path, ...]:

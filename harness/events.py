@@ -26,6 +26,20 @@ class TaskStarted(Event):
 
 
 @dataclass(frozen=True)
+class Joined(Event):
+    """The cluster that takes the tasks. dashboard: HOST:PORT of its pages, "" where it has none."""
+
+    dashboard: str = ""
+
+
+@dataclass(frozen=True)
+class Usage(Event):
+    """What the process of a task takes now: cpu_percent, memory_megabytes, and gpu_memory_megabytes where it has a card."""
+
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Progress(Event):
     """step of steps is done; stage names what is counted ("block", "wikitext2", …)."""
 
@@ -54,7 +68,8 @@ class Scored(Event):
 class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 
-    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "cancelled"; reason: one line; detail: traceback or log tail.
+    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "cancelled"; reason: one line; detail:
+    traceback or log tail.
     retry: True when a changed plan tries the cells again (alone, or on another node), so that this is not yet their end.
     """
 

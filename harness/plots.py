@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ BITS, SIZE = "checkpoint/bits_per_weight", "checkpoint/bytes"
 NAMES = {"perplexity": "perplexity", "acc": "accuracy", "acc_norm": "length-normalised accuracy", "exact_match": "exact match"}
 TOLERANCE = 0.01                                # one point of accuracy; of a perplexity, one percent
 ERRORS = ("output_error", "weight_error")       # of a layer, the first that is known is drawn
+
+
+_writing = threading.Lock()                     # Matplotlib's settings are those of the whole process, and tracking has a thread
 
 
 @dataclass(frozen=True)
@@ -321,7 +325,7 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg
 
     paths = []
     metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    with _writing, matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         for form in formats:
             path = folder / f"{name}.{form}"
             draw = functools.partial(figure.savefig, format=form, dpi=160, metadata=metadata.get(form, {}))

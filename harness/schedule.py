@@ -46,7 +46,7 @@ from typing import IO, Any, Protocol
 from harness import events, plugins, provenance, sources, work
 from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
 from harness.errors import ScheduleError, StoreError
-from harness.events import Event, Failed, Quantized, Scored, TaskStarted
+from harness.events import Event, Failed, Joined, Quantized, Scored, TaskStarted
 from harness.plan import Pass, Plan, count_cores, count_gpus, over_quota
 from harness.store import Store
 from harness.sweep import Runtime
@@ -118,6 +118,8 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
     executor = make_executor(plan.sweep.runtime, plan.workers)
     board = _Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
     try:
+        if isinstance(executor, RayCluster) and executor.dashboard:
+            yield Joined(time.time(), dashboard=executor.dashboard)
         store = Store(plan.sweep.runtime.runs)
         shared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plan.sweep.runtime.cluster.address and isinstance(executor, RayCluster):
@@ -693,6 +695,7 @@ class RayCluster:
         self._address, self._settings, self._workers = cluster.address, dict(cluster.settings), workers
         cpus = self._settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
+        self.dashboard = ""
         self._started = self._connect(self._address, self._settings)
         self._alive: set[str] = set()
         nodes = self._joined(JOIN_SECONDS)
@@ -724,7 +727,8 @@ class RayCluster:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
         try:
             if address:
-                self._ray.init(address=address, **quiet, **settings)
+                context = self._ray.init(address=address, **quiet, **settings)
+                self.dashboard = str(getattr(context, "dashboard_url", "") or "")
                 return False
             own: dict[str, Any] = {
                 "include_dashboard": False,

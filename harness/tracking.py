@@ -91,12 +91,24 @@ class Tracker(Protocol):
     def cell(self, record: Record, state: str) -> None:
         """Note what is known of a cell now. state: a key of STATUS."""
 
+    def progress(self, text: str) -> None:
+        """How far the sweep is, in words."""
+
+    def usage(self, cell_key: str, facts: Mapping[str, float]) -> None:
+        """What the process that works on a cell takes now."""
+
     def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
         """Close the sweep. made: its tables by name; figures: their files; summary: the last lines that the run printed."""
 
 
 class NullTracker:
     """Tracking is off."""
+
+    def progress(self, text: str) -> None:
+        pass
+
+    def usage(self, cell_key: str, facts: Mapping[str, float]) -> None:
+        pass
 
     def cell(self, record: Record, state: str) -> None:
         pass
@@ -240,6 +252,7 @@ class MLflowTracker(_Connection):
         self._names = _run_names(sweep.cells)
         self._curves = _curves(sweep.cells)
         self._children: dict[str, Any] = {}
+        self._readings: dict[str, int] = {}
         self._parent_metrics: dict[tuple[str, int], float] = {}
         with self.writing(f"open {self.uri}"):
             note = f"{sweep.title}: {SHORT_GUIDE}\n\n{sweep.description}\n\n{OPEN_THIS}".strip()
@@ -320,6 +333,22 @@ class MLflowTracker(_Connection):
             self._log(self.parent_id, {}, {}, tags)
             status = "FAILED" if failed else "FINISHED" if done == len(self.sweep.cells) else "KILLED"
             self.client.set_terminated(self.parent_id, status)
+
+    def progress(self, text: str) -> None:
+        """How far the sweep is, on its parent run. Raises TrackingError."""
+        with self._writing(f"record progress in {self.uri}"):
+            self._log(self.parent_id, {}, {}, {"harness.progress": text, "mlflow.note.content": self._description(text, "")})
+
+    def usage(self, cell_key: str, facts: Mapping[str, float]) -> None:
+        """Points of a cell's system metrics, as MLflow shows them over time. Raises TrackingError."""
+        run = self._children.get(cell_key)
+        if run is None:
+            return
+        now, step = int(time.time() * 1000), self._readings.get(cell_key, 0)
+        self._readings[cell_key] = step + 1
+        points = [self.mlflow.entities.Metric(f"system/worker_{name}", value, now, step) for name, value in facts.items()]
+        with self._writing(f"record system metrics in {self.uri}"):
+            self.client.log_batch(run.info.run_id, metrics=points)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from harness import plugins, provenance, sources
 from harness.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.errors import HarnessError, StoreError
-from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
+from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted, Usage
 from harness.store import Store, under_name
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+USAGE_SECONDS = 15.0                            # between two readings of what a process takes
 LOG_SECONDS = 30.0                              # after which logs go to a store elsewhere, at the latest
 OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -85,13 +86,15 @@ def run(task: Task) -> Iterator[Event]:
         yield failure(error, keys, "task")
         return
     yield TaskStarted(time.time(), keys, worker=f"{socket.gethostname()}:{os.getpid()}", device=device_name(device))
-    store = Store(task.runs)
+    store, usage = Store(task.runs), _Meter(device)
     with _Logs(store, task.cells) as logs:
         body = quantize(task, store, device) if isinstance(task, QuantizeTask) else evaluate(task, store, device)
         try:
             for event in body:
                 logs.event(event)
                 yield event
+                if (facts := usage.now()) is not None:
+                    yield Usage(time.time(), keys, facts)
         except Exception as error:
             failed = failure(error, keys, "task")
             logs.event(failed)
@@ -405,6 +408,28 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+class _Meter:
+    """What this process takes, every USAGE_SECONDS."""
+
+    def __init__(self, device: str) -> None:
+        import psutil
+
+        self._device, self._process, self._read = device, psutil.Process(), time.monotonic()
+        self._process.cpu_percent()             # the first reading is of no time at all
+
+    def now(self) -> dict[str, float] | None:
+        """None where the last reading is young."""
+        if time.monotonic() - self._read < USAGE_SECONDS:
+            return None
+        self._read = time.monotonic()
+        facts = {"cpu_percent": self._process.cpu_percent(), "memory_megabytes": self._process.memory_info().rss / 1e6}
+        if self._device != "cpu":
+            import torch
+
+            facts["gpu_memory_megabytes"] = torch.cuda.memory_reserved(self._device) / 1e6
+        return facts
 
 
 class _Logs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,12 @@ for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):        # no test may re
     os.environ.setdefault(switch, "1")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(autouse=True)
+def no_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a test takes must not decide which events it sees: no task reads what its process takes."""
+    monkeypatch.setattr("harness.work.USAGE_SECONDS", math.inf)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from harness.events import Event, Failed, Progress, Quantized, Scored
 from harness.plan import make, seconds_of, within
 from harness.store import Store
 from harness.sweep import Sweep
+from harness.tracking import NullTracker
 
 Make = Callable[..., Sweep]
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
@@ -200,7 +202,7 @@ def test_an_interrupt_is_a_summary(demo_sweep: Make, monkeypatch: pytest.MonkeyP
 
 
 def test_broken_tracking_never_stops_a_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
+    class Broken(NullTracker):
         def cell(self, record: Any, state: str) -> None:
             raise RuntimeError("database is locked")
 
@@ -217,8 +219,13 @@ def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypat
     """Down at the start, up later: cells of which it does not know are sent then, and an outage is not asked at every event."""
     told: dict[str, str] = {}
     tries: list[float] = []
+    tried = threading.Event()
 
-    class Tracker:
+    class Patient(Silent):
+        def event(self, event: Event, tally: Tally, finished: Any) -> None:
+            assert tried.wait(600)              # tracking has its own thread; the sweep may be faster
+
+    class Tracker(NullTracker):
         def cell(self, record: Any, state: str) -> None:
             told[record.cell_key] = state
 
@@ -227,13 +234,14 @@ def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypat
 
     def open_tracker(sweep: Sweep, text: str) -> Tracker:
         tries.append(time.monotonic())
+        tried.set()
         if len(tries) == 1:
             raise TrackingError("no tracking server")
         return Tracker()
 
     monkeypatch.setattr(driver.tracking, "open_tracker", open_tracker)
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    summary = driver.run(sweep)
+    summary = driver.run(sweep, Patient())
     assert len(tries) == 2 and len(summary.warnings) == 1                        # at the start and at the end, not in between
     assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told["finish"]
 
