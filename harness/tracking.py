@@ -336,7 +336,7 @@ class MLflowTracker(_Connection):
 
     def progress(self, text: str) -> None:
         """How far the sweep is, on its parent run. Raises TrackingError."""
-        with self._writing(f"record progress in {self.uri}"):
+        with self.writing(f"record progress in {self.uri}"):
             self._log(self.parent_id, {}, {}, {"harness.progress": text, "mlflow.note.content": self._description(text, "")})
 
     def usage(self, cell_key: str, facts: Mapping[str, float]) -> None:
@@ -347,7 +347,7 @@ class MLflowTracker(_Connection):
         now, step = int(time.time() * 1000), self._readings.get(cell_key, 0)
         self._readings[cell_key] = step + 1
         points = [self.mlflow.entities.Metric(f"system/worker_{name}", value, now, step) for name, value in facts.items()]
-        with self._writing(f"record system metrics in {self.uri}"):
+        with self.writing(f"record system metrics in {self.uri}"):
             self.client.log_batch(run.info.run_id, metrics=points)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
