@@ -104,7 +104,7 @@ class Topology:
         print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
 
     def check(self, holds: bool, text: str) -> None:
-        self.say(text if holds else f"FAILED: {text}")
+        self.say(text.splitlines()[0] if holds else f"FAILED: {text}")
         if not holds:
             raise SystemExit(1)
 
