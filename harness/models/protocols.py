@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from harness.errors import ModelError
 from harness.methods.protocols import LinearShape, ScalePair, Shapes
@@ -111,10 +112,16 @@ class DecoderFamily:
 
     def config(self, data: Mapping[str, Any]) -> PretrainedConfig:
         """The transformers config of a config.json. Raises ModelError when transformers does not accept it."""
+        kind, names = data.get("model_type"), ", ".join(data.get("architectures") or ["no architecture named"])
+        if kind not in CONFIG_MAPPING:
+            if "auto_map" in data:
+                raise ModelError(f"{names}: this model brings code of its own, which is not run here and which transformers lacks; "
+                                 "choose a model of an architecture that transformers has")
+            raise ModelError(f'{names}: transformers {transformers.__version__} knows no model_type "{kind}"; a newer one may')
         try:
             return AutoConfig.for_model(**data)
         except Exception as error:                      # validation differs by class and raises many types
-            raise ModelError(f"transformers does not accept this config.json ({data.get('architectures')}): {error}") from error
+            raise ModelError(f"transformers does not accept this config.json ({names}): {error}") from error
 
     def skeleton(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model with every parameter on the meta device and every buffer computed, in eval mode; costs no memory."""

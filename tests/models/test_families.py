@@ -369,7 +369,12 @@ def test_fused_experts_without_a_family_are_refused_by_name(tiny_model: Callable
         models.shapes(folder)
 
 
-def test_a_foreign_config_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="QWenLMHeadModel"):
-        family = models.family_of({"architectures": ["QWenLMHeadModel"]})
-        family.config({"architectures": ["QWenLMHeadModel"], "model_type": "qwen"})
+@pytest.mark.parametrize(("more", "said"), [
+    ({"auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}, "QWenLMHeadModel: this model brings code of its own"),
+    ({}, 'QWenLMHeadModel: transformers .* knows no model_type "qwen"'),
+])
+def test_models_that_transformers_lacks_are_told_in_a_line(more: dict[str, object], said: str) -> None:
+    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, **more}
+    with pytest.raises(ModelError, match=said) as refused:
+        models.family_of(config).config(config)
+    assert len(str(refused.value)) < 300
