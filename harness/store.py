@@ -51,6 +51,7 @@ CHECKPOINT_METRICS = {                          # manifest field -> metric
     "seconds": "quantize/seconds",
     "peak_memory_bytes": "quantize/peak_memory_bytes",
 }
+SILENT_SECONDS = 600.0                          # without a word, after which the driver of another host counts as gone
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -533,8 +534,10 @@ class SweepState:
 
 
 def is_running(state: Mapping[str, Any]) -> bool:
-    """Whether the process that writes a sweep's state still lives, as far as this host can know."""
-    return state.get("ended") is None and not Owner(**state["owner"]).is_dead
+    """Whether the process that writes a sweep's state still lives, as far as this host can know: of another host by its writing."""
+    owner = Owner(**state["owner"])
+    silent = not owner.is_here and time.time() - state["updated"] > SILENT_SECONDS
+    return state.get("ended") is None and not owner.is_dead and not silent
 
 
 def write_json(path: Path, content: Any, durable: bool = True) -> None:

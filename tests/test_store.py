@@ -299,6 +299,8 @@ def test_the_state_of_a_sweep(store: Store) -> None:
     read = store.sweep_state("study")
     assert read is not None and is_running(read) and store.sweep_names() == ["study"]
     assert read["cells"]["k1"] == {"title": "demo · rtn · w4", "state": "quantizing", "stage": "block", "step": 1, "steps": 3}
+    elsewhere = {**read, "owner": {**read["owner"], "host": "elsewhere"}}
+    assert is_running(elsewhere) and not is_running({**elsewhere, "updated": read["updated"] - 3600})
     state.end()
     ended = store.sweep_state("study")
     assert ended is not None and not is_running(ended)
