@@ -232,7 +232,7 @@ def gc(
 @app.command()
 def export(
     key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)],
-    form: Annotated[str, typer.Option("--format", "-f", help="compressed_tensors or gptq.", autocompletion=complete_layout)],
+    form: Annotated[str, typer.Option("--format", "-f", help="compressed_tensors, gptq or peft.", autocompletion=complete_layout)],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
     runs: Runs = "runs",
 ) -> None:

@@ -116,7 +116,8 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
 
     if isinstance(layout, AdapterLayout):
-        return _export_adapters(cell, layout, family, family.config(data), store, name, output)
+        base = cell.model.source if sources.is_hub_id(cell.model.source) else str(source)
+        return _export_adapters(cell, layout, family, family.config(data), store, name, output, base)
     dtype = DTYPES[cell.model.dtype]
     with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
         writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint)
@@ -160,9 +161,9 @@ def _written_aside(output: Path) -> Iterator[Path]:
 
 
 def _export_adapters(
-    cell: Cell, layout: AdapterLayout, family: DecoderFamily, config: Any, store: Store, name: str, output: Path
+    cell: Cell, layout: AdapterLayout, family: DecoderFamily, config: Any, store: Store, name: str, output: Path, source: str
 ) -> Exported:
-    """What a tuning left beside the weights."""
+    """What a tuning left beside the weights. source: of the unquantized model, a hub id or a folder."""
     from harness.formats.native import Checkpoint
     from harness.numerics.adapters import AdaptedWeight
     from harness.numerics.inputs import NAMES
@@ -184,7 +185,7 @@ def _export_adapters(
     tuning = cell.method.tuning
     assert tuning is not None, "refused"
     with _written_aside(output) as aside:
-        layout.write_adapters(aside, adapters, cell.model.source, dict(tuning.settings).get("dropout", 0.0))
+        layout.write_adapters(aside, adapters, source, dict(tuning.settings).get("dropout", 0.0))
         total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
     key, base = cell_key(cell)[:12], quantize_key(untuned(cell))[:12]
     text = f"{output}: adapters of {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB; for the weights of checkpoint {base}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_peft_computes_our_logits(tiny_model: Callable[..., Path], tmp_path: Pat
     found = export(store, key, "peft", tmp_path / "adapter")
     assert sorted(path.name for path in found.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert quantize_key(untuned(c))[:12] in found.text
+    assert json.loads((found.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(untuned(c))))
