@@ -181,7 +181,7 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
                 bits, seconds = event.record.get("bits_per_weight", 0.0), event.record.get("seconds", 0.0)
                 lines.append(f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s")
     if isinstance(event, Failed):
-        again = "; tried again alone" if event.retry else ""
+        again = ("; tried again" if event.kind in ("lost", "head_lost") else "; tried again alone") if event.retry else ""
         for key in event.cell_keys:
             title = tally.cells[key].title if key in tally.cells else key[:12]
             word, look = ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
@@ -290,7 +290,7 @@ def _ancestry(record: Record, store: Store) -> str:
 def _place(store: Store, name: str) -> str:
     if not name:
         return ""
-    return f"{store.root / name}" + ("" if (store.root / name).is_file() else " (not here)")
+    return f"{store.root / name}" + ("" if store.files.exists(store.root / name) else " (not here)")
 
 
 def command_for(cell: Cell) -> str:

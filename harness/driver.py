@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -278,8 +279,13 @@ def write_figures(sweep: Sweep, records: tuple[Record, ...], store: Store) -> tu
     """The sweep's figures as SVG, PDF and PNG, below runs/figures/<sweep>/."""
     from harness import plots
 
-    folder = store.root / "figures" / sweep.name
-    return tuple(path for name, figure in plots.figures(sweep, records).items() for path in plots.save(figure, folder, name))
+    written = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, figure in plots.figures(sweep, records).items():
+            for file in plots.save(figure, Path(folder), name):
+                written.append(store.root / "figures" / sweep.name / file.name)
+                store.write_file(written[-1], file.read_bytes())
+    return tuple(written)
 
 
 def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness.store import write_aside
+from harness.store import Store
 
 PACKAGES = (
     "quantization-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "ray", "lm-eval", "datasets", "mlflow",
@@ -28,12 +28,12 @@ PACKAGES = (
 )
 
 
-def collect(device: str, threads: int, command: str, runs: Path) -> dict[str, Any]:
-    """The facts of this process. device: "cpu", or a card by name; threads: of one torch operation on the CPU; runs: the store."""
+def collect(device: str, threads: int, command: str, store: Store) -> dict[str, Any]:
+    """The facts of this process. device: "cpu", or a card by name; threads: of one torch operation on the CPU."""
     return {
         "commit": git_state(),
-        "changes": _kept(runs, changes(), "diff"),
-        "packages": _kept(runs, packages(), "txt"),
+        "changes": _kept(store, changes(), "diff"),
+        "packages": _kept(store, packages(), "txt"),
         "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -100,13 +100,13 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _kept(runs: Path, text: str, suffix: str) -> str:
+def _kept(store: Store, text: str, suffix: str) -> str:
     """Where the text lies below runs/, written there unless it is; "" for none."""
     if not text:
         return ""
     name = f"provenance/{_digest(text)}.{suffix}"
-    if not (runs / name).is_file():
-        write_aside(runs / name, lambda aside: aside.write_text(text.rstrip("\n") + "\n", encoding="utf-8"))
+    if not store.files.exists(store.root / name):
+        store.write_file(store.root / name, (text.rstrip("\n") + "\n").encode())
     return name
 
 

@@ -132,9 +132,10 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _with_variants(*_labels(cells), cells, table, published)
     for cell in cells:                          # a baseline has the width of its weights as stored, whatever it is computed in
-        record, (method, bits, *others) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
+        record, (method, _, *rest) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
         stored = record.metrics().get("checkpoint/bits_per_weight") if record is not None and cell.method.is_baseline else None
-        texts[cell_key(cell)] = (method, bits if stored is None or cell.scheme.activation else f"{stored:g}", *others)
+        if stored is not None:
+            texts[cell_key(cell)] = (method, f"{stored:g}", *rest)
     counts = {key: max(map(len, models.values())) for key, models in members.items()}
     if any(count > 1 for count in counts.values()):
         labels, texts = (*labels, "seeds"), {key: (*text, str(counts[key])) for key, text in texts.items()}

@@ -320,7 +320,8 @@ class MLflowTracker(_Connection):
                         _write(root / "tables" / f"{name}{suffix}", text)
                 for path in figures:
                     (root / "figures").mkdir(exist_ok=True)
-                    (root / "figures" / path.name).write_bytes(path.read_bytes())
+                    content = path.read_bytes() if path.is_file() else self.store.files.read(path)
+                    (root / "figures" / path.name).write_bytes(content)
                 if summary:
                     _write(root / "summary.txt", summary)
                 self.client.log_artifacts(self.parent_id, folder)
@@ -719,8 +720,8 @@ def _write_artifacts(folder: Path, record: Record, store: Store) -> None:
     write_json(folder / "environment.json", facts, durable=False)
     for facts in record.provenance.values():
         for kept in (facts.get("changes"), facts.get("packages")) if isinstance(facts, Mapping) else ():
-            if kept and (store.root / kept).is_file():
-                _write(folder / kept, tables.without_password((store.root / kept).read_text(encoding="utf-8")))
+            if kept and store.files.exists(store.root / kept):
+                _write(folder / kept, store.files.read(store.root / kept).decode("utf-8", "replace"))
     _write_layer_errors(folder, record)
     for evaluation in cell.evaluations:
         if evaluation.name not in record.scores:

@@ -109,7 +109,7 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
         store.open_cell(cell)
         sharers.setdefault(quantize_key(cell), []).append(cell)
     bases = {quantize_key(cell) for cell in map(untuned, task.cells)}            # a cell without tuning is its own
-    facts = provenance.collect(device_name(device), _threads(), task.command, store.root)
+    facts = provenance.collect(device_name(device), _threads(), task.command, store)
     with ExitStack() as locks:
         for key in sorted({*sharers, *bases}):  # one order for all drivers, so that none waits for another in a circle
             locks.enter_context(store.lock(f"checkpoint-{key}"))
@@ -220,7 +220,7 @@ def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     import harness.evaluators.protocols
     import harness.runtime.load  # noqa: F401  (both before the freeze below)
 
-    facts = provenance.collect(device_name(device), _threads(), task.command, store.root)
+    facts = provenance.collect(device_name(device), _threads(), task.command, store)
     gc.freeze()                                 # else each collection between two models walks all of torch: 0.2 s
     try:
         yield from _evaluate_cells(task, store, device, facts)

@@ -161,3 +161,40 @@ def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path: Path, monkeypatch: 
     assert found["torch"].level == "note" and found["ray"].level == "wrong" and found["runs"].level == "wrong"
     assert found["cores"].level == "wrong"                                      # a broken check is a finding, not an end
     assert "repair these" in doctor.render(found.values())
+
+
+def test_cancel_leaves_a_note_for_whoever_runs_it(tmp_path: Path) -> None:
+    runs = ("--runs", str(tmp_path / "runs"))
+    assert invoke("run", *GRID, *local(tmp_path))[0] == 0
+    store = Store(tmp_path / "runs")
+    key = store.cell_keys()[0]
+    code, out = invoke("cancel", key[:10], *runs)
+    assert code == 0 and key[:12] in out and store.is_cancelled(key)
+    (sweep,) = store.sweep_names()
+    code, out = invoke("cancel", sweep, *runs)
+    assert code == 0 and f"sweep {sweep} ends" in out and store.is_cancelled(sweep)
+    code, out = invoke("cancel", "zzzz", *runs)
+    assert code == 1 and 'starts with "zzzz"' in out
+
+
+def test_gc_says_what_would_go_and_deletes_it_only_then(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    orphan = runs / "checkpoints" / ("0" * 64)
+    orphan.mkdir(parents=True)
+    (orphan / "block-0.safetensors").write_bytes(b"x" * 2000)
+    for path in (orphan / "block-0.safetensors", orphan):
+        os.utime(path, (0, 0))                  # what is young may belong to somebody
+    code, out = invoke("gc", "--dry-run", "--runs", str(runs))
+    assert code == 0 and "1 leftovers" in out and "nothing was deleted" in out and orphan.is_dir()
+    code, out = invoke("gc", "--runs", str(runs))
+    assert code == 0 and "freed" in out and not orphan.exists()
+    assert invoke("gc", "--runs", str(runs))[1].startswith("0 leftovers")
+
+
+def test_a_budget_is_read_and_a_tiny_one_leaves_cells_out(tmp_path: Path) -> None:
+    code, out = invoke("run", "--budget", "soon", *GRID, *local(tmp_path))
+    assert code == 2 and "soon" in out
+    code, out = invoke("run", "--budget", "0.001s", *GRID, *local(tmp_path))
+    assert code == 1 and "2 of 2 cells" not in out and "resume  harness run model=demo" in out
+    code, out = invoke("run", "--budget", "8h", *GRID, *local(tmp_path))
+    assert code == 0 and "done    2 of 2 cells" in out
