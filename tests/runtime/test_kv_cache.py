@@ -64,7 +64,7 @@ def test_the_last_tokens_are_seen_as_they_are() -> None:
 
 
 def test_one_forward_is_kivis_decoding_token_by_token() -> None:
-    """Their cache, step by step: a query reads rounded blocks and the recent tokens as they are, and then what is full is rounded."""
+    """Their cache, step by step: a query reads rounded blocks and recent tokens as they are, and then what is full is rounded."""
     query, key, value = (cache(tokens=30, seed=seed) for seed in range(3))
     bits, size, residual = 2, 4, 8
     old_keys, old_values = key[:, :, :0], value[:, :, :0]
