@@ -137,7 +137,7 @@ class Setting:
             where = ["cluster=address", f"cluster.address={self.nodes['head'].address}"]
             where += [f"+cluster.settings._node_ip_address={self.nodes['driver'].place.address}"]
         track = [f"tracking={self.tracking if tracked else 'none'}"]
-        track += [f"tracking.uri={self.mlflow.uri}"] if self.mlflow and tracked else []
+        track += [f"tracking.uri={self.mlflow.uri}", f"tracking.experiment={folder.name}"] if self.mlflow and tracked else []
         run = [sys.executable, "-m", "harness", "run", str(folder / "chaos.yaml"), "evaluations.limit=4", "device=cpu"]
         return [*run, f"runs={folder}/runs", *where, *track]
 
