@@ -102,6 +102,24 @@ def test_a_failing_evaluation_fails_alone(demo_sweep: Make, monkeypatch: pytest.
     assert sum(isinstance(event, Scored) for event in events) == 2
 
 
+def test_a_killed_evaluation_loses_the_one_in_progress_at_most(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = demo_sweep("method=none", "scheme=full", "evaluations=[demo_perplexity,demo_divergence]", "evaluations.limit=2")
+    list(run(quantize_task(sweep)))
+    (cell,) = sweep.cells
+    store, asked = Store(sweep.runtime.runs), []
+    evaluator = plugins.load("evaluator", "perplexity")
+    score = evaluator.score
+    monkeypatch.setattr(evaluator, "score", lambda self, *arguments: asked.append("again") or score(self, *arguments))
+    events = run(evaluate_task(sweep))
+    for event in events:
+        if isinstance(event, Progress) and event.stage == "demo_divergence":
+            break                               # the process ends here, in the middle of the second
+    events.close()
+    assert set(store.record(cell).scores) == {"demo_perplexity"} and asked == ["again"]
+    list(run(evaluate_task(sweep)))
+    assert set(store.record(cell).scores) == {"demo_perplexity", "demo_divergence"} and asked == ["again"]
+
+
 def test_out_of_memory_is_tried_once_more_with_batches_of_one(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = demo_sweep("method=none", "scheme=full", *SMALL)
     list(run(quantize_task(sweep)))
