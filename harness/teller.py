@@ -99,9 +99,14 @@ class Teller:
             with self._news:
                 if self._untold.get(key) == state:
                     del self._untold[key]       # else it has a newer one
+            self._say()                         # even where news come faster than they are told
         if self._tracker is None or self._untold:
             self._tell_after = time.monotonic() + PAUSE_SECONDS
-        elif not self._ending and time.monotonic() >= self._progress_after:
+        else:
+            self._say()
+
+    def _say(self) -> None:
+        if not self._ending and time.monotonic() >= self._progress_after:
             self._progress_after = time.monotonic() + PROGRESS_SECONDS
             self._guard(self._tell_progress)
 
