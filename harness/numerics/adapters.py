@@ -101,6 +101,8 @@ class LowRankSettings:
         for name in ("rank", "steps", "batch", "micro_batch", "prompt_length", "answer_length"):
             if getattr(self, name) < (least := int(name != "steps")):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not all(isinstance(name, str) for name in self.linears):
+            raise ValueError(f"linears is {list(self.linears)}; names of linears are expected")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}; it must be above 0")
         if not 0 <= self.dropout < 1:

@@ -162,7 +162,10 @@ def test_a_linear_that_is_not_there_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank": 0}, {"steps": -1}, {"batch": 0}, {"rate": 0.0}, {"dropout": 1.0}, {"clip": -1.0}, {"adapter_dtype": "float8"}],
+    [
+        {"rank": 0}, {"steps": -1}, {"batch": 0}, {"rate": 0.0}, {"dropout": 1.0}, {"clip": -1.0}, {"adapter_dtype": "float8"},
+        {"linears": [["q_proj"]]},
+    ],
 )
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
