@@ -88,6 +88,7 @@ class Model:
 
     digest identifies the weights: a hash of the folder's files or the resolved commit of a hub id.
     dtype is the floating type in which the model is loaded, calibrated and evaluated.
+    generation identifies a folder's generation_config.json (end tokens, penalties), which only texts that it writes depend on.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Model:
     digest: str = ""
     dtype: str = "float32"
     trust_remote_code: bool = False
+    generation: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scorer with its settings. data_digest identifies the data it reads; limit marks a smoke run on the first items."""
+    """One scorer with its settings. data_digest identifies the data it reads; limit marks a smoke run on the first items.
+
+    generates: the model writes text in it, so that its scores depend on the model's generation config.
+    """
 
     name: str
     evaluator: str
@@ -220,6 +225,7 @@ class Evaluation:
     version: int = 1
     data_digest: str = ""
     limit: int | None = None
+    generates: bool = False
 
     def __getitem__(self, setting: str) -> Any:
         return dict(self.settings)[setting]
@@ -254,7 +260,7 @@ def quantize_key(cell: Cell) -> str:
     """Identity of the cell's checkpoint; 64 hexadecimal digits. Equal keys mean equal bytes."""
     method = cell.method
     identity: dict[str, Any] = {
-        "model": _identity(cell.model, drop=("name", "source", "revision", "trust_remote_code")),
+        "model": _identity(cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")),
         "parts": [_identity(part, drop=("needs", "stochastic", "activation_aware")) for part in method.parts],
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
@@ -294,7 +300,9 @@ def has_static_activations(scheme: Scheme) -> bool:
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
     """Identity of one evaluation of one cell; 64 hexadecimal digits. Where data lies is left out once its digest is known."""
-    identity = _identity(evaluation, drop=("name",))
+    identity = _identity(evaluation, drop=("name", "generates"))
+    if evaluation.generates and cell.model.generation:
+        identity["generation"] = cell.model.generation
     dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(PLACES if evaluation.data_digest else ())
     identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in dropped}
     return digest({"cell": cell_key(cell), "evaluation": identity})

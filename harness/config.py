@@ -657,8 +657,11 @@ class _Resolver:
             raise ConfigError(f"{where}: revision {asked} is asked for, and {self.bundle.folder} has commit {pulled[1]} of "
                               f"{source}; run `harness data pull` for this sweep with --output {self.bundle.folder}")
         digest = sources.model_digest(source, model.revision) if pulled is None else pulled[1]
+        generation = sources.generation_digest(source) if pulled is None else ""       # of a hub id and its copies: in the commit
         source = source if pulled is None else str(pulled[0])
-        return dataclasses.replace(model, name=_suffixed(model.name, fields), source=source, digest=digest)
+        return dataclasses.replace(
+            model, name=_suffixed(model.name, fields), source=source, digest=digest, generation=generation
+        )
 
     def _scheme(self, name: str, fields: Sequence[tuple[str, Any, bool]]) -> Scheme:
         if name in _files("scheme"):
@@ -876,7 +879,15 @@ class _Resolver:
         settings = checked_settings(known, {**given, **own, **edits}, where, types_of("evaluator", evaluator))
         data = self._evaluation_data(settings)
         version = facts.get("version", 1)
-        return Evaluation(name, evaluator, settings=freeze(settings), version=version, data_digest=data, limit=limit)
+        generates = bool(facts.get("generates", False)) or self._task_generates(settings)
+        return Evaluation(name, evaluator, freeze(settings), version, data, limit, generates)
+
+    def _task_generates(self, settings: Mapping[str, Any]) -> bool:
+        """A task of lm-eval, or one of a group, has the model write."""
+        if not isinstance(settings.get("task"), str):
+            return False
+        members = task_files.members(settings["task"], settings.get("include") or "")
+        return any(member.config.get("output_type", "generate_until") == "generate_until" for member in members)
 
     def _evaluation_data(self, settings: dict[str, Any]) -> str:
         """Identity of the data that the settings name; makes their places absolute, in place."""

@@ -141,6 +141,12 @@ def lacks_chat_template(folder: Path) -> bool:
     return "chat_template" not in json.loads(config.read_text(encoding="utf-8"))
 
 
+def generation_digest(source: str) -> str:
+    """SHA-256 of a folder's generation_config.json; "" without one, and for a hub id, whose commit says it."""
+    path = Path() if is_hub_id(source) else _checked_folder(source) / "generation_config.json"
+    return file_digest(path) if path.is_file() else ""
+
+
 def _checked_folder(source: str) -> Path:
     if source.startswith(f"{DEMO}:"):
         from harness.demo.variants import variant_folder

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from harness import sources
-from harness.cell import Model
+from harness.cell import Cell, Evaluation, Method, Model, Scheme, quantize_key, score_key
 from harness.errors import DataError, ModelError
 
 
@@ -35,6 +36,21 @@ def write_model(folder: Path, weights: bytes = b"weights") -> Path:
 
 
 ROWS = ["first", "", "third\nwith a line", "ünï\u2028code"]
+
+
+def test_a_generation_config_is_part_of_scores_of_written_text_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sources.model_folder(Model("demo", "demo")), folder)
+    base = Model("m", str(folder), digest=sources.model_digest(str(folder)), generation=sources.generation_digest(str(folder)))
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
+    other = Model("m", str(folder), digest=sources.model_digest(str(folder)), generation=sources.generation_digest(str(folder)))
+    assert base.digest == other.digest and base.generation != other.generation
+    cells = [Cell(model, Method("none"), Scheme("full")) for model in (base, other)]
+    read, written = Evaluation("a", "lm_eval_tasks"), Evaluation("b", "lm_eval_tasks", generates=True)
+    assert quantize_key(cells[0]) == quantize_key(cells[1]) and score_key(cells[0], read) == score_key(cells[1], read)
+    assert score_key(cells[0], written) != score_key(cells[1], written)
+    (folder / "generation_config.json").unlink()
+    assert sources.generation_digest(str(folder)) == "" == sources.generation_digest("owner/some-model")
 
 
 @pytest.mark.parametrize("field", sources.TEXT_FIELDS)

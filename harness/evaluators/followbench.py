@@ -45,6 +45,7 @@ class Evaluator:
     """Answers to every instruction, checked by rule or by the judge."""
 
     version = 1
+    generates = True
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "hsr": {"higher_is_better": True, "unit": "share of answers"},
         "ssr": {"higher_is_better": True, "unit": "share of constraints"},

@@ -41,6 +41,7 @@ class Evaluator:
     """Completions of every prompt, run with its tests."""
 
     version = 1
+    generates = True
     metrics: ClassVar[dict[str, dict[str, Any]]] = {"pass_at_1": {"higher_is_better": True, "unit": "share of problems"}}
 
     @dataclass(frozen=True)
