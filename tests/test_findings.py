@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from harness import config, findings, tables
 from harness.cell import Cell, Method, Model, Scheme, WeightScheme
 from harness.errors import ConfigError
 from harness.findings import FAILS, HOLDS, UNKNOWN, answer
-from harness.published import Printed
+from harness.published import Printed, load_published
 from harness.sweep import Column, Finding, Term
 from harness.tables import ColumnHead, Row, TableData, Value
 
@@ -158,3 +159,22 @@ findings:
         config.load_sweep(str(tmp_path / "s.yaml"))
     for part in ('no table "tt"; did you mean "t"', 'no column "pplx"; did you mean "ppl"', "one of better", '"methode"'):
         assert part in str(error.value)
+
+
+STUDIES = {                                     # file name of the notes -> folder of the published numbers, tables
+    "llama3-empirical-study": ("llama3-empirical-study", range(1, 13)),
+    "llama3-70b-per-channel": ("llama3-70b-per-channel", range(1, 4)),
+    "comprehensive-evaluation": ("comprehensive-evaluation", range(2, 16)),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_table_of_the_studies_is_published_here(study: str, shared: Path) -> None:
+    folder, numbers = STUDIES[study]
+    noted = {path.stem.rpartition("-table")[2] for path in (shared / "papers" / "tables").glob(f"{study}-table*.yaml")}
+    own = {path.stem.removeprefix("table") for path in (PROJECT / "sweeps/published" / folder).glob("table*.yaml")}
+    assert set(map(str, numbers)) <= own and noted <= own
+    for number in noted:
+        theirs = yaml.safe_load((shared / "papers" / "tables" / f"{study}-table{number}.yaml").read_text(encoding="utf-8"))
+        ours = load_published(f"{folder}/table{number}")
+        assert len(ours.rows) >= len(theirs["rows"]), number
