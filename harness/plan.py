@@ -262,7 +262,7 @@ class _Checker:
         if cell.method.needs:
             found += self._once(("calibration", cell.calibration, cell.method.needs), lambda: self._calibration_reasons(cell))
         for slot, part in _slots(cell):
-            question = ("part", slot, part, cell.scheme, cell.model)
+            question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if not cell.method.is_baseline and not any("group size" in reason for reason in found):
             found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
@@ -328,6 +328,11 @@ class _Checker:
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        if slot == "rounding" and "squared_gradient" in part.needs and cell.method.transform is not None:
+            reasons.append(
+                f"rounding {part.name}: squared gradients are of the model's own weights, which transform "
+                f"{cell.method.transform.name} changes; use no transform"
+            )
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if slot == "tuning" and fused:
             reasons.append(f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones")
@@ -481,9 +486,14 @@ def _by_stream(checkpoints: list[list[Cell]]) -> list[list[Cell]]:
     return sorted(checkpoints, key=lambda cells: order[_stream(cells[0])])
 
 
+def _reads_inputs(cell: Cell) -> bool:
+    """The method wants to know of the blocks' inputs; gradients, and what a transform learns, come before the walk."""
+    return bool(set(cell.method.needs) - {"tokens", "squared_gradient"})
+
+
 def _stream(cell: Cell) -> tuple[Any, ...]:
     """What must be equal for two cells to see the same inputs in every block."""
-    if not cell.method.needs or cell.inputs == "full_precision":
+    if not _reads_inputs(cell) or cell.inputs == "full_precision":
         return (0, cell.inputs)
     return (1, cell.method.name, cell.scheme.name)
 
@@ -508,11 +518,14 @@ def _cut(checkpoints: list[list[Cell]], shapes: Shapes, runtime: Runtime, share:
 def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
     if all(cell.method.is_baseline for cell in cells):
         return "full precision, nothing to quantize"
-    streams = collections.Counter(_stream(cell) for cell in cells if cell.method.needs)
+    streams = collections.Counter(_stream(cell) for cell in cells if _reads_inputs(cell))
+    gradients = sum("squared_gradient" in cell.method.needs for cell in cells)
     words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
-    if not streams:
+    if not any(cell.method.needs for cell in cells):
         return words[0] + ", data-free"
-    if len(cells) > 1:
+    if gradients > 1:
+        words.append(f"squared gradients shared by {gradients}")
+    if streams.total() > 1:
         shared = [count for count in streams.values() if count > 1]
         words += ["statistics of block 0 shared" if not shared else f"one input stream shared by {max(shared)}"]
     return ", ".join(words)

@@ -141,6 +141,25 @@ def test_cells_of_one_stream_stay_together(demo_sweep: Make) -> None:
     assert "shared by 4" in calibrated[0].sharing
 
 
+@pytest.mark.parametrize(("overrides", "said"), [
+    (("method=rtn", "scheme=w4,w3"), "4 blocks read once, data-free"),
+    (("method=gptq", "scheme=w4,w3"), "4 blocks read once, statistics of block 0 shared"),
+    (("method=gptq", "scheme=w4,w3", "inputs=full_precision"), "4 blocks read once, one input stream shared by 2"),
+    (("method=awq", "scheme=w4,w3"), "4 blocks read once, one input stream shared by 2"),
+    (("method=any_precision,squeezellm", "scheme=w4,w3", "calibration=demo"), "4 blocks read once, squared gradients shared by 4"),
+    (("method=gptq", "scheme=w4"), "4 blocks"),
+])
+def test_what_cells_share_is_said(demo_sweep: Make, overrides: tuple[str, ...], said: str) -> None:
+    passes = [each for each in plan_of(demo_sweep(*overrides)).passes if not all(c.method.is_baseline for c in each.cells)]
+    assert [each.sharing for each in passes] == [said]
+
+
+def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=awq", "scheme=w4", "rounding=squeezellm")
+    (refusal,) = plan_of(sweep).refused
+    assert "squared gradients are of the model's own weights, which transform awq changes" in " ".join(refusal.reasons)
+
+
 def test_little_memory_cuts_a_pass(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w8,w4,w3,w2", "calibration.samples=512", "calibration.length=256")
     from harness import models, sources

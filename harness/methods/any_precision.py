@@ -6,7 +6,8 @@ information (SqueezeLLM, arXiv 2306.07629). Weighted k-means with 2^seed_bits cl
 2-means, again and again: 2^b values for b bits, and the code at b bits is the first b bits of every finer code.
 
 A cell serves one width, scheme.weight.bits. Cells of one seed are nested in each other whatever their widths, since they start
-from the same clusters; `bits_per_weight` is that of the served width alone, codes and table.
+from the same clusters, and are made together: all widths of a matrix are computed once for the cells of one pass. `bits_per_weight`
+is that of the served width alone, codes and table.
 
 As in the authors' code: weights that are 0 count nothing; a row without gradient counts all weights once; the border of two means
 is found by bisection. Where we differ: after the last border move the two means are taken anew (there they belong to the border
@@ -21,8 +22,10 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_tables, sensitivity_of
-from harness.numerics.codebooks import lookup_rows
+from harness.numerics.codebooks import nested_tables
 from harness.numerics.weights import QuantizedWeight
+
+MOST_BITS = 8                                   # of the nested model; every cell is a prefix of it
 
 
 class Rounding:
@@ -55,15 +58,19 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """seed_bits to 8 bits, one table per output row that is shorter than the row."""
-        return check_tables(scheme, shapes, bits=range(self.settings.seed_bits, 9))
+        return check_tables(scheme, shapes, bits=range(self.settings.seed_bits, MOST_BITS + 1))
 
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Memory: that of `lookup_rows`."""
+        """Quantize weight [out, in] float32. Memory: that of `nested_tables`, and one byte per weight of the block, which stays
+        for the cells of other widths."""
+        assert evidence is not None, "any_precision needs squared gradients"
+        settings, bits = self.settings, int(scheme.bits)
         importance = sensitivity_of(weight, evidence) * (weight != 0)
-        settings = self.settings
-        return lookup_rows(
-            weight, importance, int(scheme.bits), rng, seed_bits=settings.seed_bits, iterations=settings.iterations,
-            scale_dtype=scheme.scale_dtype,
+        widths = range(settings.seed_bits, MOST_BITS + 1)
+        nested = evidence.once(
+            ("any_precision", settings.seed_bits, settings.iterations, rng.initial_seed()),
+            lambda: nested_tables(weight, importance, widths, rng, iterations=settings.iterations),
         )
+        return nested.served(bits, scheme.scale_dtype)

@@ -21,15 +21,16 @@ of W' are rounded to scale_dtype, before the second binarization and the feedbac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor
 
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, shared_factor
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, require_finite, shared_factor
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import SCALE_DTYPES, as_stored
+from harness.numerics.hessians import Factor
 from harness.numerics.packing import pack, unpack
 from harness.numerics.weights import QuantizedWeight
 
@@ -158,48 +159,55 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32; some 260 binarizations of every block. Peak memory: four copies of weight."""
-        settings = self.settings
-        factor = shared_factor(weight, evidence, settings.damping_fraction)
-        weight = weight.masked_fill(factor.dead, 0)
-        rows, columns = weight.shape
-        size, blocks = scheme.group_size, columns // scheme.group_size
-        diagonal = factor.upper.diagonal()
-        salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
-        above, signs, second_signs = torch.zeros(3, rows, columns, dtype=torch.bool, device=weight.device)
-        mean, scale = torch.zeros(2, 4, rows, blocks, device=weight.device)
-        values = torch.empty_like(weight)
+        return _round(weight, shared_factor(weight, evidence, self.settings.damping_fraction), scheme, self.settings)
 
-        def round_block(start: int, block: Tensor) -> None:
-            block = block.contiguous()                            # one memory layout, so that sums over it have one order
-            here, number = slice(start, start + size), start // size
-            target = block if settings.salience == "magnitude" else (block / diagonal[here]).square()
-            columns_kept = choose_columns(target, settings.salient_columns)
-            salient[here] = columns_kept
-            everywhere = columns_kept.expand(rows, -1)
-            split = choose_split(target, everywhere)
-            above[:, here] = (target.abs() >= split) & ~everywhere
-            below = ~above[:, here] & ~everywhere
-            parts = (
-                *binarize(block, below, 1, scheme.scale_dtype), *binarize(block, above[:, here], 1, scheme.scale_dtype),
-                *binarize(block, everywhere, 2, scheme.scale_dtype),
-            )
-            for level, part in enumerate(parts):
-                mean[level, :, number], scale[level, :, number] = part.mean[:, 0], part.scale[:, 0]
-            signs[:, here] = torch.where(everywhere, parts[2].plus, torch.where(above[:, here], parts[1].plus, parts[0].plus))
-            second_signs[:, here] = parts[3].plus & everywhere
-            values[:, here] = sum(part.values for part in parts)
+    def round_unseen(self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator) -> QuantizedWeight:
+        """A matrix that too few tokens reached, such as an expert's: salience by magnitude, and no feedback."""
+        require_finite(weight)
+        return _round(weight, Factor.uncalibrated(weight), scheme, replace(self.settings, salience="magnitude", feedback=False))
 
-        def round_column(column: int, view: Columns) -> Tensor:
-            if column % size == 0:
-                round_block(column, view.block)
-            return values[:, column]
 
-        if settings.feedback:
-            feed_forward(weight, factor.upper, round_column, block_size=size, update_block=False)
-        else:
-            for start in range(0, columns, size):
-                round_block(start, weight[:, start : start + size])
-        return SplitBinaryWeight(salient, above, signs, second_signs, mean, scale, scheme.scale_dtype)
+def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings) -> QuantizedWeight:
+    weight = weight.masked_fill(factor.dead, 0)
+    rows, columns = weight.shape
+    size, blocks = scheme.group_size, columns // scheme.group_size
+    diagonal = factor.upper.diagonal()
+    salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
+    above, signs, second_signs = torch.zeros(3, rows, columns, dtype=torch.bool, device=weight.device)
+    mean, scale = torch.zeros(2, 4, rows, blocks, device=weight.device)
+    values = torch.empty_like(weight)
+
+    def round_block(start: int, block: Tensor) -> None:
+        block = block.contiguous()                            # one memory layout, so that sums over it have one order
+        here, number = slice(start, start + size), start // size
+        target = block if settings.salience == "magnitude" else (block / diagonal[here]).square()
+        columns_kept = choose_columns(target, settings.salient_columns)
+        salient[here] = columns_kept
+        everywhere = columns_kept.expand(rows, -1)
+        split = choose_split(target, everywhere)
+        above[:, here] = (target.abs() >= split) & ~everywhere
+        below = ~above[:, here] & ~everywhere
+        parts = (
+            *binarize(block, below, 1, scheme.scale_dtype), *binarize(block, above[:, here], 1, scheme.scale_dtype),
+            *binarize(block, everywhere, 2, scheme.scale_dtype),
+        )
+        for level, part in enumerate(parts):
+            mean[level, :, number], scale[level, :, number] = part.mean[:, 0], part.scale[:, 0]
+        signs[:, here] = torch.where(everywhere, parts[2].plus, torch.where(above[:, here], parts[1].plus, parts[0].plus))
+        second_signs[:, here] = parts[3].plus & everywhere
+        values[:, here] = sum(part.values for part in parts)
+
+    def round_column(column: int, view: Columns) -> Tensor:
+        if column % size == 0:
+            round_block(column, view.block)
+        return values[:, column]
+
+    if settings.feedback:
+        feed_forward(weight, factor.upper, round_column, block_size=size, update_block=False)
+    else:
+        for start in range(0, columns, size):
+            round_block(start, weight[:, start : start + size])
+    return SplitBinaryWeight(salient, above, signs, second_signs, mean, scale, scheme.scale_dtype)
 
 
 @dataclass(frozen=True)

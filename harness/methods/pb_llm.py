@@ -20,15 +20,16 @@ becomes μ + a (there μ); f = 1 binarizes everything (there an index error); gr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor
 
-from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, shared_factor
+from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, require_finite, shared_factor
 from harness.numerics.feedback import Columns, feed_forward
 from harness.numerics.grids import SCALE_DTYPES, Grid, as_stored, fit
+from harness.numerics.hessians import Factor
 from harness.numerics.packing import pack, unpack
 from harness.numerics.weights import QuantizedWeight
 
@@ -158,38 +159,45 @@ class Rounding:
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight, and four [in, in] while H is factored."""
-        settings = self.settings
-        factor = shared_factor(weight, evidence, settings.damping_fraction)
-        high = fit(weight, HIGH_BITS, False, "gptq", scheme.scale_dtype)
-        weight = weight.masked_fill(factor.dead, 0)
-        rows, columns = weight.shape
-        size = columns if scheme.group_size == -1 else scheme.group_size
-        fraction = settings.low_fraction
-        if fraction is None:
-            fraction = (HIGH_BITS - float(scheme.bits)) / (HIGH_BITS - 1)
-        salience = weight.abs() if settings.salience == "magnitude" else (weight / factor.upper.diagonal()).square()
-        low = torch.cat([least(part, fraction) for part in salience.split(size, dim=1)], dim=1)
+        return _round(weight, shared_factor(weight, evidence, self.settings.damping_fraction), scheme, self.settings)
 
-        masked = (weight * low).reshape(rows, -1, size)
-        mean = as_stored(masked.mean(-1), scheme.scale_dtype)                  # [out, groups]
-        scale = as_stored((masked - mean.unsqueeze(-1)).abs().mean(-1), scheme.scale_dtype)
-        codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    def round_unseen(self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator) -> QuantizedWeight:
+        """A matrix that too few tokens reached, such as an expert's: salience by magnitude, and no feedback."""
+        require_finite(weight)
+        return _round(weight, Factor.uncalibrated(weight), scheme, replace(self.settings, salience="magnitude", feedback=False))
 
-        def round_column(column: int, view: Columns) -> Tensor:
-            w, group = view[column], column // size
-            is_low, plus = low[:, column], w >= mean[:, group]
-            high_codes = _column_codes(high, w)
-            codes[:, column] = torch.where(is_low, plus.to(high_codes.dtype), high_codes)
-            binary = mean[:, group] + torch.where(plus, scale[:, group], -scale[:, group])
-            return torch.where(is_low, binary, high.scale[:, 0] * (high_codes - high.zero[:, 0]))
 
-        if settings.feedback:
-            feed_forward(weight, factor.upper, round_column, block_size=settings.block_size)
-        else:
-            view = Columns(weight, weight, 0)
-            for column in range(columns):
-                round_column(column, view)
-        return PartlyBinaryWeight(low, codes, mean, scale, high.scale, high.zero, scheme.scale_dtype)
+def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings) -> QuantizedWeight:
+    high = fit(weight, HIGH_BITS, False, "gptq", scheme.scale_dtype)
+    weight = weight.masked_fill(factor.dead, 0)
+    rows, columns = weight.shape
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    fraction = settings.low_fraction
+    if fraction is None:
+        fraction = (HIGH_BITS - float(scheme.bits)) / (HIGH_BITS - 1)
+    salience = weight.abs() if settings.salience == "magnitude" else (weight / factor.upper.diagonal()).square()
+    low = torch.cat([least(part, fraction) for part in salience.split(size, dim=1)], dim=1)
+
+    masked = (weight * low).reshape(rows, -1, size)
+    mean = as_stored(masked.mean(-1), scheme.scale_dtype)                  # [out, groups]
+    scale = as_stored((masked - mean.unsqueeze(-1)).abs().mean(-1), scheme.scale_dtype)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+
+    def round_column(column: int, view: Columns) -> Tensor:
+        w, group = view[column], column // size
+        is_low, plus = low[:, column], w >= mean[:, group]
+        high_codes = _column_codes(high, w)
+        codes[:, column] = torch.where(is_low, plus.to(high_codes.dtype), high_codes)
+        binary = mean[:, group] + torch.where(plus, scale[:, group], -scale[:, group])
+        return torch.where(is_low, binary, high.scale[:, 0] * (high_codes - high.zero[:, 0]))
+
+    if settings.feedback:
+        feed_forward(weight, factor.upper, round_column, block_size=settings.block_size)
+    else:
+        view = Columns(weight, weight, 0)
+        for column in range(columns):
+            round_column(column, view)
+    return PartlyBinaryWeight(low, codes, mean, scale, high.scale, high.zero, scheme.scale_dtype)
 
 
 def _column_codes(grid: Grid, column: Tensor) -> Tensor:

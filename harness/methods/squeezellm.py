@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor
 
 from harness.methods.protocols import Evidence, Scheme, Shapes, WeightScheme, check_tables, sensitivity_of
-from harness.numerics.codebooks import lookup_rows
+from harness.numerics.codebooks import nested_tables
 from harness.numerics.sparse import Outliers
 from harness.numerics.weights import QuantizedWeight
 
@@ -61,7 +61,7 @@ class Rounding:
     def round_layer(
         self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Memory: that of `lookup_rows`."""
+        """Quantize weight [out, in] float32. Memory: that of `nested_tables`."""
         sensitivity = sensitivity_of(weight, evidence)
         sparse = largest(sensitivity, self.settings.sensitive_fraction)
         sparse = sparse | largest(weight.abs().masked_fill(sparse, 0), self.settings.outlier_fraction)
@@ -69,10 +69,10 @@ class Rounding:
         # A row without any gradient is clustered by its weights alone, and those in the sparse matrix must not pull at it.
         importance = torch.where(importance.sum(1, keepdim=True) > 0, importance, (~sparse).float())
         bits = int(scheme.bits)
-        return lookup_rows(
-            weight.masked_fill(sparse, 0), importance, bits, rng, seed_bits=bits, iterations=self.settings.iterations,
-            scale_dtype=scheme.scale_dtype,
-            outliers=Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None,
+        outliers = Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None
+        dense, one = weight.masked_fill(sparse, 0), range(bits, bits + 1)
+        return nested_tables(dense, importance, one, rng, iterations=self.settings.iterations).served(
+            bits, scheme.scale_dtype, outliers
         )
 
 

@@ -193,26 +193,45 @@ def cluster_rows(rows: SortedRows, k: int, rng: Generator, *, iterations: int = 
 NUMBERS = 2**24                                 # weights whose prefix sums are held at a time
 
 
-def lookup_rows(
-    weight: Tensor, importance: Tensor, bits: int, rng: Generator, *, seed_bits: int, iterations: int, scale_dtype: str,
-    outliers: Outliers | None = None,
-) -> LookupWeight:
-    """weight [out, in] as one table per row: weighted k-means with 2^seed_bits clusters, split again and again up to 2^bits.
+@dataclass(frozen=True)
+class NestedTables:
+    """Tables per row of growing width, each splitting the clusters of the one before.
+
+    codes   [out, in] uint8 of the last width; the first b bits of a code are the code at b bits
+    tables  by width in bits: [out, 2^bits] float32
+    """
+
+    codes: Tensor
+    tables: dict[int, Tensor]
+
+    def served(self, bits: int, scale_dtype: str, outliers: Outliers | None = None) -> LookupWeight:
+        """The matrix at one of the widths."""
+        codes = self.codes >> (max(self.tables) - bits)
+        return LookupWeight(codes, as_stored(self.tables[bits], scale_dtype), bits, scale_dtype, outliers)
+
+
+def nested_tables(
+    weight: Tensor, importance: Tensor, widths: range, rng: Generator, *, iterations: int
+) -> NestedTables:
+    """Weighted k-means of each row of weight [out, in] at the first of the widths, split again and again up to the last.
 
     importance: [out, in], not negative; a row of zeros counts every weight once. Some 2^24 · 60 bytes on the CPU, where the sorting
     is done.
     """
-    codes, tables = [], []
+    codes: list[Tensor] = []
+    tables: dict[int, list[Tensor]] = {bits: [] for bits in widths}
     at_a_time = max(1, NUMBERS // weight.shape[1])
     for values, weights in zip(weight.split(at_a_time), importance.split(at_a_time), strict=True):
         rows = SortedRows.of(values, weights)
-        table, borders = cluster_rows(rows, 2**seed_bits, rng, iterations=iterations)
-        for _ in range(seed_bits, bits):
-            table, borders = split_clusters(rows, table, borders)
+        table, borders = cluster_rows(rows, 2 ** widths[0], rng, iterations=iterations)
+        for bits in widths:
+            if bits > widths[0]:
+                table, borders = split_clusters(rows, table, borders)
+            tables[bits].append(table.float())
         codes.append(rows.codes(borders))
-        tables.append(table.float())
-    table = as_stored(torch.cat(tables), scale_dtype).to(weight.device)
-    return LookupWeight(torch.cat(codes).to(weight.device), table, bits, scale_dtype, outliers)
+    return NestedTables(
+        torch.cat(codes).to(weight.device), {bits: torch.cat(parts).to(weight.device) for bits, parts in tables.items()}
+    )
 
 
 def _spread_centres(rows: SortedRows, k: int, rng: Generator) -> Tensor:

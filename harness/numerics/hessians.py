@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -71,6 +72,12 @@ class Factor:
     upper: Tensor
     dead: Tensor
     order: Tensor | None
+
+    @classmethod
+    def uncalibrated(cls, weight: Tensor) -> Self:
+        """That of inputs of which nothing is known: all columns of weight [out, in] alike, none dead, no error to pass on."""
+        columns = weight.shape[1]
+        return cls(torch.eye(columns, device=weight.device), torch.zeros(columns, dtype=torch.bool, device=weight.device), None)
 
 
 def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) -> Factor:

@@ -123,8 +123,8 @@ class _Job:
 
     @property
     def reads_stream(self) -> bool:
-        """Some part wants to know of the blocks' inputs; what a transform learns before the walk needs none of them."""
-        return bool(self.needs - {"tokens"})
+        """Some part wants to know of the blocks' inputs; gradients, and what a transform learns, are there before the walk."""
+        return bool(self.needs - {"tokens", "squared_gradient"})
 
     def needs_of(self, part: Part | None) -> frozenset[str]:
         return frozenset(part.needs) if part is not None else frozenset()
@@ -195,7 +195,7 @@ class _Pass(_Walk):
         self.streams: dict[str, list[Tensor]] = {}
         self.gradients: SquaredGradients | None = None
         self.failures: list[Failed] = []
-        self.shared_seconds = 0.0
+        self.shared_seconds, self.gradient_seconds = 0.0, 0.0
 
     def _jobs(self, cells: Sequence[Cell], writers: Mapping[str, CheckpointWriter]) -> list[_Job]:
         by_key: dict[str, list[Cell]] = {}
@@ -299,15 +299,17 @@ class _Pass(_Walk):
 
     def _start_streams(self) -> None:
         """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
-        count = len(self.blocks)
-        readers = [job for job in self._alive() if job.reads_stream and job.finished < count]
-        if readers:
+        unfinished = [job for job in self._alive() if job.finished < len(self.blocks)]
+        if any(job.reads_stream for job in unfinished):
             assert self.windows is not None
             began = time.monotonic()
             self.streams[EMBEDDINGS] = [h.to(self.storage) for h in self.blocks.start(self.windows)]
-            if any("squared_gradient" in job.needs for job in readers):
-                self.gradients = SquaredGradients(self.blocks, self.windows, self.scratch)
             self.shared_seconds += time.monotonic() - began
+        if any("squared_gradient" in job.needs for job in unfinished):
+            assert self.windows is not None
+            began = time.monotonic()
+            self.gradients = SquaredGradients(self.blocks, self.windows, self.scratch)
+            self.gradient_seconds += time.monotonic() - began
         for job in [job for job in self._alive() if job.own_stream]:
             self._try(job, "ends", partial(self._rewrite_ends, job))
 
@@ -343,14 +345,18 @@ class _Pass(_Walk):
         blocks = self.blocks
         began = time.monotonic()
         original = blocks.tensors(index)
-        gradients = self.gradients.read(index) if self.gradients is not None else {}
         self.shared_seconds += time.monotonic() - began
+        began = time.monotonic()
+        gradients = self.gradients.read(index) if self.gradients is not None else {}
+        self.gradient_seconds += time.monotonic() - began
+        tokens = self.windows.numel() if self.windows is not None else 0
+        unobserved = {slot.group: GroupStatistics(slot.group, tokens, True, {}) for slot in blocks.slots(index)}
         full = EMBEDDINGS if index == 0 else FULL
         following: dict[str, list[Tensor]] = {}
         alive = self._alive()
         for job in alive:
             if not job.reads_stream and job.finished <= index:
-                self._try(job, f"block {index}", partial(self._quantize, job, index, original, {}, None, None, {}))
+                self._try(job, f"block {index}", partial(self._quantize, job, index, original, unobserved, None, None, gradients))
         readers = [job for job in alive if job.reads_stream and job.finished < len(blocks)]
         histories = list(dict.fromkeys([full, *(job.history for job in readers)]))
         references: list[Tensor] | None = None
@@ -734,7 +740,8 @@ class _Pass(_Walk):
 
     def _seconds(self, job: _Job) -> float:
         """What the cell would have cost alone: its own work, and in full what it shares with others of its stream."""
-        return job.seconds + (self.shared_seconds if job.reads_stream else 0.0)
+        gradients = self.gradient_seconds if "squared_gradient" in job.needs else 0.0
+        return job.seconds + gradients + (self.shared_seconds if job.reads_stream else 0.0)
 
     def _try(self, job: _Job, stage: str, work: Callable[[], Any]) -> Any:
         """Do a job's own work; what goes wrong takes this job out of the pass and no other."""

@@ -52,6 +52,17 @@ def test_codes_are_prefixes_of_finer_codes() -> None:
         assert torch.equal(quantize(weight, gradients, bits).codes, parent >> (8 - bits))
 
 
+def test_all_widths_are_made_together_and_equal_those_made_alone() -> None:
+    weight = random_weight(8, 300)
+    gradients = gradients_for(weight)
+    evidence, method = evidence_of(gradients), Rounding(Rounding.Settings())
+    for bits in (4, 8, 3):
+        together = method.round_layer("q", weight, evidence, WeightScheme("int", bits), generator())
+        alone = quantize(weight, gradients, bits, "float16")
+        assert torch.equal(together.dequantize(), alone.dequantize())
+    assert list(evidence.computed.values()) == [1]
+
+
 def test_rows_of_few_values_are_exact() -> None:
     levels = torch.randn(16, 8, generator=generator())
     weight = levels.gather(1, torch.randint(0, 8, (16, 300), generator=generator(1)))

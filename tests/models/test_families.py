@@ -311,7 +311,24 @@ def test_fewer_tokens_than_inputs_are_too_few_for_a_second_moment(lopsided: Path
     assert {name.split(".")[2] for name in notes} == {"0", "1", "2", "3"} and max(notes.values()) < 64
 
 
-def test_a_scheme_without_a_nearest_grid_fails_by_name(lopsided: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "bits"), [("billm", 1.1), ("pb_llm", 1.7)])
+def test_binary_methods_round_unseen_experts_without_calibration(lopsided: Path, tmp_path: Path, name: str, bits: float) -> None:
+    scheme = Scheme("w1", WeightScheme(bits=bits, group_size=16))
+    blind = part(name, salience="magnitude", feedback=False)
+    cells = [dataclasses.replace(cell(lopsided, Method(name, rounding=each)), scheme=scheme) for each in (part(name), blind)]
+    assert not failures(quantize(cells, lopsided, tmp_path, windows(samples=32)))
+    ours, by_magnitude = (Checkpoint.open(tmp_path / quantize_key(c)) for c in cells)
+    unseen, seen = ours.manifest["notes"]["0"]["rounded_to_nearest"], "mlp.experts.0.gate_proj"
+    assert set(unseen) == {f"mlp.experts.3.{linear}_proj" for linear in ("gate", "up", "down")}
+    for linear in (*unseen, seen):
+        pair = (each.block(0).weights[linear].dequantize() for each in (ours, by_magnitude))
+        assert torch.equal(*pair) is (linear != seen)
+
+
+def test_a_scheme_without_a_nearest_grid_fails_by_name(
+    lopsided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("harness.methods.billm.Rounding.round_unseen")
     scheme = Scheme("w1", WeightScheme(bits=1.1, group_size=16))
     c = dataclasses.replace(cell(lopsided, Method("billm", rounding=part("billm"))), scheme=scheme)
     (failure,) = failures(quantize([c], lopsided, tmp_path, windows(samples=32)))
