@@ -1,10 +1,12 @@
 """Peak memory of a pass must not grow with the depth of the model: 4, 16 and 32 blocks, measured in processes of their own.
 
-    python tests/benchmarks/bench_memory.py [--method gptq] [--hidden 256]
+    python tests/benchmarks/bench_memory.py [--methods gptq,quip] [--hidden 256] [--depths 4,32]
 
-For each depth a random model of LLaMA's shape is written to disk and quantized on the CPU; what is printed is the growth of the
-process's resident memory during the pass (peak minus the value after imports), beside the size of the weights. A pass holds one
-block, a few copies of it, and the calibration activations, so the growth stays while the weights grow eightfold.
+For each method and depth a random model of LLaMA's shape is written to disk and quantized on the CPU; what is printed is the growth
+of the process's resident memory during the pass (peak minus the value after imports), beside the size of the weights. A pass holds
+one block, a few copies of it, and the calibration activations, so the growth stays while the weights grow eightfold; squared
+gradients wait on disk. The scheme is the first of a few that the method accepts, in two widths where it takes two; trained methods
+train one epoch.
 """
 
 from __future__ import annotations
@@ -18,22 +20,33 @@ import tempfile
 from pathlib import Path
 
 DEPTHS = (4, 16, 32)
+METHODS = ("gptq", "quip", "spqr", "omniquant", "vptq", "squeezellm", "any_precision", "db_llm_blockwise", "awq")
 
 CHILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
 import psutil, torch, transformers
-from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, quantize_key
+from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, freeze, quantize_key, to_json
 from harness import plugins
 from harness.events import Failed
 from harness.formats.native import CheckpointWriter
+from harness.models import shapes
 from harness.streaming.passes import run_pass
 from transformers import AutoModelForCausalLM
 folder, store, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-plugins.load("rounding", method)
-part = Part(method, needs=tuple(plugins.facts("rounding", method).get("needs", ())))
+small = {"epochs": 1, "vector_length": 4, "index_bits": 8}
+def part(slot, name):
+    rounding = plugins.build(slot, name, {})
+    settings = {key: value for key, value in small.items() if hasattr(rounding.settings, key)}
+    return Part(name, freeze(settings), needs=tuple(plugins.facts(slot, name).get("needs", ())))
+parts = {slot: part(slot, method) for slot in ("transform", "rounding") if method in plugins.find(slot)}
 model = Model("random", str(folder), digest="random")
-cells = [Cell(model, Method(method, rounding=part), Scheme("w", WeightScheme(bits=bits, group_size=128))) for bits in (4, 3)]
+checks = [plugins.build(slot, each.name, to_json(each)["settings"]) for slot, each in parts.items()]
+known = shapes(folder)
+schemes = [Scheme("w", WeightScheme(bits=bits, group_size=size)) for size in (128, 64, 16, -1) for bits in (4, 3, 2, 1.1)]
+schemes = [scheme for scheme in schemes if not any(check.check(scheme, known) for check in checks)]
+schemes = [scheme for scheme in schemes if scheme.weight.group_size == schemes[0].weight.group_size][:2]
+cells = [Cell(model, Method(method, **parts), scheme) for scheme in schemes]
 writers = {quantize_key(c): CheckpointWriter(store / quantize_key(c), {}) for c in cells}
 windows = torch.randint(0, 250, (8, 64), generator=torch.Generator().manual_seed(0))
 process = psutil.Process()
@@ -50,7 +63,7 @@ failed = [event.reason for event in run_pass(cells, folder, windows, writers) if
 seconds = time.monotonic() - began
 done = True; thread.join()
 assert not failed, failed
-print(json.dumps({"growth": peak - before, "seconds": seconds}))
+print(json.dumps({"growth": peak - before, "seconds": seconds, "cells": len(cells)}))
 """
 
 
@@ -89,25 +102,35 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
     return total
 
 
+def measure(method: str, blocks: int, hidden: int) -> tuple[int, dict[str, float]]:
+    """Bytes of the weights, and what the child measured: growth in bytes, seconds, cells."""
+    with tempfile.TemporaryDirectory() as scratch:
+        size = write_model(Path(scratch) / "model", blocks, hidden)
+        command = [sys.executable, "-c", CHILD, f"{scratch}/model", f"{scratch}/store", method]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{method}, {blocks} blocks:\n{done.stderr}")
+    return size, json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
     arguments = parser.parse_args()
-    first = None
-    print(f"{arguments.method}, hidden size {arguments.hidden}, two cells in company, 8 windows of 64 tokens, float32, one thread")
-    for blocks in DEPTHS:
-        with tempfile.TemporaryDirectory() as scratch:
-            size = write_model(Path(scratch) / "model", blocks, arguments.hidden)
-            command = [sys.executable, "-c", CHILD, f"{scratch}/model", f"{scratch}/store", arguments.method]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
-            output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        measured = json.loads(output.splitlines()[-1])
-        first = first or measured["growth"]
-        print(
-            f"{blocks:3} blocks   weights {size / 2**20:6.0f} MiB   growth of memory {measured['growth'] / 2**20:6.0f} MiB   "
-            f"{measured['growth'] / first:5.2f} of the first   {measured['seconds'] / blocks:5.2f} s per block"
-        )
+    print(f"hidden size {arguments.hidden}, cells in company, 8 windows of 64 tokens, float32, one thread")
+    for method in arguments.methods.split(","):
+        first = None
+        for blocks in map(int, arguments.depths.split(",")):
+            size, measured = measure(method, blocks, arguments.hidden)
+            first = first or measured["growth"]
+            print(
+                f"{method:18}{blocks:3} blocks   {measured['cells']} cells   weights {size / 2**20:5.0f} MiB   growth of memory "
+                f"{measured['growth'] / 2**20:5.0f} MiB   {measured['growth'] / first:5.2f} of the first   "
+                f"{measured['seconds'] / blocks:5.2f} s per block", flush=True,
+            )
 
 
 if __name__ == "__main__":
