@@ -286,6 +286,7 @@ def main() -> int:
     machine, load = platform.processor() or platform.machine(), os.getloadavg()[0]
     print(f"{machine}, {os.cpu_count()} cores, load {load:.1f} before, {time.strftime('%Y-%m-%d')}", flush=True)
     fine = True
+    os.environ["PYTHONPATH"] = path()           # workers of the nodes import this file
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         nodes = cluster(given.nodes, given.gpus)
