@@ -103,7 +103,8 @@ def compare_seeds(
     """Test a cell with several seeds, [seeds, items], against one column [items]; like `compare` for a single seed.
 
     The interval is Banerjee's (Sankhyā 22, 1960), half of whose width is √(t² e² over items + t² e² over seeds), each t with
-    its own degrees of freedom: it holds its level however the two compare, where Satterthwaite's fails for two seeds that agree by chance.
+    its own degrees of freedom: it holds its level however the two compare, where
+    Satterthwaite's fails for two seeds that agree by chance.
     Where few items move, a test of the items' means over seeds must reject too: the larger of the two p-values counts.
     """
     cells, reference = np.asarray(ours, np.float64), np.asarray(baseline, np.float64)
