@@ -40,11 +40,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Checked:
-    """A finding with both answers; a finding that no published table can answer has UNKNOWN there."""
+    """A finding with both answers; published is None where the tables that the finding speaks of have no published numbers."""
 
     finding: Finding
     ours: Answer
-    published: Answer
+    published: Answer | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ def check(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -
     wanted = {name for finding in sweep.findings for name in _tables_of(finding)}
     found = list(records)
     tables = {table.name: build(sweep, table, found, store) for table in sweep.tables if table.name in wanted}
-    return [Checked(finding, *(answer(finding, tables, side) for side in SIDES)) for finding in sweep.findings]
+    made = []
+    for finding in sweep.findings:
+        is_published = any(head.published for name in _tables_of(finding) for head in tables[name].columns)
+        theirs = answer(finding, tables, "published") if is_published else None
+        made.append(Checked(finding, answer(finding, tables, "ours"), theirs))
+    return made
 
 
 def answer(finding: Finding, tables: Mapping[str, TableData], side: str) -> Answer:
@@ -102,7 +107,9 @@ def render(checked: Sequence[Checked]) -> str:
         if each.finding.source:
             out.append(f"    {each.finding.source}")
         for side in SIDES:
-            found: Answer = getattr(each, side)
+            found: Answer | None = getattr(each, side)
+            if found is None:
+                continue
             shown = "; ".join((*found.numbers, *(f"missing: {name}" for name in found.missing[:4])))
             more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
             out.append(f"    {side:<10} {found.verdict}" + (f" ({shown}{more})" if shown else ""))

@@ -5,8 +5,9 @@ sweep in its order, each model's baseline first; with a published table they sta
 cell for are shown with their number alone. The same records give the same bytes.
 
 Marks: bold is the best of its model and bit widths; ≈ no difference from the baseline could be shown (paired test, Holm over the
-table); † stands on a part of the data only; — is a gap, with the command that fills it below. Perplexities above 10,000 are printed
-as the papers do (1.9e4); what is not a finite number is printed as "diverged".
+table); ≠ differs from the published number by more than its rounding and our interval; † stands on a part of the data only; — is a
+gap, with the command that fills it below. Perplexities above 10,000 are printed as the papers do (1.9e4); what is not a finite
+number is printed as "diverged".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ ITEM_WEIGHTS = {"loss": "tokens"}                # column of items -> the column
 class Value:
     """One entry. number: ours, scaled as printed, None for a gap; with several seeds their mean.
 
+    stderr  over items, for one seed; of a mean of metrics, that of independent ones
     half_width  of the 95 % interval of the mean over seeds; None for one seed
     gap  why there is no number: "missing", "failed", "absent" (no cell of the sweep) or "unmeasured" (no metric of ours)
     """
@@ -56,6 +58,7 @@ class Value:
     half_width: float | None = None
     published: Printed | None = None
     published_number: float | None = None       # scaled like ours
+    agrees: bool | None = None                  # with the published number; None where the two cannot be compared
     comparison: Comparison | None = None
     best: bool = False
     smoke: bool = False
@@ -364,17 +367,23 @@ def _value(
     numbers = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
     there = [number * column.scale for number in numbers if number is not None]
     number, half_width = over_seeds(there) if there and len(there) == len(records) else (None, None)
-    stderr = metrics[0].get(f"{column.metric}_stderr") if len(records) == len(known) == 1 else None
+    stderr = _stderr(column, metrics[0]) if len(records) == len(known) == 1 else None
+    stderr = None if stderr is None else stderr * column.scale
+    half_width = half_width if len(set(there)) > 1 else None
     smoke = any(record.smoke_metrics() & {column.metric, *column.of} for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
+    agrees = None
+    if number is not None and printed is not None and theirs is not None and not smoke:
+        agrees = _agrees(column, number, max(1.96 * (stderr or 0), half_width or 0), printed, theirs)
     return Value(
         number=number,
-        stderr=None if stderr is None else stderr * column.scale,
+        stderr=stderr,
         seeds=max(1, len(records)),
-        half_width=half_width if len(set(there)) > 1 else None,
+        half_width=half_width,
         published=printed,
         published_number=theirs,
+        agrees=agrees,
         comparison=found,
         smoke=smoke,
         gap="" if number is not None else "failed" if failed else "missing",
@@ -392,6 +401,36 @@ def _published_number(
         scaled = float(printed) * 100
         return Printed(f"{scaled:.{head.column.digits}f}"), scaled
     return printed, float(printed)
+
+
+def _agrees(column: Column, number: float, half_width: float, printed: Printed, theirs: float) -> bool:
+    """Whether a number of ours is the published one, as far as its digits and our 95 % interval can tell.
+
+    Perplexities above 10,000 on both sides are alike: such a model says nothing, and its number hangs on rounding.
+    """
+    if not math.isfinite(number):
+        return False
+    if _is_perplexity(column) and min(number, theirs) > SCIENTIFIC_FROM:
+        return True
+    mantissa, _, exponent = printed.text.lower().partition("e")
+    last_digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return abs(number - theirs) <= last_digit / 2 + half_width + 1e-9
+
+
+def _stderr(column: Column, metrics: Mapping[str, float]) -> float | None:
+    """Standard error over items; of a mean over benchmarks, whose items are independent, that of their weighted mean."""
+    if column.metric != "mean":
+        return metrics.get(f"{column.metric}_stderr")
+    errors = [metrics.get(f"{metric}_stderr") for metric in column.of]
+    weights = column.weights or (1.0,) * len(column.of)
+    known = [error for error in errors if error is not None]
+    if not known or len(known) < len(errors):
+        return None
+    return math.hypot(*(w * error for w, error in zip(weights, known, strict=True))) / math.fsum(weights)
+
+
+def _is_perplexity(column: Column) -> bool:
+    return any(name.endswith("perplexity") for name in (column.metric, *column.of))
 
 
 def _mean(column: Column, metrics: Mapping[str, float]) -> float | None:
@@ -559,7 +598,7 @@ def _notes(
     elif any(value.gap == "absent" for value in values):
         notes.append("Rows with a published number alone are not in this sweep.")
     notes += [f"{c.title}: published numbers alone; {c.reason}." for c in table.columns if c.metric == PUBLISHED_ONLY and c.reason]
-    notes += [f"Protocol: {line}" for line in table.protocol]
+    notes += _verdicts(table, rows, heads, published)
     notes += ambiguous
     for row in rows:
         for key in (row.cell_key, *row.others):
@@ -574,14 +613,65 @@ def _notes(
     return notes, commands
 
 
+def _verdicts(table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], published: Published | None) -> list[str]:
+    """How many numbers agree with the published ones, and each difference of protocol with the rows whose ≠ it could explain."""
+    compared = [value.agrees for row in rows for value in row.values if value.agrees is not None]
+    differing = {(row.cell_key, i): row for row in rows for i, value in enumerate(row.values) if value.agrees is False}
+    notes = []
+    if compared:
+        notes.append(
+            f"Verdict: {len(compared) - len(differing)} of {len(compared)} numbers agree with the published ones; "
+            + (f"{len(differing)} (≠) differ" if differing else "none differs")
+            + " by more than the published rounding and our 95 % interval over items or seeds. Perplexities above 10,000 are alike."
+        )
+    unexplained = dict(differing)
+    for line in table.protocol:
+        could = {at: row for at, row in differing.items() if _explains(line, table, row, heads[at[1]], heads, rows, published)}
+        for at in could:
+            unexplained.pop(at, None)
+        notes.append(f"Protocol{f' (could explain ≠ of {_some(could.values())})' if could else ''}: {line}")
+    if unexplained:
+        notes.append(f"≠ of {_some(unexplained.values())}: no difference of protocol is noted that could explain it.")
+    return notes
+
+
+def _some(rows: Iterable[Row]) -> str:
+    names = list(dict.fromkeys(" ".join(label for label in row.labels[:3] if label) for row in rows))
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _explains(
+    line: str, table: Table, row: Row, head: ColumnHead, heads: Sequence[ColumnHead], rows: Sequence[Row],
+    published: Published | None,
+) -> bool:
+    """Whether a difference of protocol is about a number. "GPTQ: …" and "C4 and PTB: …" are about their rows and columns alone,
+    "calibration: …" about the methods that are calibrated, others about everything."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    words = {plain(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])} if ": " in line else set()
+    if "calibration" in words and row.cell is not None and not row.cell.method.needs:
+        return False
+    known = {plain(each.method) for each in (published.rows if published is not None else ())}
+    known |= {plain(each.labels[0]) for each in rows} | set(map(plain, table.methods.values()))
+    own = {plain(row.labels[0]), plain(row.cell.method.name if row.cell else ""), plain(table.methods.get(row.labels[0], ""))}
+    columns = {name for each in heads for name in _column_words(each, plain)}
+    asked_rows, asked_columns = words & known, words & columns
+    return (not asked_rows or bool(asked_rows & own)) and (not asked_columns or bool(asked_columns & _column_words(head, plain)))
+
+
+def _column_words(head: ColumnHead, plain: Callable[[str], str]) -> set[str]:
+    return {plain(word) for word in (head.column.title, *head.column.title.split())} - {""}
+
+
 # -- rendering ---------------------------------------------------------------------------------------------------------
 
 
 def _text(number: float, column: Column) -> str:
     if not math.isfinite(number):
         return "diverged"
-    is_perplexity = any(name.endswith("perplexity") for name in (column.metric, *column.of))
-    if is_perplexity and abs(number) > SCIENTIFIC_FROM:
+    if _is_perplexity(column) and abs(number) > SCIENTIFIC_FROM:
         return _scientific(number)
     return f"{number:.{column.digits}f}"
 
@@ -592,12 +682,13 @@ def _scientific(number: float) -> str:
 
 
 def _difference_text(value: Value, column: Column) -> str:
+    mark = "≠" if value.agrees is False else ""
     if value.published is None or value.difference is None or not math.isfinite(value.difference):
-        return ""
+        return mark
     text = _text(value.difference, column)
     if float(text) == 0:
-        return text.lstrip("-")
-    return text if text.startswith("-") else f"+{text}"
+        return text.lstrip("-") + mark
+    return (text if text.startswith("-") else f"+{text}") + mark
 
 
 def _ours_text(value: Value, column: Column) -> str:
@@ -675,12 +766,17 @@ def _markdown(data: TableData, links: Mapping[str, str]) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
+LATEX_FIT = (                                   # a table larger than its page is shrunk
+    r"\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi",
+    r"\ifdim\dimexpr\ht0+\dp0\relax>0.7\textheight\sbox0{\resizebox*{!}{0.7\textheight}{\usebox0}}\fi",
+    r"\usebox0",
+)
 LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "–": "--", "…": r"\ldots{}", "\n": " ",
     "≈": r"$^{\approx}$", "†": r"$^{\dagger}$", "Δ": r"$\Delta$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
     "·": r"$\cdot$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$", "≥": r"$\geq$", "≤": r"$\leq$", "|": "$|$",
-    "±": r"$\pm$", "α": r"$\alpha$", "λ": r"$\lambda$",
+    "±": r"$\pm$", "≠": r"$^{\neq}$", "α": r"$\alpha$", "λ": r"$\lambda$",
 }
 
 
@@ -692,7 +788,7 @@ def latex_text(text: str) -> str:
 def _latex_number(text: str) -> str:
     best = text.startswith("\x02")
     text = text.strip("\x02\x03")
-    match = re.fullmatch(r"([+-]?)([0-9.]+)(?:e\+?(-?[0-9]+))?( ± [0-9.e]+)?([≈†]*)", text)
+    match = re.fullmatch(r"([+-]?)([0-9.]+)(?:e\+?(-?[0-9]+))?( ± [0-9.e]+)?([≈†≠]*)", text)
     if match is None:
         return latex_text(text)
     sign, mantissa, exponent, spread, marks = match.groups()
@@ -706,11 +802,11 @@ def _latex(data: TableData) -> str:
     heads, lines = _grid(data, ("\x02", "\x03"))
     left = len(data.labels)
     out = [
-        "% needs \\usepackage{booktabs}",
+        r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}",
         r"\centering\small\setlength{\tabcolsep}{4pt}",
         rf"\caption{{{latex_text(data.caption or data.name)}}}",
-        rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(heads) - left)}}}",
+        rf"\sbox0{{\begin{{tabular}}{{{'l' * left}{'r' * (len(heads) - left)}}}",
         r"\toprule",
         " & ".join(latex_text(head) for head in heads) + r" \\",
     ]
@@ -720,8 +816,8 @@ def _latex(data: TableData) -> str:
             out.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{latex_text(section)}}}}} \\")
         for line in section_lines:
             out.append(" & ".join([*map(latex_text, line[:left]), *map(_latex_number, line[left:])]) + r" \\")
-    out += [r"\bottomrule", r"\end{tabular}"]
-    out += [rf"\par\smallskip\footnotesize {latex_text(note)}" for note in data.notes]
+    out += [r"\bottomrule", r"\end{tabular}}%", *LATEX_FIT, r"\par\smallskip\raggedright\scriptsize"]
+    out += [rf"\par {latex_text(note)}" for note in data.notes]
     out += [rf"\par\texttt{{{latex_text(command)}}}" for command in data.commands]
     return "\n".join([*out, r"\end{table}"]) + "\n"
 
@@ -741,6 +837,7 @@ def _flat(data: TableData) -> list[dict[str, Any]]:
             if head.published:
                 line[f"{name} published"] = value.published_number
                 line[f"{name} difference"] = value.difference
+                line[f"{name} verdict"] = None if value.agrees is None else "agrees" if value.agrees else "differs"
             line[f"{name} p"] = value.comparison.adjusted if value.comparison else None
             line[f"{name} smoke"] = value.smoke or None
         flat.append(line)
@@ -774,7 +871,7 @@ table{border-collapse:collapse}caption{caption-side:top;text-align:left;font-wei
 th,td{padding:4px 12px;text-align:right;white-space:nowrap}th{border-bottom:2px solid #1c2733;cursor:pointer}
 td{border-bottom:1px solid #e4e8ec}th.l,td.l{text-align:left}tr.base td{background:#f3f6f9}td.p,th.p{color:#66717d}
 tr.section td{font-weight:600;border-bottom:1px solid #1c2733;padding-top:14px}
-td.best{font-weight:700}
+td.best{font-weight:700}td.agrees{color:#1b7a3d}td.differs{color:#b3261e;background:#fdecea}
 a{color:inherit;text-decoration:none}a:hover{text-decoration:underline}
 p{max-width:80ch;margin:8px 0}code{background:#f3f6f9;padding:2px 6px}
 """
@@ -802,11 +899,16 @@ def _html(data: TableData, links: Mapping[str, str]) -> str:
     quiet = {left + i for i, head in enumerate(heads[left:]) if head in ("published", "Δ")}
 
     makers: list[int | None] = []               # printed column -> column of the table, None beside it
+    verdicts: list[int | None] = []             # the same for the columns of differences
     for position, head in enumerate(data.columns):
         makers += [position, None, None] if head.published else [position]
+        verdicts += [None, None, position] if head.published else [None]
 
-    def classes(index: int, text: str) -> str:
+    def classes(index: int, text: str, row: Row | None = None) -> str:
         names = [n for n, on in (("l", index < left), ("p", index in quiet), ("best", text.startswith("\x02"))) if on]
+        column = verdicts[index - left] if row is not None and index >= left else None
+        agrees = row.values[column].agrees if row is not None and column is not None else None
+        names += [] if agrees is None else ["agrees" if agrees else "differs"]
         return f' class="{" ".join(names)}"' if names else ""
 
     def entry(row: Row, index: int, text: str) -> str:
@@ -816,7 +918,7 @@ def _html(data: TableData, links: Mapping[str, str]) -> str:
         if key in links:
             shown = f'<a href="{html.escape(links[key])}" target="_blank">{shown}</a>'
         hint = f' title="harness show {key[:12]}"' if key else ""
-        return f"<td{classes(index, text)}{hint}>{shown}</td>"
+        return f"<td{classes(index, text, row)}{hint}>{shown}</td>"
 
     title = html.escape(data.caption or data.name)
     out = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>']

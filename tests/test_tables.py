@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -88,6 +89,50 @@ def test_diverged_is_shown_as_such(made: tuple[Sweep, Store, TableData]) -> None
     _, _, data = made
     assert row_of(data, "rtn", "2")[4] == "diverged"
     assert "inf" not in render(data) and "nan" not in render(data)
+
+
+def verdict_of(root: Path, cell: Cell, number: float, *, stderr: float = 0.0, smoke: bool = False,
+               protocol: tuple[str, ...] = ()) -> tuple[bool | None, TableData]:
+    """How a perplexity on WikiText2 stands beside the published one, and the table."""
+    sweep = dataclasses.replace(make_sweep(root), cells=(cell,))
+    store = Store(sweep.runtime.runs)
+    score = {"metrics": {"wikitext2/perplexity": number}, "stderr": {"wikitext2/perplexity": stderr}, "details": {"smoke": smoke}}
+    store.write_score(store.open_cell(cell), score_key(cell, EVALUATIONS[0]), score)
+    data = build(sweep, dataclasses.replace(TABLE, protocol=protocol), records(sweep, store))
+    return next(row for row in data.rows if row.cell is cell).values[1].agrees, data
+
+
+def test_a_number_agrees_with_the_published_one_within_its_rounding_and_our_interval(tmp_path: Path) -> None:
+    baseline, gptq, two = cells(LLAMA, ("gptq",), (3, 2))                 # published 6.1, 8.2, 2.1e+2
+    asked = [
+        (baseline, 6.149, {}, True), (baseline, 6.16, {}, False), (baseline, 6.16, {"stderr": 0.01}, True),
+        (baseline, 6.16, {"smoke": True}, None), (gptq, math.inf, {}, False), (two, 214.0, {}, True), (two, 216.0, {}, False),
+    ]
+    for number, (cell, ours, more, wanted) in enumerate(asked):
+        assert verdict_of(tmp_path / str(number), cell, ours, **more)[0] is wanted, (ours, more)
+    rtn = cells(LLAMA, ("rtn",), (2,))[1]
+    per_channel = dataclasses.replace(rtn, scheme=Scheme("w2", WeightScheme(bits=2)))              # published 2.7e+6
+    assert verdict_of(tmp_path / "collapsed", per_channel, 2.0e4)[0] is True
+
+
+def test_what_could_explain_a_number_that_differs_stands_below_it(tmp_path: Path) -> None:
+    protocol = ("calibration: other windows", "GPTQ: other flags", "AWQ: another search", "ARC-easy: other prompts", "other logits")
+    baseline, gptq, rtn = cells(LLAMA, ("gptq", "rtn"), (3,))
+
+    def explaining(cell: Cell, number: float) -> list[str]:
+        data = verdict_of(tmp_path / f"{cell.method.name}{number}", cell, number, protocol=protocol)[1]
+        notes = [note for note in data.notes if note.startswith("Protocol")]
+        assert len(notes) == len(protocol)
+        return [note.partition("): ")[2] for note in notes if "could explain" in note]
+
+    assert explaining(gptq, 9.5) == ["calibration: other windows", "GPTQ: other flags", "other logits"]
+    assert explaining(baseline, 7.0) == explaining(rtn, 10.0) == ["other logits"]
+    assert explaining(gptq, 8.2) == []
+    _, data = verdict_of(tmp_path / "alone", gptq, 9.5, protocol=("AWQ: another search",))
+    assert any("no difference of protocol is noted" in note and "gptq 3 128" in note for note in data.notes)
+    assert "+1.30≠" in render(data) and r"$+1.30$$^{\neq}$" in render(data, "latex")
+    assert re.search(r'class="p differs"[^>]*>\+1\.30≠<', render(data, "html"))
+    assert "WikiText2 verdict" in render(data, "csv") and ",differs," in render(data, "csv")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +242,16 @@ def test_latex_is_balanced_and_escaped(made: tuple[Sweep, Store, TableData]) -> 
     assert latex_text("50% of a_b & {c} # $ ~ ^ \\") == (
         r"50\% of a\_b \& \{c\} \# \$ \textasciitilde{} \textasciicircum{} \textbackslash{}"
     )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_latex_compiles_as_it_is_and_fits_its_page(made: tuple[Sweep, Store, TableData], tmp_path: Path) -> None:
+    packages = re.findall(r"\\usepackage\{.*\}", render(made[2], "latex"))
+    lines = [r"\documentclass{article}", *packages, r"\begin{document}", render(made[2], "latex"), r"\end{document}"]
+    (tmp_path / "t.tex").write_text("\n".join(lines))
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Overfull" not in done.stdout and "too large" not in done.stdout, done.stdout
 
 
 def test_html_is_self_contained_and_escaped(made: tuple[Sweep, Store, TableData]) -> None:
