@@ -29,10 +29,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from harness.methods.protocols import (
-    Document,
     Evidence,
     LinearShape,
-    Network,
     Scheme,
     Shapes,
     WeightScheme,
@@ -40,9 +38,10 @@ from harness.methods.protocols import (
     refusals,
     require_finite,
 )
-from harness.numerics.adapters import FrozenLinear, LowRankLinear, LowRankSettings, check_dtype, train_adapters, unknown_linears
+from harness.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, Student, check_dtype
 from harness.numerics.block_maxima import SECOND_BLOCK, SMALLEST, BlockMaxima, dynamic_table, nearest, unit_blocks
 from harness.numerics.grids import Grid, encode, from_range
+from harness.numerics.learning import Document
 from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.numerics.weights import NormalFloatWeight, QuantizedWeight, UniformWeight
 
@@ -197,13 +196,14 @@ def entropy(codes: Tensor, count: int) -> Tensor:
     return torch.stack([terms[(codes == value).sum(1)] for value in range(count)]).sum(0)
 
 
-class Tuning:
+class Tuning(AdapterTuning):
     """Fine-tuning of adapters with elastic connections."""
 
     version = 1
     needs = ("documents",)
     stochastic = True
     activation_aware = False
+    settings: Settings
 
     @dataclass(frozen=True)
     class Settings(LowRankSettings):
@@ -215,27 +215,20 @@ class Tuning:
             super().__post_init__()
             check_dtype("adapter_dtype", self.adapter_dtype)
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._linears: list[FrozenLinear] = []
-
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""
-        return unknown_linears(self.settings, [linear.name for linear in shapes.linears])
+        return self.unknown_linears([linear.name for linear in shapes.linears])
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
-        """The quantized linear with an adapter, or frozen where it gets none."""
-        adapted = self.settings.has_adapter(name)
-        linear = _ElasticLinear(weight, bias, self.settings) if adapted else FrozenLinear(weight, bias)
-        self._linears.append(linear)
-        return linear
+    def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
+        """Factors as wide as the matrix, and the paths around them."""
+        return _ElasticLinear(weight, bias, self.settings)
 
     def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
+        self, student: Student, teacher: Student | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
         rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Train on the documents; notes: mean losses of equal stretches of the steps, the documents, the largest |β1| and |β2|."""
-        notes = yield from train_adapters(student, self._linears, windows, self.settings, rng)
+        notes = yield from super().tune(student, teacher, parameters, windows, rng)
         elastic = [linear for linear in self._linears if isinstance(linear, _ElasticLinear)]
         scalars = [(linear.before, linear.after) for linear in elastic]
         largest = [max((float(each.detach().abs()) for each in kind), default=0.0) for kind in zip(*scalars, strict=True)]

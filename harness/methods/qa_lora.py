@@ -18,36 +18,26 @@ one text.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator as Generating
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from harness.errors import MethodError
-from harness.methods.protocols import Document, Network, Scheme, Shapes, check_uniform
-from harness.numerics.adapters import (
-    FrozenLinear,
-    LowRankLinear,
-    LowRankSettings,
-    check_dtype,
-    low_rank,
-    train_adapters,
-    unknown_linears,
-)
+from harness.methods.protocols import Scheme, Shapes, check_uniform
+from harness.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, check_dtype, low_rank
 from harness.numerics.grids import as_stored
 from harness.numerics.weights import QuantizedWeight, UniformWeight
 
 
-class Tuning:
+class Tuning(AdapterTuning):
     """Fine-tuning of adapters of group means, merged at the end."""
 
     version = 1
     needs = ("documents",)
     stochastic = True
     activation_aware = False
+    settings: Settings
 
     @dataclass(frozen=True)
     class Settings(LowRankSettings):
@@ -59,29 +49,20 @@ class Tuning:
             super().__post_init__()
             check_dtype("zero_dtype", self.zero_dtype)
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._linears: list[FrozenLinear] = []
-
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Integer grids of 2 to 8 bits whose groups divide every layer; `linears` must name linears of the model."""
-        return check_uniform(scheme, shapes) + unknown_linears(self.settings, [linear.name for linear in shapes.linears])
+        return check_uniform(scheme, shapes) + self.unknown_linears([linear.name for linear in shapes.linears])
 
     def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
-        """The quantized linear with an adapter of its groups' means, or frozen where it gets none."""
+        """The quantized linear with an adapter of its groups' means, or frozen where it gets none. Only of integer grids."""
         if not isinstance(weight, UniformWeight):
             raise MethodError(f'QA-LoRA merges into zero points of integer grids; "{weight.kind}" has none; use rounding=gptq')
-        adapted = self.settings.has_adapter(name)
-        linear = _PooledLinear(weight, bias, self.settings) if adapted else FrozenLinear(weight, bias)
-        self._linears.append(linear)
-        return linear
+        return super().linear(name, weight, bias, original)
 
-    def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
-        rng: Generator,
-    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
-        """Train on the documents; notes: mean losses of equal stretches of the steps, and the documents that were used."""
-        return (yield from train_adapters(student, self._linears, windows, self.settings, rng))
+    def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
+        """Factors as wide as there are groups."""
+        assert isinstance(weight, UniformWeight)
+        return _PooledLinear(weight, bias, self.settings)
 
 
 class _PooledLinear(LowRankLinear):

@@ -17,25 +17,23 @@ no paged optimizer and no gradient checkpointing, which change no numbers. Texts
 
 from __future__ import annotations
 
-from collections.abc import Generator as Generating
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import Tensor
 
-from harness.methods.protocols import Document, Network, Scheme, Shapes
-from harness.numerics.adapters import FrozenLinear, LowRankLinear, LowRankSettings, check_dtype, train_adapters, unknown_linears
+from harness.methods.protocols import Scheme, Shapes
+from harness.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, check_dtype
 from harness.numerics.weights import QuantizedWeight
 
 
-class Tuning:
+class Tuning(AdapterTuning):
     """Fine-tuning of low-rank adapters."""
 
     version = 1
     needs = ("documents",)
     stochastic = True
     activation_aware = False
+    settings: Settings
 
     @dataclass(frozen=True)
     class Settings(LowRankSettings):
@@ -47,27 +45,10 @@ class Tuning:
             super().__post_init__()
             check_dtype("adapter_dtype", self.adapter_dtype)
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._linears: list[FrozenLinear] = []
-
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""
-        return unknown_linears(self.settings, [linear.name for linear in shapes.linears])
+        return self.unknown_linears([linear.name for linear in shapes.linears])
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
-        """The quantized linear with an adapter, or frozen where it gets none."""
-        settings = self.settings
-        if settings.has_adapter(name):
-            linear: FrozenLinear = LowRankLinear(weight, bias, settings, weight.shape[1], settings.adapter_dtype)
-        else:
-            linear = FrozenLinear(weight, bias)
-        self._linears.append(linear)
-        return linear
-
-    def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
-        rng: Generator,
-    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
-        """Train on the documents; notes: mean losses of equal stretches of the steps, and the documents that were used."""
-        return (yield from train_adapters(student, self._linears, windows, self.settings, rng))
+    def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
+        """Factors as wide as the matrix."""
+        return LowRankLinear(weight, bias, self.settings, weight.shape[1], self.settings.adapter_dtype)

@@ -6,6 +6,7 @@ what the methods that train them share: their settings and the loop over documen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator as Generating
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -199,31 +200,49 @@ class Student(Protocol):
         ...
 
 
-def train_adapters(
-    student: Student, linears: Sequence[FrozenLinear], documents: Sequence[Document], settings: LowRankSettings, rng: Generator
-) -> Generating[tuple[int, int], None, dict[str, Any]]:
-    """Start and train the adapters of all linears. Yields (step, steps); notes: mean losses, and how many documents were used."""
-    adapted = [linear for linear in linears if isinstance(linear, LowRankLinear)]
-    for linear in adapted:
-        linear.start(rng)
-    kept = shorten(documents, settings.prompt_length, settings.answer_length)
-    if not kept:
-        raise MethodError("no document has a token to learn; see the calibration's text, prompt_length and answer_length")
-    parameters = [parameter for linear in adapted for parameter in linear.parameters()]
-    losses = yield from fine_tune(
-        student.logits, parameters, kept, rate=settings.rate, steps=settings.steps, batch=settings.batch,
-        micro_batch=settings.micro_batch, clip=settings.clip, rng=rng, what="fine-tuning of adapters",
-    )
-    return {"loss": losses, "documents": len(kept), "with_prompt": sum(document.prompt > 0 for document in kept)}
+class AdapterTuning(ABC):
+    """What tunings by adapters share: which linears get one, and the loop over documents. A method says what an adapter is."""
 
+    def __init__(self, settings: LowRankSettings) -> None:
+        self.settings = settings
+        self._linears: list[FrozenLinear] = []
 
-def unknown_linears(settings: LowRankSettings, names: Sequence[str]) -> list[str]:
-    """Reasons for entries of `linears` that name no linear of the model."""
-    known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return [unknown_name("linear", name, known, "linears") for name in settings.linears if name not in known]
+    @abstractmethod
+    def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
+        """A linear with its adapter, not yet started."""
+
+    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+        """The quantized linear with an adapter, or frozen where it gets none."""
+        linear = self.adapted(weight, bias) if self.settings.has_adapter(name) else FrozenLinear(weight, bias)
+        self._linears.append(linear)
+        return linear
+
+    def unknown_linears(self, names: Sequence[str]) -> list[str]:
+        """Reasons for entries of `linears` that name no linear of the model."""
+        known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        return [unknown_name("linear", name, known, "linears") for name in self.settings.linears if name not in known]
+
+    def tune(
+        self, student: Student, teacher: Student | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
+        rng: Generator,
+    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
+        """Start and train the adapters. Yields (step, steps); notes: mean losses, and how many documents were used."""
+        settings = self.settings
+        adapted = [linear for linear in self._linears if isinstance(linear, LowRankLinear)]
+        for linear in adapted:
+            linear.start(rng)
+        kept = shorten(windows, settings.prompt_length, settings.answer_length)
+        if not kept:
+            raise MethodError("no document has a token to learn; see the calibration's text, prompt_length and answer_length")
+        trained = [parameter for linear in adapted for parameter in linear.parameters()]
+        losses = yield from fine_tune(
+            student.logits, trained, kept, rate=settings.rate, steps=settings.steps, batch=settings.batch,
+            micro_batch=settings.micro_batch, clip=settings.clip, rng=rng, what="fine-tuning of adapters",
+        )
+        return {"loss": losses, "documents": len(kept), "with_prompt": sum(document.prompt > 0 for document in kept)}
 
 
 __all__ = [
-    "AdaptedWeight", "FrozenLinear", "LowRankLinear", "LowRankSettings", "check_dtype", "low_rank", "train_adapters",
-    "unknown_linears",
+    "AdaptedWeight", "AdapterTuning", "FrozenLinear", "LowRankLinear", "LowRankSettings", "Student", "check_dtype",
+    "low_rank",
 ]

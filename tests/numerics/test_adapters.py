@@ -17,7 +17,7 @@ from evidence import correlated_inputs, generator, random_weight
 from harness import plugins
 from harness.cell import WeightScheme
 from harness.errors import MethodError
-from harness.numerics.adapters import AdaptedWeight, FrozenLinear, LowRankLinear, LowRankSettings, low_rank, train_adapters
+from harness.numerics.adapters import AdaptedWeight, AdapterTuning, FrozenLinear, LowRankLinear, LowRankSettings, low_rank
 from harness.numerics.grids import as_stored
 from harness.numerics.learning import STRETCHES, Document, fine_tune, shorten
 from harness.numerics.weights import QuantizedWeight
@@ -139,6 +139,11 @@ def test_a_step_is_no_longer_than_its_clip() -> None:
     assert model.table.grad is not None and float(model.table.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
+class Plain(AdapterTuning):
+    def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
+        return LowRankLinear(weight, bias, self.settings, weight.shape[1])
+
+
 def test_what_cannot_be_learned_is_said() -> None:
     model = Bigram()
     with torch.no_grad():
@@ -146,4 +151,4 @@ def test_what_cannot_be_learned_is_said() -> None:
     with pytest.raises(MethodError, match=r"loss before step .* is nan; lower the learning rate"):
         tuned(model, documents([(0, 9)]))
     with pytest.raises(MethodError, match="no document has a token to learn"):
-        list(train_adapters(model, [], documents([(5, 0)]), LowRankSettings(), generator()))
+        list(Plain(LowRankSettings()).tune(model, None, [], documents([(5, 0)]), generator()))
