@@ -474,14 +474,14 @@ class _Pass(_Walk):
         else:
             weights, unseen = self._round_layers(job, index, before, statistics, hidden, references, gradients)
             notes |= {"rounded_to_nearest": unseen} if unseen else {}
-        self._assert_coverage(job, index, slots, before, weights)
-        # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
-        report = {"linears": self._errors(slots, tensors, weights, needs, statistics), "notes": notes}
         matrices = {slot.parameter for slot in slots}
         dense = {
             name: tensor for name, tensor in tensors.items()
             if name not in matrices and (name not in original or not torch.equal(tensor, original[name]))
         }
+        self._assert_coverage(job, index, slots, before, weights, dense)
+        # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
+        report = {"linears": self._errors(slots, tensors, weights, needs, statistics), "notes": notes}
         job.writer.write_block(index, weights, dense, report)
         job.added_bits += self._added_bits(index, dense)
         job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
@@ -627,9 +627,10 @@ class _Pass(_Walk):
         )
 
     def _assert_coverage(
-        self, job: _Job, index: int, slots: Sequence[Slot], before: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight]
+        self, job: _Job, index: int, slots: Sequence[Slot], before: Mapping[str, Tensor], weights: Mapping[str, QuantizedWeight],
+        dense: Mapping[str, Tensor],
     ) -> None:
-        """Every matrix of the family was returned, in its own shape and finite, and nothing else."""
+        """Every matrix of the family was returned, in its own shape and finite, nothing else; what changed besides is finite."""
         expected = {slot.name: tuple(slot.view(before[slot.parameter]).shape) for slot in slots}
         problems = [f"{name} was not quantized" for name in expected if name not in weights]
         problems += [f"{name} is no matrix of this block" for name in weights if name not in expected]
@@ -638,6 +639,7 @@ class _Pass(_Walk):
                 problems.append(f"{name} came back as {list(weight.shape)}, not {list(expected[name])}")
             elif name in expected and not bool(torch.isfinite(weight.dequantize()).all()):
                 problems.append(f"{name} came back with NaN or infinity")
+        problems += [f"{name} holds NaN or infinity" for name, tensor in dense.items() if not bool(torch.isfinite(tensor).all())]
         if problems:
             raise MethodError(f"{job.cell.title}, block {index}: " + "; ".join(problems))
 

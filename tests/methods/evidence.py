@@ -215,11 +215,16 @@ class FakeBlock:
         self.index = index
         self.shapes = llama_shapes(width, inner, heads, kv_heads)
         self.module: nn.Module = DecoderBlock(width, inner, heads, kv_heads, generator(seed))
-        self._inputs = correlated_inputs(width, sequences=sequences, length=length, seed=seed + 1)
+        self.calibration = correlated_inputs(width, sequences=sequences, length=length, seed=seed + 1)
         self._needs, self._basis = needs, basis
         self.notes: dict[str, Any] = {}
-        with torch.no_grad():
-            self._references = [self.module(x[None]) for x in self._inputs]
+        self.change(lambda block: None)
+
+    @torch.no_grad()
+    def change(self, how: Callable[[FakeBlock], None]) -> None:
+        """Another full-precision block: how(block) changes its parameters or its calibration inputs [sequences, length, width]."""
+        how(self)
+        self._references = [self.module(x[None]) for x in self.calibration]
         self.observe()
 
     def observe(self) -> None:
@@ -234,7 +239,7 @@ class FakeBlock:
             )
             for name in (*names, *regions)
         ]
-        for x in self._inputs:
+        for x in self.calibration:
             with torch.enable_grad():
                 self.module.zero_grad()
                 self.module(x[None]).square().mean().backward()
@@ -268,7 +273,7 @@ class FakeBlock:
         hold(self.linear(name), kind, value)
 
     def inputs(self) -> Sequence[Tensor]:
-        return [x[None] for x in self._inputs]
+        return [x[None] for x in self.calibration]
 
     def references(self) -> Sequence[Tensor]:
         return self._references
