@@ -32,7 +32,8 @@ app = typer.Typer(
 AXES = ("model", "method", "transform", "rounding", "scheme", "calibration", "cluster", "tracking")      # values: conf/<axis>/
 PLAIN_KEYS = (
     "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "batch_size", "fail_fast",
-    "export", "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.address", "tracking.uri",
+    "export", "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.gpu_memory",
+    "cluster.address", "tracking.uri",
 )
 INPUTS = ("quantized", "full_precision")
 GROUPS = (

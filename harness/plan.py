@@ -74,12 +74,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Scoring:
-    """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`."""
+    """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`.
+
+    devices: GPUs of one node that the model takes.
+    """
 
     cells: tuple[Cell, ...]
     evaluations: tuple[tuple[Evaluation, ...], ...]
     seconds: float | None
     peak_memory_bytes: int
+    devices: int = 1
 
     @property
     def count(self) -> int:
@@ -273,11 +277,42 @@ class _Checker:
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
             found += self._once(("evaluation", evaluation, cell.model), ask)
+        devices = self.devices(cell.model)
+        facts = plugins.find("evaluator") if devices is None or devices > 1 else {}
+        for evaluation in cell.evaluations:
+            if evaluation.evaluator in facts and facts[evaluation.evaluator].get("exclusive", False):
+                found.append(f"evaluation {evaluation.name}: measures one GPU, and the model takes several")
         return list(dict.fromkeys(found))
 
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def devices(self, model: Model) -> int | None:
+        """GPUs over which a model is spread: the fewest whose shares, and one block more, fit. None where no number is enough.
+
+        1 without GPUs here, and on a cluster elsewhere unless `cluster.gpu_memory` says how large its GPUs are.
+        """
+        shapes, free = self.shapes(model), self._gpu_bytes()
+        if shapes is None or free is None or model.dtype not in DTYPE_BYTES:
+            return 1
+        need, block = (
+            DTYPE_BYTES[model.dtype] * number
+            for number in (shapes.parameters, sum(linear.out_features * linear.in_features for linear in shapes.linears))
+        )
+        if need <= free * MEMORY_SHARE:
+            return 1
+        fits = (count for count in range(2, shapes.blocks + 1) if need / count + block <= free * MEMORY_SHARE)
+        return next(fits, None)
+
+    def _gpus(self) -> int:
+        return count_gpus() if uses_gpu(self.runtime) else 0
+
+    def _gpu_bytes(self) -> int | None:
+        cluster = self.runtime.cluster
+        if cluster.address:
+            return bytes_of(cluster.gpu_memory, "cluster.gpu_memory") if cluster.gpu_memory else None
+        return free_memory(self.runtime)[0] if uses_gpu(self.runtime) else None
 
     def _once(self, question: Hashable, ask: Callable[[], T]) -> T:
         if question not in self._answers:
@@ -300,8 +335,12 @@ class _Checker:
             reasons = [*reasons, f'model "{model.name}": dtype "{model.dtype}" is none of {", ".join(DTYPE_BYTES)}']
         free, where = free_memory(self.runtime)
         need = shapes.parameters * DTYPE_BYTES.get(model.dtype, 4)
-        if free is not None and need > free * MEMORY_SHARE:
+        devices = self.devices(model)
+        if free is not None and need > free * MEMORY_SHARE and (devices is None or devices > self._gpus()):
             takes = f'model "{model.name}" takes {size(need)} as {model.dtype} to evaluate'
+            if uses_gpu(self.runtime):
+                number = f"{devices} GPUs" if devices else "no number of GPUs is enough"
+                takes, where = f"{takes}: {number}", f"this machine has {_count(self._gpus(), 'GPU')}, of which the fullest"
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
 
@@ -544,7 +583,8 @@ def _scorings(
         shapes = checker.shapes(model)
         assert shapes is not None, "a model without shapes is refused"
         seconds = history.evaluate_seconds(cells, evaluations)
-        yield Scoring(tuple(cells), evaluations, seconds, shapes.parameters * DTYPE_BYTES[model.dtype])
+        need = shapes.parameters * DTYPE_BYTES[model.dtype]
+        yield Scoring(tuple(cells), evaluations, seconds, need, checker.devices(model) or 1)
 
 
 # --- estimates -------------------------------------------------------------------------------------------------------------------

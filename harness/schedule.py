@@ -14,7 +14,8 @@ What fails is tried again by a changed plan, or not at all in this run:
 
     a task dies or hangs       its unfinished checkpoints in two halves, until the one that it dies of is alone; the others finish
     killed while alone         once more, with nothing beside it
-    out of memory              in company: alone. Alone: with nothing beside it, evaluations in batches of 1. Then it has failed
+    out of memory              in company: alone. Alone: with nothing beside it, evaluations in batches of 1. Then evaluations
+                               on twice the GPUs as long as a node has them, at last with the model's blocks in main memory
     a node is lost             as it was, on another node, three times
     a cluster's head is lost   as it was, once another head has taken its place at the same address
 
@@ -85,11 +86,19 @@ class Message:
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are); share: of a GPU (0: none)."""
+    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are); share: of a GPU (0: none).
+
+    most: GPUs that one task can have, which are those of the largest node; 0 where tasks use none.
+    """
 
     slots: int
     threads: int
     share: float
+    most: int
+
+    def width(self, devices: int) -> int:
+        """Slots that a task on so many GPUs takes."""
+        ...
 
     def submit(self, number: int, task: Task) -> None: ...
 
@@ -116,6 +125,11 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
         return
     ends = time.monotonic() + seconds if seconds is not None else float("inf")
     executor = make_executor(plan.sweep.runtime, plan.workers)
+    wide = {each.cells[0].model.name: each.devices for each in plan.scorings if each.devices > max(1, executor.most)}
+    if wide:
+        executor.close()
+        asked = "; ".join(f'model "{name}" takes {devices} GPUs of one node to evaluate' for name, devices in wide.items())
+        raise ScheduleError(f"{asked}, and none has more than {executor.most}. Nothing was started. Leave it out, or add a node")
     board = _Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
     try:
         if isinstance(executor, RayCluster) and executor.dashboard:
@@ -141,7 +155,7 @@ def make_executor(runtime: Runtime, workers: int) -> Executor:
     if runtime.cluster.kind == "local" and not runtime.cluster.address:
         # A deadline needs a process that can be ended.
         if workers == 1 and not runtime.cluster.task_timeout_seconds:
-            return InProcess()
+            return InProcess(count_gpus() if runtime.device != "cpu" else 0)
         return Processes(workers, runtime)
     return RayCluster(runtime, workers)
 
@@ -168,13 +182,15 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Look:
-    """Cells to score in one task, otherwise as `_Walk`. batch_size 0: as the sweep says."""
+    """Cells to score in one task, otherwise as `_Walk`. batch_size 0: as the sweep says; devices, offload: as in `EvaluateTask`."""
 
     pairs: tuple[Pair, ...]
     losses: int = 0
     tried: bool = False
     apart: bool = False
     batch_size: int = 0
+    devices: int = 1
+    offload: bool = False
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -183,11 +199,16 @@ class _Look:
 
 @dataclass
 class _Job:
-    """A submitted task. unfinished: what has neither result nor failure: cell keys, or (cell key, evaluation) pairs."""
+    """A submitted task. unfinished: what has neither result nor failure: cell keys, or (cell key, evaluation) pairs.
+
+    width: slots that it takes.
+    """
 
     work: _Walk | _Look
     unfinished: set[Any]
     deadline: float
+    width: int = 1
+    started: bool = False
 
     @property
     def quantizes(self) -> bool:
@@ -206,6 +227,7 @@ class _Board:
         passes = in_order(plan.passes, 1 if cheapest_first else executor.slots)
         self._quantize = collections.deque(_Walk(each.cells, each.disk_bytes, apart=each.apart) for each in passes)
         self._careful = plan.careful
+        self._devices = {each.cells[0].model: each.devices for each in plan.scorings}
         self.full = ""                          # why no checkpoint may be begun, where the store has reached its quota
         unmade = {quantize_key(cell) for each in plan.passes for cell in each.cells}
         self._waiting: dict[str, list[Pair]] = {}
@@ -220,12 +242,13 @@ class _Board:
 
     def _make_ready(self, cell: Cell, evaluations: tuple[Evaluation, ...]) -> None:
         """Give a cell to be scored: by itself what needs its device for itself, and what memory ran out for before."""
+        devices = self._devices[cell.model]
         exclusive = tuple(e for e in evaluations if self._needs_all(e))
         if exclusive:
-            self._again.append(_Look(((cell, exclusive),), apart=True))
+            self._again.append(_Look(((cell, exclusive),), apart=True, devices=devices))
         others = tuple(e for e in evaluations if e not in exclusive)
         if others and cell_key(cell) in self._careful:
-            self._again.append(_Look(((cell, others),), batch_size=1))
+            self._again.append(_Look(((cell, others),), batch_size=1, devices=devices))
         elif others:
             self._ready.setdefault(cell.model, []).append((cell, others))
 
@@ -237,21 +260,30 @@ class _Board:
     def submit(self) -> bool:
         """Fill the free slots; True when anything was submitted."""
         submitted = False
-        while (free := self.executor.slots - len(self.running)) > 0 and self._submit_one(free):
+        while (free := self.executor.slots - sum(job.width for job in self.running.values())) > 0 and self._submit_one(free):
             submitted = True
         return submitted
 
+    def _width(self, look: _Look) -> int:
+        """Slots of a task; what takes more than there are waits for all of them."""
+        return min(self.executor.slots, self.executor.width(look.devices))
+
     def _submit_one(self, free: int) -> bool:
         """Scores before checkpoints: a number to look at is worth more than a checkpoint to wait with."""
-        if any(job.work.apart for job in self.running.values()):
-            return False
+        if any(job.work.apart or (job.width > 1 and not job.started) for job in self.running.values()):
+            return False                        # one that waits for several GPUs of a node would wait for ever beside small ones
         if self._again and not self._again[0].apart:
+            if self._width(self._again[0]) > free:
+                return False
             self._start(self._again.popleft())
         elif any(self._ready.values()):
-            model = max(self._ready, key=lambda model: len(self._ready[model]))
-            share = max(1, -(-len(self._ready[model]) // free))
+            model = max(self._ready, key=lambda model: (bool(self._ready[model]), self._devices[model], len(self._ready[model])))
+            width = self._width(_Look((), devices=self._devices[model]))
+            if width > free:
+                return False
+            share = max(1, -(-len(self._ready[model]) // (free // width)))
             chosen, self._ready[model] = self._ready[model][:share], self._ready[model][share:]
-            self._start(_Look(tuple(chosen)))
+            self._start(_Look(tuple(chosen), devices=self._devices[model]))
         elif self._quantize and not self._quantize[0].apart and self._has_room(self._quantize[0]):
             self._start(self._quantize.popleft())
         elif not self.running and self._again:
@@ -281,10 +313,12 @@ class _Board:
             task, unfinished = QuantizeTask(work.cells, **common), set(map(cell_key, work.cells))
         else:
             wanted = tuple(evaluations for _, evaluations in work.pairs)
-            task = EvaluateTask(work.cells, wanted, batch_size=work.batch_size or self.runtime.batch_size, **common)
+            size = work.batch_size or self.runtime.batch_size
+            task = EvaluateTask(work.cells, wanted, batch_size=size, devices=work.devices, offload=work.offload, **common)
             unfinished = {(cell_key(cell), e.name) for cell, evaluations in work.pairs for e in evaluations}
         self._number += 1
-        self.running[self._number] = _Job(work, unfinished, self._deadline())
+        width = self._width(work) if isinstance(work, _Look) else 1
+        self.running[self._number] = _Job(work, unfinished, self._deadline(), width)
         self.executor.submit(self._number, task)
 
     def _deadline(self) -> float:
@@ -311,7 +345,7 @@ class _Board:
                 yield self._failed(job, news)
             case TaskStarted():
                 # A task may have waited for a slot of the cluster; its time counts from here.
-                job.deadline = self._deadline()
+                job.deadline, job.started = self._deadline(), True
                 yield news
             case _:
                 yield news
@@ -419,19 +453,35 @@ class _Board:
         return False
 
     def _with_more_room(self, job: _Job, lost: set[Any], smaller: bool) -> bool:
-        """Each checkpoint or cell alone; what was alone, with nothing beside it and in batches of 1; what had that, not again.
+        """Each checkpoint or cell alone; what was alone, with nothing beside it and in batches of 1; evaluations then on twice the
+        GPUs, and at last with blocks in main memory. What had all that, not again.
 
-        smaller: whether smaller batches are a change; a task that reports its own end has tried them.
+        smaller: whether smaller batches are a change; a task that reports its own end has tried them. One that could not was ended
+        for the memory of its host, which more GPUs do not help.
         """
+        host = smaller
         alone = len({quantize_key(cell) for cell in job.work.cells}) == 1
         smaller = smaller and isinstance(job.work, _Look) and (job.work.batch_size or self.runtime.batch_size) != 1
         if not alone:
             self._give(job, self._each(job, lost), tried=True)
         elif (self.executor.slots > 1 and not job.work.apart) or smaller:
             self._give(job, [lost], tried=True, apart=True, batch_size=1)
+        elif not host and isinstance(job.work, _Look) and self.executor.most and not self._measures(job.work):
+            if job.work.offload:
+                return False
+            more = min(2 * job.work.devices, self.executor.most)
+            changes = {"devices": more} if more > job.work.devices else {"devices": 1, "offload": True}
+            self._give(job, [lost], tried=True, batch_size=1, **changes)
         else:
             return False
         return True
+
+    @staticmethod
+    def _measures(look: _Look) -> bool:
+        """An evaluation measures the device that it is on: several, or one that waits for main memory, are another."""
+        facts = plugins.find("evaluator")
+        named = {evaluation.evaluator for _, wanted in look.pairs for evaluation in wanted}
+        return any(name in facts and facts[name].get("exclusive", False) for name in named)
 
     def _each(self, job: _Job, unfinished: set[Any]) -> list[set[Any]]:
         """Unfinished work, one set per checkpoint."""
@@ -487,8 +537,12 @@ class InProcess:
     threads = 0
     share = 1.0
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 0) -> None:
+        self.most = most
         self._current: tuple[int, Iterator[Event]] | None = None
+
+    def width(self, devices: int) -> int:
+        return 1
 
     def submit(self, number: int, task: Task) -> None:
         self._current = number, work.run(task)
@@ -518,7 +572,7 @@ class InProcess:
 
 
 class Processes:
-    """A fresh process per task on this machine. Each sees one of its GPUs, where there are any.
+    """A fresh process per task on this machine. Each sees as many of its GPUs as the task needs, where there are any.
 
     A worker reads its task as JSON from its standard input and writes events as lines of JSON to a pipe; what libraries print goes
     to a file, whose end is the detail of a failure.
@@ -529,16 +583,23 @@ class Processes:
         self.threads = max(1, count_cores() // workers)
         self._gpus = count_gpus() if runtime.device != "cpu" else 0
         self._hidden = runtime.device == "cpu"
-        self.share = min(1.0, self._gpus / workers)
+        self.share, self.most = min(1.0, self._gpus / workers), self._gpus
         self._news: queue.Queue[Message] = queue.Queue()
-        self._running: dict[int, tuple[subprocess.Popen[str], int]] = {}
+        self._running: dict[int, tuple[subprocess.Popen[str], list[int]]] = {}
+
+    def width(self, devices: int) -> int:
+        """Where tasks share GPUs, one that needs several has the machine to itself."""
+        if devices <= 1:
+            return 1
+        return self.slots if self._gpus < self.slots else -(-devices // (self._gpus // self.slots))
 
     def submit(self, number: int, task: Task) -> None:
-        taken = {place for _, place in self._running.values()}
-        place = next(place for place in range(self.slots) if place not in taken)
+        devices = getattr(task, "devices", 1)
+        taken = {place for _, places in self._running.values() for place in places}
+        places = [place for place in range(self.slots) if place not in taken][: self.width(devices)]
         environment = {**os.environ, **process_environment(self.threads)}
         if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible_gpu(place % self._gpus)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpu(index) for index in self._gpus_of(places)[:devices])
         elif self._hidden:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         ours, theirs = os.pipe()
@@ -548,11 +609,18 @@ class Processes:
             command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=(theirs,), text=True,
         )
         os.close(theirs)
-        self._running[number] = process, place
+        self._running[number] = process, places
         threading.Thread(target=self._listen, args=(number, process, ours, printed), daemon=True).start()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:          # one that died at once is told of by its exit
             json.dump(encode(task), process.stdin)
+
+    def _gpus_of(self, places: Sequence[int]) -> list[int]:
+        """The GPUs of slots: each has some of its own, or shares one with others."""
+        each = max(1, self._gpus // self.slots)
+        if len(places) == self.slots:
+            return list(range(self._gpus))
+        return [index % self._gpus for place in places for index in range(place * each, (place + 1) * each)]
 
     def _listen(self, number: int, process: subprocess.Popen[str], pipe: int, printed: IO[str]) -> None:
         with open(pipe, encoding="utf-8") as lines, printed:
@@ -703,6 +771,7 @@ class RayCluster:
         gpus = cluster.gpus_per_task if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda") else 0.0
         self._asked = {"CPU": float(self.threads), "GPU": gpus}
         self.share = min(1.0, gpus)
+        self.most = self._count_most(nodes)
         self._check(nodes)
         self.slots = self._count_slots(nodes)
         self._head = "" if self._started else str(self._ray.get_runtime_context().gcs_address)
@@ -765,6 +834,12 @@ class RayCluster:
         fit = sum(min(int(node.get(name, 0) / amount) for name, amount in wanted) for node in nodes)
         return max(1, fit if self._address else min(self._workers, fit))
 
+    def _count_most(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        return int(max((node.get("GPU", 0) for node in nodes), default=0)) if self._asked["GPU"] else 0
+
+    def width(self, devices: int) -> int:
+        return 1 if devices <= 1 else max(1, -int(-devices // self._asked["GPU"]))
+
     def _check(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """A request that no node can meet would wait in silence."""
         wanted = self._asked
@@ -814,7 +889,9 @@ class RayCluster:
         )
 
     def submit(self, number: int, task: Task) -> None:
-        self._running[number] = self._remote.remote(encode(task), self._shared)
+        devices = getattr(task, "devices", 1)
+        remote = self._remote.options(num_gpus=max(devices, self._asked["GPU"])) if devices > 1 else self._remote
+        self._running[number] = remote.remote(encode(task), self._shared)
         self._heard[number], self._around[number] = time.monotonic(), self._alive
 
     def wait(self) -> list[Message]:
@@ -857,7 +934,8 @@ class RayCluster:
         self._looked = now
         if _answers(self._head):
             self._answered = now
-            self.slots = self._count_slots(self._living())
+            nodes = self._living()
+            self.slots, self.most = self._count_slots(nodes), self._count_most(nodes)
             return []
         if now - self._answered < HEAD_SECONDS:
             return []
@@ -879,7 +957,7 @@ class RayCluster:
                 self._connect(self._address, self._settings)
                 nodes = self._joined(ends - time.monotonic())
                 self._check(nodes)
-                self.slots = self._count_slots(nodes)
+                self.slots, self.most = self._count_slots(nodes), self._count_most(nodes)
                 self._looked = self._answered = time.monotonic()
                 return
             self._ray.shutdown()

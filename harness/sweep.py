@@ -136,6 +136,7 @@ class Cluster:
     address: str = ""
     workers: int = 0
     gpus_per_task: float = 1.0
+    gpu_memory: str = ""                        # of one GPU of a cluster at an address, "80GB"; a larger model takes several
     task_timeout_seconds: float = 0.0           # 0: none
     settings: dict[str, Any] = field(default_factory=dict)
 

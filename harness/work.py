@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -62,7 +63,11 @@ class QuantizeTask:
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Score cells of one model; evaluations[i] are those of cells[i]. batch_size 0: chosen by the evaluator. The rest as above."""
+    """Score cells of one model; evaluations[i] are those of cells[i]. batch_size 0: chosen by the evaluator. The rest as above.
+
+    devices  GPUs over which the model is spread, where it is too large for one
+    offload  its blocks stay in main memory and visit the GPU to run
+    """
 
     cells: tuple[Cell, ...]
     evaluations: tuple[tuple[Evaluation, ...], ...]
@@ -72,6 +77,8 @@ class EvaluateTask:
     batch_size: int = 0
     command: str = ""
     share: float = 1.0
+    devices: int = 1
+    offload: bool = False
 
 
 Task = QuantizeTask | EvaluateTask
@@ -81,7 +88,8 @@ def run(task: Task) -> Iterator[Event]:
     """The events of a task of either kind, between one TaskStarted and one TaskEnded. Raises nothing but what ends a process."""
     began, keys = time.monotonic(), tuple(map(cell_key, task.cells))
     try:
-        device = prepare(task.device, task.threads, task.share)
+        devices = task.devices if isinstance(task, EvaluateTask) else 1
+        device = prepare(task.device, task.threads, task.share, devices)
     except HarnessError as error:
         yield failure(error, keys, "task")
         return
@@ -221,6 +229,8 @@ def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     import harness.runtime.load  # noqa: F401  (both before the freeze below)
 
     facts = provenance.collect(device_name(device), _threads(), task.command, store)
+    if device != "cpu" and (task.devices > 1 or task.offload):
+        facts = {**facts, "devices": task.devices, "offload": task.offload}
     gc.freeze()                                 # else each collection between two models walks all of torch: 0.2 s
     try:
         yield from _evaluate_cells(task, store, device, facts)
@@ -241,28 +251,30 @@ def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mappin
                     yield _scored(key, evaluation, under_name(score, evaluation.name))
             if missing:
                 try:
-                    yield from _evaluate_cell(cell, missing, store, device, task.batch_size, facts)
+                    yield from _evaluate_cell(cell, missing, store, device, task, facts)
                 except Exception as error:
                     yield failure(error, (key,), "load")
         release(device)
 
 
 def _evaluate_cell(
-    cell: Cell, evaluations: Sequence[Evaluation], store: Store, device: str, batch_size: int, facts: Mapping[str, Any]
+    cell: Cell, evaluations: Sequence[Evaluation], store: Store, device: str, task: EvaluateTask, facts: Mapping[str, Any]
 ) -> Iterator[Event]:
     from harness.evaluators.protocols import Subject
     from harness.runtime.load import load
 
     key, folder = cell_key(cell), sources.model_folder(cell.model)
     manifest = store.manifest(quantize_key(cell))
+    spread = [f"cuda:{index}" for index in range(task.devices)] if device != "cpu" and task.devices > 1 else []
+    place = functools.partial(load, device=device, devices=spread, offload=task.offload and device != "cpu")
     if manifest is None:
         raise HarnessError(f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again")
     if cell.method.is_baseline:
-        model, tokenizer = load(cell, folder, None, device)
+        model, tokenizer = place(cell, folder, None)
     else:
         with store.reading(quantize_key(cell)) as checkpoint:
-            model, tokenizer = load(cell, folder, checkpoint, device)
-    subject = Subject(cell, model, tokenizer, device, batch_size, manifest, folder, store.root / "cache")
+            model, tokenizer = place(cell, folder, checkpoint)
+    subject = Subject(cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache")
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:
         try:
@@ -321,8 +333,8 @@ def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Score
 # --- the process -----------------------------------------------------------------------------------------------------------------
 
 
-def prepare(device: str, threads: int, share: float = 1.0) -> str:
-    """Set this process up for a task and return its device. Raises HarnessError for a device that is not there.
+def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> str:
+    """Set this process up for a task and return its device, of several the first. Raises HarnessError for one that is not there.
 
     share: of the card's memory that this process may allocate; beyond it torch runs out of memory here and not in a neighbour.
     """
@@ -341,6 +353,12 @@ def prepare(device: str, threads: int, share: float = 1.0) -> str:
         return "cpu"
     if not available:
         raise HarnessError(f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto')
+    if devices > 1:
+        if torch.cuda.device_count() < devices:
+            raise HarnessError(f"the task needs {devices} GPUs, and this process sees {torch.cuda.device_count()}")
+        for index in range(devices):
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+        return "cuda:0"
     device = "cuda" if device == "auto" else device
     torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.device(device).index or 0)
     torch.cuda.reset_peak_memory_stats()

@@ -103,6 +103,24 @@ def test_a_model_too_large_for_this_machine_is_a_reason(demo_sweep: Make, monkey
     assert all("to evaluate" in refusal.reasons[0] for refusal in plan.refused) and plan.refused
 
 
+def test_a_model_too_large_for_one_gpu_takes_several(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_perplexity", "device=auto")
+    need, cards = plan_of(sweep).scorings[0].peak_memory_bytes, [4]
+    monkeypatch.setattr(PLAN, "count_gpus", lambda: cards[0])
+    monkeypatch.setattr(PLAN, "free_memory", lambda runtime: (int(need * free / PLAN.MEMORY_SHARE) + 1, "the GPU"))
+    for free, devices in ((1.0, 1), (0.9, 2), (0.55, 3)):                       # a quarter of the blocks beside each share
+        assert [each.devices for each in plan_of(sweep).scorings] == [devices], free
+    cards[0] = 2
+    (reason,) = {refusal.reasons[0] for refusal in plan_of(sweep).refused}
+    assert "as float32 to evaluate: 3 GPUs; this machine has 2 GPUs" in reason
+    measured = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_efficiency", "device=auto")
+    cards[0] = 4
+    assert all("measures one GPU" in refusal.reasons[0] for refusal in plan_of(measured).refused) and plan_of(measured).refused
+    elsewhere = Cluster("ray", address="10.0.0.1:6379", gpu_memory=f"{need * 0.9 / PLAN.MEMORY_SHARE / 1e6:.3f}MB")
+    plan = plan_of(dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=elsewhere)))
+    assert [each.devices for each in plan.scorings] == [2]
+
+
 def test_too_small_a_disk_is_a_problem_of_the_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Disk, "free_bytes", lambda self, root: 10)
     plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))

@@ -41,6 +41,10 @@ class Script:
 
     threads = 1
     share = 0.0
+    most = 0
+
+    def width(self, devices: int) -> int:
+        return devices
 
     def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int = 1) -> None:
         self.act, self.slots = act, slots
@@ -199,6 +203,67 @@ def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_swee
     assert sum(isinstance(event, Scored) for event in events) == 1
 
 
+def wide(plan: Plan, devices: int) -> Plan:
+    """The plan of models that take so many GPUs each."""
+    return dataclasses.replace(plan, scorings=tuple(dataclasses.replace(each, devices=devices) for each in plan.scorings))
+
+
+class Cards(Script):
+    """Slots are GPUs of one node; a task ends when the board waits. running: GPUs in use by every task, when one begins."""
+
+    share = 1.0
+
+    def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int, most: int) -> None:
+        super().__init__(act, slots)
+        self.most, self.held, self.used = most, {}, []                          # type: ignore[var-annotated]
+
+    def submit(self, number: int, task: Task) -> None:
+        self.held[number] = getattr(task, "devices", 1)
+        self.used.append(sum(self.held.values()))
+        self.queue.append(Message(number, TaskStarted(0.0, ())))
+        super().submit(number, task)
+
+    def wait(self) -> list[Message]:
+        messages = super().wait()
+        for message in messages:
+            if isinstance(message.news, Exit):
+                del self.held[message.number]
+        return messages
+
+
+def test_a_model_on_several_gpus_takes_as_many_slots(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Cards(well, slots=4, most=4)
+    events = play(wide(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), 2), script, monkeypatch)
+    looks = [task for task in script.tasks if isinstance(task, EvaluateTask)]
+    assert {task.devices for task in looks} == {2} and sum(isinstance(event, Scored) for event in events) == 5
+    assert max(script.used) == 4 and len(looks) > 1                             # two at once, never three
+
+
+def test_more_gpus_than_a_node_has_are_refused_before_any_work(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Cards(well, slots=8, most=1)                                       # eight nodes of one GPU
+    with pytest.raises(ScheduleError, match=r'model "demo" takes 2 GPUs of one node .*none has more than 1\. Nothing was started'):
+        play(wide(plan_of(demo_sweep("method=rtn", "scheme=w4", *SMALL)), 2), script, monkeypatch)
+    assert not script.tasks and script.closed
+
+
+def test_memory_that_ran_out_on_a_gpu_is_tried_on_more_and_then_with_blocks_in_main_memory(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never unchanged, and the last step is the last."""
+    def act(task: Task) -> list[Event | Exit]:
+        if isinstance(task, EvaluateTask) and not (task.offload and succeeds):
+            return [Failed(0.0, (cell_key(cell),), stage="load", kind="out_of_memory") for cell in task.cells] + [Exit()]
+        return well(task)
+
+    for succeeds in (True, False):
+        script = Cards(act, slots=4, most=4)
+        events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
+        tried = [(t.batch_size, t.devices, t.offload) for t in script.tasks if isinstance(t, EvaluateTask)]
+        assert tried == [(0, 1, False), (1, 1, False), (1, 2, False), (1, 4, False), (1, 1, True)]
+        assert sum(isinstance(event, Scored) for event in events) == succeeds
+        assert [e.retry for e in events if isinstance(e, Failed)] == [True] * 4 + [False] * (not succeeds)
+
+
 def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cell of the same method on the same or a larger model walks alone from the start; its plan says why."""
     def act(task: Task) -> list[Event | Exit]:
@@ -289,6 +354,36 @@ def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(demo_sweep: Make,
             executor.submit(1, QuantizeTask((), "runs"))
     assert seen == ["0", ""]
     assert schedule.process_environment(1)["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"
+
+
+class Ended:
+    """A process that has ended well."""
+
+    def __init__(self) -> None:
+        self.stdin = open(os.devnull, "w")      # closed by who writes to it
+
+    def wait(self, seconds: float = 0.0) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("workers", "devices", "expected"), [(4, 2, ["0,1", "2,3"]), (2, 3, ["0,1,2"]), (8, 2, ["0,1"])])
+def test_workers_see_the_gpus_of_their_task(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, workers: int, devices: int, expected: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def start(command: Any, env: dict[str, str], **others: Any) -> Any:
+        seen.append(env["CUDA_VISIBLE_DEVICES"])
+        return Ended()
+
+    monkeypatch.setattr(schedule, "count_gpus", lambda: 4)
+    monkeypatch.setattr(schedule.subprocess, "Popen", start)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    executor = Processes(workers, dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto"))
+    assert executor.most == 4
+    for number in range(workers // executor.width(devices)):
+        executor.submit(number, EvaluateTask((), (), "runs", devices=devices))
+    assert seen == expected
 
 
 def test_a_worker_killed_under_one_cell_is_given_it_once_more(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,12 +145,17 @@ class Reference:
         if self._model is None:
             from transformers import AutoModelForCausalLM
 
+            from harness.runtime import placement
+
             options = {"dtype": getattr(torch, cell.model.dtype), "trust_remote_code": cell.model.trust_remote_code}
             try:
                 loaded = AutoModelForCausalLM.from_pretrained(self.subject.model_folder, **options)
             except (OSError, ValueError) as error:
                 raise EvaluationError(f"{cell.model.name}: the full-precision reference cannot be loaded: {error}") from error
-            self._model = loaded.to(self.subject.device).eval()
+            placed = getattr(self.subject.model, "hf_device_map", None)
+            if placed:
+                placement.spread(loaded, placed)
+            self._model = (loaded if placed else loaded.to(self.subject.device)).eval()
         return self._model
 
 

@@ -173,7 +173,7 @@ def _logits_at(model: Any, ids: Tensor, positions: Tensor, sees: Tensor, nodes: 
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = arguments[0]
-        return (hidden.reshape(1, -1, hidden.shape[-1])[:, nodes], *arguments[1:])
+        return (hidden.reshape(1, -1, hidden.shape[-1])[:, nodes.to(hidden.device)], *arguments[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:

@@ -1,13 +1,14 @@
 """A cell's model, ready to run: the transformers model with quantized linears, rounded activations and a rounded cache.
 
 Weights come tensor by tensor: what is not quantized from the source model, the rest from the checkpoint. Peak memory: the model in
-its dtype (mode "dense"), in its packed size (mode "packed") or one byte per weight (mode "native"), and one block.
+its dtype (mode "dense"), in its packed size (mode "packed") or one byte per weight (mode "native"), and one block. A model that is
+too large for one device is spread over several as it is read, or its blocks stay on the CPU until they run.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from harness.models import family_of, read_config
 from harness.models.protocols import DecoderFamily, Slot, get_tensor, set_tensor, tied
 from harness.numerics.inputs import attach_all, of_module
 from harness.numerics.weights import DenseWeight
-from harness.runtime import activations, kv_cache
+from harness.runtime import activations, kv_cache, placement
 from harness.runtime.activations import ActivationQuantizer
 from harness.runtime.linear import QuantizedLinear
 from harness.streaming.calibration import draw_windows
@@ -31,11 +32,14 @@ from harness.streaming.weights import DTYPES, WeightReader
 
 
 def load(
-    cell: Cell, model_folder: Path, checkpoint: Path | None, device: str = "cpu", mode: str = "dense"
+    cell: Cell, model_folder: Path, checkpoint: Path | None, device: str = "cpu", mode: str = "dense",
+    devices: Sequence[str] = (), offload: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """The model of a cell and its tokenizer, in eval mode on the device.
 
     checkpoint: folder of the cell's checkpoint; None for the full-precision baseline.
+    devices: where there are several, the model is spread over them; the first must be `device`.
+    offload: its blocks stay on the CPU and visit the device to run.
     Raises StoreError for a damaged or foreign checkpoint, ModelError for a model that cannot be read, MethodError for a scheme
     that cannot be executed.
     """
@@ -46,7 +50,10 @@ def load(
     config = family.config(data)
     reader, dtype = WeightReader(model_folder), DTYPES[cell.model.dtype]
     model = family.skeleton(config, dtype)
-    target = torch.device(device)
+    placed = placement.device_map(model, family, devices if len(devices) > 1 else [device])
+    if offload:
+        placed |= {name: "cpu" for name in placed if name.startswith(f"{family.blocks_name}.")}
+    where = functools.partial(placement.device_of, placed, family)
     count = len(family.blocks(model))
     quantized = stored is not None and stored.manifest["blocks"] > 0
     if stored is not None and quantized and stored.manifest["blocks"] != count:
@@ -54,16 +61,22 @@ def load(
     if not quantized and not cell.method.is_baseline:
         raise StoreError(f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given")
 
-    _load_ends(model, family, reader, stored, dtype, target)
+    _load_ends(model, family, reader, stored, dtype, where)
     quantizers: list[ActivationQuantizer] = []
     for index in range(count):
+        target = where(family.block_prefix(index))
         content = stored.block(index, target) if stored is not None and quantized else None
         quantizers += _load_block(cell, model, family, config, reader, index, content, dtype, target, mode)
     for name, buffer in list(model.named_buffers()):
-        set_tensor(model, name, buffer.to(target))
+        set_tensor(model, name, buffer.to(where(name)))
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if left:
         raise ModelError(f"{model_folder}: no weights for {', '.join(left[:8])}")
+
+    if offload:
+        placement.offload(list(family.blocks(model)), torch.device(device))
+    elif len(set(placed.values())) > 1:
+        placement.spread(model, placed)
 
     if (model_folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
@@ -86,7 +99,7 @@ def _check(cell: Cell, shapes: Shapes) -> None:
 
 def _load_ends(
     model: PreTrainedModel, family: DecoderFamily, reader: WeightReader, stored: Checkpoint | None, dtype: torch.dtype,
-    device: torch.device,
+    where: Callable[[str], torch.device],
 ) -> None:
     """Everything outside the blocks. A tied head stays one tensor, unless the checkpoint holds a head of its own."""
     changed = stored.ends() if stored is not None else {}
@@ -95,11 +108,11 @@ def _load_ends(
     outside = [name for name in model.state_dict() if not name.startswith(inside)]
     for name in outside:
         if name in changed:
-            set_tensor(model, name, changed[name].to(device, dtype))
+            set_tensor(model, name, changed[name].to(where(name), dtype))
         elif name not in same:
             source = next((alias for alias, of in same.items() if of == name and family.has(reader, alias)), name)
             held = name if family.has(reader, name) else source
-            set_tensor(model, name, family.read(reader, held, dtype, device))
+            set_tensor(model, name, family.read(reader, held, dtype, where(name)))
     for name, of in same.items():
         if name in outside and name not in changed:
             parent, _, leaf = name.rpartition(".")
