@@ -252,7 +252,9 @@ def track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], pla
     }
     name = f"{diagnosis.model} · {diagnosis.bits} bits"
     open_this = "*Artifacts*: figures, `linears.csv`, `diagnosis.json`. *Model metrics*: every matrix, the block as step."
-    text = f"**{name}**\n\n```\n{render(diagnosis)}\n```\n\n{open_this}"
+    shown = render(diagnosis)
+    outcome = shown.split("\n\n")[-1].splitlines()[0]               # first: MLflow folds what follows
+    text = f"**{name}** — {outcome}\n\n{open_this}\n\n```\n{shown}\n```"
     try:
         return f"\nMLflow: {tracking.keep_diagnosis(runtime, name, record, curves, text, place)}"
     except TrackingError as error:
