@@ -121,6 +121,7 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
     optional = {
         "harness.evaluators.lm_eval_tasks", "harness.formats.compressed_tensors", "harness.formats.peft",
         "harness.evaluators.tasks.summaries", "harness.evaluators.tasks.translations",      # functions of lm-eval's task files
+        "harness.runtime.placement",                            # accelerate, and only where a model exceeds one device
     }
     packages = ("numerics", "streaming", "methods", "models", "formats", "runtime", "evaluators")
     wrong = [
