@@ -271,7 +271,7 @@ class MLflowTracker(_Connection):
             metrics = record.metrics()
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
             new = {name: value for name, value in finite.items() if run.data.metrics.get(_metric_name(name)) != value}
-            params = {name: value for name, value in _params(record.cell).items() if name not in run.data.params}
+            params = {name: value for name, value in _params(record).items() if name not in run.data.params}
             tags = {"harness.state": state, "harness.evaluations": ", ".join(sorted(record.scores)) or "none yet"}
             tags["mlflow.note.content"] = _cell_description(record, state)
             diverged = [f"{name} = {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)]
@@ -641,8 +641,12 @@ def _curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
     return curves
 
 
-def _params(cell: Cell) -> dict[str, Any]:
-    """The cell, flat, under the names that its YAML has; what a reader filters by stands first."""
+def _params(record: Record) -> dict[str, Any]:
+    """The cell, flat, under the names that its YAML has; what a reader filters by stands first.
+
+    The bits of a baseline are those of its weights as stored, and not said before they are known: a param is written once.
+    """
+    cell = record.cell
     flat = naming.flatten(cell)
     first = {
         "model": flat.pop("model.name"),
@@ -655,6 +659,9 @@ def _params(cell: Cell) -> dict[str, Any]:
     for slot in ("transform", "rounding", "tuning"):
         if f"{slot}.name" in flat:
             first[slot] = flat.pop(f"{slot}.name")
+    if cell.method.is_baseline and not (cell.scheme.activation or cell.scheme.kv):
+        stored = record.metrics().get("checkpoint/bits_per_weight")
+        first.pop("bits") if stored is None else first.update(bits=f"{stored:g}")
     renamed = {name.removeprefix("scheme."): value for name, value in flat.items()}
     return {**first, **{name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in renamed.items()}}
 

@@ -20,7 +20,7 @@ from synthetic_sweep import LLAMA, cells, fill, make_sweep
 from harness.cell import Model, cell_key, score_key
 from harness.errors import TrackingError
 from harness.plots import figures, save
-from harness.store import Store
+from harness.store import Record, Store
 from harness.sweep import Runtime, Sweep, Tracking
 from harness.tables import build_all
 from harness.tracking import (
@@ -271,9 +271,13 @@ def test_names_of_runs_and_curves() -> None:
 
 
 def test_params_are_flat_and_short() -> None:
-    params = _params(cells(LLAMA, ("gptq",), (4,))[1])
+    baseline, gptq = cells(LLAMA, ("gptq",), (4,))
+    params = _params(Record(gptq, "", ""))
     assert all(isinstance(value, str | int | float | bool) for value in params.values())
     assert params["weight.bits"] == 4 and params["rounding"] == "gptq" and params["seed"] == 0
+    baseline = dataclasses.replace(baseline, model=dataclasses.replace(baseline.model, dtype="float32"))
+    assert "bits" not in _params(Record(baseline, "", ""))
+    assert _params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"      # as tables say: what is stored
 
 
 def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> None:
