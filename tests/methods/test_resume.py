@@ -21,7 +21,7 @@ from harness.cell import Calibration, Cell, freeze, quantize_key, to_json, untun
 from harness.demo.tiny import build
 from harness.errors import StoreError
 from harness.events import Event, Failed, Progress
-from harness.formats.native import CheckpointWriter
+from harness.formats.native import DENSE, CheckpointWriter
 from harness.numerics.weights import QuantizedWeight
 from harness.store import Store
 from harness.streaming.passes import run_pass
@@ -126,6 +126,28 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
+def tensor_bytes(folder: Path, *, quantized: bool = True) -> int:
+    """Bytes of the matrices in the block files of a checkpoint, by their headers; not quantized: of all tensors."""
+    total = 0
+    for path in sorted(folder.glob("block-*.safetensors")):
+        data = path.read_bytes()
+        header = int.from_bytes(data[:8], "little")
+        sizes = {
+            name: entry["data_offsets"][1] - entry["data_offsets"][0]
+            for name, entry in json.loads(data[8 : 8 + header]).items() if name != "__metadata__"
+        }
+        assert sum(sizes.values()) == len(data) - 8 - header
+        total += sum(size for name, size in sizes.items() if not (quantized and name.startswith(DENSE)))
+    return total
+
+
+def sizes_are_those_on_disk(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    elements = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest["linears"])
+    assert manifest["bits_per_weight"] * elements / 8 == pytest.approx(tensor_bytes(folder), rel=1e-9)
+    assert manifest["stored_bytes"] >= tensor_bytes(folder)
+
+
 def test_every_method_was_walked(walked: Walked) -> None:
     assert set(walked.cells) == set(METHODS) and not walked.failures
 
@@ -136,6 +158,11 @@ def test_a_killed_pass_goes_on(walked: Walked, name: str) -> None:
     assert walked.redone[key] == [1, 2], "the finished block is kept, and the half-written one done again"
     assert (walked.killed / key / "block-00000.json").stat().st_mtime_ns == walked.after_kill[key]
     assert content(walked.killed / key) == content(walked.undisturbed / key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stated_sizes_are_those_on_disk(walked: Walked, name: str) -> None:
+    sizes_are_those_on_disk(walked.undisturbed / quantize_key(walked.cells[name]))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -193,3 +220,4 @@ def test_a_killed_tuning_starts_again_from_its_base(cells: dict[str, Cell], tmp_
     for cell in tuned:
         key = quantize_key(cell)
         assert content(killed.checkpoint_folder(key)) == content(undisturbed.checkpoint_folder(key)), cell.title
+        sizes_are_those_on_disk(killed.checkpoint_folder(key))
