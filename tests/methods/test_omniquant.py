@@ -212,7 +212,7 @@ class BiasedBlock(FakeBlock):
         linears = tuple(dataclasses.replace(shape, bias=True) for shape in self.shapes.linears)
         self.shapes = dataclasses.replace(self.shapes, linears=linears)
         with torch.no_grad():
-            self._references = [self.module(x[None]) for x in self._inputs]
+            self._references = [self.module(x[None]) for x in self.calibration]
 
 
 def test_learned_shifts_leave_the_function() -> None:
@@ -269,7 +269,7 @@ def test_scales_help_where_activations_have_outliers() -> None:
         with torch.no_grad():
             block.module.get_parameter("input_layernorm.weight")[3] *= 30
             block.module.get_parameter("post_attention_layernorm.weight")[5] *= 30
-            block._references = [block.module(x[None]) for x in block._inputs]
+            block._references = [block.module(x[None]) for x in block.calibration]
         rounded(block, w(4, activation=W4A4), epochs=10, transform=transform)
         errors[transform] = block.notes["omniquant"]["loss"][-1]
     assert errors[True] < errors[False]
