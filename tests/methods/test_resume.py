@@ -220,4 +220,3 @@ def test_a_killed_tuning_starts_again_from_its_base(cells: dict[str, Cell], tmp_
     for cell in tuned:
         key = quantize_key(cell)
         assert content(killed.checkpoint_folder(key)) == content(undisturbed.checkpoint_folder(key)), cell.title
-        sizes_are_those_on_disk(killed.checkpoint_folder(key))
