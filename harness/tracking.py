@@ -214,6 +214,8 @@ class _Connection:
             if self.uri.startswith("http"):
                 _check_server(self.uri)
             self.mlflow = _import_mlflow()
+            if self.uri.startswith("sqlite:///"):
+                _make_database(self.mlflow, Path(self.uri.removeprefix("sqlite:///")))
             self.client = self.mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
 
     def find_experiment(self, note: str) -> str:
@@ -585,6 +587,20 @@ def _import_mlflow() -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return mlflow
+
+
+def _make_database(mlflow: Any, database: Path) -> None:
+    """MLflow's tables in a new file, whole or not at all.
+
+    MLflow makes them step by step, and a database whose maker was killed between two steps never opens again.
+    """
+    if database.exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{database.name}-", dir=database.parent) as folder:
+        aside = Path(folder) / database.name
+        uri = f"sqlite:///{aside}"
+        mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+        os.replace(aside, database)
 
 
 @contextlib.contextmanager

@@ -240,6 +240,28 @@ def test_a_damaged_database_is_a_tracking_error(tmp_path: Path) -> None:
         open_tracker(sweep)
 
 
+def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is killed while MLflow makes its tables leaves nothing that a later run could stumble over."""
+    import mlflow
+
+    sweep = make_sweep(tmp_path / "study", published=False)
+    database = Path(tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///"))
+    seen: list[bool] = []
+
+    def killed(client: Any, **words: Any) -> None:
+        seen.append(database.exists())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_tracker(sweep, "plan")
+    assert seen == [False] and not database.exists()
+    open_tracker(sweep, "plan")
+    with sqlite3.connect(database) as whole:
+        assert whole.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
+
+
 def test_the_command_for_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     with pytest.raises(TrackingError, match="nothing was tracked here yet"):
