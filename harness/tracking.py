@@ -28,6 +28,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -596,6 +597,8 @@ def _make_database(mlflow: Any, database: Path) -> None:
     """
     if database.exists():
         return
+    for left in database.parent.glob(f".{database.name}-*"):                # of one that was killed; the caller holds the lock
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{database.name}-", dir=database.parent) as folder:
         aside = Path(folder) / database.name
         uri = f"sqlite:///{aside}"
