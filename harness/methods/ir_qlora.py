@@ -38,8 +38,8 @@ from harness.methods.protocols import (
     refusals,
     require_finite,
 )
-from harness.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, Student, check_dtype
-from harness.numerics.block_maxima import SECOND_BLOCK, SMALLEST, BlockMaxima, dynamic_table, nearest, unit_blocks
+from harness.numerics.adapters import AdapterTuning, LowRankLinear, StoredSettings, Student
+from harness.numerics.block_maxima import SECOND_BLOCK, SMALLEST, BlockMaxima, check_block, dynamic_table, nearest, unit_blocks
 from harness.numerics.grids import Grid, encode, from_range
 from harness.numerics.learning import Document
 from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS
@@ -118,9 +118,7 @@ class Rounding:
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
             if weight.format != "nf4" or weight.bits != 4:
                 yield f'format "{weight.format}" of {weight.bits:g} bits is neither NF4 of 4 bits nor integers; use nf4 or int'
-            size = weight.group_size
-            if not 32 <= size <= 4096 or size & (size - 1):
-                yield f"NF4 blocks are powers of two from 32 to 4096 weights, not group_size {size}"
+            yield from check_block("NF4", weight.group_size)
 
         return refusals(scheme, shapes, reasons)
 
@@ -206,14 +204,8 @@ class Tuning(AdapterTuning):
     settings: Settings
 
     @dataclass(frozen=True)
-    class Settings(LowRankSettings):
-        """adapter_dtype: in which the folded factors are stored: bfloat16, float16 or float32."""
-
-        adapter_dtype: str = "bfloat16"
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_dtype("adapter_dtype", self.adapter_dtype)
+    class Settings(StoredSettings):
+        """Those of adapters that stay beside their matrix; the factors are stored with their paths folded in."""
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""

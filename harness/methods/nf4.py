@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from harness.methods.protocols import Evidence, LinearShape, Scheme, Shapes, WeightScheme, refusals, require_finite
-from harness.numerics.block_maxima import BlockMaxima, unit_blocks
+from harness.numerics.block_maxima import BlockMaxima, check_block, unit_blocks
 from harness.numerics.grids import encode
 from harness.numerics.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.numerics.weights import NormalFloatWeight, QuantizedWeight
@@ -56,9 +56,7 @@ class Rounding:
                 yield f'format "{weight.format}" is not NF4 or FP4; use scheme.weight.format=nf4 or fp4'
             if weight.bits != 4:
                 yield f"NF4 and FP4 have 4 bits, not {weight.bits:g}"
-            size = weight.group_size
-            if not 32 <= size <= 4096 or size & (size - 1):
-                yield f"NF4 and FP4 blocks are powers of two from 32 to 4096 weights, not group_size {size}"
+            yield from check_block("NF4 and FP4", weight.group_size)
 
         return refusals(scheme, shapes, reasons)
 

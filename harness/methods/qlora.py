@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from harness.methods.protocols import Scheme, Shapes
-from harness.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, check_dtype
+from harness.numerics.adapters import AdapterTuning, LowRankLinear, StoredSettings
 from harness.numerics.weights import QuantizedWeight
 
 
@@ -36,14 +36,8 @@ class Tuning(AdapterTuning):
     settings: Settings
 
     @dataclass(frozen=True)
-    class Settings(LowRankSettings):
-        """adapter_dtype: in which A and B are stored: bfloat16, float16 or float32."""
-
-        adapter_dtype: str = "bfloat16"
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            check_dtype("adapter_dtype", self.adapter_dtype)
+    class Settings(StoredSettings):
+        """Those of adapters that stay beside their matrix."""
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""

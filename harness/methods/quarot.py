@@ -76,10 +76,7 @@ class Transform:
             fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in writes_residual(shapes)]
             if fused:
                 reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
-        without = [f"{what} ({size})" for what, size in sizes.items() if not hadamard.exists(size)]
-        if without:
-            reasons.append(f"no Hadamard matrix is known for {', '.join(without)}")
-        return reasons
+        return reasons + hadamard.unknown_sizes(sizes)
 
     @torch.no_grad()
     def rewrite_ends(self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator) -> dict[str, Tensor]:

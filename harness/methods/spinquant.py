@@ -112,9 +112,7 @@ class Transform:
             fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in _down(shapes)]
             if fused:
                 reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
-        without = [f"{what} ({size})" for what, size in sizes.items() if not hadamard.exists(size)]
-        if without:
-            reasons.append(f"no Hadamard matrix is known for {', '.join(without)}")
+        reasons += hadamard.unknown_sizes(sizes)
         found = {scheme.activation_for(block, linear.name) for block in range(shapes.blocks) for linear in shapes.linears}
         activations = [activation for activation in found if activation is not None]
         if any(not activation.dynamic for activation in activations):

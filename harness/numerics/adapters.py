@@ -116,6 +116,17 @@ class LowRankSettings:
         return not self.linears or name.rpartition(".")[2] in self.linears
 
 
+@dataclass(frozen=True)
+class StoredSettings(LowRankSettings):
+    """adapter_dtype: in which A and B are stored, where they stay beside their matrix: bfloat16, float16 or float32."""
+
+    adapter_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_dtype("adapter_dtype", self.adapter_dtype)
+
+
 def check_dtype(name: str, dtype: str) -> None:
     """Raises ValueError for a setting that names no floating type."""
     if dtype not in SCALE_DTYPES:
@@ -243,6 +254,6 @@ class AdapterTuning(ABC):
 
 
 __all__ = [
-    "AdaptedWeight", "AdapterTuning", "FrozenLinear", "LowRankLinear", "LowRankSettings", "Student", "check_dtype",
-    "low_rank",
+    "AdaptedWeight", "AdapterTuning", "FrozenLinear", "LowRankLinear", "LowRankSettings", "StoredSettings", "Student",
+    "check_dtype", "low_rank",
 ]

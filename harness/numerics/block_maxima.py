@@ -35,6 +35,13 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
     return torch.bucketize(values, (table[:-1] + table[1:]) / 2)
 
 
+def check_block(formats: str, size: int) -> list[str]:
+    """Why blocks of `size` weights are none that bitsandbytes has."""
+    if 32 <= size <= 4096 and not size & (size - 1):
+        return []
+    return [f"{formats} blocks are powers of two from 32 to 4096 weights, not group_size {size}"]
+
+
 def unit_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """values [n] divided by the largest magnitude of their block, and these magnitudes [ceil(n / size)]; the last may be short."""
     count = values.numel()

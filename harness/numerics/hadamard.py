@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,6 +21,12 @@ from torch import Tensor
 def exists(size: int) -> bool:
     """A Hadamard matrix of this size can be built here."""
     return _core(size) is not None
+
+
+def unknown_sizes(sizes: Mapping[str, int]) -> list[str]:
+    """The reason against what has a size of which no Hadamard matrix is known, in one line; none where all have one."""
+    without = [f"{what} ({size})" for what, size in sizes.items() if not exists(size)]
+    return [f"no Hadamard matrix is known for {', '.join(without)}"] if without else []
 
 
 def matrix(size: int) -> Tensor:
