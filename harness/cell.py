@@ -81,6 +81,11 @@ class Method:
     def needs(self) -> tuple[str, ...]:
         return tuple(sorted({need for part in self.parts for need in part.needs}))
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Some part wants to know of the blocks' inputs; gradients, and what a transform learns, are there before the walk."""
+        return bool(set(self.needs) - {"tokens", "squared_gradient"})
+
 
 @dataclass(frozen=True)
 class Model:

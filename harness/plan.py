@@ -277,11 +277,6 @@ class _Checker:
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
             found += self._once(("evaluation", evaluation, cell.model), ask)
-        devices = self.devices(cell.model)
-        facts = plugins.find("evaluator") if devices is None or devices > 1 else {}
-        for evaluation in cell.evaluations:
-            if evaluation.evaluator in facts and facts[evaluation.evaluator].get("exclusive", False):
-                found.append(f"evaluation {evaluation.name}: measures one GPU, and the model takes several")
         return list(dict.fromkeys(found))
 
     def shapes(self, model: Model) -> Shapes | None:
@@ -293,6 +288,9 @@ class _Checker:
 
         1 without GPUs here, and on a cluster elsewhere unless `cluster.gpu_memory` says how large its GPUs are.
         """
+        return self._once(("devices", model), lambda: self._devices(model))
+
+    def _devices(self, model: Model) -> int | None:
         shapes, free = self.shapes(model), self._gpu_bytes()
         if shapes is None or free is None or model.dtype not in DTYPE_BYTES:
             return 1
@@ -412,9 +410,12 @@ class _Checker:
     def _evaluation_reasons(self, evaluation: Evaluation, model: Model) -> list[str]:
         try:
             evaluator = plugins.build("evaluator", evaluation.evaluator, to_json(evaluation)["settings"])
-            return [f"evaluation {evaluation.name}: {reason}" for reason in evaluator.check(evaluation, model)]
+            reasons = evaluator.check(evaluation, model)
         except HarnessError as error:
             return [f"evaluation {evaluation.name}: {error}"]
+        if self.devices(model) != 1 and plugins.find("evaluator")[evaluation.evaluator].get("exclusive", False):
+            reasons = [*reasons, "measures one GPU, and the model takes several"]
+        return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
 
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
@@ -525,14 +526,9 @@ def _by_stream(checkpoints: list[list[Cell]]) -> list[list[Cell]]:
     return sorted(checkpoints, key=lambda cells: order[_stream(cells[0])])
 
 
-def _reads_inputs(cell: Cell) -> bool:
-    """The method wants to know of the blocks' inputs; gradients, and what a transform learns, come before the walk."""
-    return bool(set(cell.method.needs) - {"tokens", "squared_gradient"})
-
-
 def _stream(cell: Cell) -> tuple[Any, ...]:
     """What must be equal for two cells to see the same inputs in every block."""
-    if not _reads_inputs(cell) or cell.inputs == "full_precision":
+    if not cell.method.reads_inputs or cell.inputs == "full_precision":
         return (0, cell.inputs)
     return (1, cell.method.name, cell.scheme.name)
 
@@ -557,7 +553,7 @@ def _cut(checkpoints: list[list[Cell]], shapes: Shapes, runtime: Runtime, share:
 def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
     if all(cell.method.is_baseline for cell in cells):
         return "full precision, nothing to quantize"
-    streams = collections.Counter(_stream(cell) for cell in cells if _reads_inputs(cell))
+    streams = collections.Counter(_stream(cell) for cell in cells if cell.method.reads_inputs)
     gradients = sum("squared_gradient" in cell.method.needs for cell in cells)
     words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
     if not any(cell.method.needs for cell in cells):

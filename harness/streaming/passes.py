@@ -123,8 +123,7 @@ class _Job:
 
     @property
     def reads_stream(self) -> bool:
-        """Some part wants to know of the blocks' inputs; gradients, and what a transform learns, are there before the walk."""
-        return bool(self.needs - {"tokens", "squared_gradient"})
+        return self.cell.method.reads_inputs
 
     def needs_of(self, part: Part | None) -> frozenset[str]:
         return frozenset(part.needs) if part is not None else frozenset()
