@@ -120,6 +120,14 @@ def test_bias_is_one_where_all_answers_follow_the_stereotype_and_zero_where_they
     assert bias.share([each["acc_ambiguous"] for each in ambiguous]) == 0.5
 
 
+def test_a_category_without_a_wrong_answer_counts_as_unbiased() -> None:
+    bias = functions("bias")
+    unknown = [chosen({**item("neg", "ambig", 2), "category": "Religion"}, 2)["bias_ambiguous"]]
+    stereotyped = [chosen(item("neg", "ambig", 2), 0)["bias_ambiguous"]]
+    assert bias.bias_ambiguous(unknown) == 0
+    assert bias.bias_ambiguous([*unknown, *stereotyped]) == 0.5                      # the mean of 0 and 1, not of 1 alone
+
+
 def test_the_side_of_nearly_every_bbq_item_is_known(shared: Path) -> None:
     rows = [json.loads(line) for line in (shared / "data/tasks/bbq/test.jsonl").read_text(encoding="utf-8").splitlines()]
     known = [functions("bias").sides(row)[0] is not None for row in rows]
