@@ -9,7 +9,8 @@ The cheapest and most sensitive signal: errors that cancel in an accuracy do not
 Full precision is the source model in the cell's dtype, on the subject's device. Its log-probabilities are stored once for each
 (model, text, length, top_k) below the subject's cache and read window by window by every later cell; while they are made, both
 models are in memory. With `top_k`, only the k most likely tokens of p are kept and the rest counts as one symbol, so that kl is a
-lower bound; a vocabulary of 128,000 in full is 1 GB for 2,048 tokens.
+lower bound; a vocabulary of 128,000 in full is 1 GB for 2,048 tokens. Windows count by their tokens, or targets, in the standard
+errors as in the means.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from harness.errors import EvaluationError
 from harness.evaluators.protocols import Score, Subject
 from harness.evaluators.windows import WindowSettings, check_windows, read_windows, tokenizer_digest, write_tensors
 from harness.events import Progress
+from harness.statistics import mean_error
 
 
 class Evaluator:
     """Divergence from full precision over one text."""
 
-    version = 1
+    version = 2
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "kl": {"higher_is_better": False, "unit": "nats per token"},
         "kl_median": {"higher_is_better": False, "unit": "nats per token"},
@@ -93,13 +95,13 @@ class Evaluator:
         items: dict[str, list[Any]] = {
             "id": list(range(len(kl))), "kl": [float(one.mean()) for one in kl],
             "top1_agreement": [float(one.mean()) for one in agree], "delta_nll": [float(one.mean()) for one in delta],
+            "tokens": [len(one) for one in kl], "targets": [len(one) for one in delta],
         }
         stderr = {}
-        if len(kl) > 1:
-            for name in ("kl", "top1_agreement", "delta_nll"):
-                spread = float(torch.tensor(items[name], dtype=torch.float64).std()) / math.sqrt(len(kl))
-                if math.isfinite(spread):
-                    stderr[f"{evaluation.name}/{name}"] = spread
+        for name, weights in (("kl", "tokens"), ("top1_agreement", "tokens"), ("delta_nll", "targets")):
+            spread = mean_error(items[name], items[weights])[1]
+            if math.isfinite(spread):
+                stderr[f"{evaluation.name}/{name}"] = spread
         return Score({f"{evaluation.name}/{name}": value for name, value in found.items()}, stderr, items, details)
 
 

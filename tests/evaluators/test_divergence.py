@@ -15,6 +15,7 @@ from harness.cell import Evaluation, Method, Part
 from harness.evaluators import divergence
 from harness.evaluators.divergence import Evaluator
 from harness.evaluators.protocols import Subject
+from harness.statistics import mean_error
 
 
 def settings(shared: Path, **changes: object) -> Evaluator.Settings:
@@ -84,3 +85,14 @@ def test_two_symbols_have_a_closed_form() -> None:
 def test_impossible_tokens_cost_nothing() -> None:
     log_p = torch.tensor([[0.0, -math.inf]])
     assert float(divergence.divergences({"log_p": log_p}, torch.tensor([[math.log(0.5)] * 2]))[0]) == pytest.approx(math.log(2))
+
+
+def test_documents_of_unequal_length_count_by_their_tokens_in_the_standard_errors(shared: Path) -> None:
+    asked = settings(shared, windows="documents", length=400, max_windows=5)
+    score = last(Evaluator(asked).score(damaged(stories(shared)), Evaluation("d", "divergence")))
+    items = score.items
+    assert items is not None and len(set(items["tokens"])) > 1 and items["targets"] == [count - 1 for count in items["tokens"]]
+    for name, weights in (("kl", "tokens"), ("top1_agreement", "tokens"), ("delta_nll", "targets")):
+        mean, error = mean_error(items[name], items[weights])
+        assert score.metrics[f"d/{name}"] == pytest.approx(mean, rel=1e-9)
+        assert score.stderr[f"d/{name}"] == pytest.approx(error, rel=1e-12)
