@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from harness.cell import Cell, cell_key
@@ -17,14 +18,21 @@ BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")   # what papers call the 
 
 
 class Printed(float):
-    """A published number that remembers how the paper printed it: 8.50, 1.9e+3."""
+    """A published number that remembers how the paper printed it: 8.50, 1.9e+3. rounding: half of its last digit."""
 
     text: str
+    rounding: float
 
-    def __new__(cls, text: str) -> Printed:
+    def __new__(cls, text: str, rounding: float | None = None) -> Printed:
         number = super().__new__(cls, text)
         number.text = text
+        number.rounding = 0.5 * 10.0 ** int(Decimal(text).as_tuple().exponent) if rounding is None else rounding
         return number
+
+    @property
+    def percent(self) -> Printed:
+        """A fraction as percent, with the digits that the paper printed."""
+        return Printed(f"{Decimal(self.text).scaleb(2):f}", 100 * self.rounding)
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,12 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
 
 
+def correlation_interval(r: float, pairs: int) -> tuple[float, float]:
+    """95 % interval of Pearson's r over at least 4 pairs, by Fisher's z (Metron 1, 1921): atanh r ± 1.96 / √(n - 3)."""
+    middle, width = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), 1.96 / math.sqrt(pairs - 3)
+    return math.tanh(middle - width), math.tanh(middle + width)
+
+
 def sign_flips(differences: Floats, seed: int = 0, draws: int = BOOTSTRAP_DRAWS) -> float:
     """p-value of a mean of 0, for differences [items] that are as likely of either sign; McNemar's test where they are 0 and ±1."""
     moved = differences[differences != 0]

@@ -27,7 +27,7 @@ from harness.cell import Cell, Evaluation, baseline_of, cell_key
 from harness.errors import ConfigError, unknown_name
 from harness.naming import bits_text, group_text, replicates, variants
 from harness.published import BASELINES, Printed, Published, PublishedRow, load_published, match, same_model
-from harness.statistics import Comparison, compare_seeds, holm, over_seeds
+from harness.statistics import Comparison, compare_seeds, correlation_interval, holm, over_seeds
 from harness.store import Record, Store
 from harness.sweep import Column, Sweep, Table
 
@@ -40,7 +40,8 @@ PUBLISHED_ONLY = "published"                    # the metric of a column that on
 SCIENTIFIC_FROM = 1e4                           # perplexities above are printed as 1.9e4
 LOWER_IS_BETTER = ("perplexity", "bits_per_weight", "bits_per_weight_total", "bytes", "seconds", "peak_memory_bytes")
 ITEM_COLUMNS = {"perplexity": ("loss",)}         # metric -> columns of its items; others are named like the metric
-ITEM_WEIGHTS = {"loss": "tokens"}                # column of items -> the column that says how much each counts
+# column of items -> the column that says how much each counts
+ITEM_WEIGHTS = {"loss": "tokens", "kl": "tokens", "top1_agreement": "tokens", "delta_nll": "targets"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Value:
 
     stderr  over items, for one seed; of a mean of metrics, that of independent ones
     half_width  of the 95 % interval of the mean over seeds; None for one seed
-    gap  why there is no number: "missing", "failed", "absent" (no cell of the sweep) or "unmeasured" (no metric of ours)
+    gap  why there is no number: "missing", "failed", "absent" (no cell of the sweep), "unmeasured" (no metric of ours), or
+         "undefined" (a correlation that these numbers do not have)
     """
 
     number: float | None = None
@@ -186,7 +188,9 @@ def _correlations(
         if not cell.method.is_baseline and (not wanted.bits or cell.scheme.weight.bits in wanted.bits)
         and (not wanted.methods or cell.method.name in wanted.methods)
     ]
-    metrics = [by_key[key].metrics() if (key := cell_key(cell)) in by_key else {} for cell in cells]
+    known = [by_key.get(cell_key(cell)) for cell in cells]
+    metrics = [{} if record is None else record.metrics() for record in known]
+    smoke = frozenset().union(*(record.smoke_metrics() for record in known if record is not None))
     over = [_mean(Column("mean", of=wanted.over), own) for own in metrics]
     printed = {row.label: row.values for row in published.rows} if published is not None else {}
     unknown = [unknown_name("published row", c.published, printed, f"table {table.name}") for c in table.columns
@@ -199,14 +203,25 @@ def _correlations(
         theirs = next(iter(printed.get(column.published, {}).values()), None)
         ours = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
         pairs = [(x, y) for x, y in zip(over, ours, strict=True) if x is not None and y is not None]
-        number = pearson(pairs) if len(pairs) == len(cells) else None
-        gap = "unmeasured" if column.metric == PUBLISHED_ONLY else "" if number is not None else "missing"
-        value = Value(number, published=theirs, published_number=None if theirs is None else float(theirs), gap=gap)
+        is_complete = len(pairs) == len(cells)
+        number = pearson(pairs) if is_complete else None
+        gap = "" if number is not None else "undefined" if is_complete else "missing"
+        is_smoke = bool(smoke & {*wanted.over, column.metric, *column.of})
+        agrees = None
+        if number is not None and theirs is not None and len(pairs) > 3 and not is_smoke:
+            low, high = correlation_interval(number, len(pairs))
+            agrees = low - theirs.rounding <= theirs <= high + theirs.rounding
+        value = Value(
+            number, published=theirs, published_number=None if theirs is None else float(theirs), agrees=agrees, smoke=is_smoke,
+            gap="unmeasured" if column.metric == PUBLISHED_ONLY else gap,
+        )
         rows.append(Row((column.title or column.metric,), (value,)))
     heads = (head,)
     notes, commands = _notes(sweep, table, rows, heads, by_key, published, ())
     names = ", ".join(metric.partition("/")[0] for metric in wanted.over)
     notes.insert(0, f"r over {len(cells)} cells between each benchmark and the mean perplexity ({names}).")
+    if any(row.values[0].gap == "undefined" for row in rows):
+        notes.insert(1, f"{GAP} no r: fewer than three cells, or a side that is constant or diverged.")
     return TableData(table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands))
 
 
@@ -367,18 +382,18 @@ def _value(
     numbers = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
     there = [number * column.scale for number in numbers if number is not None]
     number, half_width = over_seeds(there) if there and len(there) == len(records) else (None, None)
-    stderr = _stderr(column, metrics[0]) if len(records) == len(known) == 1 else None
-    stderr = None if stderr is None else stderr * column.scale
+    errors = [error * column.scale for own in metrics if (error := _stderr(column, own)) is not None]
     half_width = half_width if len(set(there)) > 1 else None
     smoke = any(record.smoke_metrics() & {column.metric, *column.of} for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
     agrees = None
     if number is not None and printed is not None and theirs is not None and not smoke:
-        agrees = _agrees(column, number, max(1.96 * (stderr or 0), half_width or 0), printed, theirs)
+        over_items = 1.96 * math.fsum(errors) / len(errors) if errors else 0.0      # seeds share their items
+        agrees = _agrees(column, number, math.hypot(over_items, half_width or 0), printed, theirs)
     return Value(
         number=number,
-        stderr=stderr,
+        stderr=errors[0] if errors and len(records) == 1 else None,
         seeds=max(1, len(records)),
         half_width=half_width,
         published=printed,
@@ -398,8 +413,7 @@ def _published_number(
     if printed is None or published is None:
         return None, None
     if head.column.published in published.fractions and head.column.scale == 100:
-        scaled = float(printed) * 100
-        return Printed(f"{scaled:.{head.column.digits}f}"), scaled
+        printed = printed.percent
     return printed, float(printed)
 
 
@@ -412,9 +426,7 @@ def _agrees(column: Column, number: float, half_width: float, printed: Printed, 
         return False
     if _is_perplexity(column) and min(number, theirs) > SCIENTIFIC_FROM:
         return True
-    mantissa, _, exponent = printed.text.lower().partition("e")
-    last_digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-    return abs(number - theirs) <= last_digit / 2 + half_width + 1e-9
+    return abs(number - theirs) <= printed.rounding + half_width + 1e-9
 
 
 def _stderr(column: Column, metrics: Mapping[str, float]) -> float | None:
@@ -616,13 +628,15 @@ def _notes(
 def _verdicts(table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], published: Published | None) -> list[str]:
     """How many numbers agree with the published ones, and each difference of protocol with the rows whose ≠ it could explain."""
     compared = [value.agrees for row in rows for value in row.values if value.agrees is not None]
-    differing = {(row.cell_key, i): row for row in rows for i, value in enumerate(row.values) if value.agrees is False}
+    differing = {(at, i): row for at, row in enumerate(rows) for i, value in enumerate(row.values) if value.agrees is False}
+    interval = "over cells (Fisher's z)" if table.correlation is not None else "over items and seeds"
+    alike = "" if table.correlation is not None else " Perplexities above 10,000 are alike."
     notes = []
     if compared:
         notes.append(
             f"Verdict: {len(compared) - len(differing)} of {len(compared)} numbers agree with the published ones; "
             + (f"{len(differing)} (≠) differ" if differing else "none differs")
-            + " by more than the published rounding and our 95 % interval over items or seeds. Perplexities above 10,000 are alike."
+            + f" by more than the published rounding and our 95 % interval {interval}.{alike}"
         )
     unexplained = dict(differing)
     for line in table.protocol:

@@ -9,6 +9,7 @@ from harness.statistics import (
     LEVEL,
     compare,
     compare_seeds,
+    correlation_interval,
     holm,
     mcnemar,
     mean_error,
@@ -188,3 +189,15 @@ def test_holm_is_monotone_and_bounded() -> None:
     assert ordered == sorted(ordered) and ordered[-1] <= 1
     assert all(adjusted[name] >= p_values[name] for name in p_values)
     assert holm({}) == {}
+
+
+def test_the_interval_of_a_correlation_holds_its_level() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        x = rng.normal(size=12)
+        y = -0.8 * x + 0.6 * rng.normal(size=12)
+        low, high = correlation_interval(float(np.corrcoef(x, y)[0, 1]), 12)
+        held += low <= -0.8 <= high
+    assert 0.93 <= held / 2000 <= 0.97
+    assert correlation_interval(1.0, 5)[1] == pytest.approx(1)

@@ -32,9 +32,9 @@ from harness.cell import (
 )
 from harness.errors import ConfigError
 from harness.naming import bits_text, replicates, with_variants
-from harness.published import load_published, match
+from harness.published import Printed, load_published, match
 from harness.store import Record, Store
-from harness.sweep import Column, Sweep, Table
+from harness.sweep import Column, Correlation, Sweep, Table
 from harness.tables import TableData, better_is_higher, build, compare_cells, frame, latex_text, render
 
 PUBLISHED = sorted((Path(__file__).parents[1] / "sweeps" / "published").glob("*/*.yaml"))
@@ -353,6 +353,55 @@ def test_a_mean_over_seeds_waits_for_all_of_them_and_shows_a_diverged_one(tmp_pa
     assert row_of(build(sweep, sweep.tables[0], records(sweep, store), store), "gptq", "4")[4] == "diverged"
 
 
+def test_seeds_do_not_make_the_items_certain(tmp_path: Path) -> None:
+    """Three seeds that agree by chance stand within the interval over items that they share, as one seed does."""
+    baseline, first = cells(LLAMA, ("gptq",), (3,))                       # published 8.2
+    made = tuple(dataclasses.replace(first, seed=seed, method=dataclasses.replace(first.method, rounding=dataclasses.replace(
+        first.method.rounding, stochastic=True) if first.method.rounding else None)) for seed in range(3))
+    for cells_ in ((made[0],), made):
+        sweep = dataclasses.replace(make_sweep(tmp_path / str(len(cells_))), cells=(baseline, *cells_))
+        store = Store(sweep.runtime.runs)
+        for number, cell in enumerate(cells_):
+            score = {"metrics": {"wikitext2/perplexity": 8.4 + 1e-4 * number}, "stderr": {"wikitext2/perplexity": 0.2}}
+            store.write_score(store.open_cell(cell), score_key(cell, EVALUATIONS[0]), score)
+        value = next(row for row in build(sweep, TABLE, records(sweep, store)).rows if row.cell is cells_[0]).values[1]
+        assert value.seeds == len(cells_) and value.agrees is True
+
+
+def correlated(root: Path, r_like: float, *, smoke: bool = False, constant: bool = False) -> TableData:
+    """Table 3 of arXiv 2402.16775 over six cells; its first row is published with r = -0.892."""
+    names = {"MMLU": "arc_easy/acc", "C-EVAL": "other/acc"}
+    columns = tuple(Column(metric, title, published=f"{title} accuracy") for title, metric in names.items())
+    over = Correlation(("wikitext2/perplexity",))
+    table = Table("t", columns=columns, published="comprehensive-evaluation/table3", correlation=over)
+    own = cells(LLAMA, ("rtn", "gptq"), (4, 3, 2))
+    sweep = dataclasses.replace(make_sweep(root), cells=tuple(own), tables=(table,))
+    store = Store(sweep.runtime.runs)
+    for number, cell in enumerate(own[1:]):
+        key, odd = store.open_cell(cell), 0.1 * (-1) ** number
+        numbers = {"wikitext2/perplexity": 5.0 if constant else 5.0 + number, "arc_easy/acc": 0.8 + r_like * 0.1 * number + odd}
+        for evaluation, (name, value) in zip(EVALUATIONS, numbers.items(), strict=True):
+            score = {"metrics": {name: value}, "stderr": {}, "details": {"smoke": smoke}}
+            store.write_score(key, score_key(cell, evaluation), score)
+    return build(sweep, table, records(sweep, store))
+
+
+def test_correlations_are_compared_with_the_published_ones(tmp_path: Path) -> None:
+    alike, other = correlated(tmp_path / "a", -1.0), correlated(tmp_path / "b", 1.0)
+    assert alike.rows[0].values[0].agrees is True and other.rows[0].values[0].agrees is False
+    assert alike.rows[1].values[0].gap == "missing" and alike.rows[1].values[0].agrees is None
+    assert any("1 of 1 numbers agree" in note and "over cells (Fisher's z)" in note for note in alike.notes)
+    assert any("1 (≠) differ" in note for note in other.notes) and "≠" in render(other)
+
+
+def test_correlations_of_a_part_of_the_data_or_of_a_constant_claim_nothing(tmp_path: Path) -> None:
+    smoke = correlated(tmp_path / "a", 1.0, smoke=True)
+    assert smoke.rows[0].values[0].smoke and smoke.rows[0].values[0].agrees is None and "†" in render(smoke)
+    constant = correlated(tmp_path / "b", 1.0, constant=True)
+    assert constant.rows[0].values[0].gap == "undefined" and any("no r: " in note for note in constant.notes)
+    assert "fill with" in render(constant) and "in 1 row" in render(constant)              # of C-EVAL, which has no scores
+
+
 def test_windows_of_unequal_length_count_by_their_tokens(tmp_path: Path) -> None:
     sweep, store = seeded(tmp_path, {0: 0.05}, seeds=(0,))
     known = {record.cell_key: record for record in records(sweep, store)}
@@ -448,6 +497,20 @@ def test_fractions_stand_as_percent_beside_percent(tmp_path: Path) -> None:
     sweep = dataclasses.replace(make_sweep(tmp_path), cells=(cell,), tables=(table,))
     row = next(row for row in build(sweep, table, []).rows if row.cell is cell)
     assert row.values[0].published is not None and row.values[0].published.text == "81.66"
+    store = Store(sweep.runtime.runs)
+    for ours, digits, wanted in ((0.81664, 2, True), (0.8169, 1, False)):
+        score = {"metrics": {"piqa/acc": ours}, "stderr": {"piqa/acc": 0.0}, "details": {}}       # published 0.8166
+        store.write_score(store.open_cell(cell), score_key(cell, evaluation), score)
+        table = dataclasses.replace(table, columns=(dataclasses.replace(column, digits=digits),))
+        found = build(sweep, table, records(sweep, store))
+        value = next(row for row in found.rows if row.cell is cell).values[0]
+        assert value.agrees is wanted and value.published is not None and value.published.text == "81.66"
+
+
+@pytest.mark.parametrize(("text", "percent", "rounding"), [("0.8166", "81.66", 0.005), ("0.40", "40", 0.5), ("0.4", "40", 5.0)])
+def test_percent_has_the_digits_of_the_fraction(text: str, percent: str, rounding: float) -> None:
+    found = Printed(text).percent
+    assert found.text == percent and found.rounding == pytest.approx(rounding)
 
 
 def test_tables_load_without_torch() -> None:
