@@ -270,8 +270,7 @@ class _Layer:
         zero = torch.round(zero) if settings.round_zero else zero
         self.scales.append(_Level.of(scale, settings.scale_bits, settings.second_group, self.dtype))
         whole = settings.round_zero and (settings.zero_bits is None or settings.zero_bits >= self.bits)
-        zero_bits = None if whole else settings.zero_bits
-        self.zeros.append(_Level(zero) if whole else _Level.of(zero, zero_bits, settings.second_group, self.dtype))
+        self.zeros.append(_Level.of(zero, None if whole else settings.zero_bits, settings.second_group, self.dtype))
 
 
 @dataclass(frozen=True)

@@ -145,3 +145,11 @@ def test_check_lists_what_cannot_run() -> None:
     assert method.check(Scheme("w3g16", WeightScheme("int", 3, 16)), llama_shapes()) == []
     reasons = method.check(Scheme("w3sym", WeightScheme("int", 3, -1, symmetric=True)), llama_shapes(width=40))
     assert len(reasons) == 3 and "self_attn.q_proj [40 × 40]" in reasons[-1] and "mlp.gate_proj" not in reasons[-1]
+
+
+def test_integer_zeros_beyond_float16_are_stored_as_they_are_used() -> None:
+    weight = 1 + 1e-4 * torch.randn(16, 32, generator=generator())                     # zero points of several thousand
+    quantized = quantize(weight, FakeEvidence(correlated_inputs(32)), 3, 16, **PLAIN, round_zero=True)
+    assert isinstance(quantized.zero, Tensor) and float(quantized.zero.abs().max()) > 2048
+    again = BilevelWeight.unpack(*quantized.pack())
+    assert torch.equal(again.dequantize(), quantized.dequantize())
