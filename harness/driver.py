@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import schedule, tables, tracking
-from harness.cell import Cell, cell_key, digest
+from harness.cell import Cell, baseline_of, cell_key, digest
 from harness.display import Display, Silent, Tally
 from harness.errors import HarnessError, ScheduleError, StoreError, TrackingError
 from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Usage
+from harness.flips import with_flips
 from harness.plan import Plan, duration, make, render, within
 from harness.store import Record, Store, SweepState, is_running
 from harness.sweep import Sweep
@@ -180,6 +181,10 @@ class _Recorder:
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.teller = Teller(lambda: tracking.open_tracker(plan.sweep, plan_text), self._tell_one, self._progress, self._warn)
         self.dashboard = ""
+        self.done = {cell_key(cell) for cell in plan.done}
+        self.compared: dict[str, list[str]] = {}                        # key of a baseline -> cells that it is compared with
+        for key, cell in self.cells.items():
+            self.compared.setdefault(cell_key(baseline_of(cell)), []).append(key)
         for cell in plan.done:
             self.state.update(cell_key(cell), "done")
             self.teller.note(cell_key(cell), "done")
@@ -206,6 +211,10 @@ class _Recorder:
                     state = "done" if key in finished else "evaluating"
                     self.state.update(key, state)
                     self.teller.note(key, state)
+                self.done |= set(finished)
+                for key in finished:            # what a baseline's items tell of cells that were done before it
+                    for other in self.done.intersection(self.compared.get(key, ())):
+                        self.teller.note(other, "done")
             case Failed() if not event.retry:
                 failure = {name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")}
                 for key in event.cell_keys:
@@ -234,7 +243,8 @@ class _Recorder:
         return dataclasses.replace(summary, warnings=tuple(self.warnings))
 
     def _tell_one(self, tracker: tracking.Tracker, key: str, state: str) -> None:
-        tracker.cell(self.store.record(self.cells[key]), state)
+        record = self.store.record(self.cells[key])
+        tracker.cell(with_flips(record, self.store) if state == "done" else record, state)
 
     def _progress(self) -> str:
         """How far the sweep is, for tracking."""

@@ -7,7 +7,8 @@
                 likelihoods of them and q the cell's, each normalised over the item
 
 They follow from the item results of two cells, so they cost no evaluation and no key holds them: tables whose columns name them
-("arc_easy/flips") and `harness show` compute them from the store. Items are matched by identity and prompt. Loads without torch.
+("arc_easy/flips"), `harness show` and MLflow have them computed from the store. Items are matched by identity and prompt. Loads
+without torch.
 """
 
 from __future__ import annotations

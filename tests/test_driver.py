@@ -376,3 +376,20 @@ def test_the_command_of_a_record_makes_the_same_scores(demo_sweep: Make, changes
     (made,) = load_sweep(None, [*shlex.split(command)[2:], "baseline=false"]).cells
     assert cell_key(made) == cell_key(wanted)
     assert [score_key(made, e) for e in made.evaluations] == [score_key(wanted, e) for e in wanted.evaluations]
+
+
+def test_tracking_is_told_which_answers_changed(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a cell that was done before its baseline was scored."""
+    told: list[tuple[str, dict[str, float]]] = []
+
+    class Told(NullTracker):
+        def cell(self, record: Any, state: str) -> None:
+            told.append((record.cell_key, record.metrics()))
+
+    monkeypatch.setattr(driver.tracking, "open_tracker", lambda sweep, text: Told())
+    alone = demo_sweep("method=rtn", "scheme=w3", "baseline=false", "evaluations=demo_facts", "evaluations.limit=8")
+    driver.run(alone)
+    assert told and not any("demo_facts/flips" in metrics for _, metrics in told)
+    driver.run(demo_sweep("method=rtn", "scheme=w3", "evaluations=demo_facts", "evaluations.limit=8"))
+    cell = next(cell for cell in alone.cells)
+    assert "demo_facts/flips" in [metrics for key, metrics in told if key == cell_key(cell)][-1]
