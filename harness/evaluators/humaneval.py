@@ -28,6 +28,7 @@ from harness.errors import EvaluationError
 from harness.evaluators.generation import complete
 from harness.evaluators.protocols import Score, Subject
 from harness.events import Progress
+from harness.statistics import mean_error
 from harness.task_files import LocalData, TaskFile
 
 TASK = "humaneval_completion"
@@ -35,12 +36,13 @@ FOLDER = "humaneval"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 FILE_BYTES = 2**20                              # the largest file that a program may write
 PROCESSES = 64                                  # of its user, those of other programs included
+FINISHED = 77                                   # exit status of a program that came to its end
 
 
 class Evaluator:
     """Completions of every prompt, run with its tests."""
 
-    version = 1
+    version = 2
     generates = True
     metrics: ClassVar[dict[str, dict[str, Any]]] = {"pass_at_1": {"higher_is_better": True, "unit": "share of problems"}}
 
@@ -99,10 +101,10 @@ class Evaluator:
                 self.settings.timeout_seconds, self.settings.memory_bytes,
             ))
             yield subject.progress(evaluation, len(outcomes), len(rows))
-        passed = [outcome == "passed" for outcome in outcomes]
-        rate = sum(passed) / len(passed)
+        passed = [float(outcome == "passed") for outcome in outcomes]
+        rate, error = mean_error(passed)
         items: dict[str, list[Any]] = {
-            "id": [str(row["task_id"]) for row in rows], "pass_at_1": [float(each) for each in passed], "outcome": outcomes,
+            "id": [str(row["task_id"]) for row in rows], "pass_at_1": passed, "outcome": outcomes,
             "response": completions,
         }
         details: dict[str, Any] = {
@@ -112,7 +114,7 @@ class Evaluator:
         if evaluation.limit is not None:
             details["smoke"] = True
         name = f"{evaluation.name}/pass_at_1"
-        yield Score({name: rate}, {name: math.sqrt(rate * (1 - rate) / len(passed))}, items, details)
+        yield Score({name: rate}, {name: error} if math.isfinite(error) else {}, items, details)
 
     def _rows(self) -> list[dict[str, Any]]:
         task, local = self._task()
@@ -127,7 +129,10 @@ class Evaluator:
 
 
 def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:
-    """Run a Python program apart; "passed" if it ends by itself and without an error, else "failed" or "timed out"."""
+    """Run a Python program apart; "passed" if it comes to its end without an error, else "failed" or "timed out".
+
+    One that leaves before its end (`raise SystemExit` in a completion) has not passed the tests that follow.
+    """
 
     def limit() -> None:
         os.setsid()
@@ -142,13 +147,13 @@ def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:
 
     with tempfile.TemporaryDirectory(prefix="humaneval-") as folder:
         path = Path(folder) / "program.py"
-        path.write_text(program, encoding="utf-8")
+        path.write_text(f"{program}\nraise SystemExit({FINISHED})\n", encoding="utf-8")
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(path)], cwd=folder, env={"PATH": os.defpath, "LANG": "C.UTF-8"},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=limit,
         )
         try:
-            return "passed" if process.wait(timeout_seconds) == 0 else "failed"
+            return "passed" if process.wait(timeout_seconds) == FINISHED else "failed"
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:

@@ -48,6 +48,7 @@ def test_outcomes() -> None:
     assert run_program("assert 1 + 1 == 3", 120, MEMORY) == "failed"
     assert run_program("raise SystemExit(1)", 120, MEMORY) == "failed"
     assert run_program("not python", 120, MEMORY) == "failed"
+    assert run_program("def f():\n    raise SystemExit\nf()\nassert False", 120, MEMORY) == "failed"      # it left before the tests
 
 
 def test_limits_hold(tmp_path: Path) -> None:
