@@ -845,7 +845,22 @@ class _Resolver:
         for dotted in self.edits.evaluation_settings:
             if dotted != "limit" and dotted.partition(".")[0] not in found:
                 self.problems.add(unknown_name("evaluation", dotted.partition(".")[0], ["limit", *found], "override evaluations"))
+        with self.problems.collect():
+            self._check_reported(found.values())
         return tuple(found.values())
+
+    def _check_reported(self, evaluations: Iterable[Evaluation]) -> None:
+        """A cell has one number of each name: parts of a benchmark, which are called by their own names, stand in one of them."""
+        reporters: dict[str, str] = {}
+        shared: dict[tuple[str, str], list[str]] = {}
+        for evaluation in evaluations:
+            for name in {evaluation.name, *_parts(evaluation) - {dict(evaluation.settings).get("task")}}:
+                other = reporters.setdefault(name, evaluation.name)
+                if other != evaluation.name:
+                    shared.setdefault((other, evaluation.name), []).append(name)
+        for (first, second), names in shared.items():
+            listed = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            self.problems.add(f"{self.file.where}: evaluations {first} and {second} both report {listed}; ask them in two sweeps")
 
     def _expand(self, name: str, own: Mapping[str, Any], parents: tuple[str, ...], asker: str = "") -> Iterator[Evaluation]:
         if name in parents:
@@ -1073,16 +1088,7 @@ class _Resolver:
 
     def _parts_of_benchmarks(self, evaluations: tuple[Evaluation, ...]) -> frozenset[str]:
         """Names of the groups and tasks that the sweep's benchmarks consist of; they have metrics of their own."""
-        def names() -> frozenset[str]:
-            found: set[str] = set()
-            for evaluation in evaluations:
-                settings = dict(evaluation.settings)
-                if evaluation.evaluator == "lm_eval_tasks":
-                    groups = task_files.groups(settings["task"], settings.get("include") or "")
-                    found.update(groups, *groups.values())
-            return frozenset(found)
-
-        return self._once("parts of benchmarks", names) or frozenset()
+        return frozenset[str]().union(*map(_parts, evaluations))
 
     def _findings(self, tables: tuple[Table, ...]) -> tuple[Finding, ...]:
         found = []
@@ -1159,6 +1165,15 @@ def _checked_override(override: Override, scheme: Scheme, where: str) -> Overrid
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return override
+
+
+def _parts(evaluation: Evaluation) -> frozenset[str]:
+    """Names of the groups and tasks that a benchmark consists of, its own among them; empty where it is one task."""
+    if evaluation.evaluator != "lm_eval_tasks":
+        return frozenset()
+    settings = dict(evaluation.settings)
+    groups = task_files.groups(settings["task"], settings.get("include") or "")
+    return frozenset(groups).union(*groups.values())
 
 
 def _evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

@@ -523,3 +523,9 @@ tables: [{name: t, models: [demoo], columns: [{metric: demo_perplexity/perplexit
     for part in ('no model "demoo"; did you mean "demo"', 'no model "dmo"; did you mean "demo"', "tables[0]"):
         assert part in str(error.value)
     assert config.load_sweep(str(path), ["model=demo_weight_outliers"]).tables       # narrowed: the file's table stays, with gaps
+
+
+def test_two_evaluations_must_not_report_under_one_name() -> None:
+    said = problem("model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,mmlu_zeroshot]")
+    assert "evaluations mmlu and mmlu_zeroshot both report mmlu_" in said and "two sweeps" in said
+    assert load_sweep(None, ["model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,arc_easy]"]).cells
