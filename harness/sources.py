@@ -386,21 +386,6 @@ def corpus_files(source: str, split: str) -> list[Path]:
     return shards
 
 
-def task_digest(task: str, folder: Path) -> str:
-    """Identity of a benchmark's local data: the JSON-lines files of <folder>/tasks/<task>/."""
-    path = folder / "tasks" / task
-    files = sorted(path.glob("*.jsonl")) + sorted(path.glob("*.jsonl.gz"))
-    if not files:
-        known = [entry.name for entry in (folder / "tasks").glob("*") if entry.is_dir()]
-        raise DataError(unknown_name("task data", task, known, str(folder / "tasks")))
-    return digest([[file.name, file_digest(file)] for file in files])
-
-
-def folder_digest(folder: Path, pattern: str = "*") -> str:
-    """Identity of the files of one folder that match a pattern, by name and content."""
-    return digest([[path.name, file_digest(path)] for path in sorted(folder.glob(pattern)) if path.is_file()])
-
-
 def pin(source: str, pins: Mapping[str, str], ask: bool = True) -> str:
     """A "hub:" source at a commit: that of its revision, else the one in `pins` (data set -> commit), else of the branch main.
 

@@ -13,19 +13,6 @@ from harness.numerics.packing import pack, unpack
 from harness.numerics.sparse import Outliers
 from harness.numerics.weights import QuantizedWeight
 
-
-def normal_quantiles() -> Tensor:
-    """The NF4 table from its definition, [16] float32: quantiles of evenly spaced probabilities, 8 above zero and 7 below.
-
-    Equal to the constants of `number_formats.NF4` up to the float noise of the quantile function.
-    """
-    outermost = 0.9677083
-    positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
-    negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
-    values = torch.cat((negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
-    return (values / values.max()).float()
-
-
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
 PRODUCTS = 2**26                                # distances held at a time

@@ -12,7 +12,6 @@ from harness.cell import Scheme, WeightScheme
 from harness.errors import MethodError
 from harness.methods.nf4 import Rounding
 from harness.numerics.block_maxima import dynamic_table
-from harness.numerics.codebooks import normal_quantiles
 from harness.numerics.number_formats import NF4
 from harness.numerics.weights import NormalFloatWeight
 
@@ -24,6 +23,15 @@ def quantize(weight: Tensor, block: int = 64, double: bool = False) -> NormalFlo
     quantized = method.round_layer("q_proj", weight, None, WeightScheme("nf4", 4, block), generator())
     assert isinstance(quantized, NormalFloatWeight)
     return quantized
+
+
+def normal_quantiles() -> Tensor:
+    """The table from its definition, [16] float32: quantiles of evenly spaced probabilities, 8 above zero and 7 below."""
+    outermost = 0.9677083
+    positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float64)[:-1])
+    values = torch.cat((negative, torch.zeros(1, dtype=torch.float64), positive)).sort().values
+    return (values / values.max()).float()
 
 
 def test_the_table_is_the_normal_quantiles() -> None:
