@@ -894,15 +894,10 @@ class _Resolver:
         settings = checked_settings(known, {**given, **own, **edits}, where, types_of("evaluator", evaluator))
         data = self._evaluation_data(settings)
         version = facts.get("version", 1)
-        generates = bool(facts.get("generates", False)) or self._task_generates(settings)
+        task = settings.get("task")
+        writes = isinstance(task, str) and task_files.generates(task, settings.get("include") or "")
+        generates = bool(facts.get("generates", False)) or writes
         return Evaluation(name, evaluator, freeze(settings), version, data, limit, generates)
-
-    def _task_generates(self, settings: Mapping[str, Any]) -> bool:
-        """A task of lm-eval, or one of a group, has the model write."""
-        if not isinstance(settings.get("task"), str):
-            return False
-        members = task_files.members(settings["task"], settings.get("include") or "")
-        return any(member.config.get("output_type", "generate_until") == "generate_until" for member in members)
 
     def _evaluation_data(self, settings: dict[str, Any]) -> str:
         """Identity of the data that the settings name; makes their places absolute, in place."""

@@ -112,6 +112,11 @@ def groups(name: str, include: str = "") -> dict[str, list[str]]:
     return found
 
 
+def generates(name: str, include: str = "") -> bool:
+    """Whether the model writes text in a task, or in one of a group."""
+    return any(member.config.get("output_type", "generate_until") == "generate_until" for member in members(name, include))
+
+
 def local_data(task: TaskFile, data_root: str | Path | None) -> LocalData | None:
     """The files below <data_root>/tasks that hold a task's items; None where there are none."""
     if not data_root:

@@ -441,10 +441,13 @@ def _language_model_class() -> type[Any]:
 
 
 def _language_model(subject: Subject, settings: Evaluator.Settings) -> Any:
+    kv, batch_size = subject.cell.scheme.kv, subject.batch_for(min(subject.context_length() or 2048, 512))
+    if kv is not None and "channel" in (kv.key_axis, kv.value_axis) and task_files.generates(settings.task, settings.include):
+        batch_size = 1                          # shorter prompts are padded on the left, which would shift the groups of tokens
     with _quiet():
         return _language_model_class()(
-            pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", softmax_dtype="float32",
-            batch_size=subject.batch_for(min(subject.context_length() or 2048, 512)), add_bos_token=settings.add_bos_token,
+            pretrained=subject.model, tokenizer=subject.tokenizer, backend="causal", softmax_dtype="float32", batch_size=batch_size,
+            add_bos_token=settings.add_bos_token,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from subjects import last, stories
 
 from harness import task_files
-from harness.cell import Evaluation
+from harness.cell import Evaluation, KVScheme
 from harness.evaluators.lm_eval_tasks import Evaluator
 
 ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -62,6 +63,16 @@ def test_each_task_runs_on_local_data(shared: Path, data_root: Path, task: str) 
     assert math.isfinite(score.metrics[f"{task}/{METRICS[task]}"])
     if task == "snli_yesnomaybe":
         assert score.items is not None and len(score.items["id"]) == 2      # the row without a label is left out
+
+
+def test_over_a_cache_rounded_in_groups_of_tokens_texts_are_written_one_by_one(shared: Path, data_root: Path) -> None:
+    made = Evaluator(Evaluator.Settings(task="gsm8k_substring", data_root=str(data_root)))
+    by_channel, by_token = KVScheme(group_size=32, residual=32), KVScheme(group_size=8, residual=0, key_axis="token")
+    for kv, wanted in ((by_channel, 1), (by_token, 8)):
+        subject = stories(shared)
+        cell = dataclasses.replace(subject.cell, scheme=dataclasses.replace(subject.cell.scheme, kv=kv))
+        score = last(made.score(dataclasses.replace(subject, cell=cell, batch_size=8), Evaluation("g", "lm_eval_tasks")))
+        assert score.details["batch_size"] == wanted
 
 
 def test_bias_scores_run_on_bbq(shared: Path, data_root: Path) -> None:
