@@ -11,8 +11,9 @@ Where we differ from the authors' code: there the prefill attends to unrounded k
 log-likelihoods, which are one prefill, show no effect. Here every token sees the cache that it would see if the text had been
 decoded token by token. A group with hi = lo is exact; in their code it is 0 / 0.
 
-Limits: padding on the left would shift the groups of a batch's shorter texts, so texts are written one by one. A sliding-window cache
-forgets tokens while decoding, so there groups begin at the window's first token; scoring a text in one forward does not forget.
+Limits: padding on the left would shift the groups of a batch's shorter texts, so texts are written one by one. A sliding-window
+cache forgets tokens while decoding, so there groups begin at the window's first token; scoring a text in one forward does not
+forget.
 """
 
 from __future__ import annotations
