@@ -14,8 +14,7 @@ without torch.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -73,18 +72,24 @@ def of_items(items: pandas.DataFrame) -> dict[str, float]:
         now, before = items["correct"].astype(bool), items["correct_before"].astype(bool)
         found["flips_lost"], found["flips_won"] = float((before & ~now).mean()), float((~before & now).mean())
     if has_choices:
-        rows = zip(items["log_likelihoods_before"], items["log_likelihoods"], strict=True)
-        found["choice_kl"] = math.fsum(_divergence(before, now) for before, now in rows) / len(items)
+        found["choice_kl"] = float(_divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean())
     return found
 
 
-def _divergence(before: Any, now: Any) -> float:
-    """KL between two sets of log-likelihoods, each normalised."""
-    p, q = (_normalised(np.asarray(each, np.float64)) for each in (before, now))
-    likely = np.exp(p) > 0
-    return float(np.sum(np.exp(p[likely]) * (p[likely] - q[likely])))
+def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
+    """KL between the two sets of log-likelihoods of each item, each normalised over its choices, [items]."""
+    counts = np.array([len(each) for each in before])
+    found = np.empty(len(counts))
+    for count in np.unique(counts):             # items with equally many choices at once
+        (chosen,) = np.nonzero(counts == count)
+        p, q = (_normalised(np.array([*column.iloc[chosen]], np.float64)) for column in (before, now))
+        share = np.exp(p)
+        with np.errstate(invalid="ignore"):
+            found[chosen] = np.where(share > 0, share * (p - q), 0.0).sum(1)
+    return found
 
 
 def _normalised(log_likelihoods: np.ndarray) -> np.ndarray:
-    shifted = log_likelihoods - log_likelihoods.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    """[items, choices]"""
+    shifted = log_likelihoods - log_likelihoods.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))

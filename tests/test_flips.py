@@ -54,6 +54,14 @@ def test_a_model_and_itself_answer_alike(tmp_path: Path) -> None:
     assert of_items(items) == {metric: pytest.approx(0.0, abs=1e-12) for metric in METRICS}
 
 
+def test_items_may_have_unequal_numbers_of_choices_and_impossible_ones() -> None:
+    before, now = [[0.0, -1.0], [0.0, -math.inf, -1.0]], [[-1.0, 0.0], [0.0, -5.0, -1.0]]
+    items = pandas.DataFrame({"log_likelihoods": now, "chosen": [1, 0], "log_likelihoods_before": before, "chosen_before": [0, 0]})
+    p = 1 / (1 + math.exp(-1))
+    rest = math.log(1 + math.exp(-5) / (1 + math.exp(-1)))          # an impossible choice became possible
+    assert of_items(items)["choice_kl"] == pytest.approx((2 * p - 1 + rest) / 2)
+
+
 @pytest.mark.parametrize("other", [{"prompts": "q"}, None])
 def test_other_items_are_no_comparison(tmp_path: Path, other: dict[str, str] | None) -> None:
     store = Store(tmp_path)
