@@ -1,6 +1,7 @@
 # The everyday commands. `make help` lists them.
 PYTHON  ?= python3
 VENV    ?= .venv
+JOBS    ?= 2
 BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -21,8 +22,8 @@ demo: install  ## run the demo sweep on this machine's CPU, print its table, say
 	$(BIN)/harness run demo
 	@$(BIN)/harness table demo
 
-test: install  ## the whole test suite; needs no network and no GPU
-	$(BIN)/python -m pytest
+test: install  ## the whole test suite in JOBS processes (2); needs no network and no GPU
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check harness tests
