@@ -42,18 +42,22 @@ def harness(folder: Path, command: str, *more: str) -> str:
 def test_the_page_has_its_examples() -> None:
     files = {"mine/methods/power_of_two.py", "mine/models/starcoder2.py", "mine/evaluators/entropy.py", "sweeps/mine.yaml"}
     assert files <= set(FILES)
-    assert len([c for c in COMMANDS if " run " in c]) >= 3
+    assert len(RUNS) >= 3
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if " run " in c])
-def test_a_command_of_the_page_runs(workplace: Path, command: str) -> None:
-    printed = harness(workplace, command, "cluster=local", "tracking=none")
+RUNS = [c for c in COMMANDS if " run " in c]
+
+
+@pytest.mark.parametrize(("command", "workers"), [(command, 1 if number else 2) for number, command in enumerate(RUNS)])
+def test_a_command_of_the_page_runs(workplace: Path, command: str, workers: int) -> None:
+    """The first in processes of its own for tasks, which must find the files too."""
+    printed = harness(workplace, command, "cluster=local", f"cluster.workers={workers}", "tracking=none")
     assert "3 of 3 cells" in printed                # the two of the grid and the baseline
 
 
 def test_the_table_of_the_page(workplace: Path) -> None:
     (command,) = (c for c in COMMANDS if " table " in c)
-    harness(workplace, command.replace(" table ", " run "), "cluster=local", "tracking=none")
+    harness(workplace, command.replace(" table ", " run "), "cluster=local", "cluster.workers=1", "tracking=none")
     rows = [line for line in harness(workplace, command).splitlines() if "power_of_two" in line]
     assert len(rows) == 2 and not any("—" in row for row in rows)
 

@@ -30,8 +30,8 @@ SECRETS = {
 def test_secrets_of_the_environment_are_kept_nowhere(tmp_path: Path) -> None:
     """A real run in worker processes, tracked in MLflow: no file holds a canary."""
     words = [
-        "model=demo", "method=rtn", "scheme=w4,w3", "evaluations=demo_perplexity", "evaluations.limit=2", f"runs={tmp_path}/runs",
-        "tracking=sqlite", "device=cpu", "cluster=local", "cluster.workers=2",
+        "model=demo", "method=rtn", "scheme=w4", "baseline=false", "evaluations=demo_perplexity", "evaluations.limit=2",
+        f"runs={tmp_path}/runs", "tracking=sqlite", "device=cpu", "cluster=local", "cluster.workers=2",
     ]
     environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "HARNESS_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "harness", "run", *words]
@@ -138,16 +138,14 @@ def test_a_sweep_cannot_write_outside_the_store(tmp_path: Path) -> None:
 
 
 LISTEN = """
-import json, os, sys, psutil
+import json, sys, psutil
 from harness import schedule
 from harness.sweep import Cluster, Runtime
 from pathlib import Path
-before = {p.pid for p in psutil.process_iter()}
 cluster = schedule.RayCluster(Runtime(Path(sys.argv[1]), cluster=Cluster("ray", workers=1), device="cpu"), 1)
 found = []
-for process in psutil.process_iter():
-    if process.pid in before and process.pid != os.getpid():
-        continue
+own = psutil.Process()
+for process in [own, *own.children(recursive=True)]:
     try:
         found += [(process.name(), c.laddr.ip, c.laddr.port) for c in process.net_connections("inet") if c.status == "LISTEN"]
     except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -45,6 +45,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "topology"))
 import services
 from services import Here, MLflowServer, Postgres, RayNode, free_port
 
+from harness.plan import count_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """\
 # Chaos
@@ -130,30 +132,31 @@ class Setting:
         if self.nodes:
             self.nodes["head"].wait(PATIENCE)
 
-    def words(self, folder: Path, tracked: bool) -> list[str]:
-        """Of a driver's command; the undisturbed run is not tracked, and not on a cluster that nodes are lost from."""
-        where = [f"cluster={self.cluster if self.cluster != 'cluster' else 'local'}", "cluster.workers=2"]
-        if self.cluster == "cluster" and tracked:
+    def words(self, folder: Path, disturbed: bool) -> list[str]:
+        """Of a driver's command; the undisturbed run is not tracked, and in one process."""
+        where = [f"cluster={self.cluster}", "cluster.workers=2"] if disturbed else ["cluster=local", "cluster.workers=1"]
+        if self.cluster == "cluster" and disturbed:
             where = ["cluster=address", f"cluster.address={self.nodes['head'].address}"]
             where += [f"+cluster.settings._node_ip_address={self.nodes['driver'].place.address}"]
-        track = [f"tracking={self.tracking if tracked else 'none'}"]
-        track += [f"tracking.uri={self.mlflow.uri}", f"tracking.experiment={folder.name}"] if self.mlflow and tracked else []
+        track = [f"tracking={self.tracking if disturbed else 'none'}"]
+        track += [f"tracking.uri={self.mlflow.uri}", f"tracking.experiment={folder.name}"] if self.mlflow and disturbed else []
         run = [sys.executable, "-m", "harness", "run", str(folder / "chaos.yaml"), "evaluations.limit=4", "device=cpu"]
         return [*run, f"runs={folder}/runs", *where, *track]
 
-    def environment(self, folder: Path) -> dict[str, str]:
+    def environment(self, folder: Path, disturbed: bool) -> dict[str, str]:
         own = self.nodes["head"].environment if self.nodes else {}
         home = {"HOME": str(self.home)} if self.mlflow else {}
-        shared = {"OMP_NUM_THREADS": "1", "HARNESS_CACHE": str(folder.parent / "cache"), "PYTHONPATH": str(ROOT)}
+        threads = 1 if disturbed or self.nodes else max(1, count_cores() // 2)      # those of one of two workers
+        shared = {"OMP_NUM_THREADS": str(threads), "HARNESS_CACHE": str(folder.parent / "cache"), "PYTHONPATH": str(ROOT)}
         return {**os.environ, **own, **home, **shared}
 
-    def start(self, folder: Path, tracked: bool = True) -> subprocess.Popen[bytes]:
+    def start(self, folder: Path, disturbed: bool = True) -> subprocess.Popen[bytes]:
         """A driver."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "chaos.yaml").write_text(SWEEP.replace("Chaos", folder.name), encoding="utf-8")
         log = (folder / "log.txt").open("ab")
         with log:
-            words, environment = self.words(folder, tracked), self.environment(folder)
+            words, environment = self.words(folder, disturbed), self.environment(folder, disturbed)
             return subprocess.Popen(words, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
 
     def kill(self, victim: str, driver: subprocess.Popen[bytes], rng: random.Random) -> bool:
@@ -331,15 +334,15 @@ def chaos(
     folder: Path, kills: int, seed: int = 0, cluster: str = "local", tracking: str = "none", longest: float = 0.0,
     seconds: float = float("inf"),
 ) -> Report:
-    """Disturb sweeps until so many kills have hit, or the time is over. longest: seconds between two kills; 0: two thirds of an
+    """Disturb sweeps until so many kills have hit, or the time is over. longest: seconds between two kills; 0: those of an
     undisturbed run."""
     report, rng, began = Report(), random.Random(seed), time.monotonic()
     setting = Setting(folder, cluster, tracking)
     try:
         calm = folder / "undisturbed"
         started = time.monotonic()
-        code = setting.start(calm, tracked=False).wait(PATIENCE)
-        longest = longest or (time.monotonic() - started) * 2 / 3
+        code = setting.start(calm, disturbed=False).wait(PATIENCE)
+        longest = longest or time.monotonic() - started
         if code:
             report.problems.append(f"the undisturbed run ended with {code}; see {calm}/log.txt")
             return report
