@@ -21,6 +21,7 @@ from it.
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import getpass
 import json
@@ -693,7 +694,7 @@ def _cell_description(record: Record, state: str) -> str:
     if record.failures and state == "failed":
         lines += [f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"]
     files = (
-        "`layer_errors.png`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
+        "`layer_errors.svg`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
         "code, installed packages), `log.txt`, `cell.json` (all settings)"
     )
     lines += ["", f"Its full ancestry, and the command that makes it again: `harness show {record.cell_key[:12]}`"]
@@ -803,12 +804,13 @@ def _write_layer_errors(folder: Path, record: Record) -> None:
     rows = record.layer_errors
     if not rows:
         return
-    import pandas
-
-    pandas.DataFrame(rows).to_csv(folder / "layer_errors.csv", index=False)
+    with (folder / "layer_errors.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
     figure = plots.layer_errors(record)
     if figure is not None:
-        plots.save(figure, folder, "layer_errors", ("png",))
+        _write(folder / "layer_errors.svg", figure)
 
 
 def _write(path: Path, text: str) -> None:

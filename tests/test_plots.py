@@ -7,10 +7,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from synthetic_sweep import LLAMA, cells, fill, make_sweep
+from synthetic_sweep import LINEARS, LLAMA, cells, fill, make_sweep
 
 from harness.cell import Model, cell_key
 from harness.naming import with_variants
@@ -127,10 +128,16 @@ def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
 
 def test_layer_errors(records: list[Record]) -> None:
     gptq = next(record for record in records if record.cell.method.name == "gptq")
-    figure = layer_errors(gptq)
-    assert figure is not None
-    image = figure.axes[0].get_images()[0].get_array()
-    assert image is not None and image.shape == (7, 4)
+    text = layer_errors(gptq)
+    assert text is not None and text == layer_errors(gptq)
+    drawn = [each.text for each in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}title")]
+    name = "output_error"
+    assert drawn == [f"block {row['block']}, {row['linear'].rsplit('.')[-1]}: {row[name]:.4g}" for row in sorted(
+        gptq.layer_errors, key=lambda row: (list(LINEARS).index(row["linear"]), row["block"]))]
+    odd = [{"block": 0, "linear": f"experts.{n}.<w>", name: value} for n, value in enumerate((1e-3, 1e-3, 0.0, math.nan))]
+    one = layer_errors(dataclasses.replace(gptq, manifest={"layer_errors": odd}))
+    assert one is not None and "experts.1.&lt;w&gt;: 0.001" in one and "experts.2" not in one      # ends that are alike
+    ElementTree.fromstring(one)
     assert layer_errors(records[0]) is None and error_overview(records[:1]) is None
     assert error_overview(records) is not None
 

@@ -120,7 +120,7 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     assert params["rounding.damping_fraction"] == "0.01" and params["calibration.samples"] == "128"
     assert run.data.tags["environment.device"] == "CPU"
     assert artifacts_of(tracker, run) == {
-        "cell.json", "environment.json", "layer_errors.csv", "layer_errors.png", "log.txt",
+        "cell.json", "environment.json", "layer_errors.csv", "layer_errors.svg", "log.txt",
         "evaluations/arc_easy.json", "evaluations/wikitext2.json",
         "items/arc_easy.json", "items/arc_easy.parquet", "items/wikitext2.json", "items/wikitext2.parquet",
     }
