@@ -7,6 +7,7 @@ then among the task files that come with lm-eval.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import importlib.metadata
@@ -152,7 +153,7 @@ def code(task: TaskFile) -> list[Path]:
 
 def _folders(path: Path) -> set[Path]:
     """Where a task's YAML and its includes lie."""
-    includes = (yaml.load(path.read_bytes(), Loader=_TaskLoader) or {}).get("include", [])
+    includes = (_parsed(path.read_bytes()) or {}).get("include", [])
     listed = includes if isinstance(includes, list) else [includes]
     return {path.parent}.union(*(_folders(path.parent / include) for include in listed))
 
@@ -162,7 +163,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise DataError(f"task file {path}: includes itself")
     try:
-        config = yaml.load(path.read_bytes(), Loader=_TaskLoader)
+        config = copy.deepcopy(_parsed(path.read_bytes()))
     except (OSError, yaml.YAMLError) as error:
         raise DataError(f"task file {path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -179,6 +180,12 @@ class _TaskLoader(yaml.SafeLoader):
 
 
 _TaskLoader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
+
+
+@functools.lru_cache(maxsize=8192)
+def _parsed(content: bytes) -> Any:
+    """One file, parsed once: a sweep over large groups asks thousands of files a dozen times. Not to be written to."""
+    return yaml.load(content, Loader=_TaskLoader)
 
 
 def _children(child: Any, parent: Path, include: str) -> list[TaskFile]:

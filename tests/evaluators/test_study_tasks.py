@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from subjects import last, stories
 
 from harness import task_files
@@ -150,3 +151,17 @@ def test_disciplines_cover_the_subjects_once() -> None:
     parts = ("ceval_stem", "ceval_social_science", "ceval_humanities", "ceval_other")
     assert [len(found[name]) for name in parts] == [20, 10, 11, 11]
     assert sorted(found["ceval_disciplines"]) == sorted(task.name for task in task_files.members("ceval-valid"))
+
+
+def test_a_task_file_is_parsed_once_and_read_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    load = yaml.load
+    monkeypatch.setattr(yaml, "load", lambda content, Loader: parsed.append(content) or load(content, Loader=Loader))
+    path = tmp_path / "t.yaml"
+    for version in (1, 2):
+        path.write_text(f"task: {tmp_path.name}\nversion: {version}\nnested: {{a: [1]}}\n")
+        for _ in range(3):
+            config = task_files.read(path)
+            assert config["version"] == version and config["nested"] == {"a": [1]}
+            config["nested"]["a"].append(2)                             # a reader's own
+    assert len(parsed) == 2
