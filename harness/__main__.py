@@ -1,4 +1,4 @@
-"""The commands: plan, run, status, table, findings, show, export, diagnose, cancel, gc, publish, ui, list, doctor.
+"""The commands: plan, run, status, table, findings, show, export, diagnose, cancel, prioritize, gc, publish, ui, list, doctor.
 
 A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
 
@@ -31,8 +31,8 @@ app = typer.Typer(
 )
 AXES = ("model", "method", "transform", "rounding", "scheme", "calibration", "cluster", "tracking")      # values: conf/<axis>/
 PLAIN_KEYS = (
-    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "batch_size", "fail_fast",
-    "export", "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.gpu_memory",
+    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "priority", "batch_size",
+    "fail_fast", "export", "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.gpu_memory",
     "cluster.address", "tracking.uri",
 )
 INPUTS = ("quantized", "full_precision")
@@ -211,6 +211,24 @@ def cancel(
     key = store.find(target)
     store.cancel(key)
     print(f"cell {key[:12]} is left out within seconds where it runs; the next harness run of its sweep tries it again")
+
+
+@app.command()
+def prioritize(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep that runs.")],
+    priority: Annotated[int, typer.Argument(metavar="N", help="Higher goes first; 0 is usual.")],
+    runs: Runs = "runs",
+) -> None:
+    """Change the priority of a running sweep among those that share --runs; what runs of the others is finished first."""
+    from harness.control import living
+    from harness.store import Store
+
+    store = Store(runs)
+    names = {str(each["sweep"]) for each in living(store)}
+    if sweep not in names:
+        raise ConfigError(unknown_name("running sweep", sweep, names, runs) + f" Start it with priority={priority}.")
+    store.ask_priority(sweep, priority)
+    print(f"sweep {sweep} has priority {priority} within seconds, until it ends; priority={priority} in its file or command stays")
 
 
 @app.command()

@@ -33,7 +33,7 @@ class Leftover:
 def find(store: Store, young_seconds: float = YOUNG_SECONDS) -> list[Leftover]:
     """Everything that may go, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any."""
     before = time.time() - young_seconds
-    return [*_checkpoints(store, before), *_asides(store, before), *_cancelled(store, before)]
+    return [*_checkpoints(store, before), *_asides(store, before), *_words(store, before)]
 
 
 def remove(store: Store, found: Sequence[Leftover]) -> int:
@@ -85,7 +85,14 @@ def _asides(store: Store, before: float) -> Iterator[Leftover]:
             yield Leftover(entry.path, entry.bytes, "half-written by a process that was ended")
 
 
-def _cancelled(store: Store, before: float) -> Iterator[Leftover]:
-    for entry in sorted(store.files.walk(store.root / "cancelled"), key=lambda entry: entry.path):
-        if entry.modified < before and not entry.path.name.startswith("."):
-            yield Leftover(entry.path, entry.bytes, "a cancellation that has been heard or concerns nobody")
+def _words(store: Store, before: float) -> Iterator[Leftover]:
+    """What drivers and those who steer them wrote; a living driver writes its file again every few seconds."""
+    reasons = {
+        "cancelled": "a cancellation that has been heard or concerns nobody",
+        "priorities": "a priority that has been heard or concerns nobody",
+        "drivers": "of a driver that was ended",
+    }
+    for folder, reason in reasons.items():
+        for entry in sorted(store.files.walk(store.root / folder), key=lambda entry: entry.path):
+            if entry.modified < before and not entry.path.name.startswith("."):
+                yield Leftover(entry.path, entry.bytes, reason)

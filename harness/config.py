@@ -52,7 +52,7 @@ from harness.files import bytes_of
 from harness.naming import with_variants
 from harness.numerics.number_formats import FORMATS, SHORT_NAMES
 from harness.store import place_of
-from harness.sweep import Column, Finding, Runtime, Skip, Sweep, Table, Term
+from harness.sweep import Column, Finding, First, Runtime, Skip, Sweep, Table, Term
 from harness.task_files import TaskFile
 from harness.typed import Problems, checked_settings, hints_of, set_nested, settings_of, typed, types_of
 
@@ -63,7 +63,7 @@ GROUPS = {                                      # what `harness list` calls them
 SLOTS = ("transform", "rounding", "tuning")
 AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
 EDITABLE = ("model", *SLOTS, "scheme", "calibration")           # axes with fields: "calibration.samples"
-RUNTIME = ("runs", "store", "device", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
+RUNTIME = ("runs", "store", "device", "priority", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
 INPUTS = ("quantized", "full_precision")
 SCHEME_NAME = re.compile(
     r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
@@ -358,6 +358,7 @@ class _SweepFile:
     description: str = ""
     grids: list[_Grid] = field(default_factory=lambda: [_Grid({}, [])])
     skip: list[dict[str, Any]] = field(default_factory=list)
+    first: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[Any] = field(default_factory=list)
     tables: list[Any] = field(default_factory=list)
     findings: list[Any] = field(default_factory=list)
@@ -402,12 +403,12 @@ def _read_sweep_file(path: Path, problems: Problems) -> _SweepFile:
         elif key.partition(".")[0] in RUNTIME:
             entries = value.items() if isinstance(value, dict) else [("", value)]
             file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
-        elif key in ("skip", "evaluations", "tables", "findings"):
+        elif key in ("skip", "first", "evaluations", "tables", "findings"):
             setattr(file, key, value if isinstance(value, list) else [] if value is None else [value])
         elif key == "baseline" and isinstance(value, bool):
             file.baseline = value
         elif key != "grids":
-            known = [*AXES, "grids", "skip", "evaluations", "tables", "findings", "baseline", *RUNTIME]
+            known = [*AXES, "grids", "skip", "first", "evaluations", "tables", "findings", "baseline", *RUNTIME]
             problems.add(unknown_name("key", key, known, str(path)))
     grids = content.get("grids") or [{}]
     file.grids = []
@@ -495,7 +496,7 @@ class _Resolver:
         points = [point for grid in self.file.grids for point in self._points(grid)]
         cells, skips = self._cells(points, evaluations)
         self._check_settings_used(points)
-        self._check_skips()
+        self._check_rules()
         tables = self._tables(evaluations)
         named = {str(point["model"][0]) for point in points if "model" in point}
         self._check_models(tables, named | {cell.model.name for cell in cells})
@@ -506,7 +507,7 @@ class _Resolver:
         return Sweep(
             name=name, title=file.title or self._ad_hoc_title(cells), description=file.description, cells=cells, skips=skips,
             tables=tables, runtime=typing.cast(Runtime, self.runtime), path=file.path, overrides=overrides,
-            findings=findings,
+            findings=findings, first=self._first(cells),
         )
 
     def _once(self, key: Any, make: Callable[[], T]) -> T | None:
@@ -783,7 +784,16 @@ class _Resolver:
             known = {f"{slot}.{setting}" for part in parts for setting, _ in part.settings}
             self.problems.add(unknown_name(f"setting of a {slot} in this sweep", key, known, self.file.where))
 
-    # skips
+    # rules: which cells are left out, which come first
+
+    def _first(self, cells: Sequence[Cell]) -> tuple[First, ...]:
+        """The cells that each entry of `first` fits, with the baselines that they are compared with."""
+        found = []
+        for rule in filter(lambda rule: isinstance(rule, dict), self.file.first):
+            fitting = [cell for cell in cells if all(_matches(cell, key, wanted) for key, wanted in rule.items())]
+            keys = {cell_key(made) for cell in fitting for made in (cell, baseline_of(cell))}
+            found.append(First(", ".join(f"{key}: {_words(wanted)}" for key, wanted in rule.items()), frozenset(keys)))
+        return tuple(found)
 
     def _skipped(self, cell: Cell) -> str | None:
         for rule in self.file.skip:
@@ -792,30 +802,37 @@ class _Resolver:
                     return str(rule["reason"]).strip()
         return None
 
-    def _check_skips(self) -> None:
+    def _check_rules(self) -> None:
         for index, rule in enumerate(self.file.skip):
             where = f"{self.file.where}: skip[{index}]"
             if not isinstance(rule, dict) or len(rule) < 2 or not str(rule.get("reason") or "").strip():
                 self.problems.add(f"{where}: axes to match and a reason are expected, not {rule!r}")
                 continue
-            for key, wanted in rule.items():
-                if key == "reason":
-                    continue
-                if not _is_axis(key):
-                    self.problems.add(unknown_name("axis", key, AXES, where))
-                elif key in GROUPS.values() and key not in ("model", "calibration"):
-                    self._check_skip_names(key, wanted, where)
-                elif "." in key:
-                    self._check_skip_field(key, where)
+            self._check_rule({key: wanted for key, wanted in rule.items() if key != "reason"}, where)
+        for index, rule in enumerate(self.file.first):
+            where = f"{self.file.where}: first[{index}]"
+            if not isinstance(rule, dict) or not rule:
+                self.problems.add(f"{where}: axes to match are expected, not {rule!r}")
+                continue
+            self._check_rule(rule, where)
 
-    def _check_skip_names(self, group: str, wanted: Any, where: str) -> None:
+    def _check_rule(self, rule: Mapping[str, Any], where: str) -> None:
+        for key, wanted in rule.items():
+            if not _is_axis(key):
+                self.problems.add(unknown_name("axis", key, AXES, where))
+            elif key in GROUPS.values() and key not in ("model", "calibration"):
+                self._check_rule_names(key, wanted, where)
+            elif "." in key:
+                self._check_rule_field(key, where)
+
+    def _check_rule_names(self, group: str, wanted: Any, where: str) -> None:
         for name in wanted if isinstance(wanted, list) else [wanted]:
             known = _files(group)
             parsed = group == "scheme" and isinstance(name, str) and (SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name))
             if isinstance(name, str) and not parsed and not fnmatch.filter(known, name) and not set("*?[+") & set(name):
                 self.problems.add(unknown_name(group, name, known, where))
 
-    def _check_skip_field(self, key: str, where: str) -> None:
+    def _check_rule_field(self, key: str, where: str) -> None:
         head, *names = key.split(".")
         kind: Any = {"model": Model, "scheme": Scheme, "calibration": Calibration}.get(head)
         if kind is None:                        # a part's settings
@@ -1216,8 +1233,12 @@ def _task_digest(members: Sequence[TaskFile], settings: Mapping[str, Any], bundl
     return digest(identity)
 
 
+def _words(wanted: Any) -> str:
+    return " or ".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
+
+
 def _matches(cell: Cell, key: str, wanted: Any) -> bool:
-    """Whether a skip rule's axis fits the cell. A rule on calibration, or on a slot the method leaves empty, fits null alone."""
+    """Whether an axis of a rule fits the cell. One on calibration, or on a slot that the method leaves empty, fits null alone."""
     value: Any = cell
     for attribute in key.split("."):
         owner = cell.method if value is cell and attribute in SLOTS else value

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from harness.cell import Cell, baseline_of, cell_key, quantize_key, score_key, to_json, untuned
+from harness.control import living
 from harness.errors import HarnessError
-from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted
+from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Turn
 from harness.flips import with_flips
 from harness.plan import Plan, duration
 from harness.store import Record, Store, is_running
@@ -186,6 +187,9 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
             title = tally.cells[key].title if key in tally.cells else key[:12]
             word, look = ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
             lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
+    if isinstance(event, Turn):
+        waits = f"waits   {event.behind} goes first; what runs here is finished" if event.behind else "turn    nobody goes first"
+        lines.append(f"{waits} (priority {event.priority} here)")
     if isinstance(event, Joined):
         lines.append(f"ray     dashboard http://{event.dashboard}")
     if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):
@@ -226,6 +230,10 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
     if running:
         since = time.strftime("%H:%M:%S", time.localtime(state["started"]))
         words.append(f"running since {since} (process {state['owner']['pid']})")
+    for each in living(store):
+        if each["sweep"] == name and (each["priority"] or each["behind"]):
+            waits = f", waits for {each['behind']}" if each["behind"] else ""
+            lines.append(f"order   process {each['owner']['pid']}: priority {each['priority']}{waits}")
     return "\n".join([f"status  {name}: {' · '.join(words)}", *lines])
 
 

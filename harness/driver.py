@@ -23,7 +23,7 @@ from harness import schedule, tables, tracking
 from harness.cell import Cell, baseline_of, cell_key, digest
 from harness.display import Display, Silent, Tally
 from harness.errors import HarnessError, ScheduleError, StoreError, TrackingError
-from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Usage
+from harness.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Turn, Usage
 from harness.flips import with_flips
 from harness.plan import Plan, duration, make, render, within
 from harness.store import Record, Store, SweepState, is_running
@@ -105,6 +105,7 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
     if plan.missing and other and is_running(other):
         display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
     store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
+    store.clear_priority(sweep.name)
     recorder = _Recorder(plan, store, display, text)
     interrupted, stopped, begun = False, "", False
     try:
@@ -180,7 +181,7 @@ class _Recorder:
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.teller = Teller(lambda: tracking.open_tracker(plan.sweep, plan_text), self._tell_one, self._progress, self._warn)
-        self.dashboard = ""
+        self.dashboard = self.behind = ""
         self.done = {cell_key(cell) for cell in plan.done}
         self.compared: dict[str, list[str]] = {}                        # key of a baseline -> cells that it is compared with
         for key, cell in self.cells.items():
@@ -200,6 +201,8 @@ class _Recorder:
             case Usage():
                 for key in event.cell_keys:
                     self.teller.use(key, event.facts)
+            case Turn():
+                self.behind = event.behind
             case Joined():
                 self.dashboard = event.dashboard
             case Progress():
@@ -252,6 +255,7 @@ class _Recorder:
         words = [f"{done} of {len(self.cells)} cells done"]
         words += [f"{len(self.tally.failed)} failed"] if self.tally.failed else []
         words += [f"{duration(left)} left"] if left is not None else []
+        words += [f"{self.behind} goes first"] if self.behind else []
         words += [f"Ray's dashboard: http://{self.dashboard}"] if self.dashboard else []
         return ", ".join(words)
 

@@ -33,6 +33,14 @@ class Joined(Event):
 
 
 @dataclass(frozen=True)
+class Turn(Event):
+    """The sweep's priority among those on its store, or whether it is its turn, has changed. behind: who goes first; "": nobody."""
+
+    priority: int = 0
+    behind: str = ""
+
+
+@dataclass(frozen=True)
 class Usage(Event):
     """What the process of a task takes now: cpu_percent, memory_megabytes, and gpu_memory_megabytes where it has a card."""
 
@@ -68,8 +76,8 @@ class Scored(Event):
 class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 
-    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "cancelled"; reason: one line; detail:
-    traceback or log tail.
+    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "no_node" (that could take it),
+    "cancelled"; reason: one line; detail: traceback or log tail.
     retry: True when a changed plan tries the cells again (alone, or on another node), so that this is not yet their end.
     """
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import statistics
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import plugins, sources
-from harness.cell import Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
+from harness.cell import Calibration, Cell, Evaluation, Model, Part, cell_key, quantize_key, score_key, to_json
 from harness.errors import ConfigError, HarnessError, PlanError
 from harness.files import bytes_of
 from harness.store import Store
@@ -35,6 +36,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CHECKPOINTS_PER_PASS = 16                       # more would save reading alone, and every stream waits on the CPU
 FLOPS_PER_THREAD = 2e10                         # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
 FLOPS_PER_GPU = 5e13                            # sustained in float32 accumulation; an order of magnitude, until records exist
+ASSUMED_SLOTS = 4                               # of a cluster elsewhere, in estimates
 MEMORY_SHARE = 0.9                              # of what is free; the rest is for the process and the allocator's gaps
 
 T = TypeVar("T")
@@ -57,6 +59,9 @@ class Pass:
     seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on device and CPU together; disk_bytes of its
              checkpoints
     apart    memory ran out for its like before: nothing may run beside it
+    whole    it takes a GPU of its own where tasks share them
+    rank     0 for what the sweep wants first; a pass has cells of one rank
+    limit    checkpoints that memory allows in one pass of its kind; passes are joined up to it while no slot is free
     """
 
     cells: tuple[Cell, ...]
@@ -65,6 +70,9 @@ class Pass:
     peak_memory_bytes: int
     disk_bytes: int
     apart: bool = False
+    whole: bool = False
+    rank: int = 0
+    limit: int = CHECKPOINTS_PER_PASS
 
     @property
     def checkpoints(self) -> tuple[Cell, ...]:
@@ -76,7 +84,10 @@ class Pass:
 class Scoring:
     """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`.
 
-    devices: GPUs of one node that the model takes.
+    devices     GPUs of one node to begin with: what its size takes (least), or more where memory ran out for its like before
+    whole       it takes a GPU of its own where tasks share them
+    batch_size  1 where memory ran out in larger batches; 0: as the sweep says
+    offload     memory ran out on all GPUs that there are: blocks wait in main memory
     """
 
     cells: tuple[Cell, ...]
@@ -84,6 +95,10 @@ class Scoring:
     seconds: float | None
     peak_memory_bytes: int
     devices: int = 1
+    least: int = 1
+    whole: bool = False
+    batch_size: int = 0
+    offload: bool = False
 
     @property
     def count(self) -> int:
@@ -104,7 +119,6 @@ class Plan:
     workers: int
     notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
     used_bytes: int = 0                         # of the store, where it has a quota
-    careful: frozenset[str] = frozenset()       # keys of cells to score in batches of 1: memory ran out for their like
 
     @property
     def checkpoints(self) -> int:
@@ -169,22 +183,22 @@ def make(sweep: Sweep, store: Store) -> Plan:
 
     workers = count_workers(sweep.runtime)
     history = _History(store if store is live else live.snapshot()) if missing else None
-    passes = tuple(_passes(unmade, checker, history, workers)) if history else ()
-    scorings = tuple(_scorings(missing, unscored, checker, history)) if history else ()
+    passes = tuple(_passes(unmade, sweep, checker, history, workers)) if history else ()
+    scorings = tuple(_scorings(missing, unscored, sweep, checker, history)) if history else ()
     used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
     problems = _problems(sweep.runtime, store, passes, scorings, used)
     done = tuple(cell for cell in able if id(cell) not in pending)
-    warned, careful = history.warnings(missing, checker) if history else ([], frozenset())
+    warned = history.warnings(unmade, scorings, checker) if history else []
     notes = dict.fromkeys(
         f"{cell.model.name}: {note}"
         for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
-    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used, careful)
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used)
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
-    """The plan of what fits into so much wall time, cheapest cells first, baselines before all; and the cells left out.
+    """The plan of what fits into so much wall time: in the order of `first:`, baselines, then the cheapest; and the cells left out.
 
     What has neither record nor formula counts nothing here: it is tried, and the clock decides.
     """
@@ -196,7 +210,8 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
         for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True):
             costs[cell_key(cell)] += (scoring.seconds or 0.0) * len(wanted) / max(1, scoring.count)
     left, room = set(), seconds * max(1, plan.workers)
-    for cell in sorted(plan.missing, key=lambda cell: (not cell.method.is_baseline, costs[cell_key(cell)])):
+    rank = plan.sweep.rank
+    for cell in sorted(plan.missing, key=lambda c: (rank(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)])):
         room -= costs[cell_key(cell)]
         if room < 0:
             left.add(cell_key(cell))
@@ -229,7 +244,7 @@ def count_workers(runtime: Runtime) -> int:
     if runtime.cluster.workers:
         return runtime.cluster.workers
     if runtime.cluster.address:
-        return 4
+        return ASSUMED_SLOTS
     if uses_gpu(runtime):
         return max(1, int(count_gpus() / max(runtime.cluster.gpus_per_task, 1 / 16)))
     return max(1, count_cores() // 2)
@@ -290,8 +305,15 @@ class _Checker:
         """
         return self._once(("devices", model), lambda: self._devices(model))
 
+    def is_whole(self, model: Model) -> bool:
+        """A model that one GPU holds, and a task's share of one does not."""
+        shapes, free = self.shapes(model), self.gpu_bytes()
+        if shapes is None or free is None or self.devices(model) != 1 or model.dtype not in DTYPE_BYTES:
+            return False
+        return DTYPE_BYTES[model.dtype] * shapes.parameters > free * MEMORY_SHARE * gpu_share(self.runtime)
+
     def _devices(self, model: Model) -> int | None:
-        shapes, free = self.shapes(model), self._gpu_bytes()
+        shapes, free = self.shapes(model), self.gpu_bytes()
         if shapes is None or free is None or model.dtype not in DTYPE_BYTES:
             return 1
         need, block = (
@@ -305,6 +327,10 @@ class _Checker:
 
     def _gpus(self) -> int:
         return count_gpus() if uses_gpu(self.runtime) else 0
+
+    def gpu_bytes(self) -> int | None:
+        """Free on one GPU; None where there is none, and where nobody has said how large those of a cluster are."""
+        return self._once("GPU", self._gpu_bytes)
 
     def _gpu_bytes(self) -> int | None:
         cluster = self.runtime.cluster
@@ -454,6 +480,14 @@ def uses_gpu(runtime: Runtime) -> bool:
     return runtime.device != "cpu" and count_gpus() > 0
 
 
+def gpu_share(runtime: Runtime) -> float:
+    """The share of a GPU's memory that one task has; its process takes no more (`work.prepare`)."""
+    cluster = runtime.cluster
+    if cluster.kind == "local" and not cluster.address:
+        return min(1.0, count_gpus() / count_workers(runtime)) if uses_gpu(runtime) else 1.0
+    return min(1.0, cluster.gpus_per_task) or 1.0
+
+
 def quota_bytes(runtime: Runtime) -> int | None:
     """What the store may take, or None."""
     return bytes_of(runtime.store.quota, "store.quota") if runtime.store.quota else None
@@ -491,69 +525,88 @@ def _problems(
 # --- passes and evaluations ------------------------------------------------------------------------------------------------------
 
 
-def _passes(unmade: Sequence[Cell], checker: _Checker, history: _History, workers: int) -> Iterable[Pass]:
-    """Group what is not quantized by model and calibration windows, and cut each group where memory or idle workers ask for it."""
-    by_walk: dict[Hashable, dict[str, list[Cell]]] = {}
+def _passes(unmade: Sequence[Cell], sweep: Sweep, checker: _Checker, history: _History, workers: int) -> Iterable[Pass]:
+    """Group what is not quantized by rank, model and calibration windows, and cut each group for memory and the workers known now.
+
+    A run cuts anew for the slots that it finds (`board`).
+    """
+    by_key: dict[str, list[Cell]] = {}
     for cell in unmade:
-        walk = (cell.model, cell.calibration if cell.method.needs else None)
-        by_walk.setdefault(walk, {}).setdefault(quantize_key(cell), []).append(cell)
-    walks = []
-    for by_key in by_walk.values():             # what ran out of memory before, here or in a smaller sibling, walks alone
-        alone = {key for key, cells in by_key.items() if history.ran_out(cells[0], "quantize", checker) is not None}
-        together = [cells for key, cells in by_key.items() if key not in alone]
-        walks += [_by_stream(together)] if together else []
-        walks += [[by_key[key]] for key in by_key if key in alone]
-    for checkpoints in walks:
-        shapes = checker.shapes(checkpoints[0][0].model)
+        by_key.setdefault(quantize_key(cell), []).append(cell)
+    by_walk: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
+    for key, cells in by_key.items():           # what ran out of memory before, here or in a smaller sibling, walks alone
+        first = cells[0]
+        rank, alone = min(sweep.rank(cell_key(cell)) for cell in cells), history.ran_out(first, "quantize", checker) is not None
+        walk = (rank, first.model, first.calibration if first.method.needs else None, key if alone else "")
+        by_walk.setdefault(walk, []).append(cells)
+    for (rank, model, _, single), group in sorted(by_walk.items(), key=lambda item: item[0][0]):
+        shapes, checkpoints = checker.shapes(model), _by_stream(group)
         assert shapes is not None, "a model without shapes is refused"
-        share = max(1, workers // len(walks))
-        for part in _cut(checkpoints, shapes, checker.runtime, share):
-            cells = tuple(cell for checkpoint in part for cell in checkpoint)
-            first = [checkpoint[0] for checkpoint in part]
+        limit = 1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
+        share = max(1, workers // len(by_walk))
+        while checkpoints:
+            count = piece([stream_of(cells[0]) for cells in checkpoints], -(-len(checkpoints) // share), limit)
+            part, checkpoints, share = checkpoints[:count], checkpoints[count:], max(1, share - 1)
+            made = [cells[0] for cells in part]
+            together = history.ran_out(made[0], "quantize", checker)
             yield Pass(
-                cells,
-                _sharing(first, shapes),
-                history.quantize_seconds(first, shapes, checker.runtime),
-                sum(pass_memory(first, shapes)),
-                sum(checkpoint_bytes(cell, shapes) for cell in first),
-                len(first) == 1 and (history.ran_out(first[0], "quantize", checker) or 2) < 2,
+                tuple(cell for cells in part for cell in cells),
+                _sharing(made, shapes),
+                history.quantize_seconds(made, shapes, checker.runtime),
+                sum(pass_memory(made, shapes)),
+                sum(checkpoint_bytes(cell, shapes) for cell in made),
+                apart=together is not None and together < 2,
+                whole=len(made) == 1 and not _fits(made, shapes, checker, workers) and gpu_share(checker.runtime) < 1,
+                rank=rank,
+                limit=limit,
             )
 
 
 def _by_stream(checkpoints: list[list[Cell]]) -> list[list[Cell]]:
     """In the sweep's order, but for those that share a stream, which become neighbours."""
-    order = {stream: number for number, stream in enumerate(dict.fromkeys(_stream(cells[0]) for cells in checkpoints))}
-    return sorted(checkpoints, key=lambda cells: order[_stream(cells[0])])
+    order = {stream: number for number, stream in enumerate(dict.fromkeys(stream_of(cells[0]) for cells in checkpoints))}
+    return sorted(checkpoints, key=lambda cells: order[stream_of(cells[0])])
 
 
-def _stream(cell: Cell) -> tuple[Any, ...]:
+def stream_of(cell: Cell) -> tuple[Any, ...]:
     """What must be equal for two cells to see the same inputs in every block."""
     if not cell.method.reads_inputs or cell.inputs == "full_precision":
         return (0, cell.inputs)
     return (1, cell.method.name, cell.scheme.name)
 
 
-def _cut(checkpoints: list[list[Cell]], shapes: Shapes, runtime: Runtime, share: int) -> Iterable[list[list[Cell]]]:
-    """Consecutive runs of checkpoints: few enough for memory, and one per worker of this walk unless they share a stream."""
+def piece(streams: Sequence[Hashable], count: int, limit: int) -> int:
+    """How many checkpoints, from the first, make one walk of those whose input streams these are.
+
+    About `count`, at most `limit`. A stream is cut for the limit alone, because its checkpoints share every forward pass; others
+    share nothing after block 0 but the reading, so idle slots are worth more.
+    """
+    count = min(max(1, count), -(-len(streams) // -(-len(streams) // limit)))
+    lengths = [len(list(same)) for _, same in itertools.groupby(streams)]
+    if lengths[0] > limit:
+        return -(-lengths[0] // -(-lengths[0] // limit))
+    taken = 0
+    for length in lengths:
+        if taken and taken + length > count:
+            break
+        taken += length
+    return taken
+
+
+def _limit(checkpoints: Sequence[Cell], shapes: Shapes, checker: _Checker, workers: int) -> int:
+    """Checkpoints, side by side in this order, that memory allows in one pass."""
     limit = CHECKPOINTS_PER_PASS
-    while limit > 1 and not _fits([checkpoint[0] for checkpoint in checkpoints[:limit]], shapes, runtime):
+    while limit > 1 and not all(
+        _fits(checkpoints[start: start + limit], shapes, checker, workers) for start in range(max(1, len(checkpoints) - limit + 1))
+    ):
         limit -= 1
-    # Checkpoints with streams of their own share nothing after block 0 but the reading, so idle workers are worth more.
-    if len({_stream(checkpoint[0]) for checkpoint in checkpoints}) > 1:
-        limit = min(limit, -(-len(checkpoints) // share))
-    count = -(-len(checkpoints) // limit)
-    size_, larger = divmod(len(checkpoints), count)
-    start = 0
-    for index in range(count):
-        end = start + size_ + (index < larger)
-        yield checkpoints[start:end]
-        start = end
+    return limit
 
 
 def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
     if all(cell.method.is_baseline for cell in cells):
         return "full precision, nothing to quantize"
-    streams = collections.Counter(_stream(cell) for cell in cells if cell.method.reads_inputs)
+    streams = collections.Counter(stream_of(cell) for cell in cells if cell.method.reads_inputs)
     gradients = sum("squared_gradient" in cell.method.needs for cell in cells)
     words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
     if not any(cell.method.needs for cell in cells):
@@ -567,20 +620,26 @@ def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
 
 
 def _scorings(
-    missing: Sequence[Cell], unscored: Mapping[int, tuple[Evaluation, ...]], checker: _Checker, history: _History
+    missing: Sequence[Cell], unscored: Mapping[int, tuple[Evaluation, ...]], sweep: Sweep, checker: _Checker, history: _History
 ) -> Iterable[Scoring]:
     by_model: dict[Model, list[Cell]] = {}
     for cell in missing:
         if unscored[id(cell)]:
             by_model.setdefault(cell.model, []).append(cell)
     for model, cells in by_model.items():
-        cells.sort(key=lambda cell: not cell.method.is_baseline)        # stable: what others are compared with comes first
+        # What others are compared with comes first; otherwise in the sweep's order.
+        cells.sort(key=lambda cell: (sweep.rank(cell_key(cell)), not cell.method.is_baseline))
         evaluations = tuple(unscored[id(cell)] for cell in cells)
         shapes = checker.shapes(model)
         assert shapes is not None, "a model without shapes is refused"
         seconds = history.evaluate_seconds(cells, evaluations)
-        need = shapes.parameters * DTYPE_BYTES[model.dtype]
-        yield Scoring(tuple(cells), evaluations, seconds, need, checker.devices(model) or 1)
+        need, least = shapes.parameters * DTYPE_BYTES[model.dtype], checker.devices(model) or 1
+        batch_size, devices, offload = history.room(cells[0], checker)
+        if devices > least and uses_gpu(sweep.runtime) and not sweep.runtime.cluster.address and devices > count_gpus():
+            devices, offload = least, True
+        yield Scoring(
+            tuple(cells), evaluations, seconds, need, max(devices, least), least, checker.is_whole(model), batch_size, offload
+        )
 
 
 # --- estimates -------------------------------------------------------------------------------------------------------------------
@@ -628,18 +687,19 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     tokens = calibration.samples * calibration.length
     stream = tokens * shapes.hidden_size * DTYPE_BYTES[dtype]
     kept = tokens * sum(widths.values()) * DTYPE_BYTES[dtype] if any("inputs" in c.method.needs for c in calibrated) else 0
-    streams = len({_stream(cell) for cell in calibrated})
+    streams = len({stream_of(cell) for cell in calibrated})
     return max(3 * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
 
 
-def _fits(cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> bool:
-    if runtime.cluster.address:
-        return True
+def _fits(cells: Sequence[Cell], shapes: Shapes, checker: _Checker, workers: int) -> bool:
+    """Whether a task's share of a GPU, and of the main memory of this machine, holds a pass."""
     device, host = pass_memory(cells, shapes)
-    free = available_memory() * MEMORY_SHARE
-    if not uses_gpu(runtime):
-        return device + host <= free
-    return host <= free and device <= (free_memory(runtime)[0] or 0) * MEMORY_SHARE
+    gpu = checker.gpu_bytes()
+    if gpu is not None and device > gpu * MEMORY_SHARE * gpu_share(checker.runtime):
+        return False
+    if checker.runtime.cluster.address:
+        return True
+    return host + (device if gpu is None else 0) <= available_memory() * MEMORY_SHARE / workers
 
 
 class _History:
@@ -648,11 +708,11 @@ class _History:
     def __init__(self, store: Store) -> None:
         quantized: dict[Hashable, list[float]] = collections.defaultdict(list)
         scored: dict[Hashable, list[float]] = collections.defaultdict(list)
-        self._short: list[tuple[str, Cell, int]] = []                           # stage, cell, how many together
+        self._short: list[tuple[str, Cell, Mapping[str, Any]]] = []             # stage, cell, what was noted of it
         for record in store.records():
             for stage in ("quantize", "evaluate"):
                 if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
-                    self._short.append((stage, record.cell, int(mark.get("beside", 2))))
+                    self._short.append((stage, record.cell, mark))
             model = record.cell.model.digest
             if record.manifest and (seconds := record.manifest.get("seconds")):
                 quantized[model, record.cell.method.name].append(float(seconds))
@@ -665,29 +725,43 @@ class _History:
     def ran_out(self, cell: Cell, stage: str, checker: _Checker) -> int | None:
         """With how many together memory ran out for a cell or a sibling that needs no more; None where it never did.
 
-        A sibling has the same method, and a model with as many parameters or fewer.
+        A sibling has the same method, where the method matters, and a model with as many parameters or fewer.
         """
-        return min((together for together, _ in self._siblings(cell, stage, checker)), default=None)
+        return min((int(mark.get("beside", 2)) for mark, _ in self._siblings(cell, stage, checker)), default=None)
 
-    def _siblings(self, cell: Cell, stage: str, checker: _Checker) -> Iterable[tuple[int, Cell]]:
-        for marked, other, together in self._short:
+    def room(self, cell: Cell, checker: _Checker) -> tuple[int, int, bool]:
+        """(batch size, GPUs, blocks in main memory) with which to score a model at first; 0 and 1 where memory never ran out."""
+        marks = [mark for mark, _ in self._siblings(cell, "evaluate", checker)]
+        devices = max((2 * int(mark.get("devices", 0)) for mark in marks if mark.get("beside") == 1), default=1)
+        return int(bool(marks)), max(1, devices), any(mark.get("offload") for mark in marks)
+
+    def _siblings(self, cell: Cell, stage: str, checker: _Checker) -> Iterable[tuple[Mapping[str, Any], Cell]]:
+        for marked, other, mark in self._short:
             if marked != stage or (stage == "quantize" and other.method.name != cell.method.name):
                 continue
             mine, theirs = checker.shapes(cell.model), checker.shapes(other.model)
             if other.model.digest == cell.model.digest or (mine and theirs and theirs.parameters <= mine.parameters):
-                yield together, other
+                yield mark, other
 
-    def warnings(self, cells: Sequence[Cell], checker: _Checker) -> tuple[list[str], frozenset[str]]:
-        """What the plan says of cells whose like ran out of memory, and the keys of those to score in batches of 1."""
+    def warnings(self, unmade: Sequence[Cell], scorings: Sequence[Scoring], checker: _Checker) -> list[str]:
+        """What the plan says of cells whose like ran out of memory."""
         said: dict[str, None] = {}
-        careful = set()
-        for cell in cells:
-            for stage, way in (("quantize", "walks alone"), ("evaluate", "is scored in batches of 1")):
-                found = min(self._siblings(cell, stage, checker), key=lambda pair: pair[0], default=None)
-                if found is not None:
-                    said.setdefault(f"{cell.title} {way}: memory ran out for {found[1].title}")
-                    careful |= {cell_key(cell)} if stage == "evaluate" else set()
-        return list(said), frozenset(careful)
+        for cell in unmade:
+            for _, other in self._least(cell, "quantize", checker):
+                said.setdefault(f"{cell.title} walks alone: memory ran out for {other.title}")
+        for scoring in scorings:
+            if scoring.batch_size:
+                ways = ["in batches of 1"]
+                ways += [f"on {scoring.devices} GPUs"] if scoring.devices > scoring.least else []
+                ways += ["with its blocks in main memory"] if scoring.offload else []
+                for cell in scoring.cells:
+                    for _, other in self._least(cell, "evaluate", checker):
+                        said.setdefault(f"{cell.title} is scored {', '.join(ways)}: memory ran out for {other.title}")
+        return list(said)
+
+    def _least(self, cell: Cell, stage: str, checker: _Checker) -> list[tuple[Mapping[str, Any], Cell]]:
+        """The one sibling for which memory ran out with the fewest together."""
+        return sorted(self._siblings(cell, stage, checker), key=lambda pair: int(pair[0].get("beside", 2)))[:1]
 
     def quantize_seconds(self, cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> float:
         known = [self.quantized.get((cell.model.digest, cell.method.name)) for cell in cells]
@@ -750,13 +824,21 @@ def render(plan: Plan) -> str:
     for scoring in plan.scorings:
         cost = f"{duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
         cells = _count(len(scoring.cells), "cell")
-        lines.append(f"score   {scoring.cells[0].model.name}   {_count(scoring.count, 'evaluation')} of {cells}   {cost}")
+        gpus = f" on {scoring.devices} GPUs each" if scoring.devices > 1 else ""
+        lines.append(f"score   {scoring.cells[0].model.name}   {_count(scoring.count, 'evaluation')} of {cells}{gpus}   {cost}")
+    keys = set(map(cell_key, sweep.cells)) if sweep.first else set()
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
         lines.append(f"        {_count(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)")
+    ranks = collections.Counter(sweep.rank(cell_key(cell)) for cell in plan.missing)
+    for rank, entry in enumerate(sweep.first):
+        fits = f"{_count(ranks[rank], 'cell')} to do" if entry.keys & keys else "fits no cell of this run"
+        lines.append(f"first   {rank + 1}. {entry.text}: {fits}")
     lines += [f"note    {note}" for note in plan.notes]
     lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
-    where = runtime.cluster.address or f"{_count(plan.workers, 'worker')} on this machine"
+    where = f"{_count(plan.workers, 'worker')} on this machine"
+    if runtime.cluster.address:
+        where = f"{runtime.cluster.address}, {plan.workers} slots assumed; passes are cut for those it has"
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
     if plan.passes and (quota := quota_bytes(runtime)) is not None:
         left = max(0, quota - plan.used_bytes)

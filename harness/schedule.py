@@ -25,11 +25,11 @@ the store holds.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -40,15 +40,16 @@ import tempfile
 import threading
 import time
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
-from harness import events, plugins, provenance, sources, work
-from harness.cell import Cell, Evaluation, Model, cell_key, from_json, quantize_key, to_json
+from harness import events, provenance, sources, work
+from harness.board import RETURN_SECONDS, Board, Executor, Exit, Message
+from harness.cell import Model, from_json, to_json
+from harness.control import Control
 from harness.errors import ScheduleError, StoreError
-from harness.events import Event, Failed, Joined, Quantized, Scored, TaskStarted
-from harness.plan import Pass, Plan, count_cores, count_gpus, over_quota
+from harness.events import Event, Joined, Turn
+from harness.plan import Plan, count_cores, count_gpus
 from harness.store import Store
 from harness.sweep import Runtime
 from harness.work import EvaluateTask, QuantizeTask, Task
@@ -58,61 +59,12 @@ SILENCE_SECONDS = 90.0                          # after which Ray is asked wheth
 PROBE_SECONDS = 60.0                            # for every node of a cluster to say what it sees
 LOOK_SECONDS = 5.0                              # between two looks at a cluster's head and nodes
 HEAD_SECONDS = 20.0                             # of silence after which the head counts as lost; Ray ends the driver after 60
-RETURN_SECONDS = 600.0                          # for another head to take its place
 JOIN_SECONDS = 60.0                             # for the first node that takes tasks to join a cluster
 STOP_SECONDS = 5.0                              # between asking a process to end and ending it
-LOSSES = 3                                      # nodes that may be lost under the same work
 PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
 log = logging.getLogger(__name__)
 
 TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
-
-
-@dataclass(frozen=True)
-class Exit:
-    """How a task's process ended. kind "" is a normal end, else kind, reason and detail are those of `events.Failed`."""
-
-    kind: str = ""
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Message:
-    """News of one task: an event, or its end."""
-
-    number: int
-    news: Event | Exit
-
-
-class Executor(Protocol):
-    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are); share: of a GPU (0: none).
-
-    most: GPUs that one task can have, which are those of the largest node; 0 where tasks use none.
-    """
-
-    slots: int
-    threads: int
-    share: float
-    most: int
-
-    def width(self, devices: int) -> int:
-        """Slots that a task on so many GPUs takes."""
-        ...
-
-    def submit(self, number: int, task: Task) -> None: ...
-
-    def wait(self) -> list[Message]:
-        """News of the running tasks, waiting for some for at most POLL_SECONDS."""
-        ...
-
-    def cancel(self, number: int) -> None:
-        """End a task's process; no more news of it will come."""
-        ...
-
-    def close(self) -> None:
-        """End whatever still runs, and leave no process behind."""
-        ...
 
 
 def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator[Event]:
@@ -125,25 +77,43 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
         return
     ends = time.monotonic() + seconds if seconds is not None else float("inf")
     executor = make_executor(plan.sweep.runtime, plan.workers)
-    wide = {each.cells[0].model.name: each.devices for each in plan.scorings if each.devices > max(1, executor.most)}
+    wide = {each.cells[0].model.name: each.least for each in plan.scorings if each.least > max(1, executor.most)}
     if wide:
         executor.close()
         asked = "; ".join(f'model "{name}" takes {devices} GPUs of one node to evaluate' for name, devices in wide.items())
         raise ScheduleError(f"{asked}, and none has more than {executor.most}. Nothing was started. Leave it out, or add a node")
-    board = _Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
+    board = Board(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
+    store, runtime = Store(plan.sweep.runtime.runs), plan.sweep.runtime
     try:
         if isinstance(executor, RayCluster) and executor.dashboard:
             yield Joined(time.time(), dashboard=executor.dashboard)
-        store = Store(plan.sweep.runtime.runs)
-        shared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if plan.sweep.runtime.cluster.address and isinstance(executor, RayCluster):
-            shared = executor.shared(store, plan)
-        with shared:
-            while time.monotonic() < ends and not store.is_cancelled(plan.sweep.name) and (board.submit() or board.running):
+        with contextlib.ExitStack() as stack:
+            control = stack.enter_context(Control(store, plan.sweep.name, runtime.priority))
+            if runtime.cluster.address and isinstance(executor, RayCluster):
+                stack.enter_context(executor.shared(store, plan))
+            told = Turn(0.0)
+            while time.monotonic() < ends and not control.is_cancelled:
+                board.behind = control.behind
+                if (control.priority, control.behind) != (told.priority, told.behind):
+                    told = Turn(time.time(), priority=control.priority, behind=control.behind)
+                    yield told
+                submitted = board.submit()
+                control.wants = board.wants
+                yield from board.unplaced()
+                if board.stranded:
+                    raise ScheduleError(
+                        f"no node of the cluster can take a task any more, and none came within {RETURN_SECONDS:g} s. What was "
+                        "finished is in the store: start nodes, then the same command goes on"
+                    )
+                if not submitted and not board.running:
+                    if not board.waits:
+                        break
+                    time.sleep(POLL_SECONDS)
                 for message in executor.wait():
                     yield from board.receive(message)
                 yield from board.deadlines()
-                yield from board.cancelled()
+                control.look()
+                yield from board.cancelled(control.cancelled)
             if board.full:
                 raise StoreError(board.full)
     finally:
@@ -160,373 +130,6 @@ def make_executor(runtime: Runtime, workers: int) -> Executor:
     return RayCluster(runtime, workers)
 
 
-# --- what to do next --------------------------------------------------------------------------------------------------------------
-
-
-Pair = tuple[Cell, tuple[Evaluation, ...]]
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """Checkpoints to make in one task, which take about disk_bytes.
-
-    losses: nodes lost under it; tried: it died before; apart: nothing may run beside it.
-    """
-
-    cells: tuple[Cell, ...]
-    disk_bytes: int = 0
-    losses: int = 0
-    tried: bool = False
-    apart: bool = False
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Cells to score in one task, otherwise as `_Walk`. batch_size 0: as the sweep says; devices, offload: as in `EvaluateTask`."""
-
-    pairs: tuple[Pair, ...]
-    losses: int = 0
-    tried: bool = False
-    apart: bool = False
-    batch_size: int = 0
-    devices: int = 1
-    offload: bool = False
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        return tuple(cell for cell, _ in self.pairs)
-
-
-@dataclass
-class _Job:
-    """A submitted task. unfinished: what has neither result nor failure: cell keys, or (cell key, evaluation) pairs.
-
-    width: slots that it takes.
-    """
-
-    work: _Walk | _Look
-    unfinished: set[Any]
-    deadline: float
-    width: int = 1
-    started: bool = False
-
-    @property
-    def quantizes(self) -> bool:
-        return isinstance(self.work, _Walk)
-
-
-class _Board:
-    """Which task comes next, and what its news means for the others."""
-
-    def __init__(self, plan: Plan, executor: Executor, command: str, cheapest_first: bool = False) -> None:
-        self.executor, self.command, self.runtime = executor, command, plan.sweep.runtime
-        self.running: dict[int, _Job] = {}
-        self._number = 0
-        self._store = Store(self.runtime.runs)
-        self._looked = time.monotonic()                                        # for cells that were cancelled
-        passes = in_order(plan.passes, 1 if cheapest_first else executor.slots)
-        self._quantize = collections.deque(_Walk(each.cells, each.disk_bytes, apart=each.apart) for each in passes)
-        self._careful = plan.careful
-        self._devices = {each.cells[0].model: each.devices for each in plan.scorings}
-        self.full = ""                          # why no checkpoint may be begun, where the store has reached its quota
-        unmade = {quantize_key(cell) for each in plan.passes for cell in each.cells}
-        self._waiting: dict[str, list[Pair]] = {}
-        self._ready: dict[Model, list[Pair]] = {}
-        self._again: collections.deque[_Look] = collections.deque()
-        for scoring in plan.scorings:
-            for cell, evaluations in zip(scoring.cells, scoring.evaluations, strict=True):
-                if quantize_key(cell) in unmade:
-                    self._waiting.setdefault(cell_key(cell), []).append((cell, evaluations))
-                else:
-                    self._make_ready(cell, evaluations)
-
-    def _make_ready(self, cell: Cell, evaluations: tuple[Evaluation, ...]) -> None:
-        """Give a cell to be scored: by itself what needs its device for itself, and what memory ran out for before."""
-        devices = self._devices[cell.model]
-        exclusive = tuple(e for e in evaluations if self._needs_all(e))
-        if exclusive:
-            self._again.append(_Look(((cell, exclusive),), apart=True, devices=devices))
-        others = tuple(e for e in evaluations if e not in exclusive)
-        if others and cell_key(cell) in self._careful:
-            self._again.append(_Look(((cell, others),), batch_size=1, devices=devices))
-        elif others:
-            self._ready.setdefault(cell.model, []).append((cell, others))
-
-    def _needs_all(self, evaluation: Evaluation) -> bool:
-        """A measurement of a device, where tasks do not have one each."""
-        facts = plugins.find("evaluator").get(evaluation.evaluator)
-        return self.executor.slots > 1 and self.executor.share != 1.0 and facts is not None and facts.get("exclusive", False)
-
-    def submit(self) -> bool:
-        """Fill the free slots; True when anything was submitted."""
-        submitted = False
-        while (free := self.executor.slots - sum(job.width for job in self.running.values())) > 0 and self._submit_one(free):
-            submitted = True
-        return submitted
-
-    def _width(self, look: _Look) -> int:
-        """Slots of a task; what takes more than there are waits for all of them."""
-        return min(self.executor.slots, self.executor.width(look.devices))
-
-    def _submit_one(self, free: int) -> bool:
-        """Scores before checkpoints: a number to look at is worth more than a checkpoint to wait with."""
-        if any(job.work.apart or (job.width > 1 and not job.started) for job in self.running.values()):
-            return False                        # one that waits for several GPUs of a node would wait for ever beside small ones
-        if self._again and not self._again[0].apart:
-            if self._width(self._again[0]) > free:
-                return False
-            self._start(self._again.popleft())
-        elif any(self._ready.values()):
-            model = max(self._ready, key=lambda model: (bool(self._ready[model]), self._devices[model], len(self._ready[model])))
-            width = self._width(_Look((), devices=self._devices[model]))
-            if width > free:
-                return False
-            share = max(1, -(-len(self._ready[model]) // (free // width)))
-            chosen, self._ready[model] = self._ready[model][:share], self._ready[model][share:]
-            self._start(_Look(tuple(chosen), devices=self._devices[model]))
-        elif self._quantize and not self._quantize[0].apart and self._has_room(self._quantize[0]):
-            self._start(self._quantize.popleft())
-        elif not self.running and self._again:
-            self._start(self._again.popleft())
-        elif not self.running and self._quantize and self._has_room(self._quantize[0]):
-            self._start(self._quantize.popleft())
-        else:
-            return False
-        return True
-
-    def _has_room(self, walk: _Walk) -> bool:
-        """Whether the quota of the store has room for what is being made and for these checkpoints too."""
-        if not self.runtime.store.quota:
-            return True
-        underway = sum(job.work.disk_bytes for job in self.running.values() if isinstance(job.work, _Walk))
-        self.full = over_quota(self.runtime, self._store.used_bytes(), underway + walk.disk_bytes)
-        return not self.full
-
-    def _start(self, work: _Walk | _Look) -> None:
-        common: dict[str, Any] = {
-            "runs": str(self._store.place), "device": self.runtime.device, "threads": self.executor.threads,
-            "command": self.command, "share": self.executor.share or 1.0,
-        }
-        task: Task
-        unfinished: set[Any]
-        if isinstance(work, _Walk):
-            task, unfinished = QuantizeTask(work.cells, **common), set(map(cell_key, work.cells))
-        else:
-            wanted = tuple(evaluations for _, evaluations in work.pairs)
-            size = work.batch_size or self.runtime.batch_size
-            task = EvaluateTask(work.cells, wanted, batch_size=size, devices=work.devices, offload=work.offload, **common)
-            unfinished = {(cell_key(cell), e.name) for cell, evaluations in work.pairs for e in evaluations}
-        self._number += 1
-        width = self._width(work) if isinstance(work, _Look) else 1
-        self.running[self._number] = _Job(work, unfinished, self._deadline(), width)
-        self.executor.submit(self._number, task)
-
-    def _deadline(self) -> float:
-        limit = self.runtime.cluster.task_timeout_seconds
-        return time.monotonic() + limit if limit else float("inf")
-
-    def receive(self, message: Message) -> Iterator[Event]:
-        """Pass an event on, after drawing the consequences."""
-        job, news = self.running[message.number], message.news
-        match news:
-            case Exit():
-                del self.running[message.number]
-                yield from self._ended(job, news)
-            case Quantized():
-                job.unfinished -= set(news.cell_keys)
-                yield news
-                for key in news.cell_keys:
-                    for cell, evaluations in self._waiting.pop(key, ()):
-                        self._make_ready(cell, evaluations)
-            case Scored():
-                job.unfinished -= {(key, news.evaluation) for key in news.cell_keys}
-                yield news
-            case Failed():
-                yield self._failed(job, news)
-            case TaskStarted():
-                # A task may have waited for a slot of the cluster; its time counts from here.
-                job.deadline, job.started = self._deadline(), True
-                yield news
-            case _:
-                yield news
-
-    def deadlines(self) -> Iterator[Event]:
-        """End the tasks whose time is over."""
-        now = time.monotonic()
-        for number, job in list(self.running.items()):
-            if now > job.deadline:
-                self.executor.cancel(number)
-                del self.running[number]
-                limit = self.runtime.cluster.task_timeout_seconds
-                yield from self._ended(job, Exit("timeout", f"ended after {limit:g} s (cluster.task_timeout_seconds)"))
-
-    def cancelled(self) -> Iterator[Event]:
-        """Once a second: take out the cells that `harness cancel` named. Their tasks end; what else was in them is given again."""
-        if time.monotonic() - self._looked < POLL_SECONDS:
-            return
-        self._looked = time.monotonic()
-        keys = self._store.cancelled_names() & self._open_cells()
-        if not keys:
-            return
-        for number, job in list(self.running.items()):
-            if any(cell_key(cell) in keys for cell in job.work.cells):
-                self.executor.cancel(number)
-                del self.running[number]
-                left = {entry for entry in job.unfinished if (entry if job.quantizes else entry[0]) not in keys}
-                if left:
-                    self._give(job, [left], tried=job.work.tried)
-
-        def kept(pairs: Iterable[Pair]) -> list[Pair]:
-            return [pair for pair in pairs if cell_key(pair[0]) not in keys]
-
-        walks = [(walk, tuple(cell for cell in walk.cells if cell_key(cell) not in keys)) for walk in self._quantize]
-        self._quantize = collections.deque(dataclasses.replace(walk, cells=cells) for walk, cells in walks if cells)
-        looks = [(look, tuple(kept(look.pairs))) for look in self._again]
-        self._again = collections.deque(dataclasses.replace(look, pairs=pairs) for look, pairs in looks if pairs)
-        self._ready = {model: kept(pairs) for model, pairs in self._ready.items()}
-        self._waiting = {key: pairs for key, pairs in self._waiting.items() if key not in keys}
-        yield Failed(time.time(), tuple(sorted(keys)), stage="cell", kind="cancelled", reason="cancelled with harness cancel")
-
-    def _open_cells(self) -> set[str]:
-        """Keys of the cells for which something is still to do."""
-        running = {entry if job.quantizes else entry[0] for job in self.running.values() for entry in job.unfinished}
-        queued = {cell_key(cell) for walk in self._quantize for cell in walk.cells}
-        again = {cell_key(cell) for look in self._again for cell in look.cells}
-        ready = {cell_key(cell) for pairs in self._ready.values() for cell, _ in pairs}
-        return running | queued | again | ready | set(self._waiting)
-
-    def _failed(self, job: _Job, failed: Failed) -> Failed:
-        """A failure that the task itself reported; one for lack of memory is tried again with more room."""
-        lost = self._concerned(job, failed)
-        job.unfinished -= lost
-        retry = failed.kind == "out_of_memory" and bool(lost) and self._with_more_room(job, lost, smaller=False)
-        return dataclasses.replace(failed, retry=retry)
-
-    def _concerned(self, job: _Job, failed: Failed) -> set[Any]:
-        if job.quantizes:
-            return job.unfinished & set(failed.cell_keys)
-        named = {(key, name) for key, name in job.unfinished if key in failed.cell_keys}
-        return {pair for pair in named if pair[1] == failed.stage} or named
-
-    def _ended(self, job: _Job, end: Exit) -> Iterator[Event]:
-        if not job.unfinished:
-            return
-        unfinished, job.unfinished = job.unfinished, set()
-        keys = [key for key in map(cell_key, job.work.cells) if key in unfinished or any(key == pair[0] for pair in unfinished)]
-        if isinstance(job.work, _Look) and end.kind not in ("lost", "head_lost"):
-            # Cells are scored in order: the first unfinished one is what the process died of, the others were only behind it.
-            behind = {pair for pair in unfinished if pair[0] != keys[0]}
-            unfinished -= behind
-            self._ready.setdefault(job.work.cells[0].model, []).extend(self._pairs(job, behind))
-            keys = keys[:1]
-        if end.kind == "out_of_memory":         # a task that ends itself has noted it
-            together = len({quantize_key(cell) for cell in job.work.cells}) if job.quantizes else 2
-            with contextlib.suppress(StoreError):
-                work.ran_out(self._store, keys, "quantize" if job.quantizes else "evaluate", 0 if job.work.apart else together, 0)
-        kind, reason = end.kind or "error", end.reason or "the task ended without a result for this cell"
-        stage = "quantize" if job.quantizes else "evaluate"
-        retry = bool(end.kind) and self._changed_plan(job, end.kind, unfinished)
-        yield Failed(time.time(), tuple(keys), stage=stage, kind=kind, reason=reason, detail=end.detail, retry=retry)
-
-    def _changed_plan(self, job: _Job, kind: str, unfinished: set[Any]) -> bool:
-        """Queue what a process left when it ended; False where there is no other way left to try it."""
-        if kind == "head_lost":                 # nothing that the work could have done
-            self._give(job, [unfinished])
-            return True
-        if kind == "lost":
-            if job.work.losses + 1 < LOSSES:
-                self._give(job, [unfinished], losses=job.work.losses + 1)
-                return True
-            return False
-        halves = self._halves(job, unfinished)
-        if len(halves) > 1:
-            self._give(job, halves, tried=True)
-            return True
-        if kind == "out_of_memory":
-            return self._with_more_room(job, unfinished, smaller=True)
-        if isinstance(job.work, _Look) and len(job.work.pairs) > 1:            # others were in memory before it
-            self._give(job, [unfinished], tried=True)
-            return True
-        if kind == "killed" and not job.work.tried:
-            self._give(job, [unfinished], tried=True, apart=True)
-            return True
-        return False
-
-    def _with_more_room(self, job: _Job, lost: set[Any], smaller: bool) -> bool:
-        """Each checkpoint or cell alone; what was alone, with nothing beside it and in batches of 1; evaluations then on twice the
-        GPUs, and at last with blocks in main memory. What had all that, not again.
-
-        smaller: whether smaller batches are a change; a task that reports its own end has tried them. One that could not was ended
-        for the memory of its host, which more GPUs do not help.
-        """
-        host = smaller
-        alone = len({quantize_key(cell) for cell in job.work.cells}) == 1
-        smaller = smaller and isinstance(job.work, _Look) and (job.work.batch_size or self.runtime.batch_size) != 1
-        if not alone:
-            self._give(job, self._each(job, lost), tried=True)
-        elif (self.executor.slots > 1 and not job.work.apart) or smaller:
-            self._give(job, [lost], tried=True, apart=True, batch_size=1)
-        elif not host and isinstance(job.work, _Look) and self.executor.most and not self._measures(job.work):
-            if job.work.offload:
-                return False
-            more = min(2 * job.work.devices, self.executor.most)
-            changes = {"devices": more} if more > job.work.devices else {"devices": 1, "offload": True}
-            self._give(job, [lost], tried=True, batch_size=1, **changes)
-        else:
-            return False
-        return True
-
-    @staticmethod
-    def _measures(look: _Look) -> bool:
-        """An evaluation measures the device that it is on: several, or one that waits for main memory, are another."""
-        facts = plugins.find("evaluator")
-        named = {evaluation.evaluator for _, wanted in look.pairs for evaluation in wanted}
-        return any(name in facts and facts[name].get("exclusive", False) for name in named)
-
-    def _each(self, job: _Job, unfinished: set[Any]) -> list[set[Any]]:
-        """Unfinished work, one set per checkpoint."""
-        sets: dict[str, set[Any]] = {}
-        for cell in job.work.cells:
-            mine = {entry for entry in unfinished if (entry if job.quantizes else entry[0]) == cell_key(cell)}
-            if mine:
-                sets.setdefault(quantize_key(cell), set()).update(mine)
-        return list(sets.values())
-
-    def _halves(self, job: _Job, unfinished: set[Any]) -> list[set[Any]]:
-        each = self._each(job, unfinished)
-        middle = -(-len(each) // 2)
-        return [set().union(*part) for part in (each[:middle], each[middle:]) if part]
-
-    def _give(self, job: _Job, parts: Sequence[set[Any]], batch_size: int = 0, **changes: Any) -> None:
-        """Queue each part of a job's work as a task of its own."""
-        for part in parts:
-            if isinstance(job.work, _Look):
-                size = batch_size or job.work.batch_size
-                self._again.append(dataclasses.replace(job.work, pairs=tuple(self._pairs(job, part)), batch_size=size, **changes))
-            else:
-                cells = tuple(cell for cell in job.work.cells if cell_key(cell) in part)
-                self._quantize.append(dataclasses.replace(job.work, cells=cells, **changes))
-
-    @staticmethod
-    def _pairs(job: _Job, unfinished: set[Any]) -> list[Pair]:
-        assert isinstance(job.work, _Look)
-        pairs = []
-        for cell, evaluations in job.work.pairs:
-            left = tuple(evaluation for evaluation in evaluations if (cell_key(cell), evaluation.name) in unfinished)
-            if left:
-                pairs.append((cell, left))
-        return pairs
-
-
-def in_order(passes: Sequence[Pass], slots: int) -> list[Pass]:
-    """The cheapest first, so that results come soon; then the longest, so that it does not run alone at the end.
-
-    With one slot nothing runs beside anything, and cheap before dear is best throughout. What costs the same keeps its place.
-    """
-    by_cost = sorted(passes, key=lambda each: each.seconds or 0.0)
-    return by_cost if slots == 1 else by_cost[:1] + sorted(by_cost[1:], key=lambda each: -(each.seconds or 0.0))
-
-
 # --- this process ----------------------------------------------------------------------------------------------------------------
 
 
@@ -541,11 +144,14 @@ class InProcess:
         self.most = most
         self._current: tuple[int, Iterator[Event]] | None = None
 
-    def width(self, devices: int) -> int:
+    def width(self, gpus: float) -> int:
         return 1
 
     def submit(self, number: int, task: Task) -> None:
         self._current = number, work.run(task)
+
+    def waits(self, number: int) -> bool:
+        return False
 
     def wait(self) -> list[Message]:
         if self._current is None:
@@ -587,16 +193,19 @@ class Processes:
         self._news: queue.Queue[Message] = queue.Queue()
         self._running: dict[int, tuple[subprocess.Popen[str], list[int]]] = {}
 
-    def width(self, devices: int) -> int:
-        """Where tasks share GPUs, one that needs several has the machine to itself."""
-        if devices <= 1:
+    def width(self, gpus: float) -> int:
+        """Where tasks share GPUs, one that needs more than its share has the machine to itself."""
+        if gpus <= self.share or not self._gpus:
             return 1
-        return self.slots if self._gpus < self.slots else -(-devices // (self._gpus // self.slots))
+        return self.slots if self._gpus < self.slots else math.ceil(gpus / (self._gpus // self.slots))
+
+    def waits(self, number: int) -> bool:
+        return False
 
     def submit(self, number: int, task: Task) -> None:
         devices = getattr(task, "devices", 1)
         taken = {place for _, places in self._running.values() for place in places}
-        places = [place for place in range(self.slots) if place not in taken][: self.width(devices)]
+        places = [place for place in range(self.slots) if place not in taken][: self.width(_gpus(task))]
         environment = {**os.environ, **process_environment(self.threads)}
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpu(index) for index in self._gpus_of(places)[:devices])
@@ -653,6 +262,12 @@ class Processes:
     def close(self) -> None:
         _end([process for process, _ in self._running.values()])
         self._running.clear()
+
+
+def _gpus(task: Task) -> float:
+    """GPUs that a task takes: several whole ones, or its share of one."""
+    devices = getattr(task, "devices", 1)
+    return float(devices) if devices > 1 else task.share
 
 
 def serve() -> None:
@@ -829,16 +444,20 @@ class RayCluster:
         return [node["Resources"] for node in nodes]
 
     def _count_slots(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        """Tasks that run at once: what fits on each node."""
+        """Tasks that run at once: what fits on each node. 0 while no node of a cluster elsewhere can take one."""
         wanted = [(name, amount) for name, amount in self._asked.items() if amount]
         fit = sum(min(int(node.get(name, 0) / amount) for name, amount in wanted) for node in nodes)
-        return max(1, fit if self._address else min(self._workers, fit))
+        return fit if self._address else max(1, min(self._workers, fit))
 
     def _count_most(self, nodes: Sequence[Mapping[str, float]]) -> int:
         return int(max((node.get("GPU", 0) for node in nodes), default=0)) if self._asked["GPU"] else 0
 
-    def width(self, devices: int) -> int:
-        return 1 if devices <= 1 else max(1, -int(-devices // self._asked["GPU"]))
+    def width(self, gpus: float) -> int:
+        return max(1, math.ceil(gpus / self._asked["GPU"])) if self._asked["GPU"] else 1
+
+    def waits(self, number: int) -> bool:
+        """A task's first word is where it runs."""
+        return number not in self._nodes
 
     def _check(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """A request that no node can meet would wait in silence."""
@@ -889,8 +508,8 @@ class RayCluster:
         )
 
     def submit(self, number: int, task: Task) -> None:
-        devices = getattr(task, "devices", 1)
-        remote = self._remote.options(num_gpus=max(devices, self._asked["GPU"])) if devices > 1 else self._remote
+        gpus, asked = _gpus(task), self._asked["GPU"]
+        remote = self._remote.options(num_gpus=gpus) if asked and gpus > asked else self._remote
         self._running[number] = remote.remote(encode(task), self._shared)
         self._heard[number], self._around[number] = time.monotonic(), self._alive
 
@@ -1063,4 +682,4 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-__all__ = ["Executor", "InProcess", "Processes", "RayCluster", "decode", "encode", "make_executor", "run"]
+__all__ = ["InProcess", "Processes", "RayCluster", "decode", "encode", "make_executor", "run"]

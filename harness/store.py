@@ -9,6 +9,8 @@
     runs/sweeps/<name>.json             how far a sweep is, kept up to date while it runs
     runs/locks/<name>.lock              who works on what
     runs/cancelled/<name>               a cell or a sweep that somebody wants stopped
+    runs/drivers/<id>.json              a driver that is at work, its priority, and whether it waits for slots (`control`)
+    runs/priorities/<name>              the priority that somebody gave a running sweep
 
 runs/ is a folder that all processes share, or the URL of an object store (`objects`).
 
@@ -444,6 +446,38 @@ class Store:
         """Forget what was asked before: somebody starts these again."""
         for name in self.cancelled_names() & set(names):
             self.files.remove(self.root / "cancelled" / name)
+
+    # -- drivers and their priorities ----------------------------------------------------------------------------------
+
+    def drivers(self) -> dict[str, dict[str, Any]]:
+        """What each driver last wrote of itself, dead ones too (see `control`)."""
+        folder = self.root / "drivers"
+        found = {name.removesuffix(".json"): self._read(folder / name, []) for name in self.files.names(folder)}
+        return {name: content for name, content in found.items() if content is not None}
+
+    def write_driver(self, name: str, content: Mapping[str, Any]) -> None:
+        self._write_json(self.root / "drivers" / f"{name}.json", content, durable=False)
+
+    def remove_driver(self, name: str) -> None:
+        self.files.remove(self.root / "drivers" / f"{name}.json")
+
+    def ask_priority(self, sweep: str, priority: int) -> None:
+        """Give a running sweep another priority; its driver notices within seconds."""
+        self.files.write(self.root / "priorities" / sweep, lambda aside: aside.write_text(str(priority)), durable=False)
+
+    def asked_priority(self, sweep: str) -> int | None:
+        """What `ask_priority` last gave a sweep since it began; None where nothing was."""
+        path = self.root / "priorities" / sweep
+        if not self.files.exists(path):
+            return None
+        try:
+            return int(self.files.read(path))
+        except (OSError, ValueError):
+            return None
+
+    def clear_priority(self, sweep: str) -> None:
+        """Forget what was given before: the sweep begins with its own."""
+        self.files.remove(self.root / "priorities" / sweep)
 
     def lock(self, name: str, timeout: float | None = None, on_wait: Waiting | None = None) -> AbstractContextManager[None]:
         """Hold `name` (a key, a sweep) against every other process and thread; wait while another has it.

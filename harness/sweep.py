@@ -21,6 +21,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class First:
+    """Cells that come before others. text: the condition as the sweep states it; keys: of the cells and of their baselines."""
+
+    text: str
+    keys: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Column:
     """One column of a table.
 
@@ -161,7 +169,8 @@ class Tracking:
 class Runtime:
     """What changes where and how a sweep runs but none of its numbers.
 
-    runs    the store: a folder, or as text the URL of an object store
+    runs      the store: a folder, or as text the URL of an object store
+    priority  among the sweeps that share the store: while one of a higher priority has tasks that wait, this one begins nothing
     """
 
     runs: Path | str
@@ -170,6 +179,7 @@ class Runtime:
     tracking: Tracking = Tracking()
     data_root: Path | None = None
     device: str = "auto"                        # auto, cpu, cuda
+    priority: int = 0
     batch_size: int = 0                         # 0: chosen by the evaluator
     fail_fast: bool = False
     export: str = ""                            # a format that every checkpoint must fit; cells that do not are refused
@@ -189,6 +199,11 @@ class Sweep:
     path: Path | None = None
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+    first: tuple[First, ...] = ()
+
+    def rank(self, key: str) -> int:
+        """Of a cell by its key: 0 for what comes first."""
+        return next((rank for rank, each in enumerate(self.first) if key in each.keys), len(self.first))
 
     @property
     def shown_tables(self) -> tuple[Table, ...]:

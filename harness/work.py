@@ -281,8 +281,9 @@ def _evaluate_cell(
             yield from _score(subject, evaluation, store, facts)
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
+            note = functools.partial(_ran_out, store, key, task, device)
             if failed.kind == "out_of_memory":
-                ran_out(store, (key,), "evaluate", subject.batch_size, peak_memory(device))
+                note(subject.batch_size)
             if failed.kind != "out_of_memory" or subject.batch_size == 1:
                 yield failed
                 continue
@@ -293,7 +294,15 @@ def _evaluate_cell(
         try:
             yield from _score(dataclasses.replace(subject, batch_size=1), evaluation, store, facts)
         except Exception as error:
-            yield failure(error, (key,), evaluation.name)
+            failed = failure(error, (key,), evaluation.name)
+            if failed.kind == "out_of_memory":
+                note(1)
+            yield failed
+
+
+def _ran_out(store: Store, key: str, task: EvaluateTask, device: str, batch_size: int) -> None:
+    """Note that memory ran out for an evaluation, on how many GPUs."""
+    ran_out(store, (key,), "evaluate", batch_size, peak_memory(device), 0 if device == "cpu" else task.devices, task.offload)
 
 
 def _score(subject: Subject, evaluation: Evaluation, store: Store, facts: Mapping[str, Any]) -> Iterator[Event]:
@@ -365,13 +374,20 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
     return device
 
 
-def ran_out(store: Store, keys: Iterable[str], stage: str, beside: int, peak_memory_bytes: int) -> None:
+def ran_out(
+    store: Store, keys: Iterable[str], stage: str, beside: int, peak_memory_bytes: int, devices: int = 0, offload: bool = False
+) -> None:
     """Note in the records that memory ran out, for plans of cells that need as much or more.
 
-    stage   "quantize" or "evaluate"
-    beside  how many checkpoints the task made together, or sequences it scored together; 0: it had a machine or a node to itself
+    stage    "quantize" or "evaluate"
+    beside   how many checkpoints the task made together (0: it had a machine or a node to itself), or sequences it scored together
+             (0: as many as the evaluator chose)
+    devices  GPUs that it had; 0: it was main memory that ran out
+    offload  the model's blocks were in main memory
     """
-    facts = {"beside": beside, "peak_memory_bytes": peak_memory_bytes, "time": time.time()}
+    facts = {
+        "beside": beside, "peak_memory_bytes": peak_memory_bytes, "devices": devices, "offload": offload, "time": time.time(),
+    }
     for key in keys:
         store.write_provenance(key, {f"out_of_memory_{stage}": facts})
 

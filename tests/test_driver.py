@@ -25,6 +25,7 @@ from harness.config import load_sweep
 from harness.display import Live, Silent, Tally, news, record_text, status
 from harness.errors import ConfigError, PlanError, ScheduleError, StoreError, TrackingError
 from harness.events import Event, Failed, Progress, Quantized, Scored
+from harness.files import Disk
 from harness.plan import make, seconds_of, within
 from harness.store import Store
 from harness.sweep import Sweep
@@ -153,6 +154,7 @@ def test_a_cluster_lost_for_good_ends_the_sweep_in_words(demo_sweep: Make, monke
 
 
 def test_a_cancelled_sweep_goes_on_when_it_is_run_again(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Disk, "state_seconds", 0.0)            # looked for each time
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     store = Store(sweep.runtime.runs)
 

@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 
-from harness import schedule, work
+from harness import board, schedule, work
 from harness import store as store_module
+from harness.board import Exit, Message
 from harness.cell import cell_key, quantize_key
 from harness.errors import ScheduleError, StoreError
 from harness.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
+from harness.files import Disk
 from harness.plan import Plan, make, render
-from harness.schedule import Exit, InProcess, Message, Processes, decode, decode_event, encode, encode_event, make_executor
+from harness.schedule import InProcess, Processes, decode, decode_event, encode, encode_event, make_executor
 from harness.store import Store
 from harness.sweep import Cluster, Runtime, Sweep
 from harness.work import EvaluateTask, QuantizeTask, Task
@@ -43,8 +45,11 @@ class Script:
     share = 0.0
     most = 0
 
-    def width(self, devices: int) -> int:
-        return devices
+    def width(self, gpus: float) -> int:
+        return max(1, int(gpus)) if self.most else 1
+
+    def waits(self, number: int) -> bool:
+        return False
 
     def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int = 1) -> None:
         self.act, self.slots = act, slots
@@ -205,7 +210,8 @@ def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_swee
 
 def wide(plan: Plan, devices: int) -> Plan:
     """The plan of models that take so many GPUs each."""
-    return dataclasses.replace(plan, scorings=tuple(dataclasses.replace(each, devices=devices) for each in plan.scorings))
+    asked = {"devices": devices, "least": devices}
+    return dataclasses.replace(plan, scorings=tuple(dataclasses.replace(each, **asked) for each in plan.scorings))
 
 
 class Cards(Script):
@@ -276,14 +282,15 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make,
     play(one_pass(plan_of(sweep)), Script(act), monkeypatch)
     siblings = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
     assert sorted(len(each.cells) for each in siblings.passes) == [1, 1, 2]             # gptq each alone, rtn together
-    assert not any(each.apart for each in siblings.passes) and not siblings.careful
+    assert not any(each.apart for each in siblings.passes) and not any(each.batch_size for each in siblings.scorings)
     assert any("demo · gptq · w8 walks alone: memory ran out for demo · gptq · w" in note for note in siblings.notes)
     store, key = Store(sweep.runtime.runs), cell_key(sweep.cells[0])
     work.ran_out(store, [key], "quantize", 1, 10**9)                                    # and then alone
     work.ran_out(store, [key], "evaluate", 8, 10**9)
     assert store.record(sweep.cells[0]).provenance["out_of_memory_quantize"]["peak_memory_bytes"] == 10**9
     again = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
-    assert sorted(each.apart for each in again.passes) == [False, True, True] and len(again.careful) == 4
+    assert sorted(each.apart for each in again.passes) == [False, True, True]
+    assert [each.batch_size for each in again.scorings] == [1]
     script = Script(well, slots=2)
     play(again, script, monkeypatch)
     assert {task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)} == {1}
@@ -294,7 +301,7 @@ def test_a_run_stops_before_its_store_exceeds_its_quota(demo_sweep: Make, monkey
     sweep = demo_sweep("method=rtn", "scheme=w4,w3", "baseline=false", "store.quota=1GB", *SMALL)
     plan, script = plan_of(sweep), Script(well)
     (first,) = plan.passes
-    passes = tuple(dataclasses.replace(first, cells=(cell,), disk_bytes=4 * 10**8, seconds=1.0) for cell in first.cells)
+    passes = tuple(dataclasses.replace(first, cells=(cell,), disk_bytes=4 * 10**8, seconds=1.0, limit=1) for cell in first.cells)
 
     def fill(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask):
@@ -316,6 +323,10 @@ def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: 
     sweep = demo_sweep("method=rtn", "scheme=w4,w3", "evaluations=[demo_perplexity,demo_efficiency]", "evaluations.limit=2")
     plan, beside = plan_of(sweep), []
 
+    def seen_apart(task: Task) -> set[str]:
+        wanted = task.evaluations if isinstance(task, EvaluateTask) else ()
+        return {e.evaluator for each in wanted for e in each if e.evaluator == "efficiency"} if script.share < 1 else set()
+
     for share, expected in ((0.5, {0}), (1.0, set())):
         script = Script(well, slots=3)
         script.share, submit = share, script.submit
@@ -324,7 +335,7 @@ def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: 
         def watched(number: int, task: Task, script: Script = script, submit: Any = submit) -> None:
             if isinstance(task, EvaluateTask) and {e.evaluator for wanted in task.evaluations for e in wanted} == {"efficiency"}:
                 beside.append(sum(isinstance(message.news, Exit) for message in script.queue))
-            assert task.share == script.share
+            assert task.share == (1.0 if len(seen_apart(task)) else script.share)
             submit(number, task)
 
         monkeypatch.setattr(script, "submit", watched)
@@ -430,7 +441,7 @@ def test_a_hanging_checkpoint_is_found_and_the_others_finish(demo_sweep: Make, m
         return [] if isinstance(task, QuantizeTask) and "gptq w3" in names(task) else well(task)
 
     script = Script(act)
-    monkeypatch.setattr(schedule, "time", Clock(script))
+    monkeypatch.setattr(board, "time", Clock(script))
     sweep = with_limit(demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL), 5)
     events = play(one_pass(plan_of(sweep)), script, monkeypatch)
     (last,) = [event for event in events if isinstance(event, Failed) and not event.retry]
@@ -439,7 +450,7 @@ def test_a_hanging_checkpoint_is_found_and_the_others_finish(demo_sweep: Make, m
 
 
 def test_a_cancelled_cell_leaves_and_the_others_go_on(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(Disk, "state_seconds", 0.0)
     sweep = demo_sweep("method=gptq", "scheme=w4,w3", *SMALL)
     store, (doomed,) = Store(sweep.runtime.runs), [cell_key(c) for c in sweep.cells if c.scheme.name == "w3"]
 
@@ -457,6 +468,7 @@ def test_a_cancelled_cell_leaves_and_the_others_go_on(demo_sweep: Make, monkeypa
 
 
 def test_a_cancelled_sweep_stops(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Disk, "state_seconds", 0.0)
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     store = Store(sweep.runtime.runs)
 
@@ -474,11 +486,21 @@ def test_after_its_time_a_run_begins_nothing(demo_sweep: Make, monkeypatch: pyte
     assert list(schedule.run(plan, "harness run test", seconds=0.0)) == [] and script.closed and not script.tasks
 
 
-def test_the_cheapest_pass_comes_first_and_then_the_longest(demo_sweep: Make) -> None:
-    plan = plan_of(demo_sweep("method=none", "scheme=full"))
-    passes = [dataclasses.replace(plan.passes[0], seconds=seconds) for seconds in (5.0, 1.0, 9.0, 2.0)]
-    assert [each.seconds for each in schedule.in_order(passes, slots=2)] == [1.0, 9.0, 5.0, 2.0]
-    assert [each.seconds for each in schedule.in_order(passes, slots=1)] == [1.0, 2.0, 5.0, 9.0]
+@pytest.mark.parametrize(("slots", "order"), [(2, ["w8", "w3", "w2", "w4"]), (1, ["w8", "w4", "w2", "w3"])])
+def test_the_cheapest_pass_comes_first_and_then_the_longest(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, slots: int, order: list[str]
+) -> None:
+    plan = plan_of(demo_sweep("method=rtn", "scheme=w2,w8,w3,w4", "baseline=false"))
+    (first,) = plan.passes
+    costs = {"w2": 5.0, "w8": 1.0, "w3": 9.0, "w4": 2.0}
+    passes = tuple(
+        dataclasses.replace(first, cells=(cell,), seconds=costs[cell.scheme.name])
+        for cell in first.cells
+    )
+    passes = tuple(dataclasses.replace(each, limit=number + 1) for number, each in enumerate(passes))      # walks of their own
+    script = Script(well, slots=slots)
+    play(dataclasses.replace(plan, passes=passes, scorings=()), script, monkeypatch)
+    assert [cell.scheme.name for task in script.tasks for cell in task.cells] == order
 
 
 def test_a_node_may_be_lost_three_times(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -588,6 +610,8 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     clock[0] = schedule.LOOK_SECONDS + 1
     assert cluster._look() == [] and cluster.slots == 9
     ray.resources = ({},)
+    clock[0] += schedule.LOOK_SECONDS + 1
+    assert cluster._look() == [] and cluster.slots == 0         # nothing but a head
     began = clock[0]
     assert cluster._joined(60.0) == [{}] and clock[0] > began + 60     # nothing but a head: waited for, then told
     with pytest.raises(ScheduleError, match="asks for 2 CPU"):
@@ -609,7 +633,7 @@ def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.Mo
 
 def test_a_task_over_its_time_is_ended(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(lambda task: [] if isinstance(task, QuantizeTask) else well(task))
-    monkeypatch.setattr(schedule, "time", Clock(script))
+    monkeypatch.setattr(board, "time", Clock(script))
     sweep = with_limit(demo_sweep("method=none", "scheme=full", *SMALL), 5)
     (failed,) = play(plan_of(sweep), script, monkeypatch)
     assert isinstance(failed, Failed) and failed.kind == "timeout" and script.cancelled == [1]
