@@ -283,8 +283,6 @@ class _Checker:
         for slot, part in _slots(cell):
             question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
-        if not cell.method.is_baseline and not any("group size" in reason for reason in found):
-            found += self._once(("groups", cell.scheme, cell.model), lambda: self._group_reasons(cell))
         if self.runtime.export and not cell.method.is_baseline:
             found += self._once(("export", cell.scheme, cell.method, cell.model), lambda: self._export_reasons(cell))
         if cell.scheme.activation is not None or cell.scheme.kv is not None:
@@ -410,19 +408,6 @@ class _Checker:
         except HarnessError as error:
             return [str(error)]
 
-    def _group_reasons(self, cell: Cell) -> list[str]:
-        shapes = self.shapes(cell.model)
-        if shapes is None:
-            return []
-        offenders: dict[int, dict[str, int]] = collections.defaultdict(dict)
-        blocks = range(shapes.blocks) if cell.scheme.overrides else range(1)
-        for block in blocks:
-            for linear in shapes.linears:
-                group = cell.scheme.weight_for(block, linear.name).group_size
-                if group == 0 or group < -1 or (group > 0 and linear.in_features % group):
-                    offenders[group][linear.name] = linear.in_features
-        return [_group_reason(group, linears) for group, linears in sorted(offenders.items())]
-
     def _execution_reasons(self, cell: Cell) -> list[str]:
         """Why activations or the cache cannot be rounded as the scheme says."""
         from harness.runtime import activations, kv_cache
@@ -447,14 +432,6 @@ class _Checker:
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     method = cell.method
     return [(s, p) for s, p in (("transform", method.transform), ("rounding", method.rounding), ("tuning", method.tuning)) if p]
-
-
-def _group_reason(group: int, linears: Mapping[str, int]) -> str:
-    if group < 1:
-        return f"group size {group} is neither positive nor -1 (one group per output channel)"
-    named = [f"{name} ({width})" for name, width in list(linears.items())[:3]]
-    more = f" and {len(linears) - 3} more" if len(linears) > 3 else ""
-    return f"group size {group} does not divide in_features of {', '.join(named)}{more}"
 
 
 def free_memory(runtime: Runtime) -> tuple[int | None, str]:

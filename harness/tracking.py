@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from harness import naming, plots, tables
 from harness.cell import Cell, cell_key, digest, score_key, to_json
 from harness.errors import TrackingError
+from harness.flips import with_flips
 from harness.store import Record, Store, is_url, write_json
 from harness.sweep import Runtime, Sweep, Tracking
 
@@ -143,7 +144,7 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     if sweep.runtime.tracking.kind == "none":
         raise TrackingError("tracking=none keeps no runs; publish with tracking=sqlite or tracking=server tracking.uri=http://…")
     store = store.snapshot(sweep.cells)
-    records = [store.record(cell) for cell in sweep.cells]
+    records = [with_flips(store.record(cell), store) for cell in sweep.cells]
     known = [record for record in records if record.manifest or record.scores or record.failures]
     tracker = MLflowTracker(sweep, "", rebuild=True)
     for record in known:

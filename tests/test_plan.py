@@ -74,6 +74,13 @@ def test_a_wrong_group_is_said_once(demo_sweep: Make) -> None:
     assert sum("group size" in reason for reason in refusal.reasons) == 1
 
 
+def test_blocks_that_cross_rows_need_not_divide_them(demo_sweep: Make) -> None:
+    """down_proj of the demo has rows of 160 weights; NF4's blocks of 64 run over the flattened matrix, as in bitsandbytes."""
+    plan = plan_of(demo_sweep("method=nf4,ir_qlora_untuned", "scheme=nf4g64", "evaluations=demo_perplexity"))
+    assert not plan.refused and len(plan.missing) == 3
+    assert plan_of(demo_sweep("method=rtn", "scheme=nf4g64", "evaluations=demo_perplexity")).refused
+
+
 def test_an_unreadable_model_is_a_reason(demo_sweep: Make, tmp_path: Path) -> None:
     sweep = demo_sweep("method=rtn", "scheme=w4")
     broken = tmp_path / "broken"
