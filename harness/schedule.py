@@ -91,7 +91,7 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
             control = stack.enter_context(Control(store, plan.sweep.name, runtime.priority))
             if runtime.cluster.address and isinstance(executor, RayCluster):
                 stack.enter_context(executor.shared(store, plan))
-            told = Turn(0.0)
+            told = Turn(0.0, priority=runtime.priority)
             while time.monotonic() < ends and not control.is_cancelled:
                 board.behind = control.behind
                 if (control.priority, control.behind) != (told.priority, told.behind):
