@@ -214,13 +214,12 @@ class Objects:
             same = manifest in there and manifest.exists() and manifest.read_bytes() == self.read(manifest)
             needed = sum(size for path, size in there.items() if not path.exists() or path.stat().st_size != size)
             self._make_room(needed, folder)
-            small, large = [p for p in there if p.suffix == ".json"], [p for p in there if p.suffix != ".json"]
             with self._explained("read", folder):
-                for path in small:
+                for path in (p for p in there if p.suffix == ".json"):              # they are small, and hold the hashes
                     if not (same and path.exists() and path.stat().st_size == there[path]):
                         self._get(path)
                 hashes = _hashes(folder)
-                for path in large:
+                for path in (p for p in there if p.suffix != ".json" or p.name in hashes):
                     known = path.exists() and path.stat().st_size == there[path]
                     if known and (same or _sha256(path) == hashes.get(path.name)):
                         continue

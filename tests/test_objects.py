@@ -145,6 +145,12 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
         (place / path.name).write_bytes(b"short")                               # damaged in the mirror alone
     with other.reading(key) as place:
         assert (place / path.name).read_bytes() == whole
+    report = path.with_suffix(".json")
+    report.write_bytes(report.read_bytes().replace(b'"', b"'", 1))              # as long as before
+    store.files.keep(report)
+    node("c")
+    with pytest.raises(StoreError, match=r"block-00001\.json: is damaged.*SHA-256"), Store(url).reading(key):
+        pass
 
 
 def test_the_mirror_is_bounded(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

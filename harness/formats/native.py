@@ -8,7 +8,8 @@
     learned.safetensors, .json  what a transform learned of the whole model before its blocks were rewritten, where one does
     manifest.json               written last: a folder with it is complete
 
-Every file is written aside and renamed; a block counts once its .json is there. Reading verifies size and SHA-256.
+Every file is written aside and renamed; a block counts once its .json is there. Reading verifies size and SHA-256 of tensors and of
+the .json of blocks where the manifest has them (those written before 2026-11-23 do not).
 """
 
 from __future__ import annotations
@@ -139,12 +140,14 @@ class CheckpointWriter:
         report: JSON values for the manifest; of them `parameters` (of the whole model) and `unquantized_bits` (bits that the
         parameters outside the quantized matrices take as the model stores them) give the sizes.
         """
-        blocks = [_read_json(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())]
+        texts = [_read(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())]
+        blocks = [_parsed(text, self.folder / f"{_block(index)}.json") for index, text in enumerate(texts)]
         linears = [{"block": i, "linear": name, **e} for i, block in enumerate(blocks) for name, e in block["linears"].items()]
         quantized_bytes = sum(entry["bytes"] for entry in linears)
         quantized_weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
         total_bits = 8 * quantized_bytes + report["unquantized_bits"]
         files = {f"{_block(i)}.safetensors": block["file"] for i, block in enumerate(blocks)}
+        files |= {f"{_block(i)}.json": _identity(text) for i, text in enumerate(texts)}
         for stem in ("ends", "learned"):
             if (self.folder / f"{stem}.json").exists():
                 files[f"{stem}.safetensors"] = _read_json(self.folder / f"{stem}.json")["file"]
@@ -173,7 +176,7 @@ class CheckpointWriter:
     def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         self._write(self.folder / f"{stem}.safetensors", data)
-        description["file"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        description["file"] = _identity(data)
         self._write(self.folder / f"{stem}.json", _json(description))
 
     def _write(self, path: Path, data: bytes) -> None:
@@ -201,7 +204,7 @@ class Checkpoint:
 
     def block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
         """One block, verified against the manifest, its tensors on the device."""
-        return _read_block(self.folder, index, device, self.manifest["files"][f"{_block(index)}.safetensors"])
+        return _read_block(self.folder, index, device, self.manifest["files"])
 
     def ends(self) -> dict[str, Tensor]:
         """Changed tensors outside the blocks; empty when there are none."""
@@ -210,10 +213,13 @@ class Checkpoint:
 
 
 def _read_block(
-    folder: Path, index: int, device: str | torch.device = "cpu", entry: Mapping[str, Any] | None = None
+    folder: Path, index: int, device: str | torch.device = "cpu", files: Mapping[str, Any] | None = None
 ) -> BlockContent:
-    description = _read_json(folder / f"{_block(index)}.json")
-    stored = _read_tensors(folder / f"{_block(index)}.safetensors", entry or description["file"])
+    """files: of the manifest; None while there is none."""
+    path, known = folder / f"{_block(index)}.json", files or {}
+    description = _parsed(_read(path, known.get(path.name)), path)
+    tensors_path = path.with_suffix(".safetensors")
+    stored = _read_tensors(tensors_path, description["file"] if files is None else files[tensors_path.name])
     tensors = {name: tensor.to(device) for name, tensor in stored.items()}      # layouts dequantize where a pass would
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
@@ -244,15 +250,7 @@ def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
 
 
 def _read_tensors(path: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}") from error
-    if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise StoreError(
-            f"{path}: is damaged ({len(data)} bytes, {entry['bytes']} written; or another SHA-256); "
-            f"delete {path.parent} and run the sweep again"
-        )
+    data = _read(path, entry)
     try:
         return load(data)
     except SafetensorError as error:
@@ -267,11 +265,33 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _read_json(path: Path) -> Any:
+def _identity(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _read(path: Path, entry: Mapping[str, Any] | None = None) -> bytes:
+    """A file, of the size and SHA-256 of its entry where there is one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged or cannot be read: {error}; delete {path.parent} and run the sweep again") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}; delete {path.parent} and run the sweep again") from error
+    if entry is not None and _identity(data) != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
+        raise StoreError(
+            f"{path}: is damaged ({len(data)} bytes, {entry['bytes']} written; or another SHA-256); "
+            f"delete {path.parent} and run the sweep again"
+        )
+    return data
+
+
+def _parsed(text: bytes, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise StoreError(f"{path}: is damaged: {error}; delete {path.parent} and run the sweep again") from error
+
+
+def _read_json(path: Path) -> Any:
+    return _parsed(_read(path), path)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -69,12 +69,25 @@ def test_a_block_counts_when_its_json_is_there(tmp_path: Path) -> None:
     assert CheckpointWriter(tmp_path, {}).finished_blocks() == 1
 
 
+def test_a_damaged_description_of_a_block_is_noticed(tmp_path: Path) -> None:
+    """It says how codes become weights: a changed shape or constant would be another model."""
+    writer = CheckpointWriter(tmp_path, {})
+    writer.write_block(0, weights(), {}, {"notes": {"alpha": 1}})
+    manifest = writer.finish(FINISH)
+    path = tmp_path / "block-00000.json"
+    path.write_text(path.read_text().replace('"alpha": 1', '"alpha": 2'))
+    with pytest.raises(StoreError, match=r"block-00000\.json: is damaged.*SHA-256"):
+        Checkpoint.open(tmp_path).block(0)
+    del manifest["files"]["block-00000.json"]                                   # as manifests were before
+    assert Checkpoint(tmp_path, manifest).block(0).report == {"notes": {"alpha": 2}}
+
+
 def test_unknown_layouts_and_versions(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, {})
     writer.write_block(0, weights(), {}, {})
-    writer.finish(FINISH)
     path = tmp_path / "block-00000.json"
     path.write_text(path.read_text().replace('"uniform"', '"from_elsewhere"').replace('"weights"', '"elsewhere"'))
+    writer.finish(FINISH)
     with pytest.raises(StoreError, match='"from_elsewhere" is defined in "elsewhere"'):
         Checkpoint.open(tmp_path).block(0)
     manifest = tmp_path / "manifest.json"
