@@ -11,7 +11,6 @@ What fails is given again by a changed plan, or not at all; `schedule` lists how
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import math
@@ -193,6 +192,7 @@ class _Pool:
 class _Queue:
     """What is not begun of one rank. looks and walks were given as they are; ready: cells that have their checkpoint, by model."""
 
+    rank: int
     looks: list[_Look] = field(default_factory=list)
     ready: dict[Model, list[Pair]] = field(default_factory=dict)
     pools: dict[Hashable, _Pool] = field(default_factory=dict)
@@ -230,7 +230,7 @@ class Board:
         self._store = Store(self.runtime.runs)
         self._rank_of = plan.sweep.rank
         self._unplaced: float | None = None     # since when some work has had no node that could take it
-        self._queues: dict[int, _Queue] = collections.defaultdict(_Queue)
+        self._queues = {rank: _Queue(rank) for rank in range(len(plan.sweep.first) + 1)}
         for each in plan.passes:
             self._add(each)
         self._rooms: dict[Model, _Room] = {}
@@ -353,8 +353,8 @@ class Board:
         for model, pairs in queue.ready.items():
             if pairs:
                 room = self._rooms[model]
-                rank = self._rank_of(cell_key(pairs[0][0]))
-                found.append(_Look(tuple(pairs), rank, devices=room.devices, whole=room.whole, offload=room.offload, fresh=True))
+                look = _Look(tuple(pairs), queue.rank, devices=room.devices, offload=room.offload, fresh=True)
+                found.append(dataclasses.replace(look, whole=room.whole))
         return found
 
     def _next(self, free: int) -> Work | None:
@@ -362,7 +362,7 @@ class Board:
         self.full = ""
         if any(job.work.apart or (job.width > 1 and self.executor.waits(number)) for number, job in self.running.items()):
             return None                         # one that waits for several GPUs of a node would wait for ever beside small ones
-        for _, queue in sorted(self._queues.items()):
+        for queue in self._queues.values():     # by rank
             looks = [look for look in queue.looks if self._placeable(look)]
             together = [look for look in looks if not look.apart]
             if together:
@@ -409,8 +409,7 @@ class Board:
             pool, part, key = queue.pools[keys[chosen]], made[chosen], keys[chosen]
             cells = tuple(cell for each in part for cell in each.cells)
             disk = sum(each.disk_bytes for each in part)
-            rank = self._rank_of_queue(queue)
-            walk = _Walk(cells, rank, disk, apart=pool.apart, whole=pool.whole, pool=key, made=part)
+            walk = _Walk(cells, queue.rank, disk, apart=pool.apart, whole=pool.whole, pool=key, made=part)
             if not self._has_room(walk):
                 return None
             pool.checkpoints = pool.checkpoints[len(part):]
@@ -424,9 +423,6 @@ class Board:
                 queue.walks.remove(walk)
                 return walk
         return None
-
-    def _rank_of_queue(self, queue: _Queue) -> int:
-        return next(rank for rank, each in self._queues.items() if each is queue)
 
     def _pieces(self, pools: Sequence[_Pool], free: int) -> list[tuple[_Checkpoint, ...]]:
         """The walk that would be cut from each pool next: free slots beyond one each go where most work waits per walk.
@@ -550,7 +546,8 @@ class Board:
 
     def cancelled(self, names: Iterable[str]) -> Iterator[Event]:
         """Take out the cells that `harness cancel` named. Their tasks end; what else was in them is given again."""
-        keys = set(names) & self._open_cells()
+        named = set(names)
+        keys = named & self._open_cells() if named else named
         if not keys:
             return
         for number, job in list(self.running.items()):
@@ -588,6 +585,7 @@ class Board:
             queued |= {cell_key(cell) for each in works for cell in each.cells}
             queued |= {cell_key(cell) for pairs in queue.ready.values() for cell, _ in pairs}
         return running | queued | set(self._waiting)
+
     def _failed(self, job: _Job, failed: Failed) -> Failed:
         """A failure that the task itself reported; one for lack of memory is tried again with more room."""
         lost = self._concerned(job, failed)

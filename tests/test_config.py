@@ -241,6 +241,29 @@ skip:
         assert said in str(caught.value)
 
 
+def test_what_comes_first_is_said_as_skips_are(sweep_file: Callable[..., Sweep]) -> None:
+    """Each entry ranks its cells and their baseline; the order of the cells, and so of the tables, stays."""
+    text = """
+model: demo
+calibration: demo
+grids: {method: [rtn, gptq], scheme: [w4, w3]}
+first:
+  - {method: gptq, scheme: w3}
+  - {scheme.weight.bits: 4}
+"""
+    sweep = sweep_file(text)
+    assert titles(sweep) == titles(sweep_file(text.partition("first:")[0]))
+    ranks = {cell.title: sweep.rank(cell_key(cell)) for cell in sweep.cells}
+    assert ranks == {
+        "demo · none · full": 0, "demo · gptq · w3": 0, "demo · rtn · w4": 1, "demo · gptq · w4": 1, "demo · rtn · w3": 2,
+    }
+    bad = text + "  - {method: gtpq}\n  - {scheme.weight.bit: 2}\n  - {methd: rtn}\n  - rtn\n"
+    with pytest.raises(ConfigError) as caught:
+        sweep_file(bad)
+    for said in ('did you mean "gptq"', 'did you mean "bits"', 'did you mean "method"', "first[5]: axes to match are expected"):
+        assert said in str(caught.value)
+
+
 def test_a_sweep_file_says_its_title_and_runtime(sweep_file: Callable[..., Sweep], tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     head = "# A title\n# And what it claims.\nmodel: demo\nmethod: none\n"
@@ -253,7 +276,7 @@ def test_a_sweep_file_says_its_title_and_runtime(sweep_file: Callable[..., Sweep
 
 def test_runtime_changes_no_key() -> None:
     grid = [*GRID, "method=gptq", "scheme=w4", "evaluations=demo_perplexity"]
-    elsewhere = ["cluster=local", "tracking=none", "runs=/elsewhere", "device=cpu", "batch_size=3", "fail_fast=true"]
+    elsewhere = ["cluster=local", "tracking=none", "runs=/elsewhere", "device=cpu", "batch_size=3", "fail_fast=true", "priority=5"]
     for one, other in zip(load_sweep(None, grid).cells, load_sweep(None, [*grid, *elsewhere]).cells, strict=True):
         assert (quantize_key(one), cell_key(one)) == (quantize_key(other), cell_key(other))
         assert [score_key(one, e) for e in one.evaluations] == [score_key(other, e) for e in other.evaluations]
