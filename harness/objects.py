@@ -325,15 +325,21 @@ class Objects:
         with _creating:
             try:
                 self._fs.pipe_file(key, body, mode="create")
-            except (FileExistsError, TypeError) as error:
-                if isinstance(error, TypeError):            # a file system that knows no conditions
-                    self._fs.pipe_file(key, body)
-                    return True
-                return False
+            except TypeError:                   # a file system that knows no conditions
+                self._fs.pipe_file(key, body)
+                return True
+            except OSError as error:
+                if _is_refused_condition(error):
+                    return False
+                raise
             if not self._checked:
                 self._checked = True
-                with contextlib.suppress(FileExistsError):
+                try:
                     self._fs.pipe_file(key, body, mode="create")
+                except OSError as error:
+                    if not _is_refused_condition(error):
+                        raise
+                else:
                     log.warning(
                         "%s ignores conditional writes: two drivers that start in the same second may do the same work twice "
                         "(results stay right)", self.url,
@@ -456,6 +462,13 @@ def _connect(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise StoreError(f"{url}: {error}") from error
     return fs, str(prefix).rstrip("/")
+
+
+def _is_refused_condition(error: OSError) -> bool:
+    """Whether a conditional write found an object. s3fs says so plainly only where the answer names it, as Amazon's."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    refused = ("PreconditionFailed", "412", "ConditionalRequestConflict")
+    return isinstance(error, FileExistsError) or answer.get("Error", {}).get("Code") in refused
 
 
 def _modified(about: dict[str, Any]) -> float:

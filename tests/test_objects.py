@@ -214,6 +214,28 @@ def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.Monke
             pass
 
 
+@pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict", "AccessDenied"])
+def test_object_stores_refuse_conditions_in_several_words(
+    code: str, url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What s3fs raises where the answer names no condition, as Swift's: an OSError whose cause has the code."""
+
+    answer = Exception(code)
+    answer.response = {"Error": {"Code": code}}                                 # type: ignore[attr-defined]
+    held = Store(url).files
+    assert isinstance(held, objects.Objects)
+
+    def write(key: str, body: bytes, mode: str = "overwrite") -> None:
+        raise OSError(22, "refused") from answer
+
+    monkeypatch.setattr(held._fs, "pipe_file", write)
+    if code == "AccessDenied":
+        with pytest.raises(OSError, match="refused"):
+            held._create("bucket/once", b"1")
+    else:
+        assert not held._create("bucket/once", b"1")
+
+
 def test_a_lease_lives_as_long_as_its_holder(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "BEAT_SECONDS", 0.01)
     store = Store(url)
