@@ -29,7 +29,7 @@ from harness.work import EvaluateTask, QuantizeTask, Task
 
 RETURN_SECONDS = 600.0                          # for a lost head, or for nodes that could take what no node can, to come back
 LOSSES = 3                                      # nodes that may be lost under the same work
-TAIL_PASS = 4                                   # checkpoints of a walk near the end: fewer cost more reading than they save waiting
+TAIL_TASK = 4                                   # checkpoints or cells of a task near the end; fewer would only load more
 
 Pair = tuple[Cell, tuple[Evaluation, ...]]
 
@@ -376,7 +376,8 @@ class Board:
                 width = self._width(look)
                 if width > free:
                     return None
-                share, model = -(-len(look.pairs) // (free // width)), look.cells[0].model
+                left = len(self._waiting) + sum(len(each.pairs) for each in ready)
+                share, model = min(-(-len(look.pairs) // (free // width)), self._most(left)), look.cells[0].model
                 queue.ready[model] = list(look.pairs[share:])
                 return dataclasses.replace(look, pairs=look.pairs[:share])
             walk = self._next_walk(queue, free)
@@ -429,8 +430,7 @@ class Board:
 
         Without idle slots a walk is as large as memory allows, but near the end no larger than its share of the slots.
         """
-        left = sum(len(pool.checkpoints) for pool in pools)
-        tail = max(TAIL_PASS, -(-left // max(1, self.executor.slots)))
+        tail = self._most(sum(len(pool.checkpoints) for pool in pools))
         shares = [1] * len(pools)
         for _ in range(max(0, free - len(pools))):
             open_ = [index for index, pool in enumerate(pools) if shares[index] < pool.pieces]
@@ -442,6 +442,10 @@ class Board:
             count = min(-(-len(pool.checkpoints) // share), tail)
             cut.append(tuple(pool.checkpoints[: piece([each.stream for each in pool.checkpoints], count, pool.limit)]))
         return cut
+
+    def _most(self, left: int) -> int:
+        """Of so many checkpoints or cells that are left, the most for one task: near the end its share of the slots."""
+        return max(TAIL_TASK, -(-left // max(1, self.executor.slots)))
 
     def _has_room(self, walk: _Walk) -> bool:
         """Whether the quota of the store has room for what is being made and for these checkpoints too."""

@@ -101,8 +101,8 @@ def run(task: Task) -> Iterator[Event]:
             for event in body:
                 logs.event(event)
                 yield event
-                if (facts := usage.now()) is not None:
-                    yield Usage(time.time(), keys, facts)
+                if (facts := usage.now(len(event.cell_keys))) is not None:
+                    yield Usage(time.time(), event.cell_keys, facts)
         except Exception as error:
             failed = failure(error, keys, "task")
             logs.event(failed)
@@ -445,19 +445,20 @@ def _threads() -> int:
 
 
 class _Meter:
-    """What this process takes, every USAGE_SECONDS."""
+    """What this process takes: after USAGE_SECONDS, then every USAGE_SECONDS per cell that is told of it, which bounds its cost."""
 
     def __init__(self, device: str) -> None:
         import psutil
 
-        self._device, self._process, self._read = device, psutil.Process(), time.monotonic()
+        self._device, self._process = device, psutil.Process()
+        self._due = time.monotonic() + USAGE_SECONDS
         self._process.cpu_percent()             # the first reading is of no time at all
 
-    def now(self) -> dict[str, float] | None:
-        """None where the last reading is young."""
-        if time.monotonic() - self._read < USAGE_SECONDS:
+    def now(self, cells: int) -> dict[str, float] | None:
+        """For the cells at work; None where the last reading is young."""
+        if time.monotonic() < self._due:
             return None
-        self._read = time.monotonic()
+        self._due = time.monotonic() + USAGE_SECONDS * max(1, cells)
         facts = {"cpu_percent": self._process.cpu_percent(), "memory_megabytes": self._process.memory_info().rss / 1e6}
         if self._device != "cpu":
             import torch

@@ -95,6 +95,22 @@ def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Ma
     assert len(cluster.held) == 5 and sum(cluster.sizes) == total and max(cluster.sizes[1:]) - min(cluster.sizes[1:]) <= 1
 
 
+def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: Make) -> None:
+    """One free slot does not take every cell that is ready: the others will be free before it is done."""
+    schemes = ",".join(f"w{bits}{end}" for bits in (2, 3, 4, 8) for end in ("", "sym", "g32"))
+    plan, cluster = planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", "cluster.workers=2"), Cluster(slots=2)
+    on = Board(plan, cluster, "")
+    on.submit()
+    ready = sum(cluster.sizes)
+    cluster.begun = {1, 2}
+    for number in (1, 2):
+        list(on.receive(Message(number, Quantized(0.0, tuple(map(cell_key, cluster.held[number].cells))))))
+    list(on.receive(Message(1, Exit())))
+    del cluster.held[1]
+    on.submit()
+    assert isinstance(cluster.held[3], EvaluateTask) and len(cluster.held[3].cells) == 6 < ready        # half of the twelve
+
+
 def test_what_was_tried_is_not_joined_and_memory_is_kept(demo_sweep: Make) -> None:
     plan, cluster = planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"), Cluster(slots=1)
     on = Board(dataclasses.replace(plan, passes=tuple(dataclasses.replace(each, limit=2) for each in plan.passes)), cluster, "")
