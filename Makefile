@@ -36,7 +36,7 @@ chaos: install  ## kill whatever a sweep depends on a hundred times; the tables 
 	$(BIN)/python tests/chaos/chaos.py --kills 100 $(CHAOS)
 
 topology: install  ## a cluster in network namespaces, with MLflow on PostgreSQL: doors, loss and return (root, Linux, ten minutes)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/constraints-mlflow.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/constraints-mlflow.txt --requirement tests/topology/requirements.txt
 	$(BIN)/python tests/topology/topology.py
 
 demo-model: install  ## train the embedded demo model again from its committed recipe (three to four minutes on one core)

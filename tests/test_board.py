@@ -98,7 +98,7 @@ def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Ma
 def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: Make) -> None:
     """One free slot does not take every cell that is ready: the others will be free before it is done."""
     schemes = ",".join(f"w{bits}{end}" for bits in (2, 3, 4, 8) for end in ("", "sym", "g32"))
-    plan, cluster = planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", "cluster.workers=2"), Cluster(slots=2)
+    plan, cluster = planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", *SMALL), Cluster(slots=2)
     on = Board(plan, cluster, "")
     on.submit()
     ready = sum(cluster.sizes)

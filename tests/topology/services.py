@@ -1,4 +1,4 @@
-"""What a cluster consists of, as processes that can be killed: PostgreSQL, the MLflow server of docker/, Ray nodes.
+"""What a cluster consists of, as processes that can be killed: PostgreSQL, an object store, docker/'s MLflow server, Ray nodes.
 
 They run on a `Place`: a host of `network`, or this machine itself.
 """
@@ -156,6 +156,43 @@ class Postgres:
             end(self.process)
 
 
+# --- an object store -------------------------------------------------------------------------------------------------------------
+
+
+def objects_lacking() -> str:
+    """Why no S3 server can run here, or nothing can speak to one; empty where it can."""
+    import importlib.util
+
+    absent = [name for name in ("swift", "s3fs", "boto3") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)} (pip install --requirement tests/topology/requirements.txt)" if absent else ""
+
+
+class ObjectStore:
+    """The S3 server of object_store.py, which lets in whoever has the keys of docker/make_secrets.py."""
+
+    def __init__(self, place: Place, folder: Path, secrets: Path, port: int = 8333) -> None:
+        self.place, self.folder, self.secrets, self.port = place, folder, secrets, port
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://{self.place.address}:{self.port}"
+
+    def start(self, seconds: float = 120) -> float:
+        """Start it and wait until it answers; returns after how many seconds."""
+        script = [sys.executable, str(Path(__file__).with_name("object_store.py")), str(self.folder)]
+        search = {"PYTHONPATH": str(Path(__file__).parent)}
+        words = [*script, self.place.address, str(self.port), str(self.secrets / "objects.json")]
+        self.process = self.place.start(words, "objects.log", {**QUIET, **search})
+        asked = "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=10)"
+        ask = [sys.executable, "-c", asked, f"{self.uri}/healthcheck"]
+        return wait_for(f"S3 answers (see {self.place.own}/objects.log)", lambda: self.place.run(ask).returncode == 0, seconds)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            kill(self.process)
+
+
 # --- MLflow ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -170,12 +207,14 @@ def server_lacking() -> str:
 
 
 class MLflowServer:
-    """docker/mlflow_server.py as it is shipped, with a folder for artifacts: login, PostgreSQL, artifact proxy."""
+    """docker/mlflow_server.py as it is shipped: login, PostgreSQL, artifact proxy to a folder or to an object store."""
 
-    def __init__(self, place: Place, folder: Path, secrets: Path, postgres: str, port: int = 5000, artifacts: str = "") -> None:
+    def __init__(
+        self, place: Place, folder: Path, secrets: Path, postgres: str, port: int = 5000, objects: ObjectStore | None = None
+    ) -> None:
         self.place, self.folder, self.secrets, self.port = place, folder, secrets, port
         folder.mkdir(parents=True)
-        self.postgres, self.artifacts = postgres, artifacts or str(folder / "artifacts")
+        self.postgres, self.objects = postgres, objects
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -184,8 +223,14 @@ class MLflowServer:
 
     def begin(self) -> None:
         """Start it."""
+        artifacts = {"MLFLOW_ARTIFACTS": str(self.folder / "artifacts")}
+        if self.objects is not None:            # as in docker/compose.yaml
+            artifacts = {
+                "MLFLOW_ARTIFACTS": "s3://mlflow/artifacts", "MLFLOW_S3_ENDPOINT_URL": self.objects.uri,
+                "AWS_SHARED_CREDENTIALS_FILE": str(self.secrets / "aws_credentials"),
+            }
         environment = {
-            **QUIET, "MLFLOW_SECRETS": str(self.secrets), "MLFLOW_POSTGRES": self.postgres, "MLFLOW_ARTIFACTS": self.artifacts,
+            **QUIET, **artifacts, "MLFLOW_SECRETS": str(self.secrets), "MLFLOW_POSTGRES": self.postgres,
             "MLFLOW_ALLOWED_HOSTS": f"{self.place.address}:{self.port},{self.place.name}:{self.port}",
         }
         script = [sys.executable, str(ROOT / "docker" / "mlflow_server.py"), "--host", self.place.address]
@@ -254,11 +299,12 @@ class RayNode:
     ) -> None:
         self.place, self.token, self.temp, self.head, self.port, self.cpus, self.gpus = place, token, temp, head, port, cpus, gpus
         self.process: subprocess.Popen[bytes] | None = None
+        self.more: dict[str, str] = {}          # variables of its environment, before it starts
 
     @property
     def environment(self) -> dict[str, str]:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-        return {**QUIET, **token, "HARNESS_CACHE": str(self.temp.parent / "cache")}
+        return {**QUIET, **self.more, **token, "HARNESS_CACHE": str(self.temp.parent / "cache")}
 
     @property
     def address(self) -> str:

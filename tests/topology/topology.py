@@ -1,12 +1,15 @@
 """The cluster of docs/cluster.md without containers, as root: `python tests/topology/topology.py [--folder DIR] [--only NAME,…]`.
 
-Five hosts on one wire (`network.py`), with addresses, processes and disks of their own: a Ray head without tasks, two workers, the
-driver, and one with PostgreSQL and the MLflow server of docker/. Ray asks for a token, MLflow and PostgreSQL for passwords, all
-from the files of docker/make_secrets.py. Then, in order, each a check that ends the program with 1 when it fails:
+Five hosts on one wire (`network.py`), with addresses, processes and disks of their own: a Ray head without tasks, two workers,
+the driver, and one with PostgreSQL, an S3 server and the MLflow server of docker/, which keeps artifacts there. Ray asks for a
+token, MLflow and PostgreSQL for passwords, S3 for signatures, all from the files of docker/make_secrets.py. Then, in order, each
+a check that ends the program with 1 when it fails:
 
     doors       who listens where; without the token, the password or the right host name nobody gets in
     not_shared  a store on the driver's own disk is refused in seconds, naming both workers, before any work
     sweep       a sweep over both workers: the table of an undisturbed run, every run and artifact in MLflow
+    objects     a sweep with its store in S3 and nothing shared, a node lost on the way: the same table, every file whole; MLflow's
+                artifacts lie in S3 too; wrong keys are refused. Named as not run where tests/topology/requirements.txt is missing
     unplugged   a worker's link is down while it works: its task goes elsewhere; the seconds until then
     head        the head loses power while tasks run and comes back: the driver goes on; the seconds until then
     tracking    the MLflow server and PostgreSQL die while a sweep runs: the sweep does not; MLflow has everything later, once
@@ -26,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex, token_urlsafe
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import network
 import services
 from network import Host, Network, end, wait_for
-from services import ROOT, MLflowServer, Postgres, RayNode
+from services import ROOT, MLflowServer, ObjectStore, Postgres, RayNode
 
 SWEEP = """\
 # Topology
@@ -75,6 +79,22 @@ for run in found.get("runs", []):
 print(json.dumps(runs))
 """
 
+LOOK = """
+import hashlib, json, sys, s3fs
+files = s3fs.S3FileSystem()
+names = files.find(sys.argv[1])
+damaged, complete = [], 0
+for name in names:
+    if "/checkpoints/" in name and name.endswith("/manifest.json"):
+        complete += 1
+        for file, known in json.loads(files.cat(name)).get("files", {}).items():
+            if hashlib.sha256(files.cat(name.rpartition("/")[0] + "/" + file)).hexdigest() != known["sha256"]:
+                damaged.append(file)
+(table,) = [name for name in names if name.endswith("/topology.md")]
+print(json.dumps({"names": names, "checkpoints": complete, "damaged": damaged, "table": files.cat(table).decode()}))
+"""
+BUCKET = "runs"
+
 
 class Topology:
     """The hosts, what runs on them, and the checks."""
@@ -95,7 +115,13 @@ class Topology:
         }
         self.postgres = Postgres(self.services, self.services.own / "pg", (self.secrets / "postgres_password").read_text())
         place = f"mlflow@{self.services.address}:5432/mlflow"
-        self.mlflow = MLflowServer(self.services, self.services.own / "mlflow", self.secrets, place)
+        self.no_objects = services.objects_lacking()
+        self.objects = None if self.no_objects else ObjectStore(self.services, self.services.own / "swift", self.secrets)
+        if self.objects is not None:
+            keys = {"AWS_ENDPOINT_URL": self.objects.uri, "AWS_SHARED_CREDENTIALS_FILE": str(_runs_key(self.secrets))}
+            for node in self.nodes.values():
+                node.more = keys                # of the store of sweeps; MLflow's own are on its host alone
+        self.mlflow = MLflowServer(self.services, self.services.own / "mlflow", self.secrets, place, objects=self.objects)
         (self.driver.home / ".mlflow").mkdir()
         shutil.copy(self.secrets / "mlflow_credentials", self.driver.home / ".mlflow" / "credentials")
         self.expected = b""
@@ -112,6 +138,8 @@ class Topology:
         """Everything, as the compose file does."""
         self.postgres.start()
         self.say(f"PostgreSQL on {self.services.address}:5432")
+        if self.objects is not None:
+            self.say(f"S3 on {self.objects.uri} after {self.objects.start():.0f} s")
         self.nodes["head"].start()
         self.say(f"Ray's head on {self.nodes['head'].address} after {self.nodes['head'].wait():.0f} s")
         for name in ("worker1", "worker2", "driver"):
@@ -123,7 +151,7 @@ class Topology:
 
     # -- the driver ----------------------------------------------------------------------------------------------------
 
-    def command(self, runs: Path, name: str, *words: str, cluster: bool = True, tracking: bool = True) -> list[str]:
+    def command(self, runs: Path | str, name: str, *words: str, cluster: bool = True, tracking: bool = True) -> list[str]:
         file = self.network.shared / f"{name}.yaml"
         file.write_text(SWEEP.replace("Topology", name), encoding="utf-8")
         where = ["cluster=address", f"cluster.address={self.nodes['head'].address}"] if cluster else ["cluster=local"]
@@ -138,7 +166,7 @@ class Topology:
     def run(self, runs: Path, name: str, *words: str, timeout: float = 400, **where: bool) -> subprocess.CompletedProcess[str]:
         return self.driver.run(self.command(runs, name, *words, **where), timeout=timeout, environment=self.variables)
 
-    def begin(self, runs: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    def begin(self, runs: Path | str, name: str, *words: str) -> subprocess.Popen[bytes]:
         """A sweep in the background, once a task of it runs on a worker."""
         process = self.driver.start(self.command(runs, name, *words), f"{name}.log", self.variables)
         working = [host for host in (self.worker1, self.worker2) if host.is_on]
@@ -249,6 +277,52 @@ class Topology:
         leaks = [path for path in kept if path.name != "credentials" and any(secret in path.read_bytes() for secret in secrets)]
         self.check(not leaks, f"no file of the store or the driver holds a secret {leaks or ''}".rstrip())
 
+    def in_objects(self) -> None:
+        if self.objects is None:
+            self.say(f"not run: {self.no_objects}")
+            return
+        url = f"s3://{BUCKET}/topology"
+        script = "import s3fs, sys; s3fs.S3FileSystem().mkdir(sys.argv[1])"
+        made = self.driver.run([sys.executable, "-c", script, BUCKET], environment=self.variables)
+        self.check(made.returncode == 0, f"a bucket{made.stderr[-500:]}")
+        wrong = self.driver.own / "wrong_keys"
+        wrong.write_text("[default]\naws_access_key_id = harness\naws_secret_access_key = wrong\nregion = us-east-1\n")
+        began = time.monotonic()
+        denied = {**self.variables, "AWS_SHARED_CREDENTIALS_FILE": str(self.network.disk / wrong.name)}
+        done = self.driver.run(self.command(url, "objects", tracking=False), timeout=200, environment=denied)
+        said = (done.stdout + done.stderr).strip()
+        self.check(
+            done.returncode == 1 and "Traceback" not in said and url in said,
+            f"wrong keys are refused after {time.monotonic() - began:.0f} s: {said.splitlines()[-1][:160]}",
+        )
+        before = {path for path in self.network.shared.rglob("*") if path.is_file()}
+        process = self.begin(url, "objects")
+        victim = next(host for host in (self.worker1, self.worker2) if self.busy(host))
+        self.nodes[victim.name].kill()
+        self.say(f"{victim.name} dies while it works")
+        self.nodes[victim.name].start()
+        self.finished(process, "objects", 500)
+        done = self.driver.run([sys.executable, "-c", LOOK, url], environment=self.variables)
+        self.check(done.returncode == 0, f"the bucket is read{done.stderr[-800:]}")
+        found = json.loads(done.stdout)
+        self.check(found["table"].encode() == self.expected, "the table is the same to the byte")
+        number, damaged = len(found["names"]), found["damaged"]
+        self.check(
+            found["checkpoints"] == CELLS and not damaged,
+            f"{number} objects; the files of {CELLS} checkpoints are as their manifests say {damaged or ''}".rstrip(),
+        )
+        new = {path for path in self.network.shared.rglob("*") if path.is_file()} - before
+        self.check(new <= {self.network.shared / "objects.yaml"}, "nothing went through the shared folder")
+        self.check_tracked("objects")
+        script = "import s3fs, sys; print(*s3fs.S3FileSystem().find(sys.argv[1]), sep='\\n')"
+        listed = self.driver.run([sys.executable, "-c", script, "s3://mlflow/artifacts"], environment=self.variables).stdout.split()
+        cells = [name for name in listed if name.endswith("/cell.json")]
+        self.check(len(cells) >= CELLS, f"MLflow's {len(listed)} artifacts lie in S3, {len(cells)} cells among them")
+        for words in (["status", "objects"], ["table", str(self.network.shared / "objects.yaml"), f"runs={url}"]):
+            more = ["--runs", url] if words[0] == "status" else []
+            done = self.driver.run([sys.executable, "-m", "harness", *words, *more], environment=self.variables)
+            self.check(done.returncode == 0, f"harness {words[0]} reads the bucket {done.stderr[-500:]}".rstrip())
+
     def workers_of(self, runs: Path) -> set[str]:
         """Hosts that the records name."""
         found = set()
@@ -312,6 +386,20 @@ def _secrets(folder: Path) -> None:
     module.make(folder)
 
 
+def _runs_key(secrets: Path) -> Path:
+    """A second key, for the store of sweeps, beside the one that only MLflow's server has; returns its credentials file."""
+    path, file = secrets / "objects.json", secrets / "runs_credentials"
+    made = json.loads(path.read_text())
+    pair = {"accessKey": token_hex(10), "secretKey": token_urlsafe(32)}
+    made["identities"].append({**made["identities"][0], "name": BUCKET, "credentials": [pair]})
+    path.chmod(0o600)
+    path.write_text(json.dumps(made))
+    file.write_text(
+        f"[default]\naws_access_key_id = {pair['accessKey']}\naws_secret_access_key = {pair['secretKey']}\nregion = us-east-1\n"
+    )
+    return file
+
+
 def lacking() -> str:
     """Why this cannot run here; empty where it can."""
     return network.lacking() or services.server_lacking()
@@ -330,8 +418,8 @@ def main() -> int:
     root.mkdir(exist_ok=True)
     topology = Topology(root.absolute())
     checks: dict[str, Callable[[], None]] = {
-        "doors": topology.doors, "not_shared": topology.not_shared, "sweep": topology.sweep, "unplugged": topology.unplugged,
-        "head": topology.head_lost, "tracking": topology.tracking,
+        "doors": topology.doors, "not_shared": topology.not_shared, "sweep": topology.sweep, "objects": topology.in_objects,
+        "unplugged": topology.unplugged, "head": topology.head_lost, "tracking": topology.tracking,
     }
     chosen = [name for name in checks if not given.only or name == "sweep" or name in given.only.split(",")]
     try:
@@ -339,7 +427,8 @@ def main() -> int:
         for name in chosen:
             topology.say(f"--- {name}")
             checks[name]()
-        topology.say("everything holds")
+        left = topology.no_objects if "objects" in chosen else ""
+        topology.say("everything holds" + (f", but objects were not tried: {left}" if left else ""))
     finally:
         topology.close()
         if given.folder is None:
