@@ -162,7 +162,8 @@ class Objects:
 
     def where(self, path: Path) -> str:
         """A path of the mirror as people should read it."""
-        return f"{self.url}/{path.relative_to(self.root).as_posix()}"
+        below = path.relative_to(self.root).as_posix()
+        return self.url if below == "." else f"{self.url}/{below}"
 
     def _get(self, path: Path) -> None:
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
@@ -181,7 +182,7 @@ class Objects:
         except (StoreError, FileNotFoundError):
             raise
         except Exception as error:              # each provider has errors of its own
-            first = (str(error) or type(error).__name__).splitlines()[0]
+            first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise StoreError(
                 f"cannot {verb} {self.where(path)}: {first}. Check the address, the bucket and the credentials of this machine"
             ) from error

@@ -651,10 +651,10 @@ def _missing_paths(shared: Sequence[str]) -> list[str]:
     runs, probe, *paths = shared
     try:
         store = Store(runs)
-        seen, why = store.files.exists(store.root / probe), "where this process writes"
-    except StoreError as error:                 # no package, no credentials, no way there
-        seen, why = False, str(error)
-    return [f"{runs}, {why}"] * (not seen) + [path for path in paths if not os.path.exists(path)]
+        found = [] if store.files.exists(store.root / probe) else [f"{runs}, where this process writes"]
+    except StoreError as error:                 # no package, no credentials, no way there; it names the store
+        found = [str(error)]
+    return found + [path for path in paths if not os.path.exists(path)]
 
 
 def _local(model: Model) -> str | None:
