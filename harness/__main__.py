@@ -226,7 +226,7 @@ def prioritize(
     store = Store(runs)
     names = {str(each["sweep"]) for each in living(store)}
     if sweep not in names:
-        raise ConfigError(unknown_name("running sweep", sweep, names, runs) + f" Start it with priority={priority}.")
+        raise ConfigError(f"{unknown_name('running sweep', sweep, names, runs)}\nStart it with priority={priority}.")
     store.ask_priority(sweep, priority)
     print(f"sweep {sweep} has priority {priority} within seconds, until it ends; priority={priority} in its file or command stays")
 

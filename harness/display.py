@@ -223,7 +223,8 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
         else:
             kind = "partly" if record.manifest is not None or record.scores else "waiting"
         if running and now.get("state") in ("quantizing", "evaluating"):
-            lines.append(f"now     {cell.title}    {now.get('stage', '')} {now.get('step', '')}/{now.get('steps', '')}")
+            step = f"{now['stage']} {now['step']}/{now['steps']}" if now.get("stage") else now["state"]
+            lines.append(f"now     {cell.title}    {step}")
         counts[kind] += 1
     total = sum(counts.values())
     words = [f"{counts['done']} of {total} cells done"] + [f"{n} {kind}" for kind, n in counts.items() if n and kind != "done"]

@@ -72,7 +72,7 @@ class Summary:
         if self.interrupted or done < len(self.records):
             lines.append(f"resume  {tables.command_line(sweep)}")
         elif sweep.path is not None or not self.records:
-            lines.append(f"next    harness table {' '.join((sweep.name, *sweep.overrides))}   ·   {_ui(sweep)}")
+            lines.append(f"next    {tables.command_line(sweep, 'table')}   ·   {_ui(sweep)}")
         else:
             lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}")
         return "\n".join(lines)

@@ -17,6 +17,7 @@ import html
 import io
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -570,10 +571,10 @@ def _with_variants(
     return (*labels, "variant"), called
 
 
-def command_line(sweep: Sweep) -> str:
-    """What runs the sweep again; finished work is not repeated."""
+def command_line(sweep: Sweep, command: str = "run") -> str:
+    """What runs the sweep again (finished work is not repeated), or shows its table."""
     words = [] if sweep.path is None else [sweep.name if sweep.path.parent.name == "sweeps" else str(sweep.path)]
-    return without_password(" ".join(["harness run", *words, *sweep.overrides]))
+    return without_password(shlex.join(["harness", command, *words, *sweep.overrides]))
 
 
 def without_password(text: str) -> str:

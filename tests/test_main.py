@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from harness import __main__ as commands
 from harness import doctor
 from harness.cell import cell_key
+from harness.control import Control
 from harness.driver import run as run_sweep
 from harness.errors import HarnessError
 from harness.store import Store
@@ -175,6 +176,29 @@ def test_cancel_leaves_a_note_for_whoever_runs_it(tmp_path: Path) -> None:
     assert code == 0 and f"sweep {sweep} ends" in out and store.is_cancelled(sweep)
     code, out = invoke("cancel", "zzzz", *runs)
     assert code == 1 and 'starts with "zzzz"' in out
+
+
+def test_what_to_type_next_names_a_file_that_lies_elsewhere(tmp_path: Path) -> None:
+    """`harness run FILE` of a file outside sweeps/ ends with a command that finds it."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("# Mine\nmodel: demo\nmethod: none\nevaluations: [demo_perplexity]\n")
+    code, out = invoke("run", str(file), "evaluations.limit=2", *local(tmp_path))
+    (words,) = [line.removeprefix("next    harness ").partition("   ·")[0].split() for line in out.splitlines() if "next " in line]
+    assert code == 0 and words[:2] == ["table", str(file)]
+    code, out = invoke(*words)
+    assert code == 0 and "none" in out
+
+
+def test_only_a_running_sweep_gets_another_priority(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    code, out = invoke("prioritize", "mine", "3", "--runs", str(runs))
+    assert code == 2 and 'no running sweep "mine"' in out and "priority=3" in out
+    with Control(Store(runs), "mine", 1) as control:
+        code, out = invoke("prioritize", "mine", "3", "--runs", str(runs))
+        assert code == 0 and Store(runs).asked_priority("mine") == 3
+        control._looked = -float("inf")
+        control.look()
+        assert control.priority == 3
 
 
 def test_gc_says_what_would_go_and_deletes_it_only_then(tmp_path: Path) -> None:
