@@ -295,8 +295,9 @@ def write_figures(sweep: Sweep, records: tuple[Record, ...], store: Store) -> tu
 
     written = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, figure in plots.figures(sweep, records).items():
-            for file in plots.save(figure, Path(folder), name):
+        drawn = plots.figures(sweep, records)
+        for name in list(drawn):
+            for file in plots.save(drawn.pop(name), Path(folder), name):
                 written.append(store.root / "figures" / sweep.name / file.name)
                 store.write_file(written[-1], file.read_bytes())
     return tuple(written)

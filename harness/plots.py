@@ -18,6 +18,7 @@ import functools
 import html
 import math
 import re
+import statistics
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ VIRIDIS = tuple(map(bytes.fromhex, (           # Matplotlib's colour map at equa
 )))
 INK = "#262626"
 TOLERANCE = 0.01                                # one point of accuracy; of a perplexity, one percent
+OVERVIEW_ROWS = 60                              # cells in the overview of layer errors
 ERRORS = ("output_error", "weight_error")       # of a layer, the first that is known is drawn
 
 
@@ -269,7 +271,10 @@ def layer_errors(record: Record) -> str | None:
 
 
 def error_overview(records: Sequence[Record]) -> Figure | None:
-    """Heat map of all cells, cell × block: the mean error of a block's matrices, so that cells can be compared."""
+    """Heat map of cells, cell × block: the mean error of a block's matrices, so that cells can be compared.
+
+    Of more than OVERVIEW_ROWS, those with the largest mean: a figure of hundreds of rows is read by nobody and fills the memory.
+    """
     known = [record for record in records if _error_name(record)]
     if not known:
         return None
@@ -284,7 +289,15 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
         if values:
             grid.append([math.fsum(values[b]) / len(values[b]) if b in values else math.nan for b in blocks])
             labels.append(" · ".join(filter(None, (record.cell.method.name, record.cell.scheme.name, record.cell.variant))))
-    return _heat_map(grid, blocks, labels, known[0].cell.model.name, f"{_error_text(name)}, mean of a block") if grid else None
+    if not grid:
+        return None
+    title = known[0].cell.model.name
+    if len(grid) > OVERVIEW_ROWS:
+        title = f"{title}: {OVERVIEW_ROWS} of {len(grid)} cells, those with the largest error"
+        means = [statistics.fmean(value for value in row if not math.isnan(value)) for row in grid]
+        kept = sorted(sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS])                # in their order
+        grid, labels = [grid[row] for row in kept], [labels[row] for row in kept]
+    return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, mean of a block")
 
 
 def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) -> Figure:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from synthetic_sweep import LINEARS, LLAMA, cells, fill, make_sweep
 
+from harness import plots
 from harness.cell import Model, cell_key
 from harness.naming import with_variants
 from harness.plots import (
@@ -126,7 +127,7 @@ def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
     assert points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
 
 
-def test_layer_errors(records: list[Record]) -> None:
+def test_layer_errors(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     gptq = next(record for record in records if record.cell.method.name == "gptq")
     text = layer_errors(gptq)
     assert text is not None and text == layer_errors(gptq)
@@ -139,7 +140,13 @@ def test_layer_errors(records: list[Record]) -> None:
     assert one is not None and "experts.1.&lt;w&gt;: 0.001" in one and "experts.2" not in one      # ends that are alike
     ElementTree.fromstring(one)
     assert layer_errors(records[0]) is None and error_overview(records[:1]) is None
-    assert error_overview(records) is not None
+    whole = error_overview(records)
+    assert whole is not None
+    monkeypatch.setattr(plots, "OVERVIEW_ROWS", 2)
+    worst = error_overview(records)
+    assert worst is not None and worst.get_size_inches()[1] < whole.get_size_inches()[1]
+    labels = [text.get_text() for text in worst.axes[0].get_yticklabels()]
+    assert len(labels) == 2 and all("w2" in label or "w3" in label for label in labels), labels
 
 
 def test_saved_figures_are_the_same_to_the_byte(records: list[Record], tmp_path: Path) -> None:
