@@ -214,14 +214,20 @@ def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.Monke
             pass
 
 
+class ClientError(Exception):
+    """As botocore's, which has what the server answered."""
+
+    response: dict[str, dict[str, str]]
+
+
 @pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict", "AccessDenied"])
 def test_object_stores_refuse_conditions_in_several_words(
     code: str, url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What s3fs raises where the answer names no condition, as Swift's: an OSError whose cause has the code."""
 
-    answer = Exception(code)
-    answer.response = {"Error": {"Code": code}}                                 # type: ignore[attr-defined]
+    answer = ClientError(code)
+    answer.response = {"Error": {"Code": code}}
     held = Store(url).files
     assert isinstance(held, objects.Objects)
 

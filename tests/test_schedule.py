@@ -221,7 +221,9 @@ class Cards(Script):
 
     def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int, most: int) -> None:
         super().__init__(act, slots)
-        self.most, self.held, self.used = most, {}, []                          # type: ignore[var-annotated]
+        self.most = most
+        self.held: dict[int, int] = {}
+        self.used: list[int] = []
 
     def submit(self, number: int, task: Task) -> None:
         self.held[number] = getattr(task, "devices", 1)
