@@ -19,11 +19,11 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from harness import plugins, work
+from harness import work
 from harness.cell import Cell, Evaluation, Model, cell_key, quantize_key
 from harness.errors import StoreError
 from harness.events import Event, Failed, Quantized, Scored, TaskStarted
-from harness.plan import CHECKPOINTS_PER_PASS, Pass, Plan, over_quota, piece, stream_of
+from harness.plan import CHECKPOINTS_PER_PASS, Pass, Plan, measures_device, over_quota, piece, stream_of
 from harness.store import Store
 from harness.work import EvaluateTask, QuantizeTask, Task
 
@@ -272,7 +272,7 @@ class Board:
             queue.looks.append(_Look(((cell, exclusive),), rank, apart=True, devices=room.least))
         others = tuple(e for e in evaluations if e not in exclusive)
         if others and room.batch_size:
-            measured = tuple(e for e in others if _measures(e))                # of one device, whatever memory taught
+            measured = tuple(e for e in others if measures_device(e))                # of one device, whatever memory taught
             for wanted, same in ((tuple(e for e in others if e not in measured), room), (measured, _Room(1, room.least))):
                 if wanted:
                     look = _Look(((cell, wanted),), rank, batch_size=1, devices=same.devices, offload=same.offload)
@@ -282,7 +282,7 @@ class Board:
 
     def _needs_all(self, evaluation: Evaluation) -> bool:
         """A measurement of a device, where tasks do not have one each."""
-        return self.executor.slots > 1 and self.executor.share != 1.0 and _measures(evaluation)
+        return self.executor.slots > 1 and self.executor.share != 1.0 and measures_device(evaluation)
 
     # what comes next
 
@@ -666,7 +666,7 @@ class Board:
         elif (self.executor.slots > 1 and not job.work.apart) or smaller:
             self._give(job, [lost], tried=True, apart=True, batch_size=1)
         elif not host and isinstance(job.work, _Look) and self.executor.most and not any(
-            _measures(evaluation) for _, wanted in job.work.pairs for evaluation in wanted
+            measures_device(evaluation) for _, wanted in job.work.pairs for evaluation in wanted
         ):
             if job.work.offload:
                 return False
@@ -714,9 +714,3 @@ class Board:
             if left:
                 pairs.append((cell, left))
         return pairs
-
-
-def _measures(evaluation: Evaluation) -> bool:
-    """It measures the device that it is on: several, or one that waits for main memory, are another."""
-    facts = plugins.find("evaluator").get(evaluation.evaluator)
-    return facts is not None and bool(facts.get("exclusive", False))

@@ -424,7 +424,7 @@ class _Checker:
             reasons = evaluator.check(evaluation, model)
         except HarnessError as error:
             return [f"evaluation {evaluation.name}: {error}"]
-        if self.devices(model) != 1 and plugins.find("evaluator")[evaluation.evaluator].get("exclusive", False):
+        if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "measures one GPU, and the model takes several"]
         return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
 
@@ -450,6 +450,12 @@ def available_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def measures_device(evaluation: Evaluation) -> bool:
+    """It measures the device that it is on: several, or one that waits for main memory, are another."""
+    facts = plugins.find("evaluator").get(evaluation.evaluator)
+    return facts is not None and bool(facts.get("exclusive", False))
 
 
 def uses_gpu(runtime: Runtime) -> bool:
