@@ -40,7 +40,7 @@ topology: install  ## a cluster in network namespaces, with MLflow on PostgreSQL
 	$(BIN)/python tests/topology/topology.py
 
 demo-model: install  ## train the embedded demo model again from its committed recipe (three to four minutes on one core)
-	$(BIN)/python -m harness.demo.train
+	$(BIN)/python -m harness.data.demo.train
 
 constraints: install  ## write the versions of the present environment to constraints.txt
 	@(head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//') > constraints.new

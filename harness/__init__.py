@@ -10,13 +10,10 @@ Overrides are those of the shell. Everything is imported when it is used: import
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas
-
-importlib.import_module("harness.plan")         # loaded first, so that loading it later does not replace the function of its name
 
 __all__ = ["__version__", "plan", "run", "table"]
 __version__ = "0.1.0"
@@ -27,9 +24,10 @@ def plan(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
 
     `.attrs["text"]` is the plan as `harness plan` prints it. Raises ConfigError when the sweep itself is wrong.
     """
-    from harness.config import load_sweep
-    from harness.plan import make, render
-    from harness.store import Store
+    from harness.config.grid import load_sweep
+    from harness.planning.planner import make
+    from harness.planning.render import render
+    from harness.storage.store import Store
 
     loaded = load_sweep(*_split(sweep, overrides))
     made = make(loaded, Store(loaded.runtime.runs))
@@ -43,8 +41,8 @@ def run(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
 
     Raises PlanError with every refusal before anything starts. `.attrs["summary"]` is the summary that `harness run` prints.
     """
-    from harness import driver
-    from harness.config import load_sweep
+    from harness.config.grid import load_sweep
+    from harness.execution import driver
 
     summary = driver.run(load_sweep(*_split(sweep, overrides)))
     frame = driver.frame(summary.records)
@@ -54,20 +52,21 @@ def run(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
 
 def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
     """A table of a sweep, its first when no name is given: numbers at full precision, published ones beside ours."""
-    from harness import tables
-    from harness.config import load_sweep
-    from harness.errors import ConfigError, unknown_name
-    from harness.store import Store
+    from harness.config.grid import load_sweep
+    from harness.core.errors import ConfigError, unknown_name
+    from harness.reporting.render import frame
+    from harness.reporting.tables import build
+    from harness.storage.store import Store
 
     loaded = load_sweep(*_split(sweep, overrides))
     store = Store(loaded.runtime.runs)
     chosen = next((each for each in loaded.shown_tables if not name or each.name == name), None)
     if chosen is None:
         raise ConfigError(unknown_name("table", name, [each.name for each in loaded.shown_tables], f"sweep {loaded.name}"))
-    return tables.frame(tables.build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
+    return frame(build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
 
 
 def _split(sweep: str | None, overrides: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    from harness.__main__ import split_arguments
+    from harness.config.overrides import split_arguments
 
     return split_arguments(sweep, list(overrides))

@@ -22,7 +22,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 @pytest.fixture(autouse=True)
 def no_readings(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long a test takes must not decide which events it sees: no task reads what its process takes."""
-    monkeypatch.setattr("harness.work.USAGE_SECONDS", math.inf)
+    monkeypatch.setattr("harness.execution.process.USAGE_SECONDS", math.inf)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def demo_sweep(tmp_path: Path) -> Callable[..., Any]:
     """demo_sweep("method=rtn", "scheme=w4", …) -> a Sweep of the embedded model in this process, results in tmp_path/runs."""
 
     def make(*overrides: str) -> Any:
-        from harness.config import load_sweep
+        from harness.config.grid import load_sweep
 
         own = ["model=demo", f"runs={tmp_path / 'runs'}", "tracking=none", "device=cpu"]
         if any("gptq" in override or "awq" in override for override in overrides):
@@ -59,7 +59,7 @@ def tiny_model(tmp_path: Path) -> Callable[..., Path]:
     """
 
     def make(family: str = "llama", **settings: Any) -> Path:
-        from harness.demo.tiny import build
+        from harness.data.demo.tiny import build
 
         folder = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()

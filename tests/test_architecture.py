@@ -13,43 +13,33 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "harness"
 
-ONE_IMPORTER = {                                # library -> the modules that may import it
-    "hydra": {"harness.config"},
-    "omegaconf": {"harness.config"},
-    "ray": {"harness.schedule"},
-    "mlflow": {"harness.tracking"},
-    "lm_eval": {"harness.evaluators.lm_eval_tasks"},
-    "fsspec": {"harness.objects"},
-    "peft": {"harness.formats.peft"},
+ONE_IMPORTER = {                                # library -> the module or the folder that may import it
+    "hydra": "harness.config",
+    "omegaconf": "harness.config",
+    "ray": "harness.execution.executors.ray_cluster",
+    "mlflow": "harness.tracking.mlflow_runs",
+    "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
+    "fsspec": "harness.storage.object_store",
+    "peft": "harness.quantization.formats.peft",
 }
-LEAVES = {"harness.cell", "harness.errors", "harness.events"}
-MAY_IMPORT = {                                  # module or package -> the parts of the harness that it may import
-    "harness.cell": set(),
-    "harness.errors": set(),
-    "harness.events": set(),
-    "harness.sweep": {"harness.cell"},
-    "harness.plugins": {"harness.errors"},
-    "harness.files": LEAVES,
-    "harness.objects": LEAVES | {"harness.files"},
-    "harness.store": LEAVES | {"harness.files", "harness.objects"},
-    "harness.naming": {"harness.cell"},
-    "harness.statistics": LEAVES | {"harness.store"},
-    "harness.flips": LEAVES | {"harness.store"},
-    "harness.published": LEAVES,
-    "harness.tables": LEAVES | {
-        "harness.sweep", "harness.store", "harness.statistics", "harness.plugins", "harness.published", "harness.naming",
-        "harness.flips",
-    },
-    "harness.plots": LEAVES | {
-        "harness.sweep", "harness.store", "harness.statistics", "harness.tables", "harness.plugins", "harness.naming",
-    },
-    "harness.numerics": LEAVES | {"harness.numerics"},
-    "harness.methods": LEAVES | {"harness.numerics", "harness.methods.protocols"},
+MAY_IMPORT = {                                  # folder -> what of the harness it may import besides itself
+    "core": (),
+    "data": ("core",),
+    "storage": ("core",),
+    "config": ("core", "data", "storage"),
+    "quantization": ("core", "data", "storage"),
+    "evaluation": ("core", "data", "storage", "quantization"),
+    "planning": ("core", "data", "storage", "quantization"),
+    "reporting": ("core", "storage", "evaluation.statistics", "evaluation.flips"),
+    "tracking": ("core", "storage", "evaluation.flips", "reporting"),
+    "execution": ("core", "data", "storage", "quantization", "evaluation", "planning", "reporting", "tracking"),
+    "cli": ("core", "data", "storage", "config", "quantization", "evaluation", "planning", "reporting", "tracking", "execution"),
 }
-WITHOUT_TORCH = [
-    "cell", "errors", "events", "sweep", "plugins", "sources", "store", "tracking", "tables", "plots", "published", "statistics",
-    "naming", "findings", "flips", "config", "__main__",
-]
+FLOORS = (                                      # of quantization, from the ground: a part imports from floors below its own
+    {"numerics", "models"}, {"methods", "formats", "calibration"}, {"inference", "export"}, {"pipeline"}, {"diagnosis"},
+)
+WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
+LARGE = {"harness.config.grid"}                 # files of more than 700 lines, each whole on purpose
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -76,27 +66,74 @@ MODULES = dict(modules())
 @pytest.mark.parametrize("library", sorted(ONE_IMPORTER))
 def test_one_library_one_importer(library: str) -> None:
     importers = {name for name, path in MODULES.items() if any(i.split(".")[0] == library for i in imports(path))}
-    assert importers <= ONE_IMPORTER[library]
+    place = ONE_IMPORTER[library]
+    assert all(name == place or name.startswith(f"{place}.") for name in importers), importers
     assert importers, f"nothing imports {library}: the rule has lost its subject"
 
 
-def test_imports_point_one_way() -> None:
+def own_imports(name: str) -> set[str]:
+    """Modules of the harness that a module imports; of a package only what is taken from it, not the package itself."""
+    found = {imported for imported in imports(MODULES[name]) if imported in MODULES and imported not in (name, "harness")}
+    return {each for each in found if not any(other.startswith(f"{each}.") for other in found) and not name.startswith(f"{each}.")}
+
+
+def test_every_folder_is_bound() -> None:
+    shown = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert shown == {"__init__.py", "__main__.py", "py.typed", *MAY_IMPORT}
+
+
+def test_imports_go_down_the_folders() -> None:
     wrong = []
-    for name, path in MODULES.items():
-        rule = next((allowed for part, allowed in MAY_IMPORT.items() if name == part or name.startswith(part + ".")), None)
-        if rule is None:
+    for name in MODULES:
+        folder = name.split(".")[1] if "." in name else ""
+        if folder not in MAY_IMPORT:            # the package's face and `python -m harness` see everything
             continue
-        for imported in imports(path):
-            own = imported in MODULES and imported != "harness"
-            if own and imported != name and not any(imported == a or imported.startswith(a + ".") for a in rule):
+        for imported in own_imports(name):
+            place = imported.removeprefix("harness.")
+            if not any(place == allowed or place.startswith(f"{allowed}.") for allowed in (folder, *MAY_IMPORT[folder])):
                 wrong.append(f"{name} imports {imported}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_plugin_imports_a_plugin() -> None:
-    from harness import plugins
+def test_imports_go_down_inside_quantization() -> None:
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    wrong = []
+    for name in MODULES:
+        if not name.startswith("harness.quantization."):
+            continue
+        part = name.split(".")[2]
+        for imported in own_imports(name):
+            other = imported.split(".")[2] if imported.startswith("harness.quantization.") else part
+            if other != part and floor[other] >= floor[part]:
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong, "\n".join(wrong)
 
-    found = {f"harness.{folder}.{name}" for kind, (folder, _) in plugins.KINDS.items() for name in plugins.find(kind)}
+
+def test_no_import_goes_in_a_circle() -> None:
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name):], name))
+        if name not in done:
+            for imported in own_imports(name):
+                walk(imported, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        walk(name, ())
+
+
+def test_files_are_short_enough_to_read() -> None:
+    long = {name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 700}
+    assert long <= LARGE
+
+
+def test_no_plugin_imports_a_plugin() -> None:
+    from harness.core import plugins
+
+    paths = {facts.path for kind in plugins.KINDS for facts in plugins.find(kind).values()}
+    found = {name for name, path in MODULES.items() if path in paths}
+    assert len(found) > 40, "the rule has lost its subject"
     wrong = [
         f"{name} imports {imported}" for name in sorted(found) for imported in imports(MODULES[name])
         if imported in found and imported != name
@@ -104,10 +141,12 @@ def test_no_plugin_imports_a_plugin() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_loads_without_torch(module: str) -> None:
-    code = f"import sys, harness.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, f"harness.{module} imports torch"
+@pytest.mark.parametrize("folder", WITHOUT_TORCH)
+def test_loads_without_torch(folder: str) -> None:
+    """Tables, status and completion are instant on any laptop."""
+    names = [name for name in MODULES if name.startswith(f"harness.{folder}")]
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, f"a module of harness/{folder}/ imports torch"
 
 
 def test_the_package_face_loads_without_torch() -> None:
@@ -116,19 +155,19 @@ def test_the_package_face_loads_without_torch() -> None:
 
 
 def test_kernel_packages_need_only_torch_and_transformers() -> None:
-    """numerics, streaming, methods, models, formats, runtime and evaluators run where only torch and transformers are installed."""
+    """quantization/ and evaluation/ run where only torch and transformers are installed."""
     allowed = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "harness"} | set(sys.stdlib_module_names)
     optional = {
-        "harness.evaluators.lm_eval_tasks", "harness.formats.compressed_tensors", "harness.formats.peft",
-        "harness.evaluators.tasks.summaries", "harness.evaluators.tasks.translations",      # functions of lm-eval's task files
-        "harness.runtime.placement",                            # accelerate, and only where a model exceeds one device
+        "harness.evaluation.evaluators.lm_eval_tasks", "harness.quantization.formats.compressed_tensors",
+        "harness.quantization.formats.peft",
+        "harness.evaluation.flips", "harness.evaluation.statistics",        # of results, where no model is
+        "harness.quantization.inference.placement",             # accelerate, and only where a model exceeds one device
     }
-    packages = ("numerics", "streaming", "methods", "models", "formats", "runtime", "evaluators")
     wrong = [
         f"{name} imports {imported}"
         for name, path in MODULES.items()
-        if name.split(".")[1:2] and name.split(".")[1] in packages and name not in optional
-        and not name.startswith("harness.evaluators.tasks.")        # functions that task YAMLs name: lm-eval loads them
+        if name.startswith(("harness.quantization.", "harness.evaluation.")) and name not in optional
+        and not name.startswith("harness.evaluation.tasks.")        # functions that task YAMLs name: lm-eval loads them
         for imported in imports(path)
         if imported.split(".")[0] not in allowed
     ]
@@ -138,9 +177,9 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
 def test_the_walk_over_blocks_exists_once() -> None:
     """Only the pass touches a family's blocks in order: no method walks a model."""
     walkers = {name for name, path in MODULES.items() if "def run_pass" in path.read_text(encoding="utf-8")}
-    assert walkers == {"harness.streaming.passes"}
+    assert walkers == {"harness.quantization.pipeline.passes"}
     for name, path in MODULES.items():
-        if name.startswith("harness.methods."):
+        if name.startswith("harness.quantization.methods."):
             assert "named_modules()" not in path.read_text(encoding="utf-8"), f"{name} walks a model"
 
 
@@ -159,7 +198,7 @@ def test_no_catch_all_modules() -> None:
 
 @pytest.mark.parametrize("slot,folder", [("transform", "transform"), ("rounding", "rounding"), ("tuning", "tuning")])
 def test_a_method_is_a_file_and_its_yaml(slot: str, folder: str) -> None:
-    from harness import plugins
+    from harness.core import plugins
 
     configured = {path.stem for path in (ROOT / "conf" / folder).glob("*.yaml")}
     assert configured == set(plugins.find(slot))

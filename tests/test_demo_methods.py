@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness import config
-from harness.plan import make
-from harness.store import Store
+from harness.config import grid, locations
+from harness.planning.planner import make
+from harness.storage.store import Store
 
 # Methods that need more than the demo can give, each with its reason.
 LEFT_OUT: dict[str, str] = {"none": "the baseline, which every sweep adds by itself"}
 
 
 def test_every_method_is_in_the_sweep_or_left_out_with_a_reason() -> None:
-    sweep = config.load_sweep("demo_methods")
+    sweep = grid.load_sweep("demo_methods")
     used = {cell.method.name.partition("[")[0] for cell in sweep.cells if not cell.method.is_baseline}
-    known = {entry.name for entry in config.list_names("methods")}
+    known = {entry.name for entry in locations.list_names("methods")}
     assert known - used - set(LEFT_OUT) == set(), "add these to sweeps/demo_methods.yaml"
     assert not used & set(LEFT_OUT) and set(LEFT_OUT) <= known
 
 
 def test_the_plan_refuses_nothing(tmp_path: Path) -> None:
-    sweep = config.load_sweep("demo_methods", [f"runs={tmp_path}"])
+    sweep = grid.load_sweep("demo_methods", [f"runs={tmp_path}"])
     made = make(sweep, Store(tmp_path))
     assert not made.refused, [(each.cell.title, each.reasons) for each in made.refused]

@@ -225,7 +225,7 @@ def test_the_slurm_script_says_what_it_lacks(slurm: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("cluster", ["address", "slurm"])
 def test_clusters_that_run_already_are_joined(cluster: str) -> None:
-    from harness.config import load_sweep
+    from harness.config.grid import load_sweep
 
     runtime = load_sweep(None, ["model=demo", "method=rtn", "scheme=w4", f"cluster={cluster}"]).runtime
     assert runtime.cluster.kind == "ray" and runtime.cluster.address == "auto"

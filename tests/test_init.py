@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from harness.errors import ConfigError, PlanError
+from harness.core.errors import ConfigError, PlanError
 
 GRID = ("model=demo", "method=rtn", "scheme=w4", "evaluations=demo_perplexity", "evaluations.limit=2")
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from harness import provenance, sources, tables
-from harness.cell import Model
-from harness.config import load_sweep
-from harness.errors import ConfigError, HarnessError, ModelError
-from harness.streaming.weights import WeightReader
+from harness.config.grid import load_sweep
+from harness.core import text
+from harness.core.cell import Model
+from harness.core.errors import ConfigError, HarnessError, ModelError
+from harness.data import model_folders
+from harness.execution import provenance
+from harness.quantization.formats.weight_files import WeightReader
 
 SECRETS = {
     "HF_TOKEN": "hf_canarycanarycanarycanarycanary01", "AWS_SECRET_ACCESS_KEY": "canary/aws/0123456789abcdefghijklmnop",
@@ -47,7 +49,7 @@ def test_secrets_of_the_environment_are_kept_nowhere(tmp_path: Path) -> None:
 def test_passwords_in_addresses_stay_out_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["harness", "run", "demo", "tracking.uri=http://me:canary@server:5000"])
     assert provenance.command_line() == "harness run demo tracking.uri=http://server:5000"
-    assert tables.without_password("http://me:can@ary@server:5000/a and http://b@c") == "http://server:5000/a and http://c"
+    assert text.without_password("http://me:can@ary@server:5000/a and http://b@c") == "http://server:5000/a and http://c"
 
 
 class Payload:
@@ -69,7 +71,7 @@ def test_pickled_weights_are_refused_unread(tiny_model: Callable[..., Path], tmp
     with pytest.raises(ModelError, match="pickled"):
         WeightReader(folder)
     with pytest.raises(ModelError, match="unpickled, which is refused"):
-        sources.model_folder(Model("hostile", str(folder)))
+        model_folders.model_folder(Model("hostile", str(folder)))
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(proof)))     # a pickle by another name
     with pytest.raises(ModelError, match="not a readable safetensors"):
         WeightReader(folder)
@@ -94,7 +96,7 @@ def test_an_index_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_code_in_a_model_folder_is_not_run(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    from harness.work import load_tokenizer
+    from harness.execution.worker import load_tokenizer
 
     folder, proof = tiny_model("llama"), tmp_path / "proof"
     (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w').write('code was run')\nclass Evil: pass\n")
@@ -109,7 +111,7 @@ def test_code_in_a_model_folder_is_not_run(tiny_model: Callable[..., Path], tmp_
         load_tokenizer(folder)
     except (ValueError, OSError, HarnessError):
         pass                                    # refused; a tokenizer of transformers' own is as good
-    from harness import models
+    from harness.quantization import models
 
     models.shapes(folder)
     assert not proof.exists()
@@ -140,7 +142,7 @@ def test_a_sweep_cannot_write_outside_the_store(tmp_path: Path) -> None:
 LISTEN = """
 import json, sys, psutil
 from harness import schedule
-from harness.sweep import Cluster, Runtime
+from harness.core.sweep import Cluster, Runtime
 from pathlib import Path
 cluster = schedule.RayCluster(Runtime(Path(sys.argv[1]), cluster=Cluster("ray", workers=1), device="cpu"), 1)
 found = []

@@ -63,13 +63,13 @@ def simulate(data: dict[str, Any], shared: list[str]) -> Iterator[Any]:
     """The body of a task: as `schedule._stream` and `work.run`, with sleep for work and true events."""
     import ray
 
-    from harness.cell import cell_key
-    from harness.events import Progress, Quantized, Scored, TaskEnded, TaskStarted, Usage
-    from harness.schedule import decode
-    from harness.store import Store
-    from harness.work import QuantizeTask, _Meter
+    from harness.core.cell import cell_key
+    from harness.core.events import Progress, Quantized, Scored, TaskEnded, TaskStarted, Usage
+    from harness.execution.process import UsageMeter
+    from harness.execution.tasks import QuantizeTask, decode
+    from harness.storage.store import Store
 
-    began, meter = time.time(), _Meter("cpu")
+    began, meter = time.time(), UsageMeter("cpu")
     task = decode(data)
     keys, store = tuple(map(cell_key, task.cells)), Store(task.runs)
     yield ray.get_runtime_context().get_node_id(), "simulated", []
@@ -100,8 +100,8 @@ def simulate(data: dict[str, Any], shared: list[str]) -> Iterator[Any]:
 
 def write_manifest(store: Any, cell: Any) -> None:
     """What a checkpoint of four blocks leaves for tracking: sizes and layer errors, of made-up numbers."""
-    from harness.cell import quantize_key
-    from harness.store import write_json
+    from harness.core.cell import quantize_key
+    from harness.storage.json_files import write_json
 
     linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
     errors = [
@@ -114,7 +114,7 @@ def write_manifest(store: Any, cell: Any) -> None:
 
 def write_score(store: Any, cell: Any, evaluation: Any) -> None:
     """A perplexity of 40 windows, made up."""
-    from harness.cell import cell_key, score_key
+    from harness.core.cell import cell_key, score_key
 
     losses = [cost(cell.title, str(window)) / 4 for window in range(40)]
     metrics = {f"{evaluation.name}/perplexity": math.exp(sum(losses) / len(losses))}
@@ -124,7 +124,7 @@ def write_score(store: Any, cell: Any, evaluation: Any) -> None:
 
 def grid(runs: Path, count: int, *words: str) -> Any:
     """A sweep of distinct checkpoints: four methods, widths, groups and symmetry over models that differ in name alone."""
-    from harness.config import load_sweep
+    from harness.config.grid import load_sweep
 
     schemes = [f"w{bits}g{group}{end}" for bits in range(2, 9) for group in (4, 8, 16, 32) for end in ("", "sym")]
     base = load_sweep(None, [
@@ -148,10 +148,11 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
     """The sweep by `driver.run`. Runs in a process of its own, for its memory."""
     import ray
 
-    from harness import driver, schedule
-    from harness import tracking as tracking_module
-    from harness.plan import make
-    from harness.store import Store
+    from harness.execution import dispatch, driver
+    from harness.execution.executors import ray_cluster
+    from harness.planning.planner import make
+    from harness.storage.store import Store
+    from harness.tracking import mlflow_runs
 
     log = folder / "tasks"
     log.mkdir()
@@ -160,7 +161,7 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
     make(sweep, Store(sweep.runtime.runs))
     planning, planning_cpu = time.monotonic() - began, time.process_time() - before
 
-    class Simulated(schedule.RayCluster):
+    class Simulated(ray_cluster.RayCluster):
         """Ray as it is, but for the task's body, which sleeps, and for processes that are used again."""
 
         def __init__(self, *given: Any) -> None:
@@ -173,11 +174,11 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
         def shared(self, store: Any, plan: Any) -> Iterator[None]:
             yield
 
-    schedule.make_executor = lambda runtime, workers: Simulated(runtime, workers)  # type: ignore[assignment]
+    dispatch.make_executor = lambda runtime, workers: Simulated(runtime, workers)  # type: ignore[assignment]
     spent = [0.0, 0.0, 0]                       # seconds by the clock and of the thread's CPU, states told
 
     def timed(name: str) -> None:
-        plain = getattr(tracking_module.MLflowTracker, name)
+        plain = getattr(mlflow_runs.MLflowTracker, name)
 
         def call(self: Any, *given: Any) -> None:
             before, before_cpu = time.monotonic(), time.thread_time()
@@ -186,7 +187,7 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
             spent[1] += time.thread_time() - before_cpu
             spent[2] += name == "cell"
 
-        setattr(tracking_module.MLflowTracker, name, call)
+        setattr(mlflow_runs.MLflowTracker, name, call)
 
     for name in ("cell", "usage", "progress"):
         timed(name)
@@ -203,8 +204,6 @@ def warm(ray: Any) -> None:
 
     @ray.remote(num_gpus=1, max_calls=0)
     def wait_together(seconds: float) -> None:
-        import harness.schedule
-        import harness.work  # noqa: F401
 
         time.sleep(seconds)
 
@@ -279,9 +278,9 @@ def path() -> str:
 
 def cluster(nodes: int, gpus: int) -> Any:
     """Ray nodes with made-up GPUs on this machine's loopback interface."""
-    from harness import schedule
+    from harness.execution.executors import ray_cluster
 
-    schedule._import_ray()
+    ray_cluster._import_ray()
     from ray.cluster_utils import Cluster
 
     made = Cluster()

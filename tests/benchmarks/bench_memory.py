@@ -26,12 +26,12 @@ CHILD = """
 import json, resource, sys, threading, time
 from pathlib import Path
 import psutil, torch, transformers
-from harness.cell import Cell, Method, Model, Part, Scheme, WeightScheme, freeze, quantize_key, to_json
+from harness.core.cell import Cell, Method, Model, Part, Scheme, WeightScheme, freeze, quantize_key, to_json
 from harness import plugins
-from harness.events import Failed
-from harness.formats.native import CheckpointWriter
-from harness.models import shapes
-from harness.streaming.passes import run_pass
+from harness.core.events import Failed
+from harness.quantization.formats.native import CheckpointWriter
+from harness.quantization.models import shapes
+from harness.quantization.pipeline.passes import run_pass
 from transformers import AutoModelForCausalLM
 folder, store, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 small = {"epochs": 1, "vector_length": 4, "index_bits": 8}

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "methods"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, random_weight
 
-from harness import plugins
-from harness.cell import WeightScheme
-from harness.numerics import grids
-from harness.numerics.packing import pack, unpack
+from harness.core import plugins
+from harness.core.cell import WeightScheme
+from harness.quantization.numerics import grids
+from harness.quantization.numerics.packing import pack, unpack
 
 Row = tuple[str, str, str, str]
 

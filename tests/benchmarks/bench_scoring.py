@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from harness.cell import Cell, Method, Model, Scheme
-from harness.evaluators import lm_eval_tasks, scoring
-from harness.evaluators.protocols import Subject
+from harness.core.cell import Cell, Method, Model, Scheme
+from harness.evaluation import prefix_scoring
+from harness.evaluation.evaluators import lm_eval_tasks
+from harness.evaluation.protocols import Subject
 
 BATCHES = (1, 4, 16)
 
@@ -69,13 +70,13 @@ def theirs(folder: Path, instances: list[Any], pairs: list[lm_eval_tasks.Pair], 
 
 def ours(folder: Path, pairs: list[lm_eval_tasks.Pair]) -> Any:
     one = subject(folder, 0)
-    asked = [scoring.clip(before, after, 4096) for before, after in pairs]
+    asked = [prefix_scoring.clip(before, after, 4096) for before, after in pairs]
 
-    def call() -> list[scoring.Answer]:
-        answers = {index: answer for batch in scoring.scores(one.model, asked, "cpu") for index, answer in batch.items()}
+    def call() -> list[prefix_scoring.Answer]:
+        answers = {index: answer for batch in prefix_scoring.scores(one.model, asked, "cpu") for index, answer in batch.items()}
         return [answers[index] for index in range(len(asked))]
 
-    list(scoring.scores(one.model, asked[:4], "cpu"))
+    list(prefix_scoring.scores(one.model, asked[:4], "cpu"))
     return seconds(call)
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), float32, best of two")
     for title, tasks, shots, limit in shapes:
         instances, pairs, tokens = requests_of(folder, tasks, shots, data, limit)
-        rows = scoring.plan_rows([scoring.clip(before, after, 4096) for before, after in pairs], 256, 10**9)
+        rows = prefix_scoring.plan_rows([prefix_scoring.clip(before, after, 4096) for before, after in pairs], 256, 10**9)
         best = min(((*theirs(folder, instances, pairs, batch), batch) for batch in BATCHES), key=lambda timing: timing[0])
         time_ours, answers = ours(folder, pairs)
         difference = max(abs(a[0] - b[0]) for a, b in zip(best[1], answers, strict=True))

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "topology"))
 import services
 from services import Here, MLflowServer, Postgres, RayNode, free_port
 
-from harness.plan import count_cores
+from harness.planning.resources import count_cores
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = """\
@@ -219,7 +219,7 @@ def workers(pid: int) -> list[psutil.Process]:
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if "harness.schedule import serve" in words or "ray::" in words:
+        if "harness.execution.executors.processes import serve" in words or "ray::" in words:
             found.append(process)
     return found
 

@@ -1,0 +1,1 @@
+"""What a person types: the commands, completion, live progress, and what `status`, `show`, `diagnose` and `doctor` print."""

@@ -1,0 +1,104 @@
+"""From a cell back to the command that makes it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from harness.core.cell import Cell, cell_key, score_key, to_json
+from harness.core.errors import HarnessError
+
+
+def command_for(cell: Cell) -> str:
+    """The command that makes one cell and its scores by itself: names, and what differs from what their files say today.
+
+    It is tried: what is returned leads to the same keys. Where no such command exists (a configuration was renamed, a version
+    raised, a corpus changed), that is said, and what the cell was is in the record.
+    """
+    import shlex
+
+    from harness.config.grid import load_sweep
+
+    words = _names(cell)
+    for _ in range(3):                          # with names alone, with what differs, and to see that nothing is left
+        try:
+            made = next(c for c in load_sweep(None, [*words, "baseline=false"]).cells)
+        except (HarnessError, StopIteration):
+            break
+        different = _differences(cell, made)
+        if cell_key(made) == cell_key(cell) and not any(word.startswith("evaluations=") for word in different):
+            return shlex.join(["harness", "run", *words])
+        new = {word.partition("=")[0] for word in different}
+        if not set(different) - set(words):
+            break
+        words = [word for word in words if word.partition("=")[0] not in new] + different
+    return f"the configuration has changed since; nearest: {shlex.join(['harness', 'run', *words])}"
+
+
+def _names(cell: Cell) -> list[str]:
+    """Words for the names of a cell's parts; settings that a sweep varies stand in brackets behind a name and are no part of it."""
+    words = [f"model={_plain(cell.model.name)}", f"method={_plain(cell.method.name)}"]
+    words += [] if cell.method.is_baseline else [f"scheme={_plain(cell.scheme.name)}"]
+    if cell.calibration is not None:
+        words.append(f"calibration={_plain(cell.calibration.name)}")
+    if cell.seed:
+        words.append(f"seed={cell.seed}")
+    latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
+    if latest:
+        words.append(f"evaluations=[{','.join(latest)}]")
+        limits = {evaluation.limit for evaluation in latest.values()}
+        words += [f"evaluations.limit={limits.pop()}"] if len(limits) == 1 and limits != {None} else []
+    return words
+
+
+def _plain(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def _differences(cell: Cell, made: Cell) -> list[str]:
+    """Overrides that lead from one cell towards another of the same names."""
+    found = []
+    parts = {slot: (getattr(cell.method, slot), getattr(made.method, slot)) for slot in ("transform", "rounding", "tuning")}
+    groups = {name: (getattr(cell, name), getattr(made, name)) for name in ("calibration", "scheme", "model")}
+    for slot, (wanted, given) in parts.items():
+        if wanted is not None and given is not None:
+            found += _changed(slot, to_json(wanted)["settings"], to_json(given)["settings"])
+    for group, (wanted, given) in groups.items():
+        found += _changed(group, to_json(wanted) or {}, to_json(given) or {})
+    if cell.calibration is not None and cell.inputs != made.inputs:
+        found.append(f"inputs={cell.inputs}")
+    latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
+    others = {evaluation.name: evaluation for evaluation in made.evaluations}
+    missing = [name for name in latest if name not in others or score_key(cell, latest[name]) != score_key(cell, others[name])]
+    if missing:
+        entries = []
+        for name, evaluation in latest.items():
+            own, theirs = to_json(evaluation)["settings"], to_json(others[name])["settings"] if name in others else {}
+            changed = {key: value for key, value in own.items() if value != theirs.get(key)}
+            entries.append(f"{{{name}: {_literal(changed)}}}" if name in missing and changed else name)
+        found.append(f"evaluations=[{','.join(entries)}]")
+    return found
+
+
+def _changed(prefix: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name, value in wanted.items():
+        if name in ("name", "digest", "overrides") or value == given.get(name):
+            continue
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            found += _changed(f"{prefix}.{name}", value, given[name])
+        else:
+            found.append(f"{prefix}.{name}={_literal(value)}")
+    return found
+
+
+def _literal(value: Any) -> str:
+    """A JSON value in the grammar of overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_literal(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) else "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,53 @@
+"""Schemes by name: what "w4g128a8kv4" and "mxfp4" mean, and the check of a scheme's overrides."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from harness.config.locations import config_files
+from harness.config.typed import Problems, typed
+from harness.core.cell import ActivationScheme, Override, Scheme, WeightScheme
+from harness.core.errors import ConfigError, unknown_name
+from harness.core.number_formats import FORMATS, SHORT_NAMES
+
+SCHEME_NAME = re.compile(
+    r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
+)
+FORMAT_NAME = re.compile(
+    rf"(?P<format>{'|'.join(sorted({*FORMATS, *SHORT_NAMES}, key=len, reverse=True))})"
+    r"(?:g(?P<group>[1-9]\d*))?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
+)
+NAMED_SCHEMES = "w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8)"
+
+
+def scheme_by_name(name: str, where: str) -> dict[str, Any]:
+    """What a name says that is no file: NAMED_SCHEMES, as a scheme's mapping."""
+    match = SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(unknown_name("scheme", name, config_files("scheme"), where) + f". Also {NAMED_SCHEMES}.")
+    weight: dict[str, Any]
+    if match.re is FORMAT_NAME:
+        format_ = SHORT_NAMES.get(match["format"], match["format"])
+        fixed = FORMATS[format_]
+        group = int(match["group"] or fixed.block or fixed.usual_block)
+        weight = {"format": format_, "bits": fixed.bits, "group_size": group, "scale_dtype": fixed.scale_dtype or "float32"}
+    else:
+        weight = {"bits": int(match["weight"]), "group_size": int(match["group"] or -1), "symmetric": bool(match["symmetric"])}
+    activation = {"bits": int(match["activation"])} if match["activation"] else None
+    kv = {"bits": int(match["kv"])} if match["kv"] else None
+    return {"weight": weight, "activation": activation, "kv": kv}
+
+
+def checked_override(override: Override, scheme: Scheme, where: str) -> Override:
+    """An override of a scheme, its fields checked. Raises ConfigError with all that is wrong."""
+    problems = Problems()
+    typed(WeightScheme, dict(override.weight), f"{where}: overrides: weight", problems)
+    typed(ActivationScheme, dict(override.activation), f"{where}: overrides: activation", problems)
+    if override.activation and scheme.activation is None:
+        problems.add(f"{where}: overrides: activation: the scheme rounds no activations, so there is nothing to override")
+    if not override.linears:
+        problems.add(f"{where}: overrides: linears: at least one name is expected")
+    if problems.found:
+        raise ConfigError("\n".join(problems.found))
+    return override

@@ -1,0 +1,143 @@
+"""A sweep file as it is read: axes per grid, everything else as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config.axes import AXES, EDITABLE, RUNTIME
+from harness.config.locations import config_files, head_comment
+from harness.config.overrides import override_values
+from harness.config.typed import Problems
+from harness.config.yaml_files import one_line, read_text, read_yaml
+from harness.core.errors import ConfigError, unknown_name
+
+
+@dataclass
+class SweepFile:
+    """A sweep file as read: axes per grid, everything else as it stands."""
+
+    path: Path | None = None
+    title: str = ""
+    description: str = ""
+    grids: list[Grid] = field(default_factory=lambda: [Grid({}, [])])
+    skip: list[dict[str, Any]] = field(default_factory=list)
+    first: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Any] = field(default_factory=list)
+    tables: list[Any] = field(default_factory=list)
+    findings: list[Any] = field(default_factory=list)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    baseline: bool = True
+
+    @property
+    def where(self) -> str:
+        return str(self.path) if self.path is not None else "command line"
+
+
+@dataclass
+class Grid:
+    """axes: axis or dotted field -> its values; zips: groups of axes that advance together."""
+
+    axes: dict[str, list[Any]]
+    zips: list[dict[str, list[Any]]]
+
+
+def sweep_path(name: str) -> Path:
+    """The file that a name or a path of a sweep means. Raises ConfigError with the nearest names."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"sweep {name}: no such file")
+        return path.absolute()
+    known = config_files("sweeps")
+    if name not in known:
+        raise ConfigError(unknown_name("sweep", name, known))
+    return known[name]
+
+
+def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
+    """A sweep file, its keys checked; what is wrong goes to problems."""
+    content = read_yaml(path)
+    comment = head_comment(read_text(path))
+    file = SweepFile(path=path, title=comment[0] if comment else path.stem, description="\n".join(comment[1:]).strip())
+    shared: dict[str, list[Any]] = {}
+    for key, value in content.items():
+        where = f"{path}: {key}"
+        if is_axis(key):
+            with problems.collect():
+                shared[key] = _axis_values(key, value, where)
+        elif key.partition(".")[0] in RUNTIME:
+            entries = value.items() if isinstance(value, dict) else [("", value)]
+            file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
+        elif key in ("skip", "first", "evaluations", "tables", "findings"):
+            setattr(file, key, value if isinstance(value, list) else [] if value is None else [value])
+        elif key == "baseline" and isinstance(value, bool):
+            file.baseline = value
+        elif key != "grids":
+            known = [*AXES, "grids", "skip", "first", "evaluations", "tables", "findings", "baseline", *RUNTIME]
+            problems.add(unknown_name("key", key, known, str(path)))
+    grids = content.get("grids") or [{}]
+    file.grids = []
+    for index, entry in enumerate(grids if isinstance(grids, list) else [grids]):
+        with problems.collect():
+            file.grids.append(_read_grid(entry, shared, f"{path}: grids[{index}]", problems))
+    return file
+
+
+def _read_grid(entry: Any, shared: Mapping[str, list[Any]], where: str, problems: Problems) -> Grid:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: a mapping of axes to values is expected, not {entry!r}")
+    axes: dict[str, list[Any]] = {}
+    zips: list[dict[str, list[Any]]] = []
+    for key, value in entry.items():
+        if key == "zip":
+            for paired in value if isinstance(value, list) else [value]:
+                zips.append(_read_zip(paired, f"{where}.zip", problems))
+        elif is_axis(str(key)):
+            axes[str(key)] = _axis_values(str(key), value, f"{where}.{key}")
+        else:
+            problems.add(unknown_name("axis", str(key), [*AXES, *(f"{name}.<field>" for name in EDITABLE), "zip"], where))
+    own = {*axes, *(axis for paired in zips for axis in paired)}
+    inherited = {key: values for key, values in shared.items() if key not in own}
+    if own & {"rounding"}:                      # a grid that names its rounding does not inherit a method
+        inherited.pop("method", None)
+    return Grid({**axes, **inherited}, zips)
+
+
+def _read_zip(paired: Any, where: str, problems: Problems) -> dict[str, list[Any]]:
+    if not isinstance(paired, dict):
+        raise ConfigError(f"{where}: a mapping of axes to lists of equal length is expected")
+    unknown = [str(key) for key in paired if not is_axis(str(key))]
+    for key in unknown:
+        problems.add(unknown_name("axis", key, AXES, where))
+    axes = {str(key): _axis_values(str(key), value, where) for key, value in paired.items() if str(key) not in unknown}
+    lengths = {key: len(values) for key, values in axes.items()}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"{where}: paired axes differ in length: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
+    return axes
+
+
+def is_axis(key: str) -> bool:
+    """Whether a key names an axis or a field of one ("calibration.samples")."""
+    head, _, rest = key.partition(".")
+    return key in AXES or (bool(rest) and head in EDITABLE)
+
+
+def _axis_values(key: str, value: Any, where: str) -> list[Any]:
+    """A list is the axis; a scalar is one value; range(…) and glob(…) mean what they mean in an override."""
+    if isinstance(value, str) and re.match(r"(range|glob|choice|sort)\(", value):
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.errors import HydraException
+
+        try:
+            return override_values(OverridesParser.create().parse_override(f"{key}={value}"))
+        except HydraException as error:
+            raise ConfigError(f"{where}: {one_line(error)}") from error
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ConfigError(f"{where}: an axis without values")
+    return values

@@ -1,0 +1,134 @@
+"""What people call cells: the labels of tables and figures, and what tells the cells of one sweep apart. Loads without torch.
+
+A cell's seed, inputs and calibration are named only where they differ between cells of the same model and method, so that names
+stay short where there is nothing to tell apart. Cells that differ in their seeds alone are *replicates*: one point measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from harness.core.cell import Cell, cell_key, to_json
+
+BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
+ASKED = ("calibration", "inputs", "seed")       # what a person varies on purpose besides model, method and scheme
+HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
+
+
+def with_variants(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """The cells of a sweep, each knowing what tells it apart from the others (`Cell.variant`, part of its title)."""
+    known = tuple(cells)
+    found = variants(known)
+    return tuple(dataclasses.replace(cell, variant=found.get(cell_key(cell), "")) for cell in known)
+
+
+def variants(cells: Sequence[Cell], by_scheme: bool = True) -> dict[str, str]:
+    """cell_key -> "calibration c4 · seed 1": what differs within its model and method, and whatever else equal names hide.
+
+    Cells that need no such words are left out. by_scheme: the scheme's name stands beside the words, not only bits and group.
+    """
+    found: dict[str, str] = {}
+    facts = {cell_key(cell): _shown(cell) for cell in cells}
+    for group in _grouped(cells, lambda cell: (cell.model.name, cell.method.name)):
+        varying = _varying([facts[key] for key in group], only=ASKED)
+        for same in _grouped([group[key] for key in group], lambda cell: _scheme_text(cell, by_scheme)):
+            told = {key: tuple(str(facts[key].get(name)) for name in varying) for key in same}
+            names = varying if len(set(told.values())) == len(told) else _varying([facts[key] for key in same]) or varying
+            words = {key: [f"{_short(name)} {facts[key][name]}" for name in names if name in facts[key]] for key in same}
+            found |= {key: " · ".join(each) for key, each in words.items() if each}
+    return found
+
+
+def replicates(cells: Iterable[Cell], across_models: bool = False) -> list[tuple[Cell, ...]]:
+    """Cells that differ in seeds alone (their own, and that of the draw of calibration windows) together, in order.
+
+    across_models: cells that differ in their model too.
+    """
+    groups: dict[Any, dict[str, Cell]] = {}
+    for cell in cells:
+        calibration = None if cell.calibration is None else dataclasses.replace(cell.calibration, seed=0)
+        model = None if across_models else cell.model
+        point = (model, cell.method, cell.scheme, calibration, cell.inputs)
+        groups.setdefault(point, {}).setdefault(cell_key(cell), cell)
+    return [tuple(group.values()) for group in groups.values()]
+
+
+def bits_text(cell: Cell) -> str:
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf"; for a baseline the width of its dtype."""
+    scheme = cell.scheme
+    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
+    family = "" if cell.method.is_baseline or scheme.weight.format == "int" else f" {scheme.weight.format.rstrip('0123456789')}"
+    activation = f"A{scheme.activation.bits}" if scheme.activation else ""
+    kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
+    return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
+
+
+def group_text(cell: Cell) -> str:
+    """Input channels per scale; "row" for one scale per output channel."""
+    if cell.method.is_baseline:
+        return ""
+    return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
+
+
+def flatten(cell: Cell) -> dict[str, Any]:
+    """The cell as flat names: {"model.name": …, "rounding.name": …, "rounding.damping_fraction": …, "scheme.weight.bits": …}."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for name, item in value.items():
+                walk(f"{prefix}.{name}" if prefix else name, item)
+        elif value is not None and value != []:
+            flat[prefix] = value
+
+    content = to_json(cell)
+    method = content.pop("method")
+    content.pop("evaluations")
+    content.pop("variant")
+    walk("", {**content, "method": {"name": method["name"]}})
+    for slot in ("transform", "rounding", "tuning"):
+        if method[slot] is not None:
+            part = {"name": method[slot]["name"], "version": method[slot]["version"], **method[slot]["settings"]}
+            walk(slot, part)
+    return flat
+
+
+def _grouped(cells: Sequence[Cell], of: Callable[[Cell], tuple[str, ...]]) -> list[dict[str, Cell]]:
+    groups: dict[Any, dict[str, Cell]] = {}
+    for cell in cells:
+        groups.setdefault(of(cell), {})[cell_key(cell)] = cell
+    return list(groups.values())
+
+
+def _scheme_text(cell: Cell, by_name: bool) -> tuple[str, ...]:
+    return (cell.scheme.name,) if by_name else (bits_text(cell), group_text(cell))
+
+
+def _shown(cell: Cell) -> dict[str, Any]:
+    """Facts that may tell a cell apart; the seed of the windows where it is not the cell's own, and none where nothing is drawn."""
+    flat = {name: value for name, value in flatten(cell).items() if name not in HIDDEN}
+    if cell.calibration is not None and cell.calibration.seed == cell.seed:
+        flat.pop("calibration.seed")
+    if cell.calibration is None and not any(part.stochastic for part in cell.method.parts):
+        flat.pop("seed")
+    if cell.calibration is None or not cell.method.needs:
+        flat.pop("inputs")
+    return flat
+
+
+def _varying(facts: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> list[str]:
+    """Names whose values differ. A part's name stands for its fields where it tells as much as they do."""
+    names = sorted({name for each in facts for name in each if not only or name.partition(".")[0] in only})
+    differing = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
+    for part in ("calibration", "rounding", "transform", "tuning"):
+        fields = [name for name in differing if name.startswith(f"{part}.") and name not in (f"{part}.name", f"{part}.seed")]
+        together = {tuple(str(each.get(name)) for name in (f"{part}.name", *fields)) for each in facts}
+        if f"{part}.name" in differing and len(together) == len({str(each.get(f"{part}.name")) for each in facts}):
+            differing = [name for name in differing if name not in fields]
+    return differing
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("scheme.").removeprefix("weight.").removesuffix(".name")

@@ -1,0 +1,92 @@
+"""The demo model with harder outliers planted: "demo:weight_outliers" and "demo:activation_outliers".
+
+A variant is derived from the shipped model the first time it is asked for: no download, seconds. Its full-precision logits are
+those of the shipped model to the bit; what rounding sees differs:
+
+    weight_outliers       16 neighbouring channels of block 0's norms ×1/256, the weights they meet ×256: with 8-bit weights and
+                          activations one scale per output channel breaks down, groups of 16 do not (LLaMA3-70B, arXiv 2408.15301)
+    activation_outliers   one channel of every norm ×256, its weights ÷256: 8-bit activations break down, smoothing repairs it
+                          (SmoothQuant, arXiv 2211.10438)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from harness.core.errors import ModelError, unknown_name
+
+SHIPPED = Path(__file__).parent / "model"
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Arguments of `plant.plant`."""
+
+    kind: str
+    scale: int
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+VARIANTS = {
+    "weight_outliers": (Plant("weight", 256, tuple(range(16, 32)), (0,)),),
+    "activation_outliers": (Plant("activation", 256, (21,), (0, 1, 2, 3)),),
+}
+
+
+def variant_folder(name: str, cache: Path) -> Path:
+    """The folder of a variant below cache, built there unless a finished one of the same shipped model and plants exists.
+
+    Raises ModelError on an unknown name.
+    """
+    if name not in VARIANTS:
+        raise ModelError(unknown_name("variant of the demo model", name, VARIANTS, where=f"demo:{name}"))
+    folder = cache / f"demo-{name}-{_identity(name)[:16]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
+    try:
+        _build(VARIANTS[name], aside)
+        aside.chmod(0o755)
+        try:
+            os.rename(aside, folder)
+        except OSError:                                            # another process finished the same bytes first
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _identity(name: str) -> str:
+    """SHA-256 over the plants and the shipped model's files."""
+    state = hashlib.sha256(json.dumps([asdict(plant) for plant in VARIANTS[name]]).encode())
+    for path in _shipped_files():
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()
+
+
+def _shipped_files() -> Iterator[Path]:
+    yield from sorted(path for path in SHIPPED.iterdir() if path.suffix in (".json", ".safetensors") and path.name != "recipe.json")
+
+
+def _build(plants: tuple[Plant, ...], folder: Path) -> None:
+    # Here, not above: sources, which asks for variants, must load without torch.
+    from transformers import AutoModelForCausalLM
+
+    from harness.data.demo.plant import plant
+
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED, local_files_only=True)
+    for each in plants:
+        plant(model, each.kind, each.scale, each.channels, each.blocks)
+    for path in _shipped_files():
+        shutil.copyfile(path, folder / path.name)
+    model.save_pretrained(folder)                                  # over the copied config and weights

@@ -1,0 +1,276 @@
+"""Where models and texts come from, and the digests that identify them. Loads without torch.
+
+A model's source is "demo" (the embedded model), "demo:<variant>" (with outliers planted), "tiny:<family>" (random weights, for
+trying out), a folder, or a hub id; a text's source is
+
+    demo                                        the embedded corpus
+    hub:<owner>/<name>[/<config>][@<revision>]  a data set of the hub
+    hub:<owner>/<name>[@<revision>]:<file>      one file of a data set's repository
+    a file or a folder                          .jsonl[.gz], .txt[.gz], .parquet; in a folder the split names the file
+
+A row is its text, or an instruction with its answer (Alpaca, FLAN), which becomes one text in Alpaca's words.
+
+Digests name content, not places: a folder may move without changing a key, and what comes from the hub is named by its commit.
+What a branch stands for is asked once and kept (`hub_commit`). Nothing here asks the network for what this machine already knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import json
+import os
+import random
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from harness.core.cell import digest
+from harness.core.errors import DataError, HarnessError, unknown_name
+from harness.core.text import first_line
+from harness.data.digests import file_digest
+from harness.data.hub import COMMIT, hub_commit, hub_error, hub_rows, missing_data_set
+
+DEMO, TINY = "demo", "tiny"
+RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
+RANDOM_TOKENS = "random_tokens"                 # no text at all: windows are drawn from a tokenizer's vocabulary
+TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
+ASKED_AND_ANSWERED = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("prompt", "response"))
+QUESTIONS = (("question", "choices", "answerKey"), ("goal", "sol1", "sol2", "label"))         # of benchmarks: ARC's, PIQA's
+RESPONSE = "### Response:"                      # in an instruction's text, what stands before the answer (Alpaca)
+TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
+HUB_TEXT = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?(?::(?P<file>.+))?")
+
+
+# --- paths ---------------------------------------------------------------------------------------------------------------------
+
+
+def resolve_path(value: str, base: Path | None = None) -> Path:
+    """An absolute path: below `base` (the folder of a sweep file) when `value` exists there, else below the working directory."""
+    path = Path(value).expanduser()
+    if base is not None and not path.is_absolute() and (base / path).exists():
+        path = base / path
+    return Path(os.path.abspath(path))
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A parsed "hub:" source."""
+
+    repo: str
+    config: str | None
+    revision: str | None
+    file: str | None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its revision is a commit."""
+        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+    @property
+    def unpinned(self) -> HubText:
+        """The same at no stated revision."""
+        return dataclasses.replace(self, revision=None)
+
+    @property
+    def source(self) -> str:
+        """The source that says this."""
+        revision = self.revision and self.revision.replace("refs/convert/", "refs-convert-")
+        parts = (self.config and f"/{self.config}", revision and f"@{revision}", self.file and f":{self.file}")
+        return f"hub:{self.repo}{''.join(part for part in parts if part)}"
+
+
+def read_corpus(source: str, split: str) -> list[str]:
+    """The documents (rows) of a text in their order. Raises DataError naming the file, line or field that is missing."""
+    if source == DEMO:
+        from harness.data.demo import corpus
+
+        return corpus.documents(split)
+    if source == RANDOM_ASCII:
+        return random_ascii(split)
+    if source == RANDOM_TOKENS:
+        raise DataError(f"{RANDOM_TOKENS} are windows for calibration and no text")
+    if not source.startswith("hub:"):
+        return [text for path in corpus_files(source, split) for text in _read_texts(path)]
+    hub = hub_text(source)
+    if hub.file:
+        return list(_read_texts(_hub_file(hub)))
+    rows = hub_rows(hub.repo, hub.config, split, hub.revision)
+    fields = _text_fields(rows.column_names, hub.repo)
+    return [_text(row) for row in rows.select_columns(list(fields))] if len(fields) > 1 else [str(t) for t in rows[fields[0]]]
+
+
+def missing_text(source: str, split: str) -> list[str]:
+    """Why a text cannot be read here, or would have no identity; empty when all is well."""
+    try:
+        corpus_digest(source, split)
+        reason = missing_data_set(hub_text(source).repo, hub_text(source).revision) if source.startswith("hub:") else None
+    except HarnessError as error:
+        return [str(error)]
+    return [f"{reason}; set data.root to a folder with text/<name>/{split}.jsonl.gz"] if reason else []
+
+
+def random_ascii(split: str) -> list[str]:
+    """256 documents of 4,096 punctuation characters each, uniform and independent: text without sense (arXiv 2405.20835)."""
+    characters = random.Random(f"{RANDOM_ASCII} {split}")
+    return ["".join(characters.choices(string.punctuation, k=4096)) for _ in range(256)]
+
+
+def corpus_digest(source: str, split: str) -> str:
+    """Identity of what `read_corpus` would return, without reading it: a data set of the hub by its commit, files by SHA-256."""
+    if source == DEMO:
+        from harness.data.demo import corpus
+
+        return corpus.corpus_digest(split)
+    if source in (RANDOM_ASCII, RANDOM_TOKENS):
+        return digest([source, split])
+    if source.startswith("hub:"):
+        hub = hub_text(source)
+        return digest(["hub", hub.repo, hub.config, hub.file, hub.revision, split])
+    return digest([file_digest(path) for path in corpus_files(source, split)])
+
+
+def corpus_files(source: str, split: str) -> list[Path]:
+    """The files of a local text: the file itself, or <folder>/<split>.<suffix>, or <folder>/<split>-*.parquet in order."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if not path.name.endswith(TEXT_SUFFIXES):
+            raise DataError(f"text {path}: unknown kind of file; one of {', '.join(TEXT_SUFFIXES)} is expected")
+        return [path]
+    if not path.is_dir():
+        raise DataError(f'text "{source}": no such file or folder, nor "{DEMO}" or "hub:<owner>/<name>"')
+    for suffix in TEXT_SUFFIXES:
+        if (path / f"{split}{suffix}").is_file():
+            return [path / f"{split}{suffix}"]
+    shards = sorted(path.glob(f"{split}-*.parquet"))
+    if not shards:
+        splits = {entry.name.split(".")[0] for entry in path.iterdir() if entry.name.endswith(TEXT_SUFFIXES)}
+        raise DataError(unknown_name("split", split, splits, f"text {path}"))
+    return shards
+
+
+def pin(source: str, pins: Mapping[str, str], ask: bool = True) -> str:
+    """A "hub:" source at a commit: that of its revision, else the one in `pins` (data set -> commit), else of the branch main.
+
+    As it was where the commit is unknown (ask=False: not looked for), with `hub_text(source).is_pinned` false. Raises DataError
+    for what is no such source.
+    """
+    hub = hub_text(source)
+    commit = pins.get(hub.repo) if hub.revision is None else None
+    if commit is None and ask:
+        commit = hub_commit(hub.repo, "dataset", hub.revision)
+    return source if commit is None else dataclasses.replace(hub, revision=commit).source
+
+
+def hub_text(source: str) -> HubText:
+    """The parts of a "hub:" source. Raises DataError for what is none."""
+    match = HUB_TEXT.fullmatch(source)
+    if match is None:
+        raise DataError(f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]')
+    revision = match["revision"]                # "refs-convert-parquet": the slashes of that branch would end a config's name
+    return HubText(match["repo"], match["config"], revision and revision.replace("refs-convert-", "refs/convert/"), match["file"])
+
+
+def _hub_file(hub: HubText) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    assert hub.file is not None
+    try:
+        return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=hub.revision))
+    except Exception as error:
+        raise hub_error(f"text {hub.repo}:{hub.file}", error) from error
+
+
+def _read_texts(path: Path) -> Iterator[str]:
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_texts(path)
+        elif ".txt" in path.suffixes:
+            with _open(path) as file:
+                yield file.read()               # verbatim: a plain text is one document
+        else:
+            with _open(path) as file:
+                yield from _json_texts(path, file)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"text {path}: cannot be read: {error}") from error
+
+
+def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"text {path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"text {path}, line {number}: an object is expected, not {type(row).__name__}")
+        yield _text({name: row[name] for name in _text_fields(row, f"{path}, line {number}")})
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"text {path}: not a Parquet file: {first_line(error)}") from error
+    columns = table.select(list(_text_fields(table.column_names, str(path))))
+    for batch in columns.to_batches():
+        yield from map(_text, batch.to_pylist())
+
+
+def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
+    """The field that holds a row's text; else those of an instruction and its answer, and of what the instruction is about."""
+    present = set(fields)
+    for name in TEXT_FIELDS:
+        if name in present:
+            return (name,)
+    for names in QUESTIONS:
+        if present >= set(names):
+            return names
+    for pair in ASKED_AND_ANSWERED:
+        if present >= set(pair):
+            return (*pair, *({"input"} & present if pair[0] == "instruction" else ()))
+    pairs = ", ".join(" and ".join(pair) for pair in ASKED_AND_ANSWERED)
+    raise DataError(
+        f"text {where}: none of the fields {', '.join(TEXT_FIELDS)}, nor {pairs}; there are {', '.join(sorted(present)) or 'none'}"
+    )
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    """A row with one field is its text; an instruction with its answer is written as Alpaca's own texts are; a question of a
+    benchmark is followed by its right answer."""
+    if tuple(row) in QUESTIONS:
+        return _answered(row)
+    values = [str(value) for value in row.values()]
+    if len(values) == 1:
+        return values[0]
+    asked, answered, *about = values
+    context = f"\n\n### Input:\n{about[0]}" if about and about[0] else ""
+    with_it = ", paired with an input that provides further context" if context else ""
+    return (
+        f"Below is an instruction that describes a task{with_it}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{asked}{context}\n\n{RESPONSE}\n{answered}"
+    )
+
+
+def _answered(row: Mapping[str, Any]) -> str:
+    """Question and right answer on one line; the question alone where the answer is withheld."""
+    if "goal" in row:
+        label = int(row["label"])
+        return f"{row['goal']} {row[f'sol{label + 1}']}" if label in (0, 1) else str(row["goal"])
+    choices = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+    return f"{row['question']} {choices[row['answerKey']]}" if row["answerKey"] in choices else str(row["question"])
+
+
+def _open(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")

@@ -1,0 +1,137 @@
+"""What an evaluator is given and what it returns.
+
+An evaluator file (`harness/evaluation/evaluators/<name>.py`) defines a class `Evaluator` with a nested frozen dataclass `Settings`, whose
+fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which `harness.core.plugins` reads
+without importing the file:
+
+    class Evaluator:
+        version = 1                     # raised when its numbers change; part of every score's key
+        metrics = {"perplexity": {"higher_is_better": False, "unit": "per token"}}
+
+A metric's full name is "<evaluation>/<metric>": "wikitext2/perplexity", "arc_easy/acc_norm".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from harness.core.cell import Cell, Evaluation, Model, cell_key
+from harness.core.errors import HarnessError
+from harness.core.events import Progress
+from harness.data import model_folders
+
+LOGITS_BYTES = 512 * 2**20                      # of the logits of one batch in float32; what bounds an automatic batch size
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A quantized (or full-precision) model that is ready to run.
+
+    model         in eval mode, on `device`
+    batch_size    sequences per forward pass; 0: chosen by the evaluator
+    manifest      of the checkpoint
+    model_folder  config, tokenizer and weights of the source model
+    cache         folder for what cells share: token windows, the full-precision model's predictions; None: kept in memory only
+    """
+
+    cell: Cell
+    model: nn.Module
+    tokenizer: Any
+    device: str
+    batch_size: int
+    manifest: dict[str, Any]
+    model_folder: Path
+    cache: Path | None = None
+
+    def progress(self, evaluation: Evaluation, step: int, steps: int) -> Progress:
+        """The event that says how far an evaluation of this subject is."""
+        return Progress(time=time.time(), cell_keys=(cell_key(self.cell),), stage=evaluation.name, step=step, steps=steps)
+
+    def batch_for(self, length: int) -> int:
+        """Sequences of `length` tokens per forward pass: batch_size, or what keeps the logits within LOGITS_BYTES (at most 64).
+
+        Always 1 where activations are rounded by the range of the whole tensor: there a sequence's numbers depend on its company.
+        """
+        if depends_on_company(self.cell):
+            return 1
+        if self.batch_size > 0:
+            return self.batch_size
+        vocabulary = int(getattr(self.model.config, "vocab_size", 32000))
+        return max(1, min(64, LOGITS_BYTES // (4 * vocabulary * max(length, 1))))
+
+    def context_length(self) -> int | None:
+        """Positions that the model was made for; None where its config does not say."""
+        config: Any = self.model.config
+        return _context_length(config.to_dict())
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one evaluation.
+
+    metrics  full name -> value; infinite or NaN where the model diverged
+    stderr   full name -> standard error, for the metrics that have one
+    items    per-item columns of equal length, with "id": what paired comparisons between cells read
+    details  how the numbers came about: window length, counts, versions; "smoke": True where a limit cut the data
+    """
+
+    metrics: dict[str, float]
+    stderr: dict[str, float] = field(default_factory=dict)
+    items: dict[str, list[Any]] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores a subject."""
+
+    version: int
+    metrics: dict[str, dict[str, Any]]
+
+    def check(self, evaluation: Evaluation, model: Model) -> list[str]:
+        """Reasons why it cannot run on this model, known before any work: missing data, unknown task, too short a context."""
+        ...
+
+    def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
+        """Progress events, then one Score. Raises EvaluationError, or DataError where the data is at fault."""
+        ...
+
+
+def depends_on_company(cell: Cell) -> bool:
+    """True where a sequence's numbers depend on what shares it: dynamic activation ranges, or outlier channels, of all of it."""
+    if cell.scheme.activation is None:
+        return False
+    schemes = {cell.scheme.activation}
+    for override in cell.scheme.overrides:      # each may meet a linear that any of those before it met, or not
+        schemes |= {dataclasses.replace(scheme, **dict(override.activation)) for scheme in schemes}
+    return any(scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0) for scheme in schemes)
+
+
+def model_context_length(model: Model) -> int | None:
+    """Positions that a model was made for, from its config.json alone; None where that is not on this machine or does not say."""
+    try:
+        config = model_folders.config_folder(model) / "config.json"
+        return _context_length(json.loads(config.read_text(encoding="utf-8")))
+    except (HarnessError, OSError, ValueError):
+        return None                             # a model that cannot be read is refused under its own name, not here
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it is infinite or NaN: what details may hold as JSON."""
+    return value if math.isfinite(value) else None
+
+
+def _context_length(config: dict[str, Any]) -> int | None:
+    config = {**config, **(config.get("text_config") or {})}
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    return None

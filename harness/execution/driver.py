@@ -1,0 +1,351 @@
+"""Plan, run, record: what `harness run` and `harness.run()` do. The one writer of failures, of a sweep's state and of tracking.
+
+Checkpoints and scores are written where they are made (`work`); the driver turns the events that travel back into what people look
+at while the sweep runs. It may be killed at any moment: the same command goes on from what the store holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core import sweep as tables
+from harness.core import text as text_module
+from harness.core.cell import Cell, baseline_of, cell_key, digest
+from harness.core.errors import ScheduleError, StoreError, TrackingError
+from harness.core.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Turn, Usage
+from harness.core.sweep import Sweep
+from harness.core.text import first_line
+from harness.core.units import duration
+from harness.evaluation.flips import with_flips
+from harness.execution import dispatch
+from harness.execution.progress import Display, Silent, Tally
+from harness.planning.plan import Plan
+from harness.planning.planner import make, within
+from harness.planning.render import render, require
+from harness.reporting import render as render_module
+from harness.reporting import table_data
+from harness.reporting import tables as tables_module
+from harness.storage.record import Record
+from harness.storage.store import Store
+from harness.storage.sweep_state import SweepState, is_running
+from harness.tracking import mlflow_runs
+from harness.tracking import tracker as tracking
+from harness.tracking.background import BackgroundTracker
+
+if TYPE_CHECKING:
+    import pandas
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. records: of all cells of the sweep; failed: cell key -> reason; files: tables by format, on disk."""
+
+    plan: Plan
+    records: tuple[Record, ...]
+    failed: dict[str, str]
+    seconds: float
+    interrupted: bool = False
+    files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+    stopped: str = ""                           # why the run ended before the sweep did, where nobody interrupted it
+    left_out: int = 0                           # cells for which the budget had no room
+
+    @property
+    def exit_code(self) -> int:
+        """0 when all cells are done, 1 when some failed or were left, 130 when interrupted or cancelled."""
+        return 130 if self.interrupted else int(bool(self.failed or self.stopped or self.left_out))
+
+    @property
+    def text(self) -> str:
+        """What succeeded, what failed, and in the last line what to type next."""
+        done = sum(record.complete for record in self.records)
+        words = [f"{done} of {len(self.records)} cells"]
+        if self.failed:
+            words.append(f"{len(self.failed)} failed")
+        words.append(f"{self.seconds:.0f} s")
+        lines = [f"{'stopped' if self.interrupted or self.stopped else 'done'}    {' · '.join(words)}"]
+        lines += [f"reason  {self.stopped}"] if self.stopped else []
+        lines += [f"left    {self.left_out} cells, for which the budget has no room"] if self.left_out else []
+        lines += [f"warning {warning}" for warning in self.warnings]
+        sweep = self.plan.sweep
+        if self.interrupted or done < len(self.records):
+            lines.append(f"resume  {tables.command_line(sweep)}")
+        elif sweep.path is not None or not self.records:
+            lines.append(f"next    {tables.command_line(sweep, 'table')}   ·   {_ui(sweep)}")
+        else:
+            lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}")
+        return "\n".join(lines)
+
+
+def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_seconds: float | None = None) -> Summary:
+    """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
+
+    A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are told in the summary; whatever was complete
+    stays in the store. So does a store that takes nothing more, because every other cell would fail of the same, and a cluster that
+    is lost for good.
+    """
+    store, began = Store(sweep.runtime.runs), time.monotonic()
+    plan = make(sweep, store)
+    require(plan)
+    left_out: tuple[Cell, ...] = ()
+    display = display or Silent()
+    if budget_seconds is not None:
+        plan, left_out = within(plan, budget_seconds)
+    text = render(plan)
+    if left_out:
+        text += "\n" + "\n".join(f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out)
+    display.line(text)
+    other = store.sweep_state(sweep.name)
+    if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
+        display.close()                         # all done and all told before: only the tables may have changed
+        records = _records(store, sweep)
+        paths = write_tables(sweep, tables_module.build_all(sweep, records, store), store)
+        return Summary(plan, records, {}, time.monotonic() - began, files=paths)
+    if plan.missing and other and is_running(other):
+        display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
+    store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
+    store.clear_priority(sweep.name)
+    recorder = _Recorder(plan, store, display, text)
+    interrupted, stopped, begun = False, "", False
+    try:
+        with ExitStack() as stack:
+            stop = stack.enter_context(_interrupts())
+            limit = {} if budget_seconds is None else {"seconds": max(0.0, budget_seconds - (time.monotonic() - began))}
+            events = dispatch.run(plan, command, **limit)
+            stack.callback(_close, events)
+            for event in events:
+                begun = True
+                if isinstance(event, Failed):
+                    store.check_writable()
+                recorder.event(event)
+                if stop.is_set():               # the exception was raised where nobody could see it
+                    raise KeyboardInterrupt
+                if sweep.runtime.fail_fast and recorder.tally.failed:
+                    break
+    except KeyboardInterrupt:
+        interrupted = True
+    except StoreError as error:                 # the next cells would all fail of it
+        stopped = str(error)
+    except ScheduleError as error:
+        stopped = str(error)
+        if not begun:
+            recorder.end(time.monotonic() - began, interrupted, stopped)
+            raise
+    finally:
+        display.close()
+    if store.is_cancelled(sweep.name):
+        interrupted = True
+    elif budget_seconds is not None and time.monotonic() - began >= budget_seconds and recorder.tally.fraction < 1:
+        stopped = stopped or f"the budget of {duration(budget_seconds)[2:]} is used up"
+    return dataclasses.replace(recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out))
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM (so batch systems end jobs) raise KeyboardInterrupt; the flag keeps one that a `__del__` swallows."""
+    stop = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in handled}
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]       # as nohup asks
+    try:
+        for number in taken:
+            signal.signal(number, interrupt)
+        yield stop
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def _close(events: Iterator[Event]) -> None:
+    close = getattr(events, "close", None)
+    if close is not None:
+        close()
+
+
+class _Recorder:
+    """Turns events into failures on disk, the sweep's state, tracking and lines for people."""
+
+    def __init__(self, plan: Plan, store: Store, display: Display, plan_text: str) -> None:
+        self.plan, self.store, self.display = plan, store, display
+        self.tally = Tally(plan)
+        self.warnings: list[str] = []
+        self.cells = self.tally.cells
+        waiting = {cell_key(cell) for cell in plan.missing}
+        store.open_cells([self.cells[key] for key in sorted(waiting)])
+        titles = {key: cell.title for key, cell in self.cells.items()}
+        self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
+        self.teller = BackgroundTracker(lambda: mlflow_runs.open_tracker(plan.sweep, plan_text), self._tell_one, self._progress, self._warn)
+        self.dashboard = self.behind = ""
+        self.done = {cell_key(cell) for cell in plan.done}
+        self.compared: dict[str, list[str]] = {}                        # key of a baseline -> cells that it is compared with
+        for key, cell in self.cells.items():
+            self.compared.setdefault(cell_key(baseline_of(cell)), []).append(key)
+        for cell in plan.done:
+            self.state.update(cell_key(cell), "done")
+            self.teller.note(cell_key(cell), "done")
+        self.state.save()
+
+    def event(self, event: Event) -> None:
+        """Take in one event."""
+        finished = self.tally.add(event)
+        match event:
+            case TaskStarted():
+                for key in event.cell_keys:
+                    self.teller.note(key, "quantizing" if "checkpoint" in self.tally.pending.get(key, ()) else "evaluating")
+            case Usage():
+                for key in event.cell_keys:
+                    self.teller.use(key, event.facts)
+            case Turn():
+                self.behind = event.behind
+            case Joined():
+                self.dashboard = event.dashboard
+            case Progress():
+                doing = "quantizing" if event.stage == "block" else "evaluating"
+                for key in event.cell_keys:
+                    self.state.update(key, doing, stage=event.stage, step=event.step, steps=event.steps)
+            case Quantized() | Scored():
+                for key in event.cell_keys:
+                    state = "done" if key in finished else "evaluating"
+                    self.state.update(key, state)
+                    self.teller.note(key, state)
+                self.done |= set(finished)
+                for key in finished:            # what a baseline's items tell of cells that were done before it
+                    for other in self.done.intersection(self.compared.get(key, ())):
+                        self.teller.note(other, "done")
+            case Failed() if not event.retry:
+                failure = {name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")}
+                for key in event.cell_keys:
+                    self.store.write_failure(key, failure)
+                    self.state.update(key, "failed", reason=event.reason)
+                    self.teller.note(key, "failed")
+        self.display.event(event, self.tally, finished)
+
+    def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
+        """Write tables and figures, close the tracking, say what happened."""
+        sweep = self.plan.sweep
+        records = _records(self.store, sweep)
+        for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
+            self.teller.note(key, "unfinished")
+        failed = {key: event.reason for key, event in self.tally.failed.items()}
+        made = self._guard(lambda: tables_module.build_all(sweep, records, self.store)) or {}
+        paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
+        figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
+        summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped)
+        if not self.teller.end(lambda tracker: tracker.finish(made, figures, summary.text)):
+            self._warn(TrackingError("tracking is slow and was not told everything"))
+        if not self.warnings:
+            self.state.content["tracked"] = _tracked(sweep)
+        with contextlib.suppress(StoreError):   # a full disk has been told of
+            self.state.end()
+        return dataclasses.replace(summary, warnings=tuple(self.warnings))
+
+    def _tell_one(self, tracker: tracking.Tracker, key: str, state: str) -> None:
+        record = self.store.record(self.cells[key])
+        tracker.cell(with_flips(record, self.store) if state == "done" else record, state)
+
+    def _progress(self) -> str:
+        """How far the sweep is, for tracking."""
+        done, left = len(self.tally.done) + len(self.plan.done), self.tally.seconds_left
+        words = [f"{done} of {len(self.cells)} cells done"]
+        words += [f"{len(self.tally.failed)} failed"] if self.tally.failed else []
+        words += [f"{duration(left)} left"] if left is not None else []
+        words += [f"{self.behind} goes first"] if self.behind else []
+        words += [f"Ray's dashboard: http://{self.dashboard}"] if self.dashboard else []
+        return ", ".join(words)
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """What fails here is told and stops nothing: the store has the results."""
+        try:
+            return work()
+        except Exception as error:              # whatever the libraries of tables and figures raise
+            log.warning("tables or figures failed", exc_info=error)
+            self._warn(error)
+            return None
+
+    def _warn(self, error: Exception) -> None:
+        """Each sentence once."""
+        sentence = f"{first_line(error)}; the store has all results, `harness publish` sends them to tracking"
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+            self.display.line(f"warning {sentence}")
+
+
+def write_tables(sweep: Sweep, made: Mapping[str, table_data.TableData], store: Store) -> tuple[Path, ...]:
+    """The sweep's tables in every format, below runs/tables/<sweep>/; the HTML leads from a number to the cell that made it."""
+    links = {cell_key(cell): f"../../cells/{cell_key(cell)}/cell.json" for cell in sweep.cells}
+    paths = []
+    for name, data in made.items():
+        for form, suffix in render_module.FORMATS.items():
+            path = store.root / "tables" / sweep.name / f"{name}{suffix}"
+            content = render_module.render(data, form, links if form == "html" else None).encode()
+            store.write_file(path, content)
+            paths.append(path)
+    return tuple(paths)
+
+
+def write_figures(sweep: Sweep, records: tuple[Record, ...], store: Store) -> tuple[Path, ...]:
+    """The sweep's figures as SVG, PDF and PNG, below runs/figures/<sweep>/."""
+    from harness.reporting import figures as plots
+
+    written = []
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = plots.figures(sweep, records)
+        for name in list(drawn):
+            for file in plots.save(drawn.pop(name), Path(folder), name):
+                written.append(store.root / "figures" / sweep.name / file.name)
+                store.write_file(written[-1], file.read_bytes())
+    return tuple(written)
+
+
+def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:
+    now = store.snapshot(sweep.cells)
+    return tuple(now.record(cell) for cell in sweep.cells)
+
+
+def _tracked(sweep: Sweep) -> list[str]:
+    """What a sweep's state says of tracking: where it went, and of which cells."""
+    tracking_ = sweep.runtime.tracking
+    place = text_module.without_password(tracking_.uri)
+    return [tracking_.kind, place, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
+
+
+def _runs(sweep: Sweep) -> str:
+    """The option that names a store which is not ./runs."""
+    runs = sweep.runtime.runs
+    return "" if runs == Path("runs").absolute() else f" --runs {runs}"
+
+
+def _ui(sweep: Sweep) -> str:
+    return f"open {sweep.runtime.tracking.uri}" if sweep.runtime.tracking.kind == "server" else f"harness ui{_runs(sweep)}"
+
+
+def frame(records: Iterable[Record]) -> pandas.DataFrame:
+    """One row per cell: names, state, every metric by its full name, and the reason where it failed."""
+    import pandas
+
+    rows = []
+    for record in records:
+        state = "done" if record.complete else "failed" if record.failures else "missing"
+        names = {"model": record.cell.model.name, "method": record.cell.method.name, "scheme": record.cell.scheme.name}
+        reason = "" if record.complete or not record.failures else record.failures[-1].get("reason", "")
+        rows.append({**names, "state": state, **record.metrics(), "failure": reason, "key": record.cell_key[:12]})
+    return pandas.DataFrame(rows)

@@ -1,0 +1,1 @@
+"""Where tasks run: in this process, in processes of this machine, on a Ray cluster."""

@@ -1,0 +1,104 @@
+"""The process that a task runs in: device, threads, memory limits, usage."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+
+from harness.core.errors import HarnessError
+
+USAGE_SECONDS = 15.0                            # between two readings of what a process takes
+
+
+def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> str:
+    """Set this process up for a task and return its device, of several the first. Raises HarnessError for one that is not there.
+
+    share: of the card's memory that this process may allocate; beyond it torch runs out of memory here and not in a neighbour.
+    """
+    import torch
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning idle threads slow the other workers some tenfold
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False           # Hessians in TF32 are no longer positive definite
+    torch.backends.cudnn.allow_tf32 = False
+    if device == "cpu":                         # asks no driver for anything
+        return device
+    available = torch.cuda.is_available()
+    if device == "auto" and not available:
+        return "cpu"
+    if not available:
+        raise HarnessError(f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto')
+    if devices > 1:
+        if torch.cuda.device_count() < devices:
+            raise HarnessError(f"the task needs {devices} GPUs, and this process sees {torch.cuda.device_count()}")
+        for index in range(devices):
+            torch.cuda.set_per_process_memory_fraction(1.0, index)
+        return "cuda:0"
+    device = "cuda" if device == "auto" else device
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.device(device).index or 0)
+    torch.cuda.reset_peak_memory_stats()
+    return device
+
+
+def device_name(device: str) -> str:
+    """"cpu", or the card's name."""
+    if device == "cpu":
+        return device
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def release(device: str) -> None:
+    """Give back what a finished cell held, before the next one is loaded."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes ever held: allocated on the card, or resident in this process."""
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024          # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def thread_count() -> int:
+    """CPU threads of one operation in this process."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+class UsageMeter:
+    """What this process takes: after USAGE_SECONDS, then every USAGE_SECONDS per cell that is told of it, which bounds its cost."""
+
+    def __init__(self, device: str) -> None:
+        import psutil
+
+        self._device, self._process = device, psutil.Process()
+        self._due = time.monotonic() + USAGE_SECONDS
+        self._process.cpu_percent()             # the first reading is of no time at all
+
+    def now(self, cells: int) -> dict[str, float] | None:
+        """For the cells at work; None where the last reading is young."""
+        if time.monotonic() < self._due:
+            return None
+        self._due = time.monotonic() + USAGE_SECONDS * max(1, cells)
+        facts = {"cpu_percent": self._process.cpu_percent(), "memory_megabytes": self._process.memory_info().rss / 1e6}
+        if self._device != "cpu":
+            import torch
+
+            facts["gpu_memory_megabytes"] = torch.cuda.memory_reserved(self._device) / 1e6
+        return facts

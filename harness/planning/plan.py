@@ -1,0 +1,133 @@
+"""The types of a plan: refusals, passes, scorings, and the plan that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.core.cell import Cell, Evaluation, cell_key, quantize_key
+from harness.core.sweep import Sweep
+
+if TYPE_CHECKING:
+    import pandas
+
+
+CHECKPOINTS_PER_PASS = 16                       # more would save reading alone, and every stream waits on the CPU
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A cell that cannot run, and every reason for it."""
+
+    cell: Cell
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One walk through a model's blocks.
+
+    cells    every cell whose checkpoint it makes; cells of one quantize_key share the checkpoint
+    sharing  in words, what the cells have in common
+    seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on device and CPU together; disk_bytes of its
+             checkpoints
+    apart    memory ran out for its like before: nothing may run beside it
+    whole    it takes a GPU of its own where tasks share them
+    rank     0 for what the sweep wants first; a pass has cells of one rank
+    limit    checkpoints that memory allows in one pass of its kind; passes are joined up to it while no slot is free
+    """
+
+    cells: tuple[Cell, ...]
+    sharing: str
+    seconds: float | None
+    peak_memory_bytes: int
+    disk_bytes: int
+    apart: bool = False
+    whole: bool = False
+    rank: int = 0
+    limit: int = CHECKPOINTS_PER_PASS
+
+    @property
+    def checkpoints(self) -> tuple[Cell, ...]:
+        """One cell per checkpoint, in order."""
+        return tuple({quantize_key(cell): cell for cell in reversed(self.cells)}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`.
+
+    devices     GPUs of one node to begin with: what its size takes (least), or more where memory ran out for its like before
+    whole       it takes a GPU of its own where tasks share them
+    batch_size  1 where memory ran out in larger batches; 0: as the sweep says
+    offload     memory ran out on all GPUs that there are: blocks wait in main memory
+    """
+
+    cells: tuple[Cell, ...]
+    evaluations: tuple[tuple[Evaluation, ...], ...]
+    seconds: float | None
+    peak_memory_bytes: int
+    devices: int = 1
+    least: int = 1
+    whole: bool = False
+    batch_size: int = 0
+    offload: bool = False
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.evaluations))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """done and missing partition the cells that can run; problems concern the sweep as a whole (disk, an unwritable store)."""
+
+    sweep: Sweep
+    done: tuple[Cell, ...]
+    missing: tuple[Cell, ...]
+    refused: tuple[Refusal, ...]
+    passes: tuple[Pass, ...]
+    scorings: tuple[Scoring, ...]
+    problems: tuple[str, ...]
+    workers: int
+    notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
+    used_bytes: int = 0                         # of the store, where it has a quota
+
+    @property
+    def checkpoints(self) -> int:
+        return sum(len(each.checkpoints) for each in self.passes)
+
+    @property
+    def evaluations(self) -> int:
+        return sum(scoring.count for scoring in self.scorings)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time, were the work spread evenly over the workers; None while some part of it has neither record nor formula."""
+        parts = [*(each.seconds for each in self.passes), *(scoring.seconds for scoring in self.scorings)]
+        known = [part for part in parts if part is not None]
+        return sum(known) / max(1, self.workers) if len(known) == len(parts) else None
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(each.disk_bytes for each in self.passes)
+
+    def frame(self) -> pandas.DataFrame:
+        """One row per cell: model, method, scheme, state, missing evaluations, reasons, key."""
+        import pandas
+
+        scores = {
+            cell_key(cell): tuple(evaluation.name for evaluation in wanted)
+            for scoring in self.scorings for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True)
+        }
+        reasons = {id(refusal.cell): refusal.reasons for refusal in self.refused}
+        waiting = {cell_key(cell) for each in self.passes for cell in each.cells}
+        rows = []
+        for cell in self.sweep.cells:
+            key = cell_key(cell)
+            state = "refused" if id(cell) in reasons else "quantize" if key in waiting else "evaluate" if key in scores else "done"
+            rows.append({
+                "model": cell.model.name, "method": cell.method.name, "scheme": cell.scheme.name, "state": state,
+                "missing": ", ".join(scores.get(key, ())), "reasons": "; ".join(reasons.get(id(cell), ())), "key": key[:12],
+            })
+        return pandas.DataFrame(rows, columns=["model", "method", "scheme", "state", "missing", "reasons", "key"])

@@ -1,0 +1,114 @@
+"""What a sweep will do before it does anything: done, missing and refused cells, passes, evaluations, time, memory and disk.
+
+A plan reads no weights: shapes come from a model's config.json, keys from the cells, and what is done from the store. Every
+reason that any cell cannot run is collected before one is shown, so that one reading of the list repairs the whole sweep.
+
+Cells with one quantize_key share one checkpoint. Checkpoints of one model and one draw of calibration windows share a pass: each
+block is read once for all of them, and cells with the same input stream share its forward pass and its statistics.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from harness.core.cell import Cell, cell_key, quantize_key, score_key
+from harness.core.errors import HarnessError
+from harness.core.sweep import Runtime, Sweep
+from harness.core.units import size
+from harness.planning.checks import Checker
+from harness.planning.estimates import History
+from harness.planning.passes import make_passes, make_scorings
+from harness.planning.plan import Pass, Plan, Refusal, Scoring
+from harness.planning.resources import count_workers, over_quota
+from harness.storage.store import Store
+
+
+def make(sweep: Sweep, store: Store) -> Plan:
+    """Plan a sweep against what the store already holds. Starts nothing, reads no weights."""
+    checker = Checker(sweep.runtime)
+    refused = tuple(Refusal(cell, reasons) for cell in sweep.cells if (reasons := tuple(checker.reasons(cell))))
+    stopped = {id(refusal.cell) for refusal in refused}
+    able = [cell for cell in sweep.cells if id(cell) not in stopped]
+
+    live, store = store, store.snapshot(able)
+    manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, able))}
+    unmade = [cell for cell in able if manifests[quantize_key(cell)] is None]
+    unscored = {
+        id(cell): tuple(e for e in cell.evaluations if store.score(cell_key(cell), score_key(cell, e)) is None) for cell in able
+    }
+    missing = tuple(cell for cell in able if manifests[quantize_key(cell)] is None or unscored[id(cell)])
+    pending = {id(cell) for cell in missing}
+
+    workers = count_workers(sweep.runtime)
+    history = History(store if store is live else live.snapshot()) if missing else None
+    passes = tuple(make_passes(unmade, sweep, checker, history, workers)) if history else ()
+    scorings = tuple(make_scorings(missing, unscored, sweep, checker, history)) if history else ()
+    used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
+    problems = _problems(sweep.runtime, store, passes, scorings, used)
+    done = tuple(cell for cell in able if id(cell) not in pending)
+    warned = history.warnings(unmade, scorings, checker) if history else []
+    notes = dict.fromkeys(
+        f"{cell.model.name}: {note}"
+        for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
+        for note in shapes.notes
+    )
+    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used)
+
+
+def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
+    """The plan of what fits into so much wall time: in the order of `first:`, baselines, then the cheapest; and the cells left out.
+
+    What has neither record nor formula counts nothing here: it is tried, and the clock decides.
+    """
+    costs: dict[str, float] = collections.defaultdict(float)
+    for each in plan.passes:
+        for cell in each.cells:
+            costs[cell_key(cell)] += (each.seconds or 0.0) / len(each.cells)
+    for scoring in plan.scorings:
+        for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True):
+            costs[cell_key(cell)] += (scoring.seconds or 0.0) * len(wanted) / max(1, scoring.count)
+    left, room = set(), seconds * max(1, plan.workers)
+    rank = plan.sweep.rank
+    for cell in sorted(plan.missing, key=lambda c: (rank(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)])):
+        room -= costs[cell_key(cell)]
+        if room < 0:
+            left.add(cell_key(cell))
+    if not left:
+        return plan, ()
+    passes = []
+    for each in plan.passes:
+        cells = tuple(cell for cell in each.cells if cell_key(cell) not in left)
+        share = len(cells) / len(each.cells)
+        if cells:
+            cost = None if each.seconds is None else each.seconds * share
+            passes.append(dataclasses.replace(each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)))
+    scorings = []
+    for scoring in plan.scorings:
+        pairs = [(c, e) for c, e in zip(scoring.cells, scoring.evaluations, strict=True) if cell_key(c) not in left]
+        if pairs:
+            cost = None if scoring.seconds is None else scoring.seconds * sum(len(e) for _, e in pairs) / max(1, scoring.count)
+            cells, evaluations = tuple(c for c, _ in pairs), tuple(e for _, e in pairs)
+            scorings.append(dataclasses.replace(scoring, cells=cells, evaluations=evaluations, seconds=cost))
+    missing = tuple(cell for cell in plan.missing if cell_key(cell) not in left)
+    smaller = dataclasses.replace(plan, missing=missing, passes=tuple(passes), scorings=tuple(scorings))
+    return smaller, tuple(cell for cell in plan.missing if cell_key(cell) in left)
+
+
+def _problems(
+    runtime: Runtime, store: Store, passes: Sequence[Pass], scorings: Sequence[Scoring], used: int
+) -> tuple[str, ...]:
+    if not passes and not scorings:
+        return ()
+    found = []
+    try:
+        store.check_writable()
+    except HarnessError as error:
+        found.append(str(error))
+    need, free = sum(each.disk_bytes for each in passes), store.files.free_bytes(store.root)
+    if passes and (sentence := over_quota(runtime, used, need)):
+        found.append(sentence)
+    if free is not None and need > free:
+        found.append(f"the checkpoints take about {size(need)}; {runtime.runs} has {size(free)} free. Set `runs=` to a larger disk")
+    return tuple(found)

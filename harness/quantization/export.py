@@ -1,0 +1,367 @@
+"""A finished cell as a folder that other libraries load: config.json, safetensors in shards, tokenizer files.
+
+What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is written. Tensors
+go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype. The folder is written
+aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
+weights alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from harness.core.cell import Cell, cell_key, quantize_key, untuned
+from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
+from harness.data import hub, model_folders
+from harness.storage.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.core.shapes import Shapes
+    from harness.quantization.formats.protocols import AdapterLayout, Description, Layout
+    from harness.quantization.models.protocols import DecoderFamily, WeightLocation
+    from harness.quantization.numerics.weights import QuantizedWeight
+
+
+SHARD_BYTES = 4 * 2**30
+COPIED = (                                      # of the model's folder
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
+    "generation_config.json", "preprocessor_config.json",
+)
+
+
+def layouts() -> list[str]:
+    """Names of the layouts."""
+    files = (Path(__file__).parent / "formats").glob("*.py")
+    return sorted(path.stem for path in files if re.search(r"^class Layout:", path.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def layout_of(name: str) -> Layout | AdapterLayout:
+    """Raises ConfigError for an unknown name, or when the layout's library is not installed."""
+    if name not in layouts():
+        raise ConfigError(unknown_name("export format", name, layouts()))
+    try:
+        return cast("Layout | AdapterLayout", importlib.import_module(f"harness.quantization.formats.{name}").Layout())
+    except ImportError as error:
+        raise ConfigError(f'export format "{name}" needs a library that cannot be imported here: {error}') from error
+
+
+def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
+    """Why the cell's checkpoint cannot be exported, as far as its scheme and the model's shapes tell; reads no weights."""
+    layout = layout_of(name)
+    if cell.method.is_baseline:
+        return ["nothing is quantized; use the model's own folder"]
+    reasons: dict[str, None] = {}
+    if cell.scheme.kv is not None:
+        reasons["the scheme rounds the KV cache, which is not part of a checkpoint"] = None
+    if any(linear.expert for linear in shapes.linears):
+        reasons["experts in one fused parameter have no linears of their own to store"] = None
+    for block in range(shapes.blocks):
+        for linear in shapes.linears:
+            weight, activation = cell.scheme.weight_for(block, linear.name), cell.scheme.activation_for(block, linear.name)
+            reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
+    if cell.method.tuning is None and hasattr(layout, "write_adapters"):
+        reasons["nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"] = None
+    rounding = cell.method.rounding
+    settings = dict(rounding.settings) if rounding is not None else {}
+    dynamic_order = settings.get("act_order") and not settings.get("static_groups") and cell.scheme.weight.group_size != -1
+    if name == "compressed_tensors" and dynamic_order:
+        reasons["groups in the order of activations (act_order) are no longer supported; use static_groups=true"] = None
+    return list(reasons)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. bytes: of the weight files."""
+
+    folder: Path
+    format: str
+    files: int
+    bytes: int
+    text: str
+
+
+def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = SHARD_BYTES) -> Exported:
+    """Write the cell of a key (or its first digits) to the folder `output`, which must not exist or be empty.
+
+    Raises PlanError with every reason when the layout cannot express the checkpoint, StoreError when the cell is not quantized yet.
+    """
+    import torch
+
+    from harness.quantization.formats.protocols import AdapterLayout
+    from harness.quantization.formats.weight_files import DTYPES, WeightReader
+    from harness.quantization.models import family_of, read_config
+
+    found = store.find(key)
+    cell = store.cell(found)
+    if cell is None:
+        raise ConfigError(f"cell {key} has no readable cell.json; run its sweep again")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output}: is not an empty folder; name another")
+    layout, source = layout_of(name), model_folders.model_folder(cell.model)
+    data = read_config(source)
+    family = family_of(data)
+    reasons = refusals(cell, family.shapes(data), name)
+    _refuse(cell, name, reasons)
+    if store.manifest(quantize_key(cell)) is None:
+        raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
+
+    if isinstance(layout, AdapterLayout):
+        base = cell.model.source if hub.is_hub_id(cell.model.source) else str(source)
+        return _export_adapters(cell, layout, family, family.config(data), store, name, output, base)
+    dtype = DTYPES[cell.model.dtype]
+    with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
+        writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint)
+        described, reasons = writing.survey()
+        _refuse(cell, name, reasons + layout.model_reasons(described))
+        settings = layout.quantization_config(described, writing.other_linears(described))
+        with _written_aside(output) as aside:
+            total, files = _write_shards(aside, writing.tensors(), shard_bytes)
+            config = {**data, "dtype": cell.model.dtype, "quantization_config": settings}
+            config.pop("torch_dtype", None)
+            if writing.unties_head:
+                config["tie_word_embeddings"] = False
+            _write_json(aside / "config.json", config)
+            for file, content in layout.files(settings).items():
+                _write_json(aside / file, content)
+            for pattern in COPIED:
+                for path in source.glob(pattern):
+                    if path.is_file():
+                        shutil.copyfile(path, aside / path.name)
+    text = (
+        f"{output}: {cell.title} ({cell_key(cell)[:12]}) as {name}, {files} weight file{'s' * (files > 1)}, {total / 1e6:,.1f} MB; "
+        f"dtype {cell.model.dtype}"
+    )
+    return Exported(output, name, files, total, text)
+
+
+@contextlib.contextmanager
+def _written_aside(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when all is written."""
+    aside = output.with_name(f".{output.name}.{os.getpid()}.aside")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    except OSError as error:
+        raise StoreError(f"{output}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _export_adapters(
+    cell: Cell, layout: AdapterLayout, family: DecoderFamily, config: Any, store: Store, name: str, output: Path, source: str
+) -> Exported:
+    """What a tuning left beside the weights. source: of the unquantized model, a hub id or a folder."""
+    from harness.quantization.formats.native import Checkpoint
+    from harness.quantization.numerics.adapters import AdaptedWeight
+    from harness.quantization.numerics.inputs import NAMES
+
+    checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(cell)))
+    adapters: dict[str, AdaptedWeight] = {}
+    reasons: dict[str, None] = {}
+    for index in range(checkpoint.manifest["blocks"]):
+        content = checkpoint.block(index)
+        places = {slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)}
+        for linear, weight in content.weights.items():
+            if isinstance(weight, AdaptedWeight):
+                adapters[family.block_prefix(index) + places[linear]] = weight
+        if any(key.rpartition(".")[2] in NAMES for key in content.dense):
+            reasons["inputs that are transformed at run time"] = None
+    if not adapters:
+        reasons["nothing lies beside its weights: its tuning is merged into what is stored"] = None
+    _refuse(cell, name, list(reasons))
+    tuning = cell.method.tuning
+    assert tuning is not None, "refused"
+    with _written_aside(output) as aside:
+        layout.write_adapters(aside, adapters, source, dict(tuning.settings).get("dropout", 0.0))
+        total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
+    key, base = cell_key(cell)[:12], quantize_key(untuned(cell))[:12]
+    text = f"{output}: adapters of {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB; for the weights of checkpoint {base}"
+    return Exported(output, name, 1, total, text)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def _refuse(cell: Cell, name: str, reasons: Sequence[str]) -> None:
+    if reasons:
+        listed = "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
+        raise PlanError(f"{cell.title}: cannot be exported as {name}; nothing was written\n{listed}")
+
+
+class _Writing:
+    """One checkpoint on its way to a folder."""
+
+    def __init__(
+        self, cell: Cell, layout: Layout, family: Any, config: Any, dtype: Any, reader: Any, checkpoint: Path
+    ) -> None:
+        from harness.quantization.formats.native import Checkpoint
+
+        self.cell, self.layout, self.family, self.config, self.dtype, self.reader = cell, layout, family, config, dtype, reader
+        self.checkpoint = Checkpoint.open(checkpoint)
+        self.model = family.skeleton(config, dtype)
+        self.blocks = family.blocks(self.model)
+        from harness.quantization.models.protocols import tied
+
+        self.tied = tied(self.model)
+        self.ends = self.checkpoint.ends()
+        self.unties_head = any(name in self.ends for name in self.tied)
+
+    def survey(self) -> tuple[dict[str, Description | None], list[str]]:
+        """What the layout says of every linear, by module name, and why some cannot be stored."""
+        described: dict[str, Description | None] = {}
+        found: dict[str, list[str]] = {}
+        for index in range(len(self.blocks)):
+            content = self.checkpoint.block(index)
+            for name in content.dense:
+                if name.rpartition(".")[2] in ("input_scale", "input_hadamard"):
+                    found.setdefault("inputs that are transformed at run time", []).append(f"block {index} {name}")
+            for owner, members in self._owners(index).items():
+                weight, reason = self._joined(index, owner, members, content.weights)
+                reasons = [reason] if weight is None else self.layout.weight_reasons(weight, self.dtype)
+                for each in reasons:
+                    found.setdefault(each, []).append(f"block {index} {owner}")
+                if weight is not None and not reasons:
+                    activation = self.cell.scheme.activation_for(index, members[0].name)
+                    described[self.family.block_prefix(index) + owner] = self.layout.describe(weight, activation)
+        return described, [f"{reason}: {_some(where)}" for reason, where in found.items()]
+
+    def other_linears(self, described: Mapping[str, Description | None]) -> list[str]:
+        from torch import nn
+
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and name not in described]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the folder, by its name in the model."""
+        inside = f"{self.family.blocks_name}."
+        for name in self.model.state_dict():
+            if name.startswith(inside):
+                continue
+            if name in self.ends:
+                yield name, self.ends[name].to(self.dtype)
+            elif name not in self.tied:
+                source = next((a for a, of in self.tied.items() if of == name and self.family.has(self.reader, a)), name)
+                held = name if self.family.has(self.reader, name) else source
+                yield name, self.family.read(self.reader, held, self.dtype, "cpu")
+        for index, block in enumerate(self.blocks):
+            content, prefix = self.checkpoint.block(index), self.family.block_prefix(index)
+            owners = self._owners(index)
+            stored = {slot.parameter for members in owners.values() for slot in members}
+            for name in block.state_dict():
+                if name not in stored:
+                    tensor = content.dense.get(name)
+                    tensor = self.family.read(self.reader, prefix + name, self.dtype, "cpu") if tensor is None else tensor
+                    yield prefix + name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            for name in sorted(content.dense.keys() - block.state_dict().keys()):          # a bias that the model lacked
+                yield prefix + name, content.dense[name].to(self.dtype)
+            for owner, members in owners.items():
+                weight, reason = self._joined(index, owner, members, content.weights)
+                assert weight is not None, reason
+                activation = self.cell.scheme.activation_for(index, members[0].name)
+                for part, tensor in self.layout.pack_linear(weight, activation, self.dtype).items():
+                    yield f"{prefix}{owner}.{part}", tensor
+
+    def _owners(self, index: int) -> dict[str, list[WeightLocation]]:
+        owners: dict[str, list[WeightLocation]] = {}
+        for slot in self.family.slots(self.config, index):
+            owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+        return owners
+
+    def _joined(
+        self, index: int, owner: str, members: Sequence[WeightLocation], weights: Mapping[str, QuantizedWeight]
+    ) -> tuple[QuantizedWeight | None, str]:
+        """The matrix of one module; its parts, where it is fused, below each other. None with the reason where there is no such."""
+        from torch import nn
+
+        module = self.blocks[index].get_submodule(owner)
+        if not isinstance(module, nn.Linear) or any(slot.expert is not None or slot.transposed for slot in members):
+            return None, "matrices that are no linear modules"
+        if len(members) == 1 and members[0].is_whole:
+            return weights[members[0].name], ""
+        ordered = sorted(members, key=lambda slot: slot.rows or (0, 0))
+        edges = [edge for slot in ordered for edge in (slot.rows or (0, 0))]
+        if edges[1:-1:2] != edges[2::2] or (edges[0], edges[-1]) != (0, module.out_features):
+            return None, "parts of a fused matrix that do not lie below each other"
+        whole = _below_each_other([weights[slot.name] for slot in ordered])
+        return whole, "parts of a fused matrix with different grids"
+
+
+def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
+    """Matrices of one input as one matrix; None where their layouts differ."""
+    import torch
+
+    from harness.quantization.numerics.weights import ElementWeight, UniformWeight
+
+    first = parts[0]
+    rows = ("codes", "scale", "zero")
+    if not isinstance(first, UniformWeight | ElementWeight) or any(type(part) is not type(first) for part in parts):
+        return None
+    joined: dict[str, Any] = {}
+    for name in (field.name for field in dataclasses.fields(first)):
+        values = [getattr(part, name) for part in parts]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if tensors and len(tensors) < len(values):
+            return None
+        if not tensors and any(value != values[0] for value in values):
+            return None
+        if tensors and name in rows:
+            if len({tensor.shape[1] for tensor in tensors}) > 1:
+                return None
+            joined[name] = torch.cat(tensors)
+        elif tensors and not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            return None
+    return dataclasses.replace(first, **joined)
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> tuple[int, int]:
+    """Write safetensors of about shard_bytes each, and their index where there are several; bytes and files."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    waiting: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        save_file(waiting, folder / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        part = tensor.detach().cpu().contiguous()
+        count = part.numel() * part.element_size()
+        if waiting and size + count > shard_bytes:
+            flush()
+        waiting[name] = part
+        size, total = size + count, total + count
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+    else:
+        index: dict[str, str] = {}
+        for number, names in enumerate(shards):
+            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+            (folder / f"shard-{number}.safetensors").rename(folder / file)
+            index |= dict.fromkeys(names, file)
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")), len(shards)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

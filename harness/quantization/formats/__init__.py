@@ -1,0 +1,1 @@
+"""Checkpoints of our own, and the layouts that other libraries load."""

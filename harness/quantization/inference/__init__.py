@@ -1,0 +1,1 @@
+"""A quantized model that runs: linears, activations, KV cache, placement on devices."""

@@ -1,0 +1,252 @@
+"""AWQ: input channels that carry large activations are scaled up before rounding, and weights are clipped group by group.
+
+AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration (arXiv 2306.00978).
+
+Transform. Objective: min over s of ||Q(W diag(s)) diag(s)⁻¹ X - W X||² (eq. 4) with s = mean|x|^r (eq. 5), r = 0, 1/20, … 19/20,
+normalised by sqrt(max s · min s); the first least error wins. All searches of a block see its unchanged weights; then diag(s)
+goes into the linears and its inverse into the norm or linear before them, which leaves the block's function as it was.
+Rounding. Every group is clamped to ±c max|w|, c = 1, 0.95, … 0.55, with the least error of its part of the dot product over
+512 tokens, and then rounded to nearest. Queries and keys are not clipped: their product amplifies what clipping removes.
+
+Where we differ from the authors' code: where one linear is its own region the loss is tr(D H Dᵀ) / out from the Hessian instead
+of twenty forward passes, and the clipping loss is dᵀ H_g d from the second moment of each group (both the same sums in another
+order); statistics come from whatever inputs the cell states (theirs: inputs=full_precision); fewer than 512 tokens are all used,
+where theirs fail; a linear's bias is divided only where its rows are. With one scale per output channel their clipping search
+fails, so here it is left out then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from harness.core.errors import MethodError
+from harness.core.shapes import ScalePair, Shapes
+from harness.quantization.methods.checks import check_grid
+from harness.quantization.methods.folding import fold_scales, repeat_scales
+from harness.quantization.methods.protocols import BlockView, Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.weights import QuantizedWeight, on_grid
+
+QUERY_AND_KEY = ("q_", "k_", "query", "key", "Wqkv")
+
+
+def _nearest(weight: Tensor, scheme: WeightScheme, convention: str) -> Tensor:
+    """weight [out, in] on the grid of its groups, in numbers."""
+    size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+    grouped = weight.reshape(weight.shape[0], -1, size)
+    grid = Fitting.of(weight, scheme, convention).fit(grouped)
+    return grid.nearest(grouped).reshape(weight.shape)
+
+
+class Transform:
+    """Activation-aware scales, folded into the operation before."""
+
+    version = 1
+    needs = ("abs_mean", "hessian")
+    stochastic = False
+    activation_aware = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        exponents             number of exponents tried: 0, 1/n, … (n-1)/n
+        grid                  of the rounding inside the search: gptq, awq, omniquant or compressed
+        scale_grouped_values  also scale value → output where several query heads share one value head, by the mean over
+                              the heads that share it; the authors leave such a pair out
+        """
+
+        exponents: int = 20
+        grid: str = "awq"
+        scale_grouped_values: bool = False
+
+        def __post_init__(self) -> None:
+            if self.grid not in CONVENTIONS:
+                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            if self.exponents < 1:
+                raise ValueError(f"exponents is {self.exponents}; it must be at least 1")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Formats whose groups divide every layer, in a family that states where scales can be folded."""
+        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
+        if not shapes.pairs:
+            reasons.append(f'family "{shapes.family}" states no place where a scale can be folded')
+        return reasons
+
+    @torch.no_grad()
+    def rewrite_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, Any]:
+        """Scale the block in place; notes: by pair, the exponent, its loss and the loss without scaling; the pairs left out."""
+        chosen: list[tuple[ScalePair, Tensor]] = []
+        notes: dict[str, Any] = {}
+        left_out: list[str] = []
+        for pair in block.shapes.pairs:
+            title = f"{pair.producer} → {', '.join(pair.consumers)}"
+            if _is_value_pair(pair) and not self.settings.scale_grouped_values and not _same_shape(block, pair):
+                left_out.append(title)
+                continue
+            scales, notes[title] = self._search(block, pair, scheme)
+            chosen.append((pair, scales))
+        for pair, scales in chosen:
+            fold_scales(block, pair, scales)
+        return {"scales": notes, "left_out": left_out}
+
+    def _search(self, block: BlockView, pair: ScalePair, scheme: Scheme) -> tuple[Tensor, dict[str, float]]:
+        """The scales of the producer's channels [in / repeats] with the least loss, and what the record should hold."""
+        weights = {name: block.linear(name).weight.float() for name in pair.consumers}
+        schemes = {name: scheme.weight_for(block.index, name) for name in pair.consumers}
+        activity = block.evidence[pair.consumers[0]]["abs_mean"].float()
+        if pair.repeats > 1:                                        # [kv heads, repeats, head_dim] -> one per kv channel
+            activity = activity.reshape(-1, pair.repeats, block.shapes.head_dim).mean(1).reshape(-1)
+        compared = _OutputLoss(block, pair, weights) if pair.region else None
+
+        best, lowest, unscaled, exponent = None, float("inf"), float("nan"), 0.0
+        for step in range(self.settings.exponents):
+            ratio = step / self.settings.exponents
+            scales = activity.pow(ratio).clamp(min=1e-4)
+            scales = scales / (scales.max() * scales.min()).sqrt()
+            columns = repeat_scales(scales, pair, block.shapes)
+            rounded = {
+                name: _nearest(weight * columns, schemes[name], self.settings.grid) / columns for name, weight in weights.items()
+            }
+            loss = compared(rounded) if compared else _hessian_loss(block, weights, rounded)
+            unscaled = loss if step == 0 else unscaled
+            if loss < lowest:
+                best, lowest, exponent = scales, loss, ratio
+        # NaN to the power 0 is 1: broken activations would pass as no scaling at all.
+        if best is None or not bool(torch.isfinite(best).all() & torch.isfinite(activity).all()):
+            raise MethodError(
+                f"block {block.index}: no scale for {pair.producer} → {', '.join(pair.consumers)} has a finite loss; "
+                "the activations or weights hold NaN or infinity; load the model in a wider dtype (model.dtype=float32)"
+            )
+        return best, {"exponent": exponent, "loss": lowest, "loss_without": unscaled}
+
+
+class _OutputLoss:
+    """Mean squared change of a region's output when its linears are rounded; holds the region's outputs on all sequences."""
+
+    def __init__(self, block: BlockView, pair: ScalePair, weights: Mapping[str, Tensor]) -> None:
+        self.block, self.region = block, pair.region
+        self.dtypes = {name: block.linear(name).weight.dtype for name in weights}
+        self.originals = [block.run_region(pair.region, index) for index in range(len(block.inputs()))]
+
+    def __call__(self, rounded: Mapping[str, Tensor]) -> float:
+        named = {f"{name}.weight": weight.to(self.dtypes[name]) for name, weight in rounded.items()}
+        total, count = 0.0, 0
+        for index, original in enumerate(self.originals):
+            change = (self.block.run_region(self.region, index, named) - original).float()
+            total += float(change.square().sum(dtype=torch.float64))
+            count += change.numel()
+        return total / count
+
+
+def _hessian_loss(block: BlockView, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
+    """Mean over tokens and outputs of ((W' - W) x)², from the second moment of x."""
+    total, outputs = 0.0, 0
+    for name, weight in weights.items():
+        change = rounded[name] - weight
+        total += float(((change @ block.evidence[name]["hessian"]) * change).sum(dtype=torch.float64))
+        outputs += weight.shape[0]
+    return total / outputs
+
+
+def _is_value_pair(pair: ScalePair) -> bool:
+    """Whether the pair lies inside attention, where the producer makes values."""
+    return pair.kind == "linear" and "att" in pair.producer.rpartition(".")[0]
+
+
+def _same_shape(block: BlockView, pair: ScalePair) -> bool:
+    return all(block.linear(name).weight.shape == block.linear(pair.producer).weight.shape for name in pair.consumers)
+
+
+class Rounding:
+    """Clipping search, then round to nearest."""
+
+    version = 1
+    needs = ("inputs",)
+    stochastic = False
+    activation_aware = False
+    sequential = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        clip         search a clipping range per group; has no effect with one scale per output channel
+        clip_tokens  tokens of the search, taken at equal distances
+        clip_steps   ranges tried: 1, 1 - 1/20, … in steps of 1/20 of max|w|; 1 to 20
+        grid         gptq, awq, omniquant or compressed
+        """
+
+        clip: bool = True
+        clip_tokens: int = 512
+        clip_steps: int = 10
+        grid: str = "awq"
+
+        def __post_init__(self) -> None:
+            if self.grid not in CONVENTIONS:
+                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            if self.clip_tokens < 1:
+                raise ValueError(f"clip_tokens is {self.clip_tokens}; it must be at least 1")
+            if not 1 <= self.clip_steps <= 20:
+                raise ValueError(f"clip_steps is {self.clip_steps}; it must be from 1 to 20")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
+        return check_grid(scheme, shapes, convention=self.settings.grid)
+
+    def round_layer(
+        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
+        """Quantize weight [out, in] float32. Peak memory: five copies of weight, and the inputs of the search in float32."""
+        assert evidence is not None, "awq needs the layer's inputs"
+        require_finite(weight)
+        settings = self.settings
+        size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
+        grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
+        fitting = Fitting.of(weight, scheme, settings.grid)
+        is_query_or_key = any(part in name.rpartition(".")[2] for part in QUERY_AND_KEY)
+        if settings.clip and scheme.group_size != -1 and not is_query_or_key:
+            moments = evidence.once(
+                ("group moments", size, settings.clip_tokens),
+                lambda: group_moments(evidence["inputs"], size, settings.clip_tokens),
+            )
+            if not bool(torch.isfinite(moments).all()):
+                raise MethodError(
+                    f"{name}: the calibration inputs hold NaN or infinity; load the model in a wider dtype (model.dtype=float32) "
+                    "or use other calibration text"
+                )
+            bound = self._clip(grouped, moments, fitting)
+            grouped = grouped.clamp(-bound, bound)
+        grid = fitting.fit(grouped)
+        return on_grid(grid.quantize(grouped), grid, scheme)
+
+    def _clip(self, grouped: Tensor, moments: Tensor, fitting: Fitting) -> Tensor:
+        """The largest magnitude to keep in each group [out, groups, 1]: least dᵀ M d, the first of equals."""
+        largest = grouped.abs().amax(-1, keepdim=True)
+        best, lowest = largest.clone(), torch.full_like(largest, torch.inf)
+        for step in range(self.settings.clip_steps):
+            bound = largest * (1 - step / 20)
+            clipped = grouped.clamp(-bound, bound)
+            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(0, 1)         # [groups, out, g]
+            error = (torch.bmm(change, moments) * change).sum(-1, keepdim=True).transpose(0, 1)
+            better = error < lowest
+            lowest = torch.where(better, error, lowest)
+            best = torch.where(better, bound, best)
+        return best
+
+
+def group_moments(inputs: Tensor, group_size: int, tokens: int) -> Tensor:
+    """Mean of x xᵀ within every group, [groups, g, g] float32, over about `tokens` of the inputs [..., in] at equal distances."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    x = x[::max(1, x.shape[0] // tokens)].float()
+    x = x.reshape(x.shape[0], -1, group_size).transpose(0, 1)                  # [groups, tokens, g]
+    return torch.bmm(x.transpose(1, 2), x) / x.shape[1]

@@ -1,0 +1,141 @@
+"""Checks that methods share: which number formats and group sizes they accept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+from harness.core.cell import Scheme, WeightScheme
+from harness.core.errors import unknown_name
+from harness.core.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
+from harness.core.shapes import LinearShape, Shapes
+from harness.quantization.numerics.grids import CONVENTIONS
+
+
+def check_rotations(shapes: Shapes) -> list[str]:
+    """Reasons why the residual stream and the values of a model cannot be rotated."""
+    if not shapes.rotations or shapes.ends is None:
+        return [f'family "{shapes.family}" does not allow rotations of its residual stream']
+    reasons = []
+    if shapes.experts:
+        reasons.append("rotations inside experts are not supported; use a dense model")
+    if any(pair.offset for pair in shapes.pairs):
+        reasons.append("norms with an offset cannot be folded into the linears behind them")
+    return reasons
+
+
+def check_uniform(
+    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None,
+    never_symmetric: str | None = None,
+) -> list[str]:
+    """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
+
+    One reason per kind of problem, naming every layer it concerns. convention: also that this grid exists for the scheme.
+    never_symmetric: the reason to refuse symmetric schemes for, where the method does.
+    """
+    reasons = _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
+    if never_symmetric is not None and any(weight.symmetric for weight, _ in _weight_schemes(scheme, shapes)):
+        reasons.append(f"{never_symmetric}; use symmetric=false")
+    return reasons
+
+
+def check_tables(scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9)) -> list[str]:
+    """Reasons why some linear cannot have one table of 2^bits values per output row."""
+
+    def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+        if weight.group_size != -1:
+            yield f"there is one table per output row; use group_size=-1 instead of {weight.group_size}"
+        if weight.bits in bits and 2 ** int(weight.bits) > linear.in_features:
+            yield f"a table of {2 ** int(weight.bits)} values is longer than the row it stands for"
+
+    return check_uniform(scheme, shapes, bits=bits) + refusals(scheme, shapes, reasons)
+
+
+def check_grid(scheme: Scheme, shapes: Shapes, *, convention: str) -> list[str]:
+    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
+    return _check_grids(scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES)
+
+
+def _check_grids(
+    scheme: Scheme, shapes: Shapes, bits: Collection[int], convention: str | None, formats: Collection[str], scales: Collection[str]
+) -> list[str]:
+    widths = f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
+    reasons: list[str] = []
+    undivided: dict[int, dict[str, None]] = {}                    # group size -> layers, in order, each once
+    for weight, linears in _weight_schemes(scheme, shapes):
+        if weight.format in formats:
+            reasons += _check_format(weight, scales)
+        elif weight.format != "int" and formats:
+            reasons.append(unknown_name("number format", weight.format, ("int", *formats)))
+            continue
+        elif weight.format != "int":
+            reasons.append(f'format "{weight.format}" is not an integer grid; use scheme.weight.format=int or a method made for it')
+            continue
+        else:
+            if weight.zero_point != "integer" and not formats:
+                reasons.append("this method chooses zero points in its own way; leave scheme.weight.zero_point=integer")
+            elif weight.zero_point != "integer" and weight.symmetric:
+                reasons.append("symmetric grids have no zero point to be float; use symmetric=false or zero_point=integer")
+            if weight.bits not in bits:
+                reasons.append(f"{weight.bits:g} bits; this method rounds to whole widths of {widths}")
+            if weight.scale_dtype not in scales:
+                reasons.append(f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(scales)}')
+        if convention is not None and convention not in CONVENTIONS:
+            reasons.append(f'no grid "{convention}"; known: {", ".join(CONVENTIONS)}')
+        elif convention == "compressed" and weight.format == "int" and not weight.symmetric:
+            reasons.append('grid "compressed" is symmetric only; use a symmetric scheme or another grid')
+        size = weight.group_size
+        if size != -1 and size < 2:
+            reasons.append(f"group size {size}; use -1 for one scale per output channel, or 2 and more")
+        elif size != -1:
+            for linear in linears:
+                if linear.in_features % size:
+                    undivided.setdefault(size, {})[f"{linear.name} ({linear.in_features})"] = None
+    reasons += [f"group size {size} does not divide in_features of {', '.join(layers)}" for size, layers in undivided.items()]
+    return list(dict.fromkeys(reasons))
+
+
+def _check_format(weight: WeightScheme, scales: Collection[str]) -> Iterator[str]:
+    """Reasons why a scheme contradicts what its format fixes."""
+    name, fixed = weight.format, FORMATS[weight.format]
+    if weight.zero_point != "integer":
+        yield f"{name} has no zero points; leave scheme.weight.zero_point=integer"
+    if weight.bits != fixed.bits:
+        yield f"{name} has {fixed.bits} bits, not {weight.bits:g}; set scheme.weight.bits={fixed.bits}"
+    if fixed.block is not None and weight.group_size != fixed.block:
+        yield f"{name} has blocks of {fixed.block}, not group_size {weight.group_size}; set scheme.weight.group_size={fixed.block}"
+    if fixed.scale_dtype is not None and weight.scale_dtype != fixed.scale_dtype:
+        yield f"{name} has {fixed.scale_dtype} scales; set scheme.weight.scale_dtype={fixed.scale_dtype}, not {weight.scale_dtype}"
+    elif fixed.scale_dtype is None and weight.scale_dtype not in (*scales, *fixed.more_scales):
+        yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join((*scales, *fixed.more_scales))}'
+
+
+def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:
+    """Every distinct weight scheme of the model with the linears that have it in some block."""
+    per_block = any(override.blocks is not None for override in scheme.overrides)
+    found: dict[WeightScheme, dict[str, LinearShape]] = {}
+    for block in range(shapes.blocks if per_block else 1):
+        for linear in shapes.linears:
+            found.setdefault(scheme.weight_for(block, linear.name), {})[linear.name] = linear
+    for weight, linears in found.items():
+        yield weight, list(linears.values())
+
+
+def refusals(scheme: Scheme, shapes: Shapes, reasons: Callable[[LinearShape, WeightScheme], Iterable[str]]) -> list[str]:
+    """Every reason that reasons(linear, its weight scheme) gives, once, with all the layers that it concerns.
+
+    "group_size 48 does not divide the inputs: self_attn.q_proj [32 × 32], mlp.down_proj [32 × 64] (blocks 0, 3)"; blocks are
+    named where overrides of the scheme make them differ.
+    """
+    found: dict[str, dict[LinearShape, list[int]]] = {}
+    for block in range(shapes.blocks):
+        for linear in shapes.linears:
+            for reason in reasons(linear, scheme.weight_for(block, linear.name)):
+                found.setdefault(reason, {}).setdefault(linear, []).append(block)
+    listed = []
+    for reason, layers in found.items():
+        parts = []
+        for linear, blocks in layers.items():
+            some = "" if len(blocks) == shapes.blocks else f" (blocks {', '.join(map(str, blocks))})"
+            parts.append(f"{linear.name} [{linear.out_features} × {linear.in_features}]{some}")
+        listed.append(f"{reason}: {', '.join(parts)}")
+    return listed

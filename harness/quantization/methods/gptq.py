@@ -1,0 +1,152 @@
+"""GPTQ: columns are rounded one after the other, and each error is undone in the columns still to come.
+
+GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv 2210.17323).
+Objective: min ||W X - W' X||² (eq. 1), layer by layer. With H = E[x xᵀ] damped by λ = damping_fraction · mean(diag H) and
+Uᵀ U = (H + λ I)⁻¹ upper triangular (step 3 of §3.3), for every column j in order:
+
+    q_j = nearest grid value of w_j        e_j = (w_j - q_j) / U_jj (eq. 2)        w_k -= e_j U_jk for k > j (eq. 3)
+
+Updates reach the columns of the current block of `block_size` at once and all later columns in one product per block.
+
+As in the authors' code: one grid per channel is fitted before dead columns (zero diagonal) are set to 0, grids of groups after;
+a group inside a block is fitted on the weights as they were at the start of that block, so with group_size < block_size only the
+first group of a block has seen all updates; damping is relative to the mean diagonal after dead entries became 1.
+In formats without zero points (nf4, fp8_e4m3, mxfp4, …) q_j is the nearest element times the scale of its block; double_quantized
+scales are rounded after all columns, and their errors are not fed back.
+Where we differ: codes are kept, not only their values; scales are rounded to the type in which they are stored before the
+columns are, so that errors of the storage type are fed back too (scale_dtype float32 gives the authors' numbers); a Hessian that
+is not positive definite fails the cell; columns of equal diagonal keep their order under act_order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from harness.core.number_formats import DOUBLE_QUANTIZED
+from harness.core.shapes import LinearShape, Shapes
+from harness.quantization.methods.checks import check_grid, refusals
+from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, shared_factor
+from harness.quantization.numerics.error_feedback import Columns, feed_forward
+from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.hessians import Factor
+from harness.quantization.numerics.weights import QuantizedWeight, on_grid
+
+
+class Rounding:
+    """Error-compensating rounding with second-order information."""
+
+    version = 1
+    needs = ("hessian",)
+    stochastic = False
+    activation_aware = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        damping_fraction  of the mean diagonal, added to the diagonal of H; above 0
+        block_size        columns between two updates of all the columns to come
+        act_order         columns with the largest diagonal of H first
+        static_groups     grids of all groups fitted before the first column is rounded; with act_order, groups then stay
+                          consecutive and need no index per column
+        sequential        rounds a block's linears in four steps, each seeing the rounded ones before it
+        grid              gptq, awq, omniquant or compressed
+        range_search      shrink each range to its least error before rounding
+        """
+
+        damping_fraction: float = 0.01
+        block_size: int = 128
+        act_order: bool = False
+        static_groups: bool = False
+        sequential: bool = False
+        grid: str = "gptq"
+        range_search: bool = False
+
+        def __post_init__(self) -> None:
+            if self.grid not in CONVENTIONS:
+                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            if not self.damping_fraction > 0:
+                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
+            if self.block_size < 1:
+                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @property
+    def sequential(self) -> bool:
+        return self.settings.sequential
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
+        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
+        if self.settings.act_order and not self.settings.static_groups:
+            reasons += refusals(scheme, shapes, _scattered)
+        return reasons
+
+    def round_layer(
+        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
+        """Quantize weight [out, in] float32. Peak memory: five copies of weight, or four [in, in] while H is factored."""
+        settings = self.settings
+        return self._round(weight, shared_factor(weight, evidence, settings.damping_fraction, settings.act_order), scheme)
+
+    def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
+        rows, columns = weight.shape
+        size = columns if scheme.group_size == -1 else scheme.group_size
+        groups = columns // size
+        order = factor.order
+        dynamic = scheme.group_size != -1 and not self.settings.static_groups
+
+        fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
+        form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])        # of all grids; one per channel: the grid
+        w = weight.masked_fill(factor.dead, 0)
+        scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
+        zero = torch.empty_like(scale)
+        if scheme.group_size == -1:
+            scale[0], zero[0] = form.scale[:, 0], form.zero[:, 0]
+        elif not dynamic:
+            grid = fitting.fit(w.reshape(rows, groups, size))
+            scale.copy_(grid.scale[..., 0].T)
+            zero.copy_(grid.zero[..., 0].T)
+        if order is not None:
+            w = w[:, order]
+        # The group of each column, in the order of rounding; a list, so that no column waits for the device.
+        positions = torch.arange(columns, device=w.device) if order is None or dynamic else order
+        group_of = (positions // size).tolist()
+        codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
+
+        def round_column(column: int, matrix: Columns) -> Tensor:
+            if dynamic and column == matrix.start:                             # fit all groups that begin in this block
+                first, last = -(-column // size), -(-(column + matrix.block.shape[1]) // size)
+                if first < last:
+                    grid = fitting.fit(matrix.weight[:, first * size:last * size].reshape(rows, last - first, size))
+                    scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
+            grid = dataclasses.replace(form, scale=scale[group_of[column]], zero=zero[group_of[column]])
+            code = grid.quantize(matrix[column])
+            codes[column] = code
+            return grid.dequantize(code)
+
+        feed_forward(w, factor.upper, round_column, block_size=self.settings.block_size)
+
+        column_group = None
+        if order is None:
+            codes = codes.T.contiguous()
+        else:
+            restored = torch.empty_like(codes)
+            restored[order] = codes
+            codes = restored.T.contiguous()
+            if dynamic and groups > 1:
+                column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
+                column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
+        grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
+        return on_grid(codes, grid, scheme, column_group)
+
+
+def _scattered(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+    if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
+        yield "act_order takes the columns of a group apart, and double_quantized scales are of neighbours; use static_groups=true"

@@ -1,0 +1,280 @@
+"""VPTQ: runs of weights along the output share an index into a learned codebook, assigned column by column with error feedback.
+
+VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models (arXiv 2409.17066), algorithms 1 and 2.
+Objective: min ||W X - W' X||² over codebook indices. A vector is `vector_length` consecutive outputs of one input column. With H
+scaled to mean diagonal 1, plus 0.01 I, columns in descending order of its diagonal and U from its damped inverse:
+
+    codebook     k-means of all vectors, weighted by H_jj (eq. 8)
+    assignment   nearest centroid of each vector of the column, then GPTQ's update (eq. 6)
+    residual     k-means of what the assignment left over; then all columns again: nearest centroid plus nearest residual centroid
+
+Bits follow from the sizes: (index bits + residual index bits) / vector_length. Here scheme.weight.bits gives them: bits times
+vector_length index bits, up to `index_bits` of them for the codebook, the rest for the residual one. So 2, 3 and 4 bits with
+vectors of 8 are the paper's codebook of 65536 with none, 256 and 65536 residuals; 1.5 is 4096; 2.33 with vectors of 12 is 65536
+and 4096.
+Codebooks, column scales and offsets are counted by `bits_per_weight`; `nominal_bits` is what papers quote.
+
+As in the authors' released code (branch "algorithm"): normalisation per input column to 0 … 1, dead columns zeroed after it, zero
+padding of the last vector takes part in the clustering. Where we differ: k-means is ours, seeded by the cell (cuML's has no
+reproducible result on a GPU); the residual k-means has one weight per vector, H_jj, as the first (there it gets the unreduced
+matrix); codebook, scales and offsets are rounded to scale_dtype before they are used; indices are stored in the columns' own
+order, so no permutation is. The codebook of outlier columns and several codebooks per matrix are not offered; the paper's
+fine-tuning is not in the released code and not here. Published Hessians are of the full-precision model: inputs=full_precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Generator, Tensor
+
+from harness.core.shapes import LinearShape, Shapes
+from harness.quantization.methods.checks import refusals
+from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.numerics.codebooks import cluster_vectors, nearest_vectors
+from harness.quantization.numerics.error_feedback import Columns, feed_forward
+from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
+from harness.quantization.numerics.hessians import damped, inverse_factor
+from harness.quantization.numerics.packing import pack, unpack
+from harness.quantization.numerics.weights import QuantizedWeight
+
+RELATIVE_DAMPING = 0.01                         # added to H scaled to mean diagonal 1, before the damping of its inverse
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """entries [k, v] float32, k a power of two; indices [vectors per column, in] int64."""
+
+    entries: Tensor
+    indices: Tensor
+
+    @property
+    def bits(self) -> int:
+        return (self.entries.shape[0] - 1).bit_length()
+
+    def read(self) -> Tensor:
+        """[vectors per column · v, in]"""
+        return self.entries[self.indices].transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class VectorWeight(QuantizedWeight):
+    """codebook (+ residual codebook), times a scale and plus an offset per input column.
+
+    scale, offset  [in] float32, exact in scale_dtype; None without normalisation
+    """
+
+    kind = "vector"
+    codebooks: tuple[Codebook, ...]
+    rows: int
+    scale: Tensor | None
+    offset: Tensor | None
+    scale_dtype: str = "float16"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.codebooks[0].indices.shape[1]
+
+    @property
+    def nominal_bits(self) -> float:
+        """As papers count: index bits over vector length."""
+        return sum(book.bits for book in self.codebooks) / self.codebooks[0].entries.shape[1]
+
+    def dequantize(self) -> Tensor:
+        values = sum((book.read() for book in self.codebooks[1:]), self.codebooks[0].read())[: self.rows]
+        return values if self.scale is None or self.offset is None else values * self.scale + self.offset
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        target = SCALE_DTYPES[self.scale_dtype]
+        tensors: dict[str, Tensor] = {}
+        for number, book in enumerate(self.codebooks):
+            tensors[f"entries_{number}"] = book.entries.to(target).contiguous()
+            tensors[f"indices_{number}"] = pack(book.indices, book.bits)
+        if self.scale is not None and self.offset is not None:
+            tensors |= {"scale": self.scale.to(target).contiguous(), "offset": self.offset.to(target).contiguous()}
+        return tensors, {"shape": list(self.shape), "codebooks": len(self.codebooks), "scale_dtype": self.scale_dtype}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        rows, columns = meta["shape"]
+        books = []
+        for number in range(meta["codebooks"]):
+            entries = tensors[f"entries_{number}"].float()
+            bits, per_column = (entries.shape[0] - 1).bit_length(), -(-rows // entries.shape[1])
+            indices = unpack(tensors[f"indices_{number}"], bits, per_column * columns).long().reshape(per_column, columns)
+            books.append(Codebook(entries, indices))
+        scale, offset = (tensors[name].float() if name in tensors else None for name in ("scale", "offset"))
+        return cls(tuple(books), rows, scale, offset, meta["scale_dtype"])
+
+
+class Rounding:
+    """Vector quantization with second-order error feedback."""
+
+    version = 1
+    needs = ("hessian",)
+    stochastic = True
+    activation_aware = False
+    sequential = False
+
+    @dataclass(frozen=True)
+    class Settings:
+        """
+        vector_length     consecutive outputs that share an index
+        index_bits        of the codebook at most; what the scheme's bits ask beyond goes to a residual codebook
+        normalize         each input column to 0 … 1 over the outputs
+        act_order         columns with the largest diagonal of H first
+        iterations        of k-means, at most
+        tolerance         of k-means: movement of the centroids, relative to the variance, below which it stops
+        damping_fraction  of the mean diagonal, added to the diagonal of H
+        block_size        columns between two products; changes the order of float sums only
+        """
+
+        vector_length: int = 8
+        index_bits: int = 16
+        normalize: bool = True
+        act_order: bool = True
+        iterations: int = 100
+        tolerance: float = 1e-5
+        damping_fraction: float = 0.01
+        block_size: int = 128
+
+        def __post_init__(self) -> None:
+            if self.vector_length < 1 or self.iterations < 1 or self.block_size < 1:
+                sizes = f"vector_length={self.vector_length}, iterations={self.iterations}, block_size={self.block_size}"
+                raise ValueError(f"{sizes}; all are at least 1")
+            if not 1 <= self.index_bits <= 16:
+                raise ValueError(f"index_bits is {self.index_bits}; it must be 1 to 16")
+            if not self.damping_fraction > 0:
+                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def index_bits(self, bits: float) -> tuple[int, int]:
+        """Index bits of the codebook and of the residual codebook (0: none) for this many bits per weight."""
+        total = round(bits * self.settings.vector_length)
+        first = min(total, self.settings.index_bits)
+        return first, total - first
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """Whole index bits for one or two codebooks, each matrix with at least as many vectors as its codebook has entries."""
+        length, most = self.settings.vector_length, self.settings.index_bits
+
+        def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+            if weight.format != "int":
+                yield f'format "{weight.format}" is not codebook indices; use scheme.weight.format=int'
+            if weight.group_size != -1:
+                yield f"VPTQ has one codebook per matrix; use group_size=-1 instead of {weight.group_size}"
+            if weight.scale_dtype not in SCALE_DTYPES:
+                yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}'
+            first, residual = self.index_bits(weight.bits)
+            if abs(weight.bits * length - first - residual) > 0.1 or first < 1:
+                yield f"{weight.bits:g} bits times vectors of {length} are no whole number of index bits"
+            elif residual > most:
+                yield (
+                    f"{weight.bits:g} bits need {first + residual} index bits for vectors of {length}, two codebooks hold "
+                    f"{2 * most}; use fewer bits, shorter vectors or larger index_bits"
+                )
+            elif 2 ** max(first, residual) > -(-linear.out_features // length) * linear.in_features:
+                yield (
+                    f"a codebook of {2 ** max(first, residual)} entries is more than the matrix has vectors of {length}; "
+                    "for small models use shorter vectors and fewer index_bits (vector_length=4, index_bits=6)"
+                )
+
+        return refusals(scheme, shapes, reasons)
+
+    def round_layer(
+        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
+        """Quantize weight [out, in] float32. Peak memory: five copies of weight, four [in, in], 2^26 distances."""
+        assert evidence is not None, "vptq needs the Hessian"
+        require_finite(weight)
+        settings, dtype = self.settings, scheme.scale_dtype
+        prepared = evidence.once(
+            ("vptq", settings.damping_fraction, settings.act_order),
+            lambda: prepare(evidence["hessian"], settings.damping_fraction, settings.act_order),
+        )
+        rows = weight.shape[0]
+        scale = offset = None
+        if settings.normalize:
+            offset = as_stored(weight.amin(0), dtype)
+            scale = as_stored(weight.amax(0) - offset, dtype)
+            scale = torch.where(scale > 0, scale, 1.0)
+            weight = (weight - offset) / scale
+        weight = weight.masked_fill(prepared.dead, 0)[:, prepared.order]
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, -rows % settings.vector_length))
+        importance = prepared.importance[prepared.order]
+
+        books: list[Tensor] = []
+        left = weight
+        for bits in self.index_bits(scheme.bits):
+            if bits:
+                books.append(as_stored(self._learn(left, rows, importance, 2**bits, rng), dtype))
+                indices, left = assign(weight, prepared.upper, books, settings.block_size, rows)
+        restored = torch.empty_like(indices)
+        restored[..., prepared.order] = indices
+        codebooks = tuple(Codebook(entries, index) for entries, index in zip(books, restored, strict=True))
+        return VectorWeight(codebooks, rows, scale, offset, dtype)
+
+    def _learn(self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator) -> Tensor:
+        """k entries [k, v] for the vectors of matrix [out, in], weighted by their column's importance [in].
+
+        A vector with padding beyond `rows` counts by its share of real weights.
+        """
+        vectors = matrix.T.reshape(matrix.shape[1], -1, self.settings.vector_length)              # [in, vectors, v]
+        real = (torch.arange(matrix.shape[0], device=matrix.device) < rows).float().reshape(-1, self.settings.vector_length).mean(1)
+        weights = (importance.unsqueeze(1) * real).flatten()
+        return cluster_vectors(
+            vectors.flatten(0, 1), weights, k, rng, iterations=self.settings.iterations, tolerance=self.settings.tolerance
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all matrices on one input share: U and its column order, dead columns, H's diagonal as weights of the columns."""
+
+    upper: Tensor
+    order: Tensor
+    dead: Tensor
+    importance: Tensor
+
+
+def prepare(hessian: Tensor, damping_fraction: float, act_order: bool) -> Prepared:
+    """Normalise, order and factor a Hessian [in, in]. Raises MethodError when that breaks down."""
+    dead, mean = hessian.diagonal() == 0, hessian.diagonal().mean()
+    hessian = hessian / torch.where(mean > 0, mean, 1.0)
+    hessian = hessian + RELATIVE_DAMPING * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    importance = hessian.diagonal().clone()
+    order = torch.arange(hessian.shape[0], device=hessian.device)
+    if act_order:
+        order = torch.argsort(importance, descending=True, stable=True)
+    return Prepared(inverse_factor(damped(hessian[order][:, order], damping_fraction)[0]), order, dead, importance)
+
+
+def assign(weight: Tensor, upper: Tensor, books: list[Tensor], block_size: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices [codebooks, vectors per column, in], and what they leave over of each column when its turn comes, [out, in].
+
+    weight [out, in], out a multiple of v; columns beyond `rows` are padding and make no error. Each vector takes its nearest
+    entry of the first book, then the nearest entry of the next to what is left.
+    """
+    length, columns = books[0].shape[1], weight.shape[1]
+    indices = torch.empty(len(books), weight.shape[0] // length, columns, dtype=torch.int64, device=weight.device)
+    left = torch.empty_like(weight)
+
+    def round_column(column: int, view: Columns) -> Tensor:
+        w = view[column]
+        rest = w.reshape(-1, length)
+        for number, entries in enumerate(books):
+            found = nearest_vectors(rest, entries)
+            indices[number, :, column] = found
+            rest = rest - entries[found]
+        left[:, column] = rest.flatten()
+        if rows is not None:
+            left[rows:, column] = 0
+        return w - left[:, column]
+
+    feed_forward(weight, upper, round_column, block_size=block_size)
+    return indices, left

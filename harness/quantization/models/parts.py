@@ -1,0 +1,198 @@
+"""Parts that several families are made of: attention and gated MLPs with separate projections, and fused experts.
+
+No family is in this file; family files import it, and never each other.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from harness.core.errors import ModelError
+from harness.core.shapes import ScalePair
+from harness.quantization.models.protocols import DecoderFamily, Receive, Replace, TensorSource, WeightLocation
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUTPUT = "self_attn.o_proj"
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = "mlp.down_proj"
+ATTENTION = {"qkv": QKV, "o": (OUTPUT,)}
+GATED_MLP = {"gate_up": GATE_UP, "down": (DOWN,)}
+
+
+def whole_slots(groups: Mapping[str, tuple[str, ...]], biased: Collection[str] = ()) -> tuple[WeightLocation, ...]:
+    """Slots that are the weights of linears of their own; groups: {group: names}; biased: names of those with a bias."""
+    return tuple(
+        WeightLocation(name, group, f"{name}.weight", bias=f"{name}.bias" if name in biased else None)
+        for group, names in groups.items()
+        for name in names
+    )
+
+
+def row_slots(group: str, linear: str, parts: dict[str, int], biased: bool = False) -> tuple[WeightLocation, ...]:
+    """Slots that are runs of rows of one fused linear, in order; parts: {name: rows}."""
+    slots, start = [], 0
+    for name, rows in parts.items():
+        span = (start, start + rows)
+        slots.append(WeightLocation(name, group, f"{linear}.weight", rows=span, bias=f"{linear}.bias" if biased else None))
+        start += rows
+    return tuple(slots)
+
+
+def attention_pairs(config: PretrainedConfig, norm: str = "input_layernorm", offset: float = 0.0) -> tuple[ScalePair, ...]:
+    """Norm → queries, keys, values; values → output."""
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    return (
+        ScalePair(norm, QKV, "norm", region="self_attn", offset=offset),
+        ScalePair("self_attn.v_proj", (OUTPUT,), "linear", repeats=repeats),
+    )
+
+
+def gated_mlp_pairs(norm: str = "post_attention_layernorm", offset: float = 0.0) -> tuple[ScalePair, ...]:
+    """Norm → gate and up; up → down."""
+    return (ScalePair(norm, GATE_UP, "norm", region="mlp", offset=offset), ScalePair(GATE_UP[1], (DOWN,), "linear"))
+
+
+class MixtureFamily(DecoderFamily):
+    """A gated mixture of experts in two parameters: gate_up_proj [experts, 2 inner, hidden], down_proj [experts, hidden, inner].
+
+    Every expert has three matrices, quantized on their own; the inputs of an expert are the tokens that the router sent to it.
+    The router, and what else decides about tokens, stays as it is.
+
+    No scale is folded between a norm and the experts: the router, which is no quantizable matrix, reads the same input.
+    """
+
+    fused_experts = True
+    experts_name: ClassVar[str] = "mlp.experts"
+    # one matrix of one expert in the files of the hub, behind the block's prefix
+    expert_files: ClassVar[dict[str, str]] = {
+        name: f"mlp.experts.{{expert}}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")
+    }
+
+    def experts(self, config: PretrainedConfig) -> tuple[int, int]:
+        """How many experts, and their inner width."""
+        raise ModelError(f"{type(self).__module__} does not say how many experts there are")
+
+    def expert_slots(self, config: PretrainedConfig) -> tuple[WeightLocation, ...]:
+        """The matrices of all experts, in the order of experts."""
+        count, inner = self.experts(config)
+        slots: list[WeightLocation] = []
+        for expert in range(count):
+            name, both = f"{self.experts_name}.{expert}", f"{self.experts_name}.gate_up_proj"
+            first, second = f"{name}.gate_up", f"{name}.down"
+            slots += [
+                WeightLocation(f"{name}.gate_proj", first, both, rows=(0, inner), expert=expert, stage="gate_up"),
+                WeightLocation(f"{name}.up_proj", first, both, rows=(inner, 2 * inner), expert=expert, stage="gate_up"),
+                WeightLocation(f"{name}.down_proj", second, f"{self.experts_name}.down_proj", expert=expert, stage="down"),
+            ]
+        return tuple(sorted(slots, key=lambda slot: slot.stage != "gate_up"))           # all first halves run before the second
+
+    def expert_pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
+        """Up → down inside each expert."""
+        names = [f"{self.experts_name}.{expert}" for expert in range(self.experts(config)[0])]
+        return tuple(ScalePair(f"{name}.up_proj", (f"{name}.down_proj",), "linear") for name in names)
+
+    def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
+        return ("scales on the inputs of experts are not folded into the norm: the router reads the same input",)
+
+    # --- files ----------------------------------------------------------------------------------------------------------------
+
+    def file_names(self, name: str) -> Iterator[str]:
+        yield from super().file_names(name)
+        yield from self._files_of(name, 0)
+
+    def has(self, source: TensorSource, name: str) -> bool:
+        names = source.names()
+        parts = list(self._files_of(name, 0))
+        return any(n in names for n in super().file_names(name)) or (bool(parts) and all(n in names for n in parts))
+
+    def read(self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+        names = source.names()
+        parts = list(self._files_of(name, 0))
+        if not parts or any(candidate in names for candidate in super().file_names(name)):
+            return super().read(source, name, dtype, device)
+        count = next(expert for expert in range(len(names) + 1) if next(self._files_of(name, expert)) not in names)
+        first = [source.read(part, dtype, device) for part in parts]
+        fused = torch.empty((count, sum(t.shape[0] for t in first), first[0].shape[1]), dtype=dtype, device=device)
+        for expert in range(count):
+            matrices = first if expert == 0 else [source.read(part, dtype, device) for part in self._files_of(name, expert)]
+            torch.cat(matrices, out=fused[expert])
+        return fused
+
+    def _files_of(self, name: str, expert: int) -> Iterator[str]:
+        """The names in the files of one expert's share of a fused parameter; none for any other parameter."""
+        blocks, experts = re.escape(self.blocks_name), re.escape(self.experts_name)
+        found = re.fullmatch(rf"({blocks}\.\d+\.){experts}\.(gate_up_proj|down_proj)", name)
+        for matrix in () if found is None else ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",):
+            assert found is not None
+            yield found[1] + self.expert_files[matrix].format(expert=expert)
+
+    # --- running --------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watch(self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive) -> Iterator[None]:
+        """As for any family; an expert's inputs are those of the tokens sent to it, none for an expert that was not chosen."""
+        chosen = sorted({slot.expert for slot in slots if slot.expert is not None})
+        with super().watch(block, [slot for slot in slots if slot.expert is None], receive):
+            if not chosen:
+                yield
+                return
+            module = block.get_submodule(self.experts_name)
+
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                def see(expert: int, half: str, inputs: Tensor) -> Tensor:
+                    receive(f"{self.experts_name}.{expert}.{half}", inputs)
+                    return inputs
+
+                _run(module, *_routed(args, kwargs), chosen, see)
+
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            try:
+                yield
+            finally:
+                handle.remove()
+
+    def replace_inputs(self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace) -> Callable[[], None]:
+        """As for any family; inside the experts each expert's two inputs are replaced, by the names of gate_proj and down_proj."""
+        if owner != self.experts_name:
+            return super().replace_inputs(block, owner, members, replace)
+        module = block.get_submodule(owner)
+        experts = sorted({slot.expert for slot in members if slot.expert is not None})
+        first = {"gate_up": "gate_proj", "down": "down_proj"}
+
+        def see(expert: int, half: str, inputs: Tensor) -> Tensor:
+            return replace(f"{owner}.{expert}.{first[half]}", inputs)
+
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            return _run(module, *_routed(args, kwargs), experts, see)
+
+        module.forward = forward                        # hides the class's forward until it is deleted from the instance
+        return functools.partial(module.__dict__.pop, "forward", None)
+
+
+def _routed(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [tokens, hidden], expert of each choice [tokens, k], its weight [tokens, k]."""
+    named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    return named["hidden_states"], named["top_k_index"], named["top_k_weights"]
+
+
+def _run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Iterable[int], see: Any) -> Tensor:
+    """The mixture's output, expert by expert; see(expert, "gate_up" or "down", inputs) returns what the matrices multiply."""
+    output = torch.zeros_like(hidden)
+    for expert in experts:
+        tokens, choice = torch.where(index.eq(expert))
+        if tokens.numel() == 0:
+            continue
+        inputs = see(expert, "gate_up", hidden[tokens])
+        gate, up = nn.functional.linear(inputs, module.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner = see(expert, "down", module.act_fn(gate) * up)
+        result = nn.functional.linear(inner, module.down_proj[expert]) * weights[tokens, choice, None]
+        output.index_add_(0, tokens, result.to(output.dtype))
+    return output

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: grids, codebooks, Hessians, rotations, packing."""

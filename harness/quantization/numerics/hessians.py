@@ -1,0 +1,95 @@
+"""The second moment of a layer's input, and the triangular factors that GPTQ and its relatives need of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from harness.core.errors import MethodError
+
+
+def accumulate_hessian(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int:
+    """Add one batch to the running mean of x xᵀ, in place; return the new token count.
+
+    The Hessian of GPTQ (arXiv 2210.17323) eq. 1 without its factor 2, which cancels in the update and in relative damping.
+
+    hessian: [in, in] float32, overwritten.   inputs: [..., in], any float dtype.
+    """
+    x = inputs.reshape(-1, inputs.shape[-1]).float()              # [tokens, in]
+    total = tokens_seen + x.shape[0]
+    hessian.mul_(tokens_seen / total).addmm_(x.T, x, alpha=1 / total)
+    return total
+
+
+def damped(hessian: Tensor, damping_fraction: float, *, dead_last: bool = False) -> tuple[Tensor, Tensor]:
+    """A copy of hessian [in, in] ready to factor, and its dead columns [in] bool (never active: zero diagonal).
+
+    Dead columns get a unit diagonal; then damping_fraction * mean(diagonal) is added to the whole diagonal. dead_last: the
+    damping first, of the mean with the zeros, then the unit diagonal (SpQR).
+    Raises MethodError when the Hessian holds NaN or infinity: no damping helps then.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise MethodError(
+            "the calibration inputs of this layer hold NaN or infinity, so its Hessian does; "
+            "load the model in a wider dtype (model.dtype=float32) or use other calibration text"
+        )
+    h = hessian.clone()
+    diagonal = h.diagonal()                                       # a view: writing to it writes to h
+    dead = diagonal == 0
+    if not dead_last:
+        diagonal[dead] = 1
+    diagonal += damping_fraction * diagonal.mean()
+    if dead_last:
+        diagonal[dead] = 1
+    return h, dead
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper triangular U [in, in] with Uᵀ U = hessian⁻¹; GPTQ's factor. Raises MethodError when not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed:
+        raise MethodError(
+            f"the damped Hessian [{hessian.shape[0]} × {hessian.shape[0]}] is not positive definite (leading minor {int(failed)}); "
+            "use more calibration tokens than the layer has inputs, or a larger damping_fraction"
+        )
+    return upper
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a column-by-column rounding needs of a Hessian.
+
+    upper   [in, in] float32: Uᵀ U = (H + λI)⁻¹, in the order of `order`
+    dead    [in] bool: columns whose input was never active, in their original order
+    order   [in] int64: the column that comes k-th; None: the original order
+    """
+
+    upper: Tensor
+    dead: Tensor
+    order: Tensor | None
+
+    @classmethod
+    def uncalibrated(cls, weight: Tensor) -> Self:
+        """That of inputs of which nothing is known: all columns of weight [out, in] alike, none dead, no error to pass on."""
+        columns = weight.shape[1]
+        return cls(torch.eye(columns, device=weight.device), torch.zeros(columns, dtype=torch.bool, device=weight.device), None)
+
+
+def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) -> Factor:
+    """The damped, inverted, factored Hessian; act_order puts the largest diagonal entries first.
+
+    It depends on nothing else, so q, k, v and all bit widths on one input stream share it:
+    evidence.once(("factor", damping_fraction, act_order), lambda: factored(evidence["hessian"], damping_fraction, act_order)).
+    Raises MethodError when the Hessian is not finite or not positive definite. Peak memory: four [in, in] float32.
+    """
+    dead, order = hessian.diagonal() == 0, None
+    if act_order:
+        diagonal = torch.where(dead, 1.0, hessian.diagonal())     # dead columns take the place of a unit diagonal
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    return Factor(inverse_factor(damped(hessian, damping_fraction)[0]), dead, order)

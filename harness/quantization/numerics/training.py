@@ -1,0 +1,183 @@
+"""Training: gradients through rounded values, learned ranges of grids, and the loops of block-wise methods and of fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.core.errors import MethodError
+from harness.quantization.numerics.grids import Grid, from_range
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Nearest integers, with the gradient of x itself (straight-through estimator)."""
+    return torch.round(x).detach() + (x - x.detach())             # the second term is 0: integers stay exact
+
+
+def nearest_through(values: Tensor, grid: Grid) -> Tensor:
+    """grid.nearest(values), the same numbers, with gradients to values and to the grid's scale.
+
+    Rounding is straight-through, clamping passes gradients inside the range only, the zero point has none.
+    """
+    codes = (round_through(values / grid.scale) + grid.zero).clamp(0, grid.top)
+    return grid.dequantize(codes)
+
+
+def clipped_grid(
+    values: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool, convention: str, scale_dtype: str
+) -> Grid:
+    """The grid of each row of values [..., g] over [sigmoid(lower) min, sigmoid(upper) max], differentiable in both strengths.
+
+    upper, lower: [..., 1] logits; large ones leave the range as it is (OmniQuant's learnable weight clipping, eq. 2).
+    """
+    hi = torch.sigmoid(upper) * values.amax(-1, keepdim=True)
+    lo = torch.sigmoid(lower) * values.amin(-1, keepdim=True)
+    return from_range(lo, hi, bits, symmetric, convention, scale_dtype)
+
+
+def steps_of(
+    loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
+) -> Generator[tuple[int, int], None, list[float]]:
+    """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
+
+    loss_of  sample number -> scalar loss, differentiable in the parameters
+    groups   torch.optim groups: {"params": [...], "lr": ...}
+    what     is trained, for the message
+    Raises MethodError when a loss is not finite; the parameters are then worth nothing.
+    """
+    trained = [parameter for group in groups for parameter in group["params"]]
+    losses: list[float] = []
+    if not trained or not samples:
+        return losses
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0)
+    for epoch in range(epochs):
+        total: Tensor | None = None
+        for sample in range(samples):
+            with torch.enable_grad():
+                optimizer.zero_grad(set_to_none=True)
+                loss = loss_of(sample)
+                loss.backward(inputs=trained)
+                optimizer.step()
+            total = loss.detach() if total is None else total + loss.detach()
+            yield epoch * samples + sample + 1, epochs * samples
+        assert total is not None
+        losses.append(float(total) / samples)
+        if not losses[-1] < float("inf"):                         # once per epoch: a check per step would wait for the device
+            raise MethodError(
+                f"{what}: the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, "
+                "or load the model in a wider dtype (model.dtype=float32)"
+            )
+    return losses
+
+
+def train(
+    loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
+) -> list[float]:
+    """`steps_of` to its end: the mean loss of each epoch."""
+    walk = steps_of(loss_of, samples, groups, epochs, what)
+    while True:
+        try:
+            next(walk)
+        except StopIteration as end:
+            losses: list[float] = end.value
+            return losses
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+STRETCHES = 20                                  # of the steps, for which a mean loss is reported
+IGNORED = -100                                  # in place of a token that is not learned
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to learn from. tokens [n] int64, of which the first `prompt` are read and not learned."""
+
+    tokens: Tensor
+    prompt: int = 0
+
+
+def shorten(documents: Sequence[Document], prompt_length: int, answer_length: int) -> list[Document]:
+    """The first prompt_length tokens of each prompt with the first answer_length of its answer.
+
+    Texts without a prompt are cut into pieces of both lengths together. What then holds no token to learn is left out.
+    """
+    found = []
+    for document in documents:
+        prompt, answer = document.tokens[: document.prompt], document.tokens[document.prompt :]
+        if document.prompt:
+            kept = torch.cat((prompt[:prompt_length], answer[:answer_length]))
+            found.append(Document(kept, min(document.prompt, prompt_length)))
+        else:
+            found += [Document(piece) for piece in answer.split(prompt_length + answer_length)]
+    return [document for document in found if _learned(document) > 0]
+
+
+def _learned(document: Document) -> int:
+    """Tokens that are predicted: those of the answer, or all but the first."""
+    return document.tokens.numel() - max(1, document.prompt)
+
+
+def fine_tune(
+    logits: Callable[[Tensor], Tensor], parameters: Sequence[torch.nn.Parameter], documents: Sequence[Document], *, rate: float,
+    steps: int, batch: int, micro_batch: int, clip: float, rng: torch.Generator, what: str = "fine-tuning",
+) -> Generator[tuple[int, int], None, list[float]]:
+    """AdamW without weight decay at a constant rate on the mean cross-entropy of the learned tokens of shuffled documents.
+
+    Yields (step, steps); returns the mean losses of equal stretches of the steps, STRETCHES at most.
+    logits       [documents, longest] tokens -> [documents, longest, vocabulary] float32, causal: padding follows a text
+    micro_batch  documents of a step that are in memory at once; their gradients are added
+    clip         largest norm of a step's gradient; 0: no limit
+    Raises MethodError when a loss is not finite; the parameters are then worth nothing.
+    """
+    losses: list[float] = []
+    if not parameters or not documents or not steps:
+        return losses
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    draw = _shuffled(len(documents), rng)
+    total, since = torch.zeros((), device=parameters[0].device), 0
+    for step in range(1, steps + 1):
+        chosen = sorted((documents[next(draw)] for _ in range(batch)), key=lambda each: each.tokens.numel())
+        learned = sum(map(_learned, chosen))
+        with torch.enable_grad():
+            optimizer.zero_grad(set_to_none=True)
+            for start in range(0, batch, micro_batch):
+                loss = _summed_loss(logits, chosen[start : start + micro_batch]) / learned
+                loss.backward(inputs=list(parameters))
+                total += loss.detach()
+            if clip > 0:
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+        yield step, steps
+        if step * STRETCHES // steps > (step - 1) * STRETCHES // steps:
+            losses.append(float(total) / (step - since))
+            total, since = torch.zeros_like(total), step
+            if not losses[-1] < float("inf"):                     # once per stretch: a check per step would wait for the device
+                raise MethodError(
+                    f"{what}: the loss before step {step} of {steps} is {losses[-1]}; lower the learning rate, "
+                    "or load the model in a wider dtype (model.dtype=float32)"
+                )
+    return losses
+
+
+def _shuffled(count: int, rng: torch.Generator) -> Iterator[int]:
+    """Numbers below count without end: each once, in random order, then each once more."""
+    while True:
+        yield from torch.randperm(count, generator=rng).tolist()
+
+
+def _summed_loss(logits: Callable[[Tensor], Tensor], documents: Sequence[Document]) -> Tensor:
+    """Sum of the cross-entropies of the learned tokens."""
+    tokens = torch.nn.utils.rnn.pad_sequence([document.tokens for document in documents], batch_first=True)
+    places = torch.arange(tokens.shape[1])
+    first = torch.tensor([[max(1, document.prompt)] for document in documents])
+    last = torch.tensor([[document.tokens.numel()] for document in documents])
+    targets = tokens.masked_fill((places < first) | (places >= last), IGNORED)[:, 1:]
+    predicted = logits(tokens)[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        predicted.flatten(0, 1), targets.flatten().to(predicted.device), ignore_index=IGNORED, reduction="sum"
+    )

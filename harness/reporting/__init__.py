@@ -1,0 +1,1 @@
+"""Tables, figures and findings from records, published numbers beside ours."""

@@ -1,0 +1,54 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.core.errors import StoreError
+
+
+def write_aside(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
+    """Let `write` fill a neighbour of `path`, flush it to the disk, rename it. A reader sees the whole file or none.
+
+    durable False leaves out the flush. Raises StoreError when the disk refuses; leaves no neighbour behind then.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(aside)
+            if durable:
+                _flush(aside)
+            os.replace(aside, path)
+            if durable:
+                _flush(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(explain_os_error(path, error)) from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def explain_os_error(path: Path, error: OSError) -> str:
+    """What went wrong on disk, with a way out."""
+    ways_out = {
+        errno.EACCES: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",
+        errno.EPERM: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",
+        errno.EROFS: "the file system is read-only; keep the results elsewhere with runs=FOLDER",
+        errno.ENOSPC: "the disk is full; free some space and run the same command again, nothing finished is lost",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again, nothing finished is lost",
+        errno.ENOTDIR: "a file stands where a folder should be",
+    }
+    return f"cannot write {path}: {ways_out.get(error.errno or 0, error.strerror or str(error))}"

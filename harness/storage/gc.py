@@ -1,0 +1,98 @@
+"""What `harness gc` finds in a store and may delete: checkpoints that no cell uses, and what killed processes left behind.
+
+A checkpoint is in use while some runs/cells/<key>/cell.json names it, as its own or as the one that a tuning starts from; every
+sweep that ran has written those. Nothing of a cell itself is ever deleted. What is younger than an hour may belong to a process
+that is at work right now, and a checkpoint whose lock is held certainly does: both stay.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.core.cell import quantize_key, untuned
+from harness.core.errors import StoreError
+from harness.storage.store import Store
+
+YOUNG_SECONDS = 3600.0
+ASIDE = re.compile(r"\..+\.(?:[0-9a-f]{12}|\d+\.aside)|\.probe\.[0-9a-f]{32}")     # of the store, of checkpoints, of probes
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something to delete: a folder or a file, its size and why nobody needs it."""
+
+    path: Path
+    bytes: int
+    reason: str
+
+
+def find(store: Store, young_seconds: float = YOUNG_SECONDS) -> list[Leftover]:
+    """Everything that may go, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any."""
+    before = time.time() - young_seconds
+    return [*_checkpoints(store, before), *_asides(store, before), *_words(store, before)]
+
+
+def remove(store: Store, found: Sequence[Leftover]) -> int:
+    """Delete what was found, but for checkpoints that somebody holds; returns the bytes that are free now."""
+    freed = 0
+    for each in found:
+        if each.path.parent.name == "checkpoints":
+            try:
+                with store.lock(f"checkpoint-{each.path.name}", timeout=0):
+                    # The manifest goes first: a folder that is half deleted must not count as a checkpoint.
+                    store.files.remove(each.path / "manifest.json")
+                    store.files.remove(each.path)
+            except StoreError:
+                continue
+        else:
+            store.files.remove(each.path)
+        freed += each.bytes
+    return freed
+
+
+def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
+    folder = store.root / "checkpoints"
+    sizes: dict[str, int] = {}
+    newest: dict[str, float] = {}
+    for entry in store.files.walk(folder):
+        key = entry.path.relative_to(folder).parts[0]
+        sizes[key] = sizes.get(key, 0) + entry.bytes
+        newest[key] = max(newest.get(key, 0.0), entry.modified)
+    if not sizes:
+        return
+    used = set()
+    now = store.snapshot()
+    for key in now.cell_keys():
+        cell = now.cell(key)
+        if cell is None:
+            raise StoreError(
+                f"{store.where(store.cell_folder(key))} has no readable cell.json, so the checkpoints that it uses are not known. "
+                "Run its sweep again, or delete the folder; then collect"
+            )
+        used |= {quantize_key(cell), quantize_key(untuned(cell))}
+    for key in sorted(sizes.keys() - used):
+        if newest[key] < before:
+            yield Leftover(folder / key, sizes[key], "no cell uses this checkpoint")
+
+
+def _asides(store: Store, before: float) -> Iterator[Leftover]:
+    for entry in sorted(store.files.walk(store.root), key=lambda entry: entry.path):
+        if ASIDE.fullmatch(entry.path.name) and entry.modified < before:
+            yield Leftover(entry.path, entry.bytes, "half-written by a process that was ended")
+
+
+def _words(store: Store, before: float) -> Iterator[Leftover]:
+    """What drivers and those who steer them wrote; a living driver writes its file again every few seconds."""
+    reasons = {
+        "cancelled": "a cancellation that has been heard or concerns nobody",
+        "priorities": "a priority that has been heard or concerns nobody",
+        "drivers": "of a driver that was ended",
+    }
+    for folder, reason in reasons.items():
+        for entry in sorted(store.files.walk(store.root / folder), key=lambda entry: entry.path):
+            if entry.modified < before and not entry.path.name.startswith("."):
+                yield Leftover(entry.path, entry.bytes, reason)

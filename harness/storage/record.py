@@ -1,0 +1,84 @@
+"""What is known of a cell: configuration, scores, checkpoint, layer errors, failures, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.core.cell import Cell
+
+CHECKPOINT_METRICS = {                          # manifest field -> metric
+    "bits_per_weight": "checkpoint/bits_per_weight",
+    "bits_per_weight_total": "checkpoint/bits_per_weight_total",
+    "stored_bytes": "checkpoint/bytes",
+    "seconds": "quantize/seconds",
+    "peak_memory_bytes": "quantize/peak_memory_bytes",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a cell.
+
+    manifest    of its checkpoint; None while there is none
+    scores      evaluation name -> {"metrics": …, "stderr": …, "details": …, "score_key": …}; only complete ones
+    missing     evaluations of the cell that have no score yet
+    failures    newest last; {"stage", "kind", "reason", "detail", "time"}
+    problems    damaged files that count as missing, one sentence each
+    """
+
+    cell: Cell
+    quantize_key: str
+    cell_key: str
+    manifest: dict[str, Any] | None = None
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    failures: tuple[dict[str, Any], ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest is not None and not self.missing
+
+    @property
+    def smoke(self) -> bool:
+        """Some score stands on a part of its data only."""
+        return any(score.get("details", {}).get("smoke") for score in self.scores.values())
+
+    @property
+    def layer_errors(self) -> list[dict[str, Any]]:
+        """One row per quantized matrix, as the manifest has them: {"block", "linear", …}."""
+        return list((self.manifest or {}).get("layer_errors", []))
+
+    def metrics(self) -> dict[str, float]:
+        """Every number of the cell by full name: "wikitext2/perplexity", "arc_easy/acc_stderr", "checkpoint/bits_per_weight", …"""
+        found: dict[str, float] = {}
+        for source, metric in CHECKPOINT_METRICS.items():
+            value = (self.manifest or {}).get(source)
+            if isinstance(value, int | float):
+                found[metric] = float(value)
+        for score in self.scores.values():
+            found.update({name: float(value) for name, value in score["metrics"].items()})
+            found.update({f"{name}_stderr": float(value) for name, value in score.get("stderr", {}).items()})
+        return found
+
+    def smoke_metrics(self) -> frozenset[str]:
+        """Names of the metrics that stand on a part of their data only."""
+        return frozenset(
+            name for score in self.scores.values() if score.get("details", {}).get("smoke") for name in score["metrics"]
+        )
+
+
+def under_name(score: dict[str, Any], name: str) -> dict[str, Any]:
+    """A score as the evaluation of this name has it. A key leaves the name out: it may have been made under another."""
+    made_as = str(score.get("evaluation", name))
+    if made_as == name:
+        return score
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        own = f"{made_as}/"
+        return {f"{name}/{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in values.items()}
+
+    return {**score, "evaluation": name, **{part: renamed(score[part]) for part in ("metrics", "stderr") if part in score}}

@@ -1,0 +1,1 @@
+"""Records in MLflow. The one importer of MLflow."""

@@ -1,0 +1,98 @@
+"""MLflow's pages: where the database lies, and the server that shows it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.core.errors import TrackingError
+from harness.core.sweep import Runtime, Tracking
+from harness.storage.places import is_url
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",                         # with it on, one of 200 runs failed
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",           # two lines per cell into our display otherwise
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
+}
+MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
+
+# -- where it is, and how to look at it --------------------------------------------------------------------------------
+
+
+def tracking_uri(tracking: Tracking, runs: Path | str) -> str:
+    """What MLflow is told: the database beside runs/ (of an object store: in the working directory), or the server.
+
+    Raises TrackingError for a kind that does not exist.
+    """
+    if tracking.kind == "server":
+        if not re.match(r"https?://", tracking.uri):
+            raise TrackingError(f'tracking=server needs tracking.uri=http://HOST:PORT, not "{tracking.uri}"')
+        return tracking.uri.rstrip("/")
+    if tracking.kind == "sqlite":
+        return tracking.uri or f"sqlite:///{_beside(runs) / 'mlflow.db'}"
+    raise TrackingError(f'no tracking "{tracking.kind}"; known: none, server, sqlite')
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program to start: its words, what its environment adds, where its pages will be."""
+
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+    url: str
+
+
+def ui_command(tracking: Tracking, runs: Path | str, port: int = 5000) -> Command:
+    """The command that serves MLflow's pages on the loopback interface. Raises TrackingError where there is nothing to show, or
+    the port is taken."""
+    uri = tracking_uri(tracking, runs)
+    if tracking.kind == "server":
+        raise TrackingError(f"the tracking server shows its own pages: open {uri}")
+    database = Path(uri.removeprefix("sqlite:///"))
+    if not database.exists():
+        raise TrackingError(f"{database} does not exist: nothing was tracked here yet. Run a sweep, or `harness publish SWEEP`")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise TrackingError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+    stores = ("--backend-store-uri", uri, "--default-artifact-root", artifact_folder(runs).as_uri())
+    words = (sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}/#/experiments?{MODEL_TRAINING}")
+
+
+def serve(runtime: Runtime, port: int = 5000) -> int:
+    """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
+    if runtime.tracking.kind == "server":
+        print(f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}")
+        return 0
+    command = ui_command(runtime.tracking, runtime.runs, port)
+    print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
+    process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)    # a terminated command takes its server with it
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def artifact_folder(runs: Path | str) -> Path:
+    """Where artifacts lie beside a runs folder."""
+    return _beside(runs) / "mlruns"
+
+
+def _beside(runs: Path | str) -> Path:
+    return Path.cwd() if is_url(runs) else Path(runs).resolve().parent

@@ -1,0 +1,105 @@
+"""No cell fails at run time for a reason that the plan could have known: methods × schemes × families.
+
+The whole product is asked what it accepts, from config.json alone. Of what is accepted, a covering part is run: on Llama every
+method and every scheme. `python tests/methods/every_cell.py` runs all of it, on every family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import every_cell
+import pytest
+
+from harness.core import plugins
+from harness.core.cell import Cell, Part, Scheme, to_json
+from harness.core.shapes import Shapes
+from harness.data.demo.tiny import TINY
+from harness.quantization.models import shapes as shapes_of
+
+OF_THE_STUDIES = ("llama", "mistral", "qwen2", "qwen3")     # on these every method must have a scheme that it accepts, but for:
+REFUSED = {("qwen3", "omniquant_wa")}                       # norms between queries and keys let no learned scale through
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model of each family, built when it is first asked for."""
+    from harness.data.demo.tiny import build
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            build(family, path, num_hidden_layers=2)
+            made[family] = path
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_llama(folders: Callable[[str], Path]) -> list[Cell]:
+    return every_cell.product(folders("llama"))
+
+
+def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -> bool:
+    """What the parts of a cell's method answer for a model of these shapes; their answers must be reasons, and said once."""
+    accepted = True
+    for slot in ("transform", "rounding", "tuning"):
+        part = getattr(cell.method, slot)
+        if part is None:
+            continue
+        if (slot, part) not in built:
+            built[slot, part] = plugins.build(slot, part.name, to_json(part)["settings"])
+        reasons = built[slot, part].check(cell.scheme, shapes)                  # type: ignore[attr-defined]
+        assert all(isinstance(reason, str) and reason for reason in reasons) and len(set(reasons)) == len(reasons), cell.title
+        accepted = accepted and not reasons
+    return accepted
+
+
+def test_every_method_answers_for_every_scheme_on_every_family(folders: Callable[[str], Path], on_llama: list[Cell]) -> None:
+    built: dict[tuple[str, Part], object] = {}
+    questions: dict[tuple[object, ...], Cell] = {}
+    for cell in on_llama:
+        scheme: Scheme = dataclasses.replace(cell.scheme, name="")
+        questions.setdefault((cell.method, scheme), cell)
+    methods = set(every_cell.names("methods", "none"))
+    for family in TINY:
+        shapes = shapes_of(folders(family))
+        served = {cell.method.name.partition("[")[0] for cell in questions.values() if accepts(cell, shapes, built)}
+        if family in OF_THE_STUDIES:
+            assert {(family, method) for method in methods - served} <= REFUSED
+        assert {"rtn", "gptq"} <= served, family
+
+
+def covering(cells: list[Cell], methods: list[str] | None) -> list[Cell]:
+    """One accepted cell for each of these methods; for all methods (None), every scheme that any of them accepts too."""
+    ask = every_cell.checker()
+    chosen: list[Cell] = []
+    schemes: set[str] = set()
+    wanted = {cell.method.name.partition("[")[0] for cell in cells} if methods is None else set(methods)
+    by_method: dict[str, list[Cell]] = {}
+    for cell in cells:
+        name = cell.method.name.partition("[")[0]
+        if name in wanted and (methods is None or name not in by_method) and not ask.reasons(cell):
+            by_method.setdefault(name, []).append(cell)
+    for name in sorted(by_method, key=lambda name: len(by_method[name])):       # those that accept least choose first
+        new = [cell for cell in by_method[name] if cell.scheme.name not in schemes]
+        chosen.append((new or by_method[name])[0])
+        schemes.add(chosen[-1].scheme.name)
+    for cell in (cell for cells in by_method.values() for cell in cells):
+        if methods is None and cell.scheme.name not in schemes:
+            chosen.append(cell)
+            schemes.add(cell.scheme.name)
+    return chosen
+
+
+def test_every_method_and_every_scheme_run_on_llama(
+    folders: Callable[[str], Path], on_llama: list[Cell], tmp_path: Path
+) -> None:
+    chosen = covering(on_llama, None)
+    assert {cell.method.name.partition("[")[0] for cell in chosen} == set(every_cell.names("methods", "none"))
+    assert list(every_cell.failures(chosen, folders("llama"), tmp_path / "runs")) == []

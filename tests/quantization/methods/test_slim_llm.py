@@ -1,0 +1,208 @@
+"""SliM-LLM: widths that keep their mean, GPTQ underneath, ranges that are never worse by their own measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from evidence import FakeBlock, FakeEvidence, correlated_inputs, generator, llama_shapes, random_weight
+from torch import Tensor
+
+from harness.core import plugins
+from harness.core.cell import Scheme, WeightScheme
+from harness.core.errors import ConfigError, MethodError
+from harness.quantization.methods import slim_llm
+from harness.quantization.numerics.grids import fit
+from harness.quantization.numerics.mixed_width import (
+    MixedWidthWeight,
+    binarize,
+    group_salience,
+    nearest_at,
+    search_moved,
+    widths_of,
+)
+from harness.quantization.numerics.weights import QuantizedWeight
+
+
+def w(bits: int, group_size: int = 16, scale_dtype: str = "float32") -> WeightScheme:
+    return WeightScheme("int", bits, group_size, False, scale_dtype)
+
+
+def rounded(weight: Tensor, evidence: Any, scheme: WeightScheme, **settings: Any) -> MixedWidthWeight:
+    return plugins.build("rounding", "slim_llm", settings).round_layer("self_attn.q_proj", weight, evidence, scheme, generator())
+
+
+def evidence_of(width: int, **fields: Any) -> FakeEvidence:
+    return FakeEvidence(correlated_inputs(width, **fields), needs=("hessian", "inputs"))
+
+
+class DiagonalEvidence(FakeEvidence):
+    """Inputs whose channels never meet: a Hessian with nothing off its diagonal."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(correlated_inputs(width), needs=("hessian", "inputs"))
+        self._statistics["hessian"] = torch.diag(torch.rand(width, generator=generator(3)) + 0.5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("columns", [64, 80, 128])
+def test_the_mean_width_is_the_base(bits: int, columns: int) -> None:
+    found = rounded(random_weight(24, columns), evidence_of(columns), w(bits))
+    assert sum(found.bits) == bits * len(found.bits)
+    assert set(found.bits) == {bits - 1, bits, bits + 1} or set(found.bits) == {bits - 1, bits + 1}
+
+
+def test_uniform_widths_and_plain_ranges_are_gptq() -> None:
+    """Bit for bit, given the same damped Hessian: ours is in another unit and has 0.01 more on its diagonal."""
+    weight, evidence = random_weight(24, 96), evidence_of(96)
+    unit = 2 * evidence["inputs"].shape[1]
+    shifted = FakeEvidence(correlated_inputs(96), needs=("hessian",))
+    shifted._statistics["hessian"] = evidence["hessian"] * unit + 0.01 * torch.eye(96)
+    gptq = plugins.build("rounding", "gptq", {"block_size": 16})
+    expected = gptq.round_layer("self_attn.q_proj", weight, shifted, w(3), generator())
+    found = rounded(weight, evidence, w(3), search_widths=False, range_steps=0)
+    assert torch.equal(found.dequantize(), expected.dequantize())
+
+
+def test_a_weight_of_one_leaves_salient_entries_like_the_others() -> None:
+    weight, evidence = random_weight(24, 96), evidence_of(96)
+    one, other = (rounded(weight, evidence, w(3), salient_weight=value).dequantize() for value in (1.0, 1.0000001))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, rounded(weight, evidence, w(3), salient_weight=20.0).dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_searched_range_is_never_worse_than_the_plain_one(bits: int) -> None:
+    values, diagonal = random_weight(32, 16, seed=9), torch.ones(16)
+    errors = []
+    for steps in (0, 50):
+        method = slim_llm.Rounding(slim_llm.Rounding.Settings(range_steps=steps))
+        scale, zero = method._fit(values, diagonal, bits, "float32")
+        codes = (torch.round(values / scale) + zero).clamp(0, 2**bits - 1)
+        errors.append((scale * (codes - zero) - values).abs().pow(2.4).sum(-1))
+    assert bool((errors[1] <= errors[0]).all()) and bool((errors[1] < errors[0]).any())
+
+
+def test_a_diagonal_hessian_leaves_round_to_nearest_with_the_range_search() -> None:
+    weight, evidence = random_weight(16, 64), DiagonalEvidence(64)
+    found = rounded(weight, evidence, w(3), search_widths=False).dequantize()
+    method = slim_llm.Rounding(slim_llm.Rounding.Settings())
+    expected = torch.empty_like(weight)
+    for start in range(0, 64, 16):
+        values = weight[:, start : start + 16]
+        scale, zero = method._fit(values, torch.ones(16), 3, "float32")
+        expected[:, start : start + 16] = scale * ((torch.round(values / scale) + zero).clamp(0, 7) - zero)
+    assert torch.equal(found, expected)
+
+
+def test_incremental_divergences_are_those_of_whole_products() -> None:
+    """Every candidate computed by itself picks the same number of moved groups."""
+    for seed in range(3):
+        weight, inputs = random_weight(20, 128, seed), list(correlated_inputs(128, seed=seed))
+        salience = torch.rand(8, generator=generator(seed))
+        losses = []
+        for moved in range(1, 4):
+            widths = widths_of(salience, 2, moved)
+            groups = weight.reshape(20, 8, 16)
+            candidate = torch.cat([nearest_at(groups[:, g], width, "float32") for g, width in enumerate(widths)], dim=1)
+            total = 0.0
+            for x in inputs:
+                p = torch.softmax(x @ candidate.T, -1).clamp(min=1e-6)
+                o = torch.softmax(x @ weight.T, -1).clamp(min=1e-6)
+                total += float((p * (p.log() - o.log())).sum(-1).mean())
+            losses.append(total)
+        assert search_moved(weight, inputs, salience, 2, 16, "float32") == losses.index(min(losses)) + 1
+
+
+def test_the_least_salient_groups_lose_and_the_most_salient_win() -> None:
+    assert widths_of(torch.tensor([5.0, 1.0, 3.0, 9.0, 2.0]), 3, 2) == (4, 2, 3, 4, 2)
+    assert widths_of(torch.tensor([1.0, 1.0, 1.0, 1.0]), 2, 1) == (1, 2, 2, 3)
+    weight, factor = random_weight(4, 8), torch.triu(torch.rand(8, 8, generator=generator(1)) + 0.5)
+    by_hand = [float(((weight[:, a:a + 4] / factor.diagonal()[a:a + 4]) ** 2).sum()) for a in (0, 4)]
+    assert group_salience(weight, factor, 4).tolist() == pytest.approx(by_hand)
+
+
+def test_one_bit_is_the_mean_and_the_mean_magnitude() -> None:
+    values = random_weight(8, 16) + 0.02
+    codes, scale, mean = binarize(values, "float32")
+    assert torch.allclose(mean, values.mean(1, keepdim=True)) and torch.allclose(scale, values.abs().mean(1, keepdim=True))
+    expected = mean + scale * torch.sign(values - mean)
+    assert torch.allclose(mean + scale * (2 * codes.float() - 1), expected)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_layout_is_exact_and_its_size_honest(bits: int, scale_dtype: str) -> None:
+    found = rounded(random_weight(24, 128), evidence_of(128), w(bits, 16, scale_dtype))
+    tensors, meta = found.pack()
+    again = QuantizedWeight.kinds["mixed_width"].unpack(tensors, meta)
+    assert torch.equal(again.dequantize(), found.dequantize()) and again.bits == found.bits      # type: ignore[attr-defined]
+    scale_bits = 16 if scale_dtype == "float16" else 32
+    nominal = bits + scale_bits / 16
+    assert nominal < found.bits_per_weight < nominal + (scale_bits + bits + 1) / 16
+
+
+def test_a_layer_of_few_groups_keeps_its_width() -> None:
+    found = rounded(random_weight(16, 48), evidence_of(48), w(3))
+    assert found.bits == (3, 3, 3)
+
+
+def test_moved_widths_help_where_salience_is_uneven() -> None:
+    weight, inputs = random_weight(48, 128), correlated_inputs(128, outliers=0)
+    inputs[..., :16] *= 8
+    evidence = FakeEvidence(inputs, needs=("hessian", "inputs"))
+    x = inputs.reshape(-1, 128)
+
+    def error(found: MixedWidthWeight) -> float:
+        return float((x @ (found.dequantize() - weight).T).square().sum())
+
+    searched, uniform = rounded(weight, evidence, w(2)), rounded(weight, evidence, w(2), search_widths=False)
+    assert searched.bits[0] == 3
+    assert error(searched) < error(uniform)
+
+
+def test_dead_columns_become_nearly_nothing() -> None:
+    inputs = correlated_inputs(64)
+    inputs[..., [3, 40]] = 0
+    found = rounded(random_weight(16, 64), FakeEvidence(inputs, needs=("hessian", "inputs")), w(3), search_widths=False)
+    assert bool((found.dequantize()[:, [3, 40]] == 0).all())
+
+
+def test_linears_of_one_input_share_their_factors() -> None:
+    block = FakeBlock(needs=("hessian", "inputs"))
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        rounded(block.linear(name).weight.detach(), block.evidence[name], w(3, 8))
+    assert set(block.evidence["self_attn.q_proj"].computed.values()) == {1}
+
+
+@pytest.mark.parametrize(("scheme", "reason"), [
+    (WeightScheme("int", 3, -1), "group_size"),
+    (WeightScheme("int", 3, 16, symmetric=True), "symmetric=false"),
+    (WeightScheme("int", 6, 8), "2 to 4"),
+    (WeightScheme("int", 3, 32), "four groups"),
+])
+def test_what_cannot_run_is_refused(scheme: WeightScheme, reason: str) -> None:
+    found = plugins.build("rounding", "slim_llm", {}).check(Scheme("test", scheme), llama_shapes())
+    assert any(reason in each for each in found)
+
+
+@pytest.mark.parametrize("settings", [{"damping_fraction": 0.0}, {"range_steps": 500}, {"salient_weight": -1.0}])
+def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        plugins.build("rounding", "slim_llm", settings)
+
+
+def test_broken_numbers_fail_the_cell() -> None:
+    weight = random_weight(16, 64)
+    weight[2, 3] = float("nan")
+    with pytest.raises(MethodError, match="NaN"):
+        rounded(weight, evidence_of(64), w(3))
+    huge = [torch.full((4, 64), 1e38)]
+    with pytest.raises(MethodError, match="divergence"):
+        search_moved(torch.full((16, 64), 1e30), huge, torch.ones(4), 2, 16, "float32")
+
+
+def test_wide_groups_use_gptqs_grid() -> None:
+    groups = random_weight(8, 32).reshape(8, 2, 16)
+    assert torch.equal(nearest_at(groups, 3, "float32"), fit(groups, 3, False, "gptq").nearest(groups))
