@@ -16,7 +16,11 @@ class BuildWithConfigs(build_py):
         super().run()
         if not self.editable_mode:
             for folder in ("conf", "sweeps"):
-                shutil.copytree(Path(__file__).parent / folder, Path(self.build_lib) / "harness" / folder, dirs_exist_ok=True)
+                shutil.copytree(
+                    Path(__file__).parent / folder,
+                    Path(self.build_lib) / "harness" / folder,
+                    dirs_exist_ok=True,
+                )
 
 
 setup(cmdclass={"build_py": BuildWithConfigs})

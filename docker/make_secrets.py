@@ -18,9 +18,17 @@ def make(folder: Path) -> list[Path]:
     """Write what is missing; returns the files written."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    password, key_id, key = secrets.token_urlsafe(32), secrets.token_hex(10), secrets.token_urlsafe(32)
+    password, key_id, key = (
+        secrets.token_urlsafe(32),
+        secrets.token_hex(10),
+        secrets.token_urlsafe(32),
+    )
     actions = ["Admin", "Read", "Write", "List"]
-    identity = {"name": USER, "credentials": [{"accessKey": key_id, "secretKey": key}], "actions": actions}
+    identity = {
+        "name": USER,
+        "credentials": [{"accessKey": key_id, "secretKey": key}],
+        "actions": actions,
+    }
     # Files of one group name the same secret, so they are made together or not at all.
     groups = (
         {"postgres_password": secrets.token_urlsafe(32)},

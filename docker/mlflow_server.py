@@ -96,12 +96,13 @@ def prepare(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
     lines = [f"{name} = {value.replace('%', '%%')}" for name, value in settings.items()]
     write_private(folder / "auth.ini", "\n".join(["[mlflow]", *lines, ""]))
     return {
-        "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes and 1.8 GB that nothing here uses
         **environment,
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secret(secrets, "mlflow_key"),
-        "MLFLOW_BACKEND_STORE_URI": runs,               # here and not as an argument, which every user of the machine could read
+        "MLFLOW_BACKEND_STORE_URI": runs,  # here and not as an argument, which every user of the machine could read
     }
 
 
@@ -109,14 +110,26 @@ def command(environment: Mapping[str, str], arguments: Sequence[str]) -> list[st
     """The words of `mlflow server`; none of them is secret."""
     hosts = environment.get("MLFLOW_ALLOWED_HOSTS", "localhost:*,127.0.0.1:*,mlflow:*")
     place = environment.get("MLFLOW_ARTIFACTS", "s3://mlflow/artifacts")
-    words = ["-m", "mlflow", "server", "--app-name", "basic-auth", "--serve-artifacts", "--artifacts-destination", place]
+    words = [
+        "-m",
+        "mlflow",
+        "server",
+        "--app-name",
+        "basic-auth",
+        "--serve-artifacts",
+        "--artifacts-destination",
+        place,
+    ]
     return [sys.executable, *words, "--allowed-hosts", hosts, "--workers", "2", *arguments]
 
 
 def main() -> None:
     """Prepare, then become the server."""
     environment = prepare(dict(os.environ), Path.cwd())
-    uri, place = environment["MLFLOW_BACKEND_STORE_URI"], environment.get("MLFLOW_ARTIFACTS", "s3://mlflow/artifacts")
+    uri, place = (
+        environment["MLFLOW_BACKEND_STORE_URI"],
+        environment.get("MLFLOW_ARTIFACTS", "s3://mlflow/artifacts"),
+    )
     make_database(uri)
     make_database(f"{uri}_auth")
     if place.startswith("s3://"):

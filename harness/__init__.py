@@ -62,7 +62,11 @@ def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
     store = Store(loaded.runtime.runs)
     chosen = next((each for each in loaded.shown_tables if not name or each.name == name), None)
     if chosen is None:
-        raise ConfigError(unknown_name("table", name, [each.name for each in loaded.shown_tables], f"sweep {loaded.name}"))
+        raise ConfigError(
+            unknown_name(
+                "table", name, [each.name for each in loaded.shown_tables], f"sweep {loaded.name}"
+            )
+        )
     return frame(build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
 
 

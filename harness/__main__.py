@@ -21,7 +21,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:                     # `harness table … | head`
+    except BrokenPipeError:  # `harness table … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
 

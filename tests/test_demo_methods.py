@@ -14,7 +14,9 @@ LEFT_OUT: dict[str, str] = {"none": "the baseline, which every sweep adds by its
 
 def test_every_method_is_in_the_sweep_or_left_out_with_a_reason() -> None:
     sweep = grid.load_sweep("demo_methods")
-    used = {cell.method.name.partition("[")[0] for cell in sweep.cells if not cell.method.is_baseline}
+    used = {
+        cell.method.name.partition("[")[0] for cell in sweep.cells if not cell.method.is_baseline
+    }
     known = {entry.name for entry in locations.list_names("methods")}
     assert known - used - set(LEFT_OUT) == set(), "add these to sweeps/demo_methods.yaml"
     assert not used & set(LEFT_OUT) and set(LEFT_OUT) <= known

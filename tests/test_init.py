@@ -11,26 +11,44 @@ import pytest
 import harness
 from harness.core.errors import ConfigError, PlanError
 
-GRID = ("model=demo", "method=rtn", "scheme=w4", "evaluations=demo_perplexity", "evaluations.limit=2")
+GRID = (
+    "model=demo",
+    "method=rtn",
+    "scheme=w4",
+    "evaluations=demo_perplexity",
+    "evaluations.limit=2",
+)
 
 
 def local(tmp_path: Path) -> tuple[str, ...]:
-    return (f"runs={tmp_path / 'runs'}", "tracking=none", "device=cpu", "cluster=local", "cluster.workers=1")
+    return (
+        f"runs={tmp_path / 'runs'}",
+        "tracking=none",
+        "device=cpu",
+        "cluster=local",
+        "cluster.workers=1",
+    )
 
 
 def test_plan_run_plan(tmp_path: Path) -> None:
     before = harness.plan(*GRID, *local(tmp_path))
-    assert list(before["state"]) == ["quantize"] * 2 and before.attrs["text"].startswith("plan    2 cells")
+    assert list(before["state"]) == ["quantize"] * 2 and before.attrs["text"].startswith(
+        "plan    2 cells"
+    )
     records = harness.run(*GRID, *local(tmp_path))
     assert list(records["state"]) == ["done"] * 2
-    assert (records["demo_perplexity/perplexity"] > 1).all() and (records["checkpoint/bits_per_weight"] > 4).all()
+    assert (records["demo_perplexity/perplexity"] > 1).all() and (
+        records["checkpoint/bits_per_weight"] > 4
+    ).all()
     assert records.attrs["summary"].startswith("done    2 of 2")
     assert list(harness.plan(*GRID, *local(tmp_path))["state"]) == ["done"] * 2
 
 
 def test_table(tmp_path: Path) -> None:
     frame = harness.table("demo", *local(tmp_path))
-    assert len(frame) == len(harness.plan("demo", *local(tmp_path))) and "perplexity" in frame.columns
+    assert (
+        len(frame) == len(harness.plan("demo", *local(tmp_path))) and "perplexity" in frame.columns
+    )
     with pytest.raises(ConfigError, match="did you mean"):
         harness.table("demo", *local(tmp_path), name="dmeo")
 

@@ -22,9 +22,12 @@ from harness.execution import provenance
 from harness.quantization.formats.weight_files import WeightReader
 
 SECRETS = {
-    "HF_TOKEN": "hf_canarycanarycanarycanarycanary01", "AWS_SECRET_ACCESS_KEY": "canary/aws/0123456789abcdefghijklmnop",
-    "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-password", "RAY_AUTH_TOKEN": "canary-ray-token-canary-ray-token-0",
-    "WANDB_API_KEY": "canary0000000000000000000000000000000001", "MY_PASSWORD": "canary-my-password",
+    "HF_TOKEN": "hf_canarycanarycanarycanarycanary01",
+    "AWS_SECRET_ACCESS_KEY": "canary/aws/0123456789abcdefghijklmnop",
+    "MLFLOW_TRACKING_PASSWORD": "canary-mlflow-password",
+    "RAY_AUTH_TOKEN": "canary-ray-token-canary-ray-token-0",
+    "WANDB_API_KEY": "canary0000000000000000000000000000000001",
+    "MY_PASSWORD": "canary-my-password",
 }
 
 
@@ -32,24 +35,45 @@ SECRETS = {
 def test_secrets_of_the_environment_are_kept_nowhere(tmp_path: Path) -> None:
     """A real run in worker processes, tracked in MLflow: no file holds a canary."""
     words = [
-        "model=demo", "method=rtn", "scheme=w4", "baseline=false", "evaluations=demo_perplexity", "evaluations.limit=2",
-        f"runs={tmp_path}/runs", "tracking=sqlite", "device=cpu", "cluster=local", "cluster.workers=2",
+        "model=demo",
+        "method=rtn",
+        "scheme=w4",
+        "baseline=false",
+        "evaluations=demo_perplexity",
+        "evaluations.limit=2",
+        f"runs={tmp_path}/runs",
+        "tracking=sqlite",
+        "device=cpu",
+        "cluster=local",
+        "cluster.workers=2",
     ]
-    environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "HARNESS_CACHE": str(tmp_path / "cache")}
+    environment = {
+        **os.environ,
+        **SECRETS,
+        "OMP_NUM_THREADS": "1",
+        "HARNESS_CACHE": str(tmp_path / "cache"),
+    }
     command = [sys.executable, "-m", "harness", "run", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.name == "mlflow.db" for path in kept) and any(path.name == "log.txt" for path in kept)
+    assert any(path.name == "mlflow.db" for path in kept) and any(
+        path.name == "log.txt" for path in kept
+    )
     for secret in SECRETS.values():
         assert secret not in done.stdout + done.stderr
         assert not [path for path in kept if secret.encode() in path.read_bytes()]
 
 
 def test_passwords_in_addresses_stay_out_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["harness", "run", "demo", "tracking.uri=http://me:canary@server:5000"])
+    monkeypatch.setattr(
+        sys, "argv", ["harness", "run", "demo", "tracking.uri=http://me:canary@server:5000"]
+    )
     assert provenance.command_line() == "harness run demo tracking.uri=http://server:5000"
-    assert text.without_password("http://me:can@ary@server:5000/a and http://b@c") == "http://server:5000/a and http://c"
+    assert (
+        text.without_password("http://me:can@ary@server:5000/a and http://b@c")
+        == "http://server:5000/a and http://c"
+    )
 
 
 class Payload:
@@ -62,7 +86,9 @@ class Payload:
         return (Path.write_text, (self.path, "code was run"))
 
 
-def test_pickled_weights_are_refused_unread(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_unread(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder, proof = tiny_model("llama"), tmp_path / "proof"
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -72,17 +98,26 @@ def test_pickled_weights_are_refused_unread(tiny_model: Callable[..., Path], tmp
         WeightReader(folder)
     with pytest.raises(ModelError, match="unpickled, which is refused"):
         model_folders.model_folder(Model("hostile", str(folder)))
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(proof)))     # a pickle by another name
+    (folder / "model.safetensors").write_bytes(
+        pickle.dumps(Payload(proof))
+    )  # a pickle by another name
     with pytest.raises(ModelError, match="not a readable safetensors"):
         WeightReader(folder)
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/part.safetensors", "weights.bin", "..", 7])
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "sub/part.safetensors", "weights.bin", "..", 7],
+)
 def test_an_index_cannot_point_out_of_its_folder(tmp_path: Path, name: Any) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
-    for path in (tmp_path / "outside.safetensors", folder / "sub" / "part.safetensors", folder / "weights.bin"):
+    for path in (
+        tmp_path / "outside.safetensors",
+        folder / "sub" / "part.safetensors",
+        folder / "weights.bin",
+    ):
         path.write_bytes(b"")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ModelError, match="no safetensors file of this folder"):
@@ -99,10 +134,15 @@ def test_code_in_a_model_folder_is_not_run(tiny_model: Callable[..., Path], tmp_
     from harness.execution.worker import load_tokenizer
 
     folder, proof = tiny_model("llama"), tmp_path / "proof"
-    (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w').write('code was run')\nclass Evil: pass\n")
+    (folder / "evil.py").write_text(
+        f"open({str(proof)!r}, 'w').write('code was run')\nclass Evil: pass\n"
+    )
     settings = folder / "tokenizer_config.json"
     content = json.loads(settings.read_text()) if settings.exists() else {}
-    content |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    content |= {
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+        "tokenizer_class": "Evil",
+    }
     settings.write_text(json.dumps(content))
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
@@ -110,14 +150,18 @@ def test_code_in_a_model_folder_is_not_run(tiny_model: Callable[..., Path], tmp_
     try:
         load_tokenizer(folder)
     except (ValueError, OSError, HarnessError):
-        pass                                    # refused; a tokenizer of transformers' own is as good
+        pass  # refused; a tokenizer of transformers' own is as good
     from harness.quantization import models
 
     models.shapes(folder)
     assert not proof.exists()
 
 
-TAGS = ("!!python/object/apply:os.system ['touch PROOF']", "!!python/name:os.system", "!include /etc/passwd")
+TAGS = (
+    "!!python/object/apply:os.system ['touch PROOF']",
+    "!!python/name:os.system",
+    "!include /etc/passwd",
+)
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -159,8 +203,14 @@ print("FOUND", json.dumps(found))
 
 @pytest.mark.slow
 def test_ray_listens_on_the_loopback_interface_alone(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LISTEN, str(tmp_path)], capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTEN, str(tmp_path)], capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
-    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))[5:])
+    found = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))[5:]
+    )
     assert found, "Ray listens nowhere: the test has lost its subject"
-    assert not [each for each in found if each[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")], found
+    assert not [
+        each for each in found if each[1] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")
+    ], found

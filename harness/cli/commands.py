@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness.cli.completion import GROUPS, complete_group, complete_key, complete_layout, complete_override, complete_sweep
+from harness.cli.completion import (
+    GROUPS,
+    complete_group,
+    complete_key,
+    complete_layout,
+    complete_override,
+    complete_sweep,
+)
 from harness.config.overrides import split_arguments
 from harness.core.errors import ConfigError, unknown_name
 
@@ -26,17 +33,30 @@ if TYPE_CHECKING:
 
 
 app = typer.Typer(
-    name="harness", help="Distributed sweeps of model × method × bit width for quantized language models.",
-    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+    name="harness",
+    help="Distributed sweeps of model × method × bit width for quantized language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-SweepArgument = Annotated[str | None, typer.Argument(
-    metavar="[SWEEP]", help="A file of sweeps/, a path, or the first override.", autocompletion=complete_sweep,
-)]
-Overrides = Annotated[list[str] | None, typer.Argument(
-    metavar="[KEY=VALUE]...", help="Changes to the sweep: axes take lists (scheme=w4,w3).", autocompletion=complete_override,
-)]
+SweepArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SWEEP]",
+        help="A file of sweeps/, a path, or the first override.",
+        autocompletion=complete_sweep,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Changes to the sweep: axes take lists (scheme=w4,w3).",
+        autocompletion=complete_override,
+    ),
+]
 Runs = Annotated[str, typer.Option("--runs", help="The folder, or the URL, that holds results.")]
 
 
@@ -58,7 +78,12 @@ def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
 def run(
     sweep: SweepArgument = None,
     overrides: Overrides = None,
-    budget: Annotated[str, typer.Option(help="Wall time, e.g. 90min or 8h: the cheapest cells first, and nothing after it.")] = "",
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Wall time, e.g. 90min or 8h: the cheapest cells first, and nothing after it."
+        ),
+    ] = "",
 ) -> None:
     """Carry a sweep out, or finish it: what is done is not done again."""
     from harness.cli import progress
@@ -86,7 +111,10 @@ def table(
     sweep: SweepArgument = None,
     overrides: Overrides = None,
     form: Annotated[str, typer.Option("--format", "-f", help="md, latex, csv or html.")] = "md",
-    name: Annotated[str, typer.Option("--table", "-t", help="One table of the sweep by name; all when not given.")] = "",
+    name: Annotated[
+        str,
+        typer.Option("--table", "-t", help="One table of the sweep by name; all when not given."),
+    ] = "",
 ) -> None:
     """Print a sweep's tables, published numbers beside ours; gaps name the command that fills them."""
     from harness.reporting import render as tables
@@ -101,7 +129,13 @@ def table(
     store = store.snapshot(loaded.cells)
     records = [store.record(cell) for cell in loaded.cells]
     chosen = [each for each in loaded.shown_tables if not name or each.name == name]
-    print("\n".join(tables.render(tables_module.build(loaded, each, records, store), form) for each in chosen), end="")
+    print(
+        "\n".join(
+            tables.render(tables_module.build(loaded, each, records, store), form)
+            for each in chosen
+        ),
+        end="",
+    )
 
 
 @app.command()
@@ -113,12 +147,18 @@ def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     if not loaded.findings:
         raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
     store = store.snapshot(loaded.cells)
-    print(checks.render(checks.check(loaded, [store.record(cell) for cell in loaded.cells], store)), end="")
+    print(
+        checks.render(checks.check(loaded, [store.record(cell) for cell in loaded.cells], store)),
+        end="",
+    )
 
 
 @app.command()
 def show(
-    key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)], runs: Runs = "runs"
+    key: Annotated[
+        str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)
+    ],
+    runs: Runs = "runs",
 ) -> None:
     """Everything known of one cell: config, scores, layer errors, failures, how it was made and how to make it again."""
     from harness.cli import show as show_module
@@ -134,7 +174,10 @@ def show(
 
 @app.command()
 def cancel(
-    target: Annotated[str, typer.Argument(metavar="SWEEP|KEY", help="A sweep, or the first digits of a cell's key.")],
+    target: Annotated[
+        str,
+        typer.Argument(metavar="SWEEP|KEY", help="A sweep, or the first digits of a cell's key."),
+    ],
     runs: Runs = "runs",
 ) -> None:
     """Stop a running sweep, or take one cell out of it, from any shell that sees --runs; what is finished stays."""
@@ -147,7 +190,9 @@ def cancel(
         return
     key = store.find(target)
     store.cancel(key)
-    print(f"cell {key[:12]} is left out within seconds where it runs; the next harness run of its sweep tries it again")
+    print(
+        f"cell {key[:12]} is left out within seconds where it runs; the next harness run of its sweep tries it again"
+    )
 
 
 @app.command()
@@ -163,14 +208,19 @@ def prioritize(
     store = Store(runs)
     names = {str(each["sweep"]) for each in active_drivers(store)}
     if sweep not in names:
-        raise ConfigError(f"{unknown_name('running sweep', sweep, names, runs)}\nStart it with priority={priority}.")
+        raise ConfigError(
+            f"{unknown_name('running sweep', sweep, names, runs)}\nStart it with priority={priority}."
+        )
     store.ask_priority(sweep, priority)
-    print(f"sweep {sweep} has priority {priority} within seconds, until it ends; priority={priority} in its file or command stays")
+    print(
+        f"sweep {sweep} has priority {priority} within seconds, until it ends; priority={priority} in its file or command stays"
+    )
 
 
 @app.command()
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, runs: Runs = "runs"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    runs: Runs = "runs",
 ) -> None:
     """Delete checkpoints that no cell uses and what killed processes left; never a result."""
     from harness.core.units import size
@@ -182,13 +232,25 @@ def gc(
     for each in found:
         print(f"{size(each.bytes):>9}  {store.where(each.path)}  {each.reason}")
     freed = sum(each.bytes for each in found) if dry_run else clean.remove(store, found)
-    print(f"{len(found)} leftovers, {size(freed)} {'would be free; nothing was deleted' if dry_run else 'freed'}")
+    print(
+        f"{len(found)} leftovers, {size(freed)} {'would be free; nothing was deleted' if dry_run else 'freed'}"
+    )
 
 
 @app.command()
 def export(
-    key: Annotated[str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)],
-    form: Annotated[str, typer.Option("--format", "-f", help="compressed_tensors, gptq or peft.", autocompletion=complete_layout)],
+    key: Annotated[
+        str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)
+    ],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            "-f",
+            help="compressed_tensors, gptq or peft.",
+            autocompletion=complete_layout,
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
     runs: Runs = "runs",
 ) -> None:
@@ -211,7 +273,10 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
 
 @app.command()
 def diagnose(
-    model: Annotated[str, typer.Argument(help="A model of conf/model/, a folder, a hub id, or demo:weight_outliers.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A model of conf/model/, a folder, a hub id, or demo:weight_outliers."),
+    ],
     overrides: Overrides = None,
     bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
     group_size: Annotated[int, typer.Option(help="To propose; 0: the largest that repairs.")] = 0,
@@ -223,7 +288,10 @@ def diagnose(
 
 
 @app.command()
-def ui(runs: Runs = "runs", port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000) -> None:
+def ui(
+    runs: Runs = "runs",
+    port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000,
+) -> None:
     """Serve MLflow's pages on the results beside a runs folder; ends with Ctrl-C."""
     from harness.core.sweep import Runtime
     from harness.storage.places import place_of
@@ -232,14 +300,19 @@ def ui(runs: Runs = "runs", port: Annotated[int, typer.Option(help="On the loopb
     raise typer.Exit(tracking.serve(Runtime(place_of(runs)), port))
 
 
-data_app = typer.Typer(help="Data for machines without network: pull a bundle, check one.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Data for machines without network: pull a bundle, check one.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 
 
 @data_app.command("pull")
 def data_pull(
-    sweep: SweepArgument = None, overrides: Overrides = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle; data.root=<it> runs from it.")] = Path("bundle"),
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The bundle; data.root=<it> runs from it.")
+    ] = Path("bundle"),
 ) -> None:
     """Fetch the models, texts and benchmarks of a sweep into one folder, at pinned revisions and with row hashes."""
     from harness.data import bundle
@@ -261,7 +334,11 @@ def data_check(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> Non
 
 
 @app.command("list")
-def list_command(group: Annotated[str, typer.Argument(help=", ".join(GROUPS), autocompletion=complete_group)] = "sweeps") -> None:
+def list_command(
+    group: Annotated[
+        str, typer.Argument(help=", ".join(GROUPS), autocompletion=complete_group)
+    ] = "sweeps",
+) -> None:
     """What there is to choose from: sweeps, models, methods, schemes, …"""
     from harness.config.locations import list_names
 
@@ -287,7 +364,9 @@ def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]
 
     name, changes = split_arguments(sweep, overrides)
     if name is None and not changes:
-        raise ConfigError("name a sweep (`harness list sweeps`) or state a grid, e.g. model=demo method=rtn scheme=w4")
+        raise ConfigError(
+            "name a sweep (`harness list sweeps`) or state a grid, e.g. model=demo method=rtn scheme=w4"
+        )
     loaded = load_sweep(name, changes)
     return loaded, Store(loaded.runtime.runs)
 

@@ -4,15 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-AXES = ("model", "method", "transform", "rounding", "scheme", "calibration", "cluster", "tracking")      # values: conf/<axis>/
+AXES = (
+    "model",
+    "method",
+    "transform",
+    "rounding",
+    "scheme",
+    "calibration",
+    "cluster",
+    "tracking",
+)  # values: conf/<axis>/
 PLAIN_KEYS = (
-    "inputs", "seed", "evaluations", "evaluations.limit", "calibration.samples", "runs", "device", "priority", "batch_size",
-    "fail_fast", "export", "data.root", "baseline", "cluster.workers", "cluster.gpus_per_task", "cluster.gpu_memory",
-    "cluster.address", "tracking.uri",
+    "inputs",
+    "seed",
+    "evaluations",
+    "evaluations.limit",
+    "calibration.samples",
+    "runs",
+    "device",
+    "priority",
+    "batch_size",
+    "fail_fast",
+    "export",
+    "data.root",
+    "baseline",
+    "cluster.workers",
+    "cluster.gpus_per_task",
+    "cluster.gpu_memory",
+    "cluster.address",
+    "tracking.uri",
 )
 INPUTS = ("quantized", "full_precision")
 GROUPS = (
-    "sweeps", "models", "methods", "schemes", "calibrations", "evaluations", "evaluators", "transforms", "roundings", "clusters",
+    "sweeps",
+    "models",
+    "methods",
+    "schemes",
+    "calibrations",
+    "evaluations",
+    "evaluators",
+    "transforms",
+    "roundings",
+    "clusters",
     "trackings",
 )
 
@@ -21,7 +54,11 @@ def complete_sweep(incomplete: str) -> Iterator[tuple[str, str]]:
     """Names of sweeps and, as the first word may be one too, overrides."""
     from harness.config.locations import list_names
 
-    yield from ((entry.name, entry.title) for entry in list_names("sweeps") if entry.name.startswith(incomplete))
+    yield from (
+        (entry.name, entry.title)
+        for entry in list_names("sweeps")
+        if entry.name.startswith(incomplete)
+    )
     yield from complete_override(incomplete)
 
 
@@ -31,17 +68,25 @@ def complete_override(incomplete: str) -> Iterator[tuple[str, str]]:
 
     key, equals, value = incomplete.partition("=")
     if not equals:
-        yield from ((f"{name}=", "") for name in (*AXES, *PLAIN_KEYS) if name.startswith(incomplete))
+        yield from (
+            (f"{name}=", "") for name in (*AXES, *PLAIN_KEYS) if name.startswith(incomplete)
+        )
         return
     chosen, comma, last = value.rpartition(",")
     if key == "inputs":
         names = [(name, "") for name in INPUTS]
     elif key in AXES or key == "evaluations":
-        names = [(entry.name, entry.title) for entry in list_names(key if key in AXES else "evaluations")]
+        names = [
+            (entry.name, entry.title) for entry in list_names(key if key in AXES else "evaluations")
+        ]
     else:
         return
     taken = chosen.split(",")
-    yield from ((f"{key}={chosen}{comma}{name}", title) for name, title in names if name.startswith(last) and name not in taken)
+    yield from (
+        (f"{key}={chosen}{comma}{name}", title)
+        for name, title in names
+        if name.startswith(last) and name not in taken
+    )
 
 
 def complete_group(incomplete: str) -> list[str]:

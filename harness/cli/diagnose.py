@@ -35,7 +35,11 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     from harness.storage.places import is_url
 
     stated = {override.partition("=")[0].lstrip("+") for override in overrides}
-    text = [] if "calibration" in stated else [f"calibration={'demo' if model.startswith('demo') else 'wikitext2'}"]
+    text = (
+        []
+        if "calibration" in stated
+        else [f"calibration={'demo' if model.startswith('demo') else 'wikitext2'}"]
+    )
     few = [] if "calibration.samples" in stated else ["calibration.samples=8"]
     grid = [f"model={model}", "method=bi_smoothing", "scheme=w8a8", *text, *few, *overrides]
     sweep = load_sweep(None, grid)
@@ -44,21 +48,37 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     folder, wanted = model_folders.model_folder(cell.model), sweep.runtime.device
     device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     windows = draw_windows(cell.calibration, AutoTokenizer.from_pretrained(folder))
-    diagnosis = diagnose(cell.model, folder, windows, bits=bits, group_size=group_size, device=device)
+    diagnosis = diagnose(
+        cell.model, folder, windows, bits=bits, group_size=group_size, device=device
+    )
 
-    place = (Path("runs") if is_url(sweep.runtime.runs) else Path(sweep.runtime.runs)) / "diagnoses" / cell.model.name
+    place = (
+        (Path("runs") if is_url(sweep.runtime.runs) else Path(sweep.runtime.runs))
+        / "diagnoses"
+        / cell.model.name
+    )
     place.mkdir(parents=True, exist_ok=True)
     asked = {
-        "model": to_json(cell.model), "calibration": to_json(cell.calibration), "bits": bits, "group_size": group_size or "any",
+        "model": to_json(cell.model),
+        "calibration": to_json(cell.calibration),
+        "bits": bits,
+        "group_size": group_size or "any",
     }
     record = {**diagnosis.record(), "asked": asked}
     text_of = json.dumps(record, indent=1, sort_keys=True) + "\n"
     write_aside(place / "diagnosis.json", lambda path: path.write_text(text_of, encoding="utf-8"))
     rows = [asdict(report) for report in diagnosis.linears]
-    listed = "\n".join(",".join(map(str, row)) for row in (list(rows[0]), *(row.values() for row in rows))) + "\n"
+    listed = (
+        "\n".join(
+            ",".join(map(str, row)) for row in (list(rows[0]), *(row.values() for row in rows))
+        )
+        + "\n"
+    )
     write_aside(place / "linears.csv", lambda path: path.write_text(listed, encoding="utf-8"))
     for value in ("both", "weight_ratio", "activation_ratio"):
-        figures.save(figures.diagnosis_map(rows, value, cell.model.name), place, value.replace("_", "-"))
+        figures.save(
+            figures.diagnosis_map(rows, value, cell.model.name), place, value.replace("_", "-")
+        )
     first = max(diagnosis.linears, key=lambda report: report.both)
     title = f"{cell.model.name} · block {first.block} · {first.linear}"
     figures.save(figures.channel_magnitudes(diagnosis.channels, title), place, "channels")
@@ -76,13 +96,14 @@ def track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], pla
         for value in ("both", "grouped", "weight_ratio", "activation_ratio"):
             curves.setdefault(f"{value}/{report.linear}", {})[report.block] = getattr(report, value)
     curves |= {
-        "linears that stand out": {0: len(diagnosis.affected)}, "linears to group": {0: len(diagnosis.proposed)},
+        "linears that stand out": {0: len(diagnosis.affected)},
+        "linears to group": {0: len(diagnosis.proposed)},
         "their share of all error": {0: sum(report.share for report in diagnosis.affected)},
     }
     name = f"{diagnosis.model} · {diagnosis.bits} bits"
     open_this = "*Artifacts*: figures, `linears.csv`, `diagnosis.json`. *Model metrics*: every matrix, the block as step."
     shown = render(diagnosis)
-    outcome = shown.split("\n\n")[-1].splitlines()[0]               # first: MLflow folds what follows
+    outcome = shown.split("\n\n")[-1].splitlines()[0]  # first: MLflow folds what follows
     text = f"**{name}** — {outcome}\n\n{open_this}\n\n```\n{shown}\n```"
     try:
         return f"\nMLflow: {mlflow_runs.keep_diagnosis(runtime, name, record, curves, text, place)}"
@@ -96,7 +117,11 @@ def render(diagnosis: Diagnosis) -> str:
     shown = sorted(linears, key=lambda report: -report.both)[: max(8, min(len(affected), 20))]
     width = max(len(report.linear) for report in shown)
     head = f"block  {'linear':<{width}}  max/median |W|  max/median |x|    weights  activations       both    grouped  share"
-    lines = [f"{diagnosis.model}: {len(linears)} linears, rounded to {diagnosis.bits} bits", "", head]
+    lines = [
+        f"{diagnosis.model}: {len(linears)} linears, rounded to {diagnosis.bits} bits",
+        "",
+        head,
+    ]
     lines += [
         f"{report.block:>5}  {report.linear:<{width}}  {report.weight_ratio:14.1f}  {report.activation_ratio:14.1f}  "
         f"{report.weights:9.2e}  {report.activations:11.2e}  {report.both:9.2e}  {report.grouped:9.2e}  {report.share:5.1%}"
@@ -105,7 +130,9 @@ def render(diagnosis: Diagnosis) -> str:
     share = sum(report.share for report in affected)
     lines.append("")
     if not affected:
-        return "\n".join([*lines, "No linear stands out: plain rounding per output channel and token will do."])
+        return "\n".join(
+            [*lines, "No linear stands out: plain rounding per output channel and token will do."]
+        )
     causes = [report.cause for report in affected]
     lines.append(
         f"{len(affected)} linears stand out with {share:.1%} of all error: {causes.count('weights')} by outliers of weights, "
@@ -116,9 +143,12 @@ def render(diagnosis: Diagnosis) -> str:
         few = "" if part < FEW else f" (the study of LLaMA3-70B needed less than {FEW:.0%})"
         lines += [
             f"Groups of {diagnosis.group_size} in {len(proposed)} linears, {part:.1%} of all, repair them{few}. In a scheme:",
-            "overrides:", *(f"  - {json.dumps(override)}" for override in diagnosis.overrides),
+            "overrides:",
+            *(f"  - {json.dumps(override)}" for override in diagnosis.overrides),
             "Or without groups: method=bi_smoothing.",
         ]
     if "activations" in causes:
-        lines.append("Outliers of activations are for smoothing (method=smoothquant), or for keeping apart (method=llm_int8).")
+        lines.append(
+            "Outliers of activations are for smoothing (method=smoothquant), or for keeping apart (method=llm_int8)."
+        )
     return "\n".join(lines)

@@ -20,11 +20,16 @@ from harness.storage.files import free_disk
 from harness.storage.places import place_of
 from harness.storage.store import Store
 
-KNOWN_GOOD = {                                  # what the harness was tested with; another minor version may do as well
-    "torch": "2.13", "transformers": "5.23", "ray": "2.60", "mlflow": "3.17", "lm-eval": "0.4", "hydra-core": "1.3",
+KNOWN_GOOD = {  # what the harness was tested with; another minor version may do as well
+    "torch": "2.13",
+    "transformers": "5.23",
+    "ray": "2.60",
+    "mlflow": "3.17",
+    "lm-eval": "0.4",
+    "hydra-core": "1.3",
     "datasets": "5.2",
 }
-LEAST_MEMORY_BYTES = 4e9                        # the demo with its tracking server fits
+LEAST_MEMORY_BYTES = 4e9  # the demo with its tracking server fits
 LEAST_DISK_BYTES = 5e9
 
 
@@ -41,14 +46,29 @@ class Check:
 def examine(runs: str = "runs") -> list[Check]:
     """Everything, each finding by itself: one that breaks is a finding too."""
     checks: list[Callable[[], Iterable[Check]]] = [
-        _python, _packages, _cores, _memory, lambda: _disk(Store(runs).root), lambda: _store(runs), _gpus, _configs, _hub, _git,
+        _python,
+        _packages,
+        _cores,
+        _memory,
+        lambda: _disk(Store(runs).root),
+        lambda: _store(runs),
+        _gpus,
+        _configs,
+        _hub,
+        _git,
     ]
     found: list[Check] = []
     for check in checks:
         try:
             found += check()
-        except Exception as error:              # a doctor that dies of the illness is of no use
-            found.append(Check("wrong", getattr(check, "__name__", "check").strip("_"), f"{type(error).__name__}: {error}"))
+        except Exception as error:  # a doctor that dies of the illness is of no use
+            found.append(
+                Check(
+                    "wrong",
+                    getattr(check, "__name__", "check").strip("_"),
+                    f"{type(error).__name__}: {error}",
+                )
+            )
     return found
 
 
@@ -62,7 +82,9 @@ def render(found: Iterable[Check]) -> str:
         if each.advice:
             lines.append(f"{'':<6}  {'':<{width}}  -> {each.advice}")
     wrong = sum(each.level == "wrong" for each in found)
-    lines.append(f"{wrong} wrong: repair these before a sweep" if wrong else "ready   harness run demo")
+    lines.append(
+        f"{wrong} wrong: repair these before a sweep" if wrong else "ready   harness run demo"
+    )
     return "\n".join(lines)
 
 
@@ -82,7 +104,11 @@ def _packages() -> Iterable[Check]:
             advice = "another major version: run the tests before trusting numbers"
             yield Check("note", package, f"{version}, tested with {good}", advice)
         else:
-            yield Check("ok", package, version if version.startswith(good) else f"{version} (tested with {good})")
+            yield Check(
+                "ok",
+                package,
+                version if version.startswith(good) else f"{version} (tested with {good})",
+            )
     for module in ("ray", "mlflow", "lm_eval"):
         if importlib.util.find_spec(module) is None:
             yield Check("wrong", module, "cannot be imported", "make install, or pip install -e .")
@@ -93,9 +119,19 @@ def _cores() -> Iterable[Check]:
     yield Check("ok", "cores", f"{cores} usable")
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads and threads.isdigit() and int(threads) > cores:
-        yield Check("note", "OMP_NUM_THREADS", f"{threads} on {cores} cores", "unset it: workers set their own threads")
+        yield Check(
+            "note",
+            "OMP_NUM_THREADS",
+            f"{threads} on {cores} cores",
+            "unset it: workers set their own threads",
+        )
     if os.environ.get("OMP_WAIT_POLICY", "PASSIVE").upper() == "ACTIVE":
-        yield Check("note", "OMP_WAIT_POLICY", "ACTIVE", "unset it: spinning threads slow the other workers some tenfold")
+        yield Check(
+            "note",
+            "OMP_WAIT_POLICY",
+            "ACTIVE",
+            "unset it: spinning threads slow the other workers some tenfold",
+        )
 
 
 def _memory() -> Iterable[Check]:
@@ -108,7 +144,10 @@ def _memory() -> Iterable[Check]:
 def _disk(runs: Path) -> Iterable[Check]:
     free = free_disk(runs)
     small = free < LEAST_DISK_BYTES
-    fact, advice = f"{size(free)} free for {runs.absolute()}", "keep results elsewhere: runs=FOLDER" if small else ""
+    fact, advice = (
+        f"{size(free)} free for {runs.absolute()}",
+        "keep results elsewhere: runs=FOLDER" if small else "",
+    )
     yield Check("note" if small else "ok", "disk", fact, advice)
 
 
@@ -131,11 +170,20 @@ def _gpus() -> Iterable[Check]:
 
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
-        listed = subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=30).stdout if driver else ""
+        listed = (
+            subprocess.run([driver, "-L"], capture_output=True, text=True, timeout=30).stdout
+            if driver
+            else ""
+        )
         cards = sum(line.startswith("GPU") for line in listed.splitlines())
         if cards:
             advice = "install the CUDA build of torch that fits the driver, or set device=cpu"
-            yield Check("wrong", "GPU", f"nvidia-smi sees {cards}, torch {torch.__version__} sees none", advice)
+            yield Check(
+                "wrong",
+                "GPU",
+                f"nvidia-smi sees {cards}, torch {torch.__version__} sees none",
+                advice,
+            )
         else:
             yield Check("ok", "GPU", "none; sweeps run on the CPU")
         return
@@ -150,7 +198,10 @@ def _gpus() -> Iterable[Check]:
 def _configs() -> Iterable[Check]:
     from harness.config.locations import list_names
 
-    counts = {group: len(list_names(group)) for group in ("sweeps", "models", "methods", "schemes", "evaluations")}
+    counts = {
+        group: len(list_names(group))
+        for group in ("sweeps", "models", "methods", "schemes", "evaluations")
+    }
     words = ", ".join(f"{count} {group}" for group, count in counts.items())
     empty = [group for group, count in counts.items() if not count]
     advice = f"no {', '.join(empty)}: run from the checkout or reinstall" if empty else ""
@@ -159,8 +210,14 @@ def _configs() -> Iterable[Check]:
 
 def _hub() -> Iterable[Check]:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    token = "a token is set" if os.environ.get("HF_TOKEN") else "no HF_TOKEN: gated models (Llama) cannot be downloaded"
-    yield Check("ok", "hub", "offline (HF_HUB_OFFLINE): local models and data alone" if offline else token)
+    token = (
+        "a token is set"
+        if os.environ.get("HF_TOKEN")
+        else "no HF_TOKEN: gated models (Llama) cannot be downloaded"
+    )
+    yield Check(
+        "ok", "hub", "offline (HF_HUB_OFFLINE): local models and data alone" if offline else token
+    )
 
 
 def _git() -> Iterable[Check]:

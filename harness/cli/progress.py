@@ -13,8 +13,8 @@ from harness.core.events import Event, Failed, Joined, Quantized, TaskStarted, T
 from harness.core.units import duration
 from harness.execution.progress import Display, Tally
 
-SHOWN_AT_ONCE = 8                               # running cells in the live view
-SHOWN_METRICS = 6                               # on a cell's line
+SHOWN_AT_ONCE = 8  # running cells in the live view
+SHOWN_METRICS = 6  # on a cell's line
 
 
 class Lines:
@@ -60,7 +60,9 @@ class Live:
         remaining = f"{duration(left)} left" if left is not None else ""
         failed = f"{len(tally.failed)} failed" if tally.failed else ""
         done = f"{len(tally.done)} of {len(tally.pending)} cells"
-        bar.add_row(ProgressBar(total=1.0, completed=tally.fraction, width=30), done, remaining, failed)
+        bar.add_row(
+            ProgressBar(total=1.0, completed=tally.fraction, width=30), done, remaining, failed
+        )
         rows = Table.grid(padding=(0, 2))
         for key, step in list(tally.running.items())[-SHOWN_AT_ONCE:]:
             rows.add_row(f"  {tally.cells[key].title}", f"{step.stage} {step.step}/{step.steps}")
@@ -80,27 +82,51 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
     lines = []
     if isinstance(event, Quantized):
         for key in event.cell_keys:
-            if key in tally.cells and not tally.cells[key].method.is_baseline and key not in finished:
-                bits, seconds = event.record.get("bits_per_weight", 0.0), event.record.get("seconds", 0.0)
-                lines.append(f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s")
+            if (
+                key in tally.cells
+                and not tally.cells[key].method.is_baseline
+                and key not in finished
+            ):
+                bits, seconds = (
+                    event.record.get("bits_per_weight", 0.0),
+                    event.record.get("seconds", 0.0),
+                )
+                lines.append(
+                    f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s"
+                )
     if isinstance(event, Failed):
-        again = ("; tried again" if event.kind in ("lost", "head_lost") else "; tried again alone") if event.retry else ""
+        again = (
+            ("; tried again" if event.kind in ("lost", "head_lost") else "; tried again alone")
+            if event.retry
+            else ""
+        )
         for key in event.cell_keys:
             title = tally.cells[key].title if key in tally.cells else key[:12]
-            word, look = ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
+            word, look = (
+                ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
+            )
             lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
     if isinstance(event, Turn):
-        waits = f"waits   {event.behind} goes first; what runs here is finished" if event.behind else "turn    nobody goes first"
+        waits = (
+            f"waits   {event.behind} goes first; what runs here is finished"
+            if event.behind
+            else "turn    nobody goes first"
+        )
         lines.append(f"{waits} (priority {event.priority} here)")
     if isinstance(event, Joined):
         lines.append(f"ray     dashboard http://{event.dashboard}")
     if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):
         lines.append(f"start   {event.worker} on {event.device}")
-    lines += [f"  ok    {tally.cells[key].title}    {short_metrics(tally.metrics.get(key, {}))}" for key in finished]
+    lines += [
+        f"  ok    {tally.cells[key].title}    {short_metrics(tally.metrics.get(key, {}))}"
+        for key in finished
+    ]
     return lines
 
 
 def short_metrics(metrics: Mapping[str, float]) -> str:
     """The first few metrics on one line."""
     shown = [f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN_METRICS]]
-    return "  ".join(shown) + (f"  and {len(metrics) - SHOWN_METRICS} more" if len(metrics) > SHOWN_METRICS else "")
+    return "  ".join(shown) + (
+        f"  and {len(metrics) - SHOWN_METRICS} more" if len(metrics) > SHOWN_METRICS else ""
+    )

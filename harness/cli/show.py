@@ -16,9 +16,17 @@ def record_text(record: Record, store: Store, command: str) -> str:
     import yaml
 
     cell = record.cell
-    sections = [f"{cell.title}\n  cell        {record.cell_key}\n  checkpoint  {quantize_key(cell)}"]
-    config = {name: value for name, value in to_json(cell).items() if name not in ("evaluations", "variant")}
-    sections.append("config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)))
+    sections = [
+        f"{cell.title}\n  cell        {record.cell_key}\n  checkpoint  {quantize_key(cell)}"
+    ]
+    config = {
+        name: value
+        for name, value in to_json(cell).items()
+        if name not in ("evaluations", "variant")
+    }
+    sections.append(
+        "config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    )
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
@@ -26,11 +34,16 @@ def record_text(record: Record, store: Store, command: str) -> str:
     if unseen:
         sections.append("experts that too few calibration tokens reached\n" + _indent(unseen))
     for failure in record.failures:
-        text = f"{failure.get('stage', '')}: {failure.get('reason', '')}\n{failure.get('detail', '')}"
+        text = (
+            f"{failure.get('stage', '')}: {failure.get('reason', '')}\n{failure.get('detail', '')}"
+        )
         sections.append(f"failure ({failure.get('kind', '')})\n" + _indent(text))
     sections.append("ancestry\n" + _indent(_ancestry(record, store)))
     if record.provenance:
-        sections.append("made by\n" + _indent(yaml.safe_dump(record.provenance, sort_keys=False, allow_unicode=True)))
+        sections.append(
+            "made by\n"
+            + _indent(yaml.safe_dump(record.provenance, sort_keys=False, allow_unicode=True))
+        )
     sections.append(f"log     {store.where(store.log_path(record.cell_key))}\nagain   {command}")
     return "\n\n".join(sections)
 
@@ -40,28 +53,46 @@ def _ancestry(record: Record, store: Store) -> str:
     cell = record.cell
     model = cell.model
     revision = f"@{model.revision}" if model.revision else ""
-    lines = [("model", f"{model.name}: {model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}")]
+    lines = [
+        (
+            "model",
+            f"{model.name}: {model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}",
+        )
+    ]
     if cell.calibration is not None:
         text = cell.calibration
         windows = f"{text.samples} windows of {text.length} tokens by seed {text.seed}"
         place = f"{text.source}, split {text.split}, digest {text.digest or 'not known'}"
         lines.append(("calibration", f"{text.name}: {windows} from {place}"))
     random = any(part.stochastic for part in cell.method.parts)
-    lines.append(("seed", f"{cell.seed}" if random else f"{cell.seed}, which the method does not draw from"))
+    lines.append(
+        ("seed", f"{cell.seed}" if random else f"{cell.seed}, which the method does not draw from")
+    )
     for evaluation in cell.evaluations:
         limit = f", the first {evaluation.limit} items" if evaluation.limit is not None else ""
         scorer = f"{evaluation.name}: {evaluation.evaluator}, version {evaluation.version}{limit}"
         lines.append(("data", f"{scorer}, data {evaluation.data_digest or 'without a digest'}"))
-    made: dict[str, Mapping[str, Any]] = {name: facts for name, facts in record.provenance.items() if isinstance(facts, Mapping)}
+    made: dict[str, Mapping[str, Any]] = {
+        name: facts for name, facts in record.provenance.items() if isinstance(facts, Mapping)
+    }
     scored = {name: score.get("provenance") for name, score in record.scores.items()}
-    made |= {name: facts for name, facts in scored.items() if isinstance(facts, Mapping) and facts not in made.values()}
+    made |= {
+        name: facts
+        for name, facts in scored.items()
+        if isinstance(facts, Mapping) and facts not in made.values()
+    }
     for name, facts in made.items():
         changed = _place(store, facts.get("changes", ""))
         commit = facts.get("commit") or "an installed package"
         lines.append(("code", f"{name}: {commit}" + (f", changes {changed}" if changed else "")))
         if facts.get("packages"):
             lines.append(("packages", f"{name}: {_place(store, facts['packages'])}"))
-        lines.append(("device", f"{name}: {facts.get('device')} on {facts.get('host')}, {facts.get('threads')} threads"))
+        lines.append(
+            (
+                "device",
+                f"{name}: {facts.get('device')} on {facts.get('host')}, {facts.get('threads')} threads",
+            )
+        )
     if cell.method.tuning is not None:
         lines.append(("tuned from", f"checkpoint {quantize_key(untuned(cell))}"))
     if not cell.method.is_baseline:
@@ -82,19 +113,30 @@ def _scores(record: Record) -> str:
     for name, value in metrics.items():
         if not name.endswith("_stderr"):
             error = metrics.get(f"{name}_stderr")
-            lines.append(f"{name:<{width}}  {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
+            lines.append(
+                f"{name:<{width}}  {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+            )
     lines += [f"{name}  (missing)" for name in record.missing]
     return "\n".join(lines)
 
 
 def _layer_errors(record: Record) -> str:
     def relative(row: Mapping[str, Any]) -> float:
-        return next((float(row[name]) for name in ("output_error", "weight_error") if isinstance(row.get(name), int | float)), 0.0)
+        return next(
+            (
+                float(row[name])
+                for name in ("output_error", "weight_error")
+                if isinstance(row.get(name), int | float)
+            ),
+            0.0,
+        )
 
     rows = sorted(record.layer_errors, key=relative, reverse=True)
     lines = []
     for row in rows[:10]:
-        facts = "  ".join(f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float) and k != "block")
+        facts = "  ".join(
+            f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, int | float) and k != "block"
+        )
         lines.append(f"block {row.get('block')}  {row.get('linear')}  {facts}")
     return "\n".join(lines + ([f"… and {len(rows) - 10} more"] if len(rows) > 10 else []))
 
@@ -102,16 +144,22 @@ def _layer_errors(record: Record) -> str:
 def _unseen_experts(record: Record) -> str:
     """Which matrices were rounded to nearest, and where scales were not searched, for want of calibration tokens."""
     notes = (record.manifest or {}).get("notes", {})
-    rounded = {block: found for block, each in notes.items() if (found := each.get("rounded_to_nearest"))}
+    rounded = {
+        block: found for block, each in notes.items() if (found := each.get("rounded_to_nearest"))
+    }
     unscaled = sum(len(each.get("pairs_without_calibration", ())) for each in notes.values())
     lines = []
     if rounded:
         lines.append(f"{sum(map(len, rounded.values()))} matrices were rounded to nearest instead")
         for block, found in rounded.items():
             none = sum(tokens == 0 for tokens in found.values())
-            first = ", ".join(f"{name} ({tokens} tokens)" for name, tokens in list(found.items())[:3])
+            first = ", ".join(
+                f"{name} ({tokens} tokens)" for name, tokens in list(found.items())[:3]
+            )
             more = f" … and {len(found) - 3} more" if len(found) > 3 else ""
-            lines.append(f"block {block}  {len(found)}, of them {none} without any token: {first}{more}")
+            lines.append(
+                f"block {block}  {len(found)}, of them {none} without any token: {first}{more}"
+            )
     if unscaled:
         lines.append(f"{unscaled} scales inside experts were left at 1")
     return "\n".join(lines)

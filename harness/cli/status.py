@@ -23,20 +23,28 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
             continue
         if record.failures:
             kind = "failed"
-            lines.append(f"FAIL    {cell.title}    {record.failures[-1].get('reason', '')}    harness show {record.cell_key[:8]}")
+            lines.append(
+                f"FAIL    {cell.title}    {record.failures[-1].get('reason', '')}    harness show {record.cell_key[:8]}"
+            )
         else:
             kind = "partly" if record.manifest is not None or record.scores else "waiting"
         if running and now.get("state") in ("quantizing", "evaluating"):
-            step = f"{now['stage']} {now['step']}/{now['steps']}" if now.get("stage") else now["state"]
+            step = (
+                f"{now['stage']} {now['step']}/{now['steps']}" if now.get("stage") else now["state"]
+            )
             lines.append(f"now     {cell.title}    {step}")
         counts[kind] += 1
     total = sum(counts.values())
-    words = [f"{counts['done']} of {total} cells done"] + [f"{n} {kind}" for kind, n in counts.items() if n and kind != "done"]
+    words = [f"{counts['done']} of {total} cells done"] + [
+        f"{n} {kind}" for kind, n in counts.items() if n and kind != "done"
+    ]
     if running:
         since = time.strftime("%H:%M:%S", time.localtime(state["started"]))
         words.append(f"running since {since} (process {state['owner']['pid']})")
     for each in active_drivers(store):
         if each["sweep"] == name and (each["priority"] or each["behind"]):
             waits = f", waits for {each['behind']}" if each["behind"] else ""
-            lines.append(f"order   process {each['owner']['pid']}: priority {each['priority']}{waits}")
+            lines.append(
+                f"order   process {each['owner']['pid']}: priority {each['priority']}{waits}"
+            )
     return "\n".join([f"status  {name}: {' · '.join(words)}", *lines])

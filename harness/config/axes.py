@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-GROUPS = {                                      # what `harness list` calls them -> folder below conf/
-    "models": "model", "methods": "method", "transforms": "transform", "roundings": "rounding", "tunings": "tuning",
-    "schemes": "scheme", "calibrations": "calibration", "evaluations": "evaluation", "clusters": "cluster", "trackings": "tracking",
+GROUPS = {  # what `harness list` calls them -> folder below conf/
+    "models": "model",
+    "methods": "method",
+    "transforms": "transform",
+    "roundings": "rounding",
+    "tunings": "tuning",
+    "schemes": "scheme",
+    "calibrations": "calibration",
+    "evaluations": "evaluation",
+    "clusters": "cluster",
+    "trackings": "tracking",
 }
 SLOTS = ("transform", "rounding", "tuning")
 AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
-EDITABLE = ("model", *SLOTS, "scheme", "calibration")           # axes with fields: "calibration.samples"
-RUNTIME = ("runs", "store", "device", "priority", "batch_size", "fail_fast", "export", "data", "cluster", "tracking")
+EDITABLE = ("model", *SLOTS, "scheme", "calibration")  # axes with fields: "calibration.samples"
+RUNTIME = (
+    "runs",
+    "store",
+    "device",
+    "priority",
+    "batch_size",
+    "fail_fast",
+    "export",
+    "data",
+    "cluster",
+    "tracking",
+)
 INPUTS = ("quantized", "full_precision")

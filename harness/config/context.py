@@ -18,6 +18,8 @@ def data_set_commits() -> dict[str, str]:
     for path in (root / "data_sets.yaml" for root in config_roots()):
         for name, commit in (read_yaml(path) if path.is_file() else {}).items():
             if not isinstance(commit, str) or not hub.COMMIT.fullmatch(commit):
-                raise ConfigError(f"{path}: {name}: a commit of 40 hexadecimal digits is expected, not {commit!r}")
+                raise ConfigError(
+                    f"{path}: {name}: a commit of 40 hexadecimal digits is expected, not {commit!r}"
+                )
             found.setdefault(name, commit)
     return found

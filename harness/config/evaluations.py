@@ -32,10 +32,14 @@ def evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
         ((name, settings),) = entry.items()
         if isinstance(settings, dict):
             return str(name), settings
-    raise ConfigError(f"{where}: evaluations: a name or {{name: {{setting: value}}}} is expected, not {entry!r}")
+    raise ConfigError(
+        f"{where}: evaluations: a name or {{name: {{setting: value}}}} is expected, not {entry!r}"
+    )
 
 
-def task_digest(members: Sequence[TaskFile], settings: Mapping[str, Any], bundle: Bundle | None = None) -> str:
+def task_digest(
+    members: Sequence[TaskFile], settings: Mapping[str, Any], bundle: Bundle | None = None
+) -> str:
     """Identity of a benchmark: its task files and its data, of the hub by commit (a bundle's copy too), other files by content."""
     include, data_root = settings.get("include") or "", settings.get("data_root")
     identity: list[Any] = []
@@ -47,18 +51,32 @@ def task_digest(members: Sequence[TaskFile], settings: Mapping[str, Any], bundle
         if local is not None and pulled is None:
             data: Any = {split: digests.file_digest(path) for split, path in local.splits.items()}
         elif member.config.get("custom_dataset"):
-            data = texts.corpus_digest(texts.DEMO, "test") if include == texts.DEMO else member.config["custom_dataset"]
+            data = (
+                texts.corpus_digest(texts.DEMO, "test")
+                if include == texts.DEMO
+                else member.config["custom_dataset"]
+            )
         else:
             commit = pulled or (settings.get("revisions") or {}).get(member.data_set)
             data = [member.data_set, commit or member.revision]
-        stock = task_files.is_stock(member)                        # its wording is versioned; that of one's own files is not
+        stock = task_files.is_stock(
+            member
+        )  # its wording is versioned; that of one's own files is not
         recipe = member.config.get("metadata", {}).get("version") if stock else _wording(member)
         identity.append([member.name, recipe, data])
-        if not stock and not member.path.is_relative_to(PACKAGE):       # ours: the evaluator's version
-            identity[-1] += [[path.name, digests.file_digest(path)] for path in task_files.code(member)]
+        if not stock and not member.path.is_relative_to(PACKAGE):  # ours: the evaluator's version
+            identity[-1] += [
+                [path.name, digests.file_digest(path)] for path in task_files.code(member)
+            ]
     return digest(identity)
 
 
 def _wording(task: TaskFile) -> Any:
     """A task's YAML as JSON values. A function of the harness counts by its name; the module that it lies in may move."""
-    return json.loads(re.sub(r'"!function harness\.[\w.]*\.(\w+)"', r'"!function \1"', json.dumps(task.config, default=str)))
+    return json.loads(
+        re.sub(
+            r'"!function harness\.[\w.]*\.(\w+)"',
+            r'"!function \1"',
+            json.dumps(task.config, default=str),
+        )
+    )

@@ -33,24 +33,35 @@ def list_names(group: str) -> list[Entry]:
     if group != "sweeps" and group not in GROUPS and group not in GROUPS.values():
         raise ConfigError(unknown_name("group", group, [*GROUPS, "evaluators", "sweeps"]))
     folder = GROUPS.get(group, group)
-    return [Entry(name, _title(path, folder)) for name, path in sorted(config_files(folder).items())]
+    return [
+        Entry(name, _title(path, folder)) for name, path in sorted(config_files(folder).items())
+    ]
 
 
 def config_roots() -> list[Path]:
     """conf/ folders by precedence: the working directory's, HARNESS_CONF, those beside plugins of one's own, the project's."""
     named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
-    own = [Path(entry) / "conf" for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep) if entry]
+    own = [
+        Path(entry) / "conf"
+        for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep)
+        if entry
+    ]
     candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf"]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
 
 
 def _project() -> Path:
     """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/."""
-    shared = (Path(base) / "share" / "quantization-harness" for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent))
+    shared = (
+        Path(base) / "share" / "quantization-harness"
+        for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent)
+    )
     for folder in (PACKAGE, PACKAGE.parent, *shared):
         if (folder / "conf" / "config.yaml").is_file():
             return folder
-    raise ConfigError(f"the harness's conf/ is neither beside nor inside {PACKAGE}: the installation is incomplete")
+    raise ConfigError(
+        f"the harness's conf/ is neither beside nor inside {PACKAGE}: the installation is incomplete"
+    )
 
 
 def config_files(folder: str) -> dict[str, Path]:
@@ -70,7 +81,11 @@ def _title(path: Path, folder: str) -> str:
     comment = head_comment(path.read_text(encoding="utf-8", errors="replace"))
     if comment:
         return comment[0]
-    part = plugins.find(folder).get(path.stem) if folder in plugins.KINDS else plugins.find("rounding").get(path.stem)
+    part = (
+        plugins.find(folder).get(path.stem)
+        if folder in plugins.KINDS
+        else plugins.find("rounding").get(path.stem)
+    )
     return part.title if part is not None and folder in ("method", *SLOTS) else ""
 
 

@@ -18,7 +18,11 @@ from harness.core.errors import ConfigError, unknown_name
 def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
     """(name, overrides): the first word is an override when it has a "=" and is no file."""
     rest = list(overrides or [])
-    if sweep is not None and ("=" in sweep or sweep.startswith(("+", "~"))) and not os.path.exists(sweep):
+    if (
+        sweep is not None
+        and ("=" in sweep or sweep.startswith(("+", "~")))
+        and not os.path.exists(sweep)
+    ):
         return None, [sweep, *rest]
     return sweep, rest
 
@@ -49,10 +53,18 @@ def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
             problems.add(f"override {text!r}: {one_line(error).split('; See https')[0]}")
             continue
         if parsed.type == OverrideType.DEL:
-            problems.add(f"override {text!r}: nothing can be deleted; give the value that is wanted instead")
+            problems.add(
+                f"override {text!r}: nothing can be deleted; give the value that is wanted instead"
+            )
             continue
         with problems.collect():
-            _apply(edits, parsed.key_or_group, override_values(parsed), parsed.type == OverrideType.ADD, f"override {text!r}")
+            _apply(
+                edits,
+                parsed.key_or_group,
+                override_values(parsed),
+                parsed.type == OverrideType.ADD,
+                f"override {text!r}",
+            )
     return edits
 
 
@@ -66,7 +78,9 @@ def override_values(parsed: Any) -> list[Any]:
     if isinstance(parsed.value(), Glob):
         folder = parsed.key_or_group
         if folder not in GROUPS.values():
-            raise ConfigError(f"override {parsed.input_line!r}: glob() chooses among the files of {', '.join(GROUPS.values())}")
+            raise ConfigError(
+                f"override {parsed.input_line!r}: glob() chooses among the files of {', '.join(GROUPS.values())}"
+            )
         return list(parsed.value().filter(sorted(config_files(folder))))
     try:
         return [_plain(value) for value in parsed.sweep_iterator(transformer=Transformer.identity)]
@@ -88,7 +102,11 @@ def _apply(edits: Edits, key: str, values: list[Any], add: bool, where: str) -> 
     if key in AXES or (rest and head in EDITABLE):
         edits.axes[key] = _flat(values) if key in AXES else values
     elif key == "evaluations":
-        (edits.more_evaluations.extend if add else functools.partial(setattr, edits, "evaluations"))(_flat(values))
+        (
+            edits.more_evaluations.extend
+            if add
+            else functools.partial(setattr, edits, "evaluations")
+        )(_flat(values))
     elif head == "evaluations":
         edits.evaluation_settings[rest] = _single(values, where)
     elif key == "baseline":
@@ -96,7 +114,14 @@ def _apply(edits: Edits, key: str, values: list[Any], add: bool, where: str) -> 
     elif head in RUNTIME:
         edits.runtime[key] = _single(values, where)
     else:
-        known = [*AXES, *(f"{name}.<field>" for name in EDITABLE), "evaluations", "evaluations.limit", "baseline", *RUNTIME]
+        known = [
+            *AXES,
+            *(f"{name}.<field>" for name in EDITABLE),
+            "evaluations",
+            "evaluations.limit",
+            "baseline",
+            *RUNTIME,
+        ]
         raise ConfigError(unknown_name("key", key, known, where))
 
 

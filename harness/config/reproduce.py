@@ -21,13 +21,15 @@ def command_for(cell: Cell) -> str:
     from harness.config.grid import load_sweep
 
     words = _names(cell)
-    for _ in range(3):                          # with names alone, with what differs, and to see that nothing is left
+    for _ in range(3):  # with names alone, with what differs, and to see that nothing is left
         try:
             made = next(c for c in load_sweep(None, [*words, "baseline=false"]).cells)
         except (HarnessError, StopIteration):
             break
         different = _differences(cell, made)
-        if cell_key(made) == cell_key(cell) and not any(word.startswith("evaluations=") for word in different):
+        if cell_key(made) == cell_key(cell) and not any(
+            word.startswith("evaluations=") for word in different
+        ):
             return shlex.join(["harness", "run", *words])
         new = {word.partition("=")[0] for word in different}
         if not set(different) - set(words):
@@ -48,7 +50,9 @@ def _names(cell: Cell) -> list[str]:
     if latest:
         words.append(f"evaluations=[{','.join(latest)}]")
         limits = {evaluation.limit for evaluation in latest.values()}
-        words += [f"evaluations.limit={limits.pop()}"] if len(limits) == 1 and limits != {None} else []
+        words += (
+            [f"evaluations.limit={limits.pop()}"] if len(limits) == 1 and limits != {None} else []
+        )
     return words
 
 
@@ -59,8 +63,14 @@ def _plain(name: str) -> str:
 def _differences(cell: Cell, made: Cell) -> list[str]:
     """Overrides that lead from one cell towards another of the same names."""
     found = []
-    parts = {slot: (getattr(cell.method, slot), getattr(made.method, slot)) for slot in ("transform", "rounding", "tuning")}
-    groups = {name: (getattr(cell, name), getattr(made, name)) for name in ("calibration", "scheme", "model")}
+    parts = {
+        slot: (getattr(cell.method, slot), getattr(made.method, slot))
+        for slot in ("transform", "rounding", "tuning")
+    }
+    groups = {
+        name: (getattr(cell, name), getattr(made, name))
+        for name in ("calibration", "scheme", "model")
+    }
     for slot, (wanted, given) in parts.items():
         if wanted is not None and given is not None:
             found += _changed(slot, to_json(wanted)["settings"], to_json(given)["settings"])
@@ -70,13 +80,22 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
         found.append(f"inputs={cell.inputs}")
     latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
     others = {evaluation.name: evaluation for evaluation in made.evaluations}
-    missing = [name for name in latest if name not in others or score_key(cell, latest[name]) != score_key(cell, others[name])]
+    missing = [
+        name
+        for name in latest
+        if name not in others or score_key(cell, latest[name]) != score_key(cell, others[name])
+    ]
     if missing:
         entries = []
         for name, evaluation in latest.items():
-            own, theirs = to_json(evaluation)["settings"], to_json(others[name])["settings"] if name in others else {}
+            own, theirs = (
+                to_json(evaluation)["settings"],
+                to_json(others[name])["settings"] if name in others else {},
+            )
             changed = {key: value for key, value in own.items() if value != theirs.get(key)}
-            entries.append(f"{{{name}: {_literal(changed)}}}" if name in missing and changed else name)
+            entries.append(
+                f"{{{name}: {_literal(changed)}}}" if name in missing and changed else name
+            )
         found.append(f"evaluations=[{','.join(entries)}]")
     return found
 
@@ -100,5 +119,11 @@ def _literal(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(_literal, value)) + "]"
     if isinstance(value, str):
-        return value if re.fullmatch(r"[A-Za-z_][\w./-]*", value) else "'" + value.replace("'", "\\'") + "'"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        return (
+            value
+            if re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+            else "'" + value.replace("'", "\\'") + "'"
+        )
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

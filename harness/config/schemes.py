@@ -25,15 +25,26 @@ def scheme_by_name(name: str, where: str) -> dict[str, Any]:
     """What a name says that is no file: NAMED_SCHEMES, as a scheme's mapping."""
     match = SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name)
     if match is None:
-        raise ConfigError(unknown_name("scheme", name, config_files("scheme"), where) + f". Also {NAMED_SCHEMES}.")
+        raise ConfigError(
+            unknown_name("scheme", name, config_files("scheme"), where) + f". Also {NAMED_SCHEMES}."
+        )
     weight: dict[str, Any]
     if match.re is FORMAT_NAME:
         format_ = SHORT_NAMES.get(match["format"], match["format"])
         fixed = FORMATS[format_]
         group = int(match["group"] or fixed.block or fixed.usual_block)
-        weight = {"format": format_, "bits": fixed.bits, "group_size": group, "scale_dtype": fixed.scale_dtype or "float32"}
+        weight = {
+            "format": format_,
+            "bits": fixed.bits,
+            "group_size": group,
+            "scale_dtype": fixed.scale_dtype or "float32",
+        }
     else:
-        weight = {"bits": int(match["weight"]), "group_size": int(match["group"] or -1), "symmetric": bool(match["symmetric"])}
+        weight = {
+            "bits": int(match["weight"]),
+            "group_size": int(match["group"] or -1),
+            "symmetric": bool(match["symmetric"]),
+        }
     activation = {"bits": int(match["activation"])} if match["activation"] else None
     kv = {"bits": int(match["kv"])} if match["kv"] else None
     return {"weight": weight, "activation": activation, "kv": kv}
@@ -45,7 +56,9 @@ def checked_override(override: Override, scheme: Scheme, where: str) -> Override
     typed(WeightScheme, dict(override.weight), f"{where}: overrides: weight", problems)
     typed(ActivationScheme, dict(override.activation), f"{where}: overrides: activation", problems)
     if override.activation and scheme.activation is None:
-        problems.add(f"{where}: overrides: activation: the scheme rounds no activations, so there is nothing to override")
+        problems.add(
+            f"{where}: overrides: activation: the scheme rounds no activations, so there is nothing to override"
+        )
     if not override.linears:
         problems.add(f"{where}: overrides: linears: at least one name is expected")
     if problems.found:

@@ -63,7 +63,11 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
     """A sweep file, its keys checked; what is wrong goes to problems."""
     content = read_yaml(path)
     comment = head_comment(read_text(path))
-    file = SweepFile(path=path, title=comment[0] if comment else path.stem, description="\n".join(comment[1:]).strip())
+    file = SweepFile(
+        path=path,
+        title=comment[0] if comment else path.stem,
+        description="\n".join(comment[1:]).strip(),
+    )
     shared: dict[str, list[Any]] = {}
     for key, value in content.items():
         where = f"{path}: {key}"
@@ -74,11 +78,23 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
             entries = value.items() if isinstance(value, dict) else [("", value)]
             file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
         elif key in ("skip", "first", "evaluations", "tables", "findings"):
-            setattr(file, key, value if isinstance(value, list) else [] if value is None else [value])
+            setattr(
+                file, key, value if isinstance(value, list) else [] if value is None else [value]
+            )
         elif key == "baseline" and isinstance(value, bool):
             file.baseline = value
         elif key != "grids":
-            known = [*AXES, "grids", "skip", "first", "evaluations", "tables", "findings", "baseline", *RUNTIME]
+            known = [
+                *AXES,
+                "grids",
+                "skip",
+                "first",
+                "evaluations",
+                "tables",
+                "findings",
+                "baseline",
+                *RUNTIME,
+            ]
             problems.add(unknown_name("key", key, known, str(path)))
     grids = content.get("grids") or [{}]
     file.grids = []
@@ -100,10 +116,17 @@ def _read_grid(entry: Any, shared: Mapping[str, list[Any]], where: str, problems
         elif is_axis(str(key)):
             axes[str(key)] = _axis_values(str(key), value, f"{where}.{key}")
         else:
-            problems.add(unknown_name("axis", str(key), [*AXES, *(f"{name}.<field>" for name in EDITABLE), "zip"], where))
+            problems.add(
+                unknown_name(
+                    "axis",
+                    str(key),
+                    [*AXES, *(f"{name}.<field>" for name in EDITABLE), "zip"],
+                    where,
+                )
+            )
     own = {*axes, *(axis for paired in zips for axis in paired)}
     inherited = {key: values for key, values in shared.items() if key not in own}
-    if own & {"rounding"}:                      # a grid that names its rounding does not inherit a method
+    if own & {"rounding"}:  # a grid that names its rounding does not inherit a method
         inherited.pop("method", None)
     return Grid({**axes, **inherited}, zips)
 
@@ -114,10 +137,17 @@ def _read_zip(paired: Any, where: str, problems: Problems) -> dict[str, list[Any
     unknown = [str(key) for key in paired if not is_axis(str(key))]
     for key in unknown:
         problems.add(unknown_name("axis", key, AXES, where))
-    axes = {str(key): _axis_values(str(key), value, where) for key, value in paired.items() if str(key) not in unknown}
+    axes = {
+        str(key): _axis_values(str(key), value, where)
+        for key, value in paired.items()
+        if str(key) not in unknown
+    }
     lengths = {key: len(values) for key, values in axes.items()}
     if len(set(lengths.values())) > 1:
-        raise ConfigError(f"{where}: paired axes differ in length: " + ", ".join(f"{key} {n}" for key, n in lengths.items()))
+        raise ConfigError(
+            f"{where}: paired axes differ in length: "
+            + ", ".join(f"{key} {n}" for key, n in lengths.items())
+        )
     return axes
 
 

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.core import plugins
-from harness.core.cell import ActivationScheme, Calibration, KVScheme, Model, Settings, WeightScheme, freeze
+from harness.core.cell import (
+    ActivationScheme,
+    Calibration,
+    KVScheme,
+    Model,
+    Settings,
+    WeightScheme,
+    freeze,
+)
 from harness.core.errors import ConfigError, HarnessError, unknown_name
 from harness.core.number_formats import DOUBLE_QUANTIZED, SCALE_TYPES
 from harness.core.sweep import Cluster, Tracking
@@ -32,11 +40,17 @@ CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
     (Cluster, "kind"): ("local", "ray"),
     (Tracking, "kind"): ("sqlite", "server", "none"),
 }
-LEAST = {                                       # smallest value of a number
-    (WeightScheme, "bits"): 1, (ActivationScheme, "bits"): 2, (KVScheme, "bits"): 1, (KVScheme, "group_size"): 1,
-    (Calibration, "samples"): 1, (Calibration, "length"): 2, (Cluster, "workers"): 0, (Cluster, "gpus_per_task"): 0,
+LEAST = {  # smallest value of a number
+    (WeightScheme, "bits"): 1,
+    (ActivationScheme, "bits"): 2,
+    (KVScheme, "bits"): 1,
+    (KVScheme, "group_size"): 1,
+    (Calibration, "samples"): 1,
+    (Calibration, "length"): 2,
+    (Cluster, "workers"): 0,
+    (Cluster, "gpus_per_task"): 0,
 }
-REQUIRED = object()                             # default of a setting that has none
+REQUIRED = object()  # default of a setting that has none
 EXAMPLES: dict[str, Any] = {"bool": False, "int": 0, "float": 0.0, "str": ""}
 
 T = TypeVar("T")
@@ -80,15 +94,24 @@ def _typed(kind: Any, value: Any, where: str, problems: Problems) -> Any:
     if kind is Any:
         return value
     if kind == Settings:
-        return freeze(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
+        return (
+            freeze(value)
+            if isinstance(value, dict)
+            else _wrong(value, "a mapping", where, problems)
+        )
     if origin in (typing.Union, types.UnionType):
         inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
         return None if value is None else _typed(inner[0], value, where, problems)
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_typed(typing.get_args(kind)[0], item, f"{where}[{n}]", problems) for n, item in enumerate(items))
+        return tuple(
+            _typed(typing.get_args(kind)[0], item, f"{where}[{n}]", problems)
+            for n, item in enumerate(items)
+        )
     if origin is dict:
-        return dict(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
+        return (
+            dict(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
+        )
     if dataclasses.is_dataclass(kind):
         return _typed_fields(typing.cast(type, kind), value, where, problems)
     if kind is bool:
@@ -98,7 +121,7 @@ def _typed(kind: Any, value: Any, where: str, problems: Problems) -> Any:
     if kind is float:
         if type(value) not in (int, float):
             return _wrong(value, "a number", where, problems)
-        return int(value) if value == int(value) else value         # 4 and 4.0 are one value and one key
+        return int(value) if value == int(value) else value  # 4 and 4.0 are one value and one key
     if kind is Path:
         return Path(value) if isinstance(value, str) else _wrong(value, "a path", where, problems)
     assert kind is str, kind
@@ -121,8 +144,13 @@ def _typed_fields(kind: type, value: Any, where: str, problems: Problems) -> Any
         if least is not None and isinstance(checked, int | float) and checked < least:
             problems.add(f"{where}: {key}: {checked} is below {least}")
         values[key] = checked
-    missing = [f.name for f in fields.values() if f.name not in values
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
     for name in missing:
         problems.add(f"{where}: {name} is missing")
     return None if missing else kind(**values)
@@ -149,7 +177,9 @@ def _like(default: Any, value: Any, where: str, accepted: frozenset[str] = froze
     if default is None or default is REQUIRED:
         named = accepted - {"None"}
         if len(named) == 1 and named <= EXAMPLES.keys():
-            _like(EXAMPLES[next(iter(named))], value, where)       # checked, not converted: keys hold what was written
+            _like(
+                EXAMPLES[next(iter(named))], value, where
+            )  # checked, not converted: keys hold what was written
         return value
     if isinstance(default, bool) or isinstance(value, bool):
         fits, expected = isinstance(default, bool) and isinstance(value, bool), "true or false"
@@ -165,8 +195,14 @@ def _like(default: Any, value: Any, where: str, accepted: frozenset[str] = froze
     else:
         fits, expected = isinstance(value, dict), "a mapping"
     if not fits:
-        kind = "a number" if isinstance(default, int | float) and not isinstance(default, bool) else expected
-        raise ConfigError(f"{where}: {expected if not isinstance(value, bool) else kind} is expected, not {value!r}")
+        kind = (
+            "a number"
+            if isinstance(default, int | float) and not isinstance(default, bool)
+            else expected
+        )
+        raise ConfigError(
+            f"{where}: {expected if not isinstance(value, bool) else kind} is expected, not {value!r}"
+        )
     return value
 
 
@@ -202,15 +238,19 @@ def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, tuple[Any, fr
             try:
                 default = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
             except ValueError:
-                default = REQUIRED                                 # computed: its type is the plugin's to check
-            accepted = frozenset(part.strip() for part in ast.unparse(statement.annotation).strip("'\"").split("|"))
+                default = REQUIRED  # computed: its type is the plugin's to check
+            accepted = frozenset(
+                part.strip() for part in ast.unparse(statement.annotation).strip("'\"").split("|")
+            )
             found[statement.target.id] = default, accepted
     return found
 
 
 def _home(name: str, tree: ast.Module) -> ast.Module:
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+        if isinstance(node, ast.ImportFrom) and any(
+            (alias.asname or alias.name) == name for alias in node.names
+        ):
             spec = importlib.util.find_spec(node.module or "")
             if spec is not None and spec.origin is not None:
                 return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
@@ -218,11 +258,17 @@ def _home(name: str, tree: ast.Module) -> ast.Module:
 
 
 def _class_in(node: ast.Module | ast.ClassDef, name: str) -> ast.ClassDef | None:
-    return next((child for child in node.body if isinstance(child, ast.ClassDef) and child.name == name), None)
+    return next(
+        (child for child in node.body if isinstance(child, ast.ClassDef) and child.name == name),
+        None,
+    )
 
 
 def checked_settings(
-    known: Mapping[str, Any], given: Mapping[str, Any], where: str, types: Mapping[str, frozenset[str]] | None = None
+    known: Mapping[str, Any],
+    given: Mapping[str, Any],
+    where: str,
+    types: Mapping[str, frozenset[str]] | None = None,
 ) -> dict[str, Any]:
     """`given` with the types of `known`, a plugin's settings with their defaults. Raises ConfigError with every problem.
 
@@ -234,7 +280,9 @@ def checked_settings(
         with problems.collect():
             if key not in known:
                 raise ConfigError(unknown_name("setting", key, known, where))
-            checked[key] = _like(known[key], value, f"{where}: {key}", (types or {}).get(key, frozenset()))
+            checked[key] = _like(
+                known[key], value, f"{where}: {key}", (types or {}).get(key, frozenset())
+            )
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return {**{key: value for key, value in known.items() if value is not REQUIRED}, **checked}

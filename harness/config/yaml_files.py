@@ -21,7 +21,9 @@ def compose(group: str, name: str, where: str = "") -> dict[str, Any]:
     if path is None:
         raise ConfigError(unknown_name(group, name, config_files(group), where))
     if re.search(r"^(defaults:|# @package)", read_text(path), re.MULTILINE):
-        return _mapping(compose_with_hydra(path.parent.parent, f"{group}/{name}", ()).get(group), path)
+        return _mapping(
+            compose_with_hydra(path.parent.parent, f"{group}/{name}", ()).get(group), path
+        )
     return read_yaml(path, group)
 
 
@@ -38,7 +40,9 @@ def compose_with_hydra(root: Path, config_name: str, overrides: Sequence[str]) -
     where = root / f"{config_name}.yaml"
     try:
         with initialize_config_dir(str(root), job_name="harness", version_base="1.3"):
-            composed = hydra_compose(config_name, overrides=[f"hydra.searchpath=[{others}]", *overrides])
+            composed = hydra_compose(
+                config_name, overrides=[f"hydra.searchpath=[{others}]", *overrides]
+            )
             resolved = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{where}: {one_line(error)}") from error
@@ -63,7 +67,9 @@ def read_yaml(path: Path, package: str | None = None) -> dict[str, Any]:
         if package is None:
             content = OmegaConf.to_container(config, resolve=True)
         else:
-            content = OmegaConf.to_container(OmegaConf.create({package: config}).get(package), resolve=True)
+            content = OmegaConf.to_container(
+                OmegaConf.create({package: config}).get(package), resolve=True
+            )
     except YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from error
     except OmegaConfBaseException as error:

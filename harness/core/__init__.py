@@ -1,1 +1,1 @@
-"""The words that every part shares: cells and keys, sweeps, events, errors, plugins, labels, units. Imports nothing else of ours."""
+"""The words that every part shares: cells, keys, sweeps, events, errors, plugins, units. Imports nothing else of ours."""

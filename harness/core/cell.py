@@ -23,9 +23,16 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-Settings = tuple[tuple[str, Any], ...]      # sorted (name, JSON value) pairs; lists become tuples
-PLACES = ("source", "include", "data_root", "revisions")    # settings that say where data lies; which it is says data_digest
-YOUNGER = ("apply_chat_template",)          # settings that came after their evaluators: left out of keys while they are off
+Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
+PLACES = (
+    "source",
+    "include",
+    "data_root",
+    "revisions",
+)  # settings that say where data lies; which it is says data_digest
+YOUNGER = (
+    "apply_chat_template",
+)  # settings that came after their evaluators: left out of keys while they are off
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -52,9 +59,9 @@ class Part:
     name: str
     settings: Settings = ()
     version: int = 1
-    needs: tuple[str, ...] = ()             # statistics of the calibration data; empty: data-free
-    stochastic: bool = False                # draws from the cell's seed
-    activation_aware: bool = False          # its codes depend on the activation and KV scheme
+    needs: tuple[str, ...] = ()  # statistics of the calibration data; empty: data-free
+    stochastic: bool = False  # draws from the cell's seed
+    activation_aware: bool = False  # its codes depend on the activation and KV scheme
 
     def __getitem__(self, setting: str) -> Any:
         return dict(self.settings)[setting]
@@ -71,7 +78,9 @@ class Method:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(part for part in (self.transform, self.rounding, self.tuning) if part is not None)
+        return tuple(
+            part for part in (self.transform, self.rounding, self.tuning) if part is not None
+        )
 
     @property
     def is_baseline(self) -> bool:
@@ -151,10 +160,10 @@ class KVScheme:
 
     bits: int = 4
     group_size: int = 32
-    residual: int = 32                      # most recent tokens kept in full precision
+    residual: int = 32  # most recent tokens kept in full precision
     key_axis: str = "channel"
     value_axis: str = "token"
-    hadamard: bool = False                  # queries and keys of each head times a Hadamard matrix before keys are rounded (QuaRot)
+    hadamard: bool = False  # queries and keys of each head times a Hadamard matrix before keys are rounded (QuaRot)
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,9 @@ class Override:
     activation: Settings = ()
 
     def applies(self, block: int, linear: str) -> bool:
-        return (self.blocks is None or block in self.blocks) and linear.rsplit(".", 1)[-1] in self.linears
+        return (self.blocks is None or block in self.blocks) and linear.rsplit(".", 1)[
+            -1
+        ] in self.linears
 
 
 @dataclass(frozen=True)
@@ -258,21 +269,32 @@ class Cell:
     @property
     def title(self) -> str:
         """What a person calls the cell: "demo · gptq · w4g32", "demo · gptq · w4g32 · seed 1"."""
-        return " · ".join(filter(None, (self.model.name, self.method.name, self.scheme.name, self.variant)))
+        return " · ".join(
+            filter(None, (self.model.name, self.method.name, self.scheme.name, self.variant))
+        )
 
 
 def quantize_key(cell: Cell) -> str:
     """Identity of the cell's checkpoint; 64 hexadecimal digits. Equal keys mean equal bytes."""
     method = cell.method
     identity: dict[str, Any] = {
-        "model": _identity(cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")),
-        "parts": [_identity(part, drop=("needs", "stochastic", "activation_aware")) for part in method.parts],
+        "model": _identity(
+            cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")
+        ),
+        "parts": [
+            _identity(part, drop=("needs", "stochastic", "activation_aware"))
+            for part in method.parts
+        ],
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
     if not method.is_baseline:
         own = cell.scheme.weight
-        identity["weight"] = _identity(own, drop=("zero_point",) if own.zero_point == "integer" else ())    # younger than the keys
-        identity["overrides"] = [_identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight]
+        identity["weight"] = _identity(
+            own, drop=("zero_point",) if own.zero_point == "integer" else ()
+        )  # younger than the keys
+        identity["overrides"] = [
+            _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
+        ]
     if method.needs:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
         identity["inputs"] = cell.inputs
@@ -300,7 +322,9 @@ def has_static_activations(scheme: Scheme) -> bool:
     """Some activations have scales fixed from calibration data, which a cell then needs whatever its method."""
     if scheme.activation is None:
         return False
-    return not scheme.activation.dynamic or any(dict(o.activation).get("dynamic") is False for o in scheme.overrides)
+    return not scheme.activation.dynamic or any(
+        dict(o.activation).get("dynamic") is False for o in scheme.overrides
+    )
 
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
@@ -308,15 +332,26 @@ def score_key(cell: Cell, evaluation: Evaluation) -> str:
     identity = _identity(evaluation, drop=("name", "generates"))
     if evaluation.generates and cell.model.generation:
         identity["generation"] = cell.model.generation
-    dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(PLACES if evaluation.data_digest else ())
-    identity["settings"] = {name: value for name, value in identity["settings"].items() if name not in dropped}
+    dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(
+        PLACES if evaluation.data_digest else ()
+    )
+    identity["settings"] = {
+        name: value for name, value in identity["settings"].items() if name not in dropped
+    }
     return digest({"cell": cell_key(cell), "evaluation": identity})
 
 
 def baseline_of(cell: Cell) -> Cell:
     """The full-precision cell that this cell is compared with: same model, nothing quantized."""
-    return dataclasses.replace(cell, method=Method("none"), scheme=Scheme("full"), calibration=None, inputs="quantized", seed=0,
-                               variant="")
+    return dataclasses.replace(
+        cell,
+        method=Method("none"),
+        scheme=Scheme("full"),
+        calibration=None,
+        inputs="quantized",
+        seed=0,
+        variant="",
+    )
 
 
 def digest(value: Any) -> str:
@@ -335,7 +370,9 @@ def _execution(scheme: Scheme) -> dict[str, Any]:
 
 def _kv_identity(kv: KVScheme | None) -> Any:
     """The residual's rule is 2 since a token attends before the cache is rounded; without a residual nothing changed."""
-    return _identity(kv) if kv is None or kv.residual == 0 else {**_identity(kv), "residual_rule": 2}
+    return (
+        _identity(kv) if kv is None or kv.residual == 0 else {**_identity(kv), "residual_rule": 2}
+    )
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
@@ -346,7 +383,9 @@ def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)          # 0.1 ms each time, and a sweep computes tens of thousands of keys
+    return typing.get_type_hints(
+        kind
+    )  # 0.1 ms each time, and a sweep computes tens of thousands of keys
 
 
 def to_json(value: Any) -> Any:
@@ -354,7 +393,9 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = _hints(type(value))
         return {
-            f.name: _thaw(getattr(value, f.name)) if hints[f.name] == Settings else to_json(getattr(value, f.name))
+            f.name: _thaw(getattr(value, f.name))
+            if hints[f.name] == Settings
+            else to_json(getattr(value, f.name))
             for f in dataclasses.fields(value)
         }
     if isinstance(value, list | tuple):
@@ -368,7 +409,9 @@ def _thaw(settings: Settings) -> dict[str, Any]:
 
 def _thaw_value(value: Any) -> Any:
     if isinstance(value, tuple):
-        is_mapping = bool(value) and all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value)
+        is_mapping = bool(value) and all(
+            isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value
+        )
         return _thaw(value) if is_mapping else [_thaw_value(item) for item in value]
     return value
 
@@ -394,5 +437,7 @@ def _build(kind: Any, data: Any) -> Any:
         return tuple(_build(typing.get_args(kind)[0], item) for item in data)
     if dataclasses.is_dataclass(kind):
         hints = _hints(typing.cast(type, kind))
-        return typing.cast(type, kind)(**{name: _build(hints[name], item) for name, item in data.items()})
+        return typing.cast(type, kind)(
+            **{name: _build(hints[name], item) for name, item in data.items()}
+        )
     return data

@@ -13,7 +13,11 @@ from typing import Any
 from harness.core.cell import Cell, cell_key, to_json
 
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
-ASKED = ("calibration", "inputs", "seed")       # what a person varies on purpose besides model, method and scheme
+ASKED = (
+    "calibration",
+    "inputs",
+    "seed",
+)  # what a person varies on purpose besides model, method and scheme
 HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
 
 
@@ -33,10 +37,19 @@ def variants(cells: Sequence[Cell], by_scheme: bool = True) -> dict[str, str]:
     facts = {cell_key(cell): _shown(cell) for cell in cells}
     for group in _grouped(cells, lambda cell: (cell.model.name, cell.method.name)):
         varying = _varying([facts[key] for key in group], only=ASKED)
-        for same in _grouped([group[key] for key in group], lambda cell: _scheme_text(cell, by_scheme)):
+        for same in _grouped(
+            [group[key] for key in group], lambda cell: _scheme_text(cell, by_scheme)
+        ):
             told = {key: tuple(str(facts[key].get(name)) for name in varying) for key in same}
-            names = varying if len(set(told.values())) == len(told) else _varying([facts[key] for key in same]) or varying
-            words = {key: [f"{_short(name)} {facts[key][name]}" for name in names if name in facts[key]] for key in same}
+            names = (
+                varying
+                if len(set(told.values())) == len(told)
+                else _varying([facts[key] for key in same]) or varying
+            )
+            words = {
+                key: [f"{_short(name)} {facts[key][name]}" for name in names if name in facts[key]]
+                for key in same
+            }
             found |= {key: " · ".join(each) for key, each in words.items() if each}
     return found
 
@@ -48,7 +61,9 @@ def replicates(cells: Iterable[Cell], across_models: bool = False) -> list[tuple
     """
     groups: dict[Any, dict[str, Cell]] = {}
     for cell in cells:
-        calibration = None if cell.calibration is None else dataclasses.replace(cell.calibration, seed=0)
+        calibration = (
+            None if cell.calibration is None else dataclasses.replace(cell.calibration, seed=0)
+        )
         model = None if across_models else cell.model
         point = (model, cell.method, cell.scheme, calibration, cell.inputs)
         groups.setdefault(point, {}).setdefault(cell_key(cell), cell)
@@ -59,7 +74,11 @@ def bits_text(cell: Cell) -> str:
     """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf"; for a baseline the width of its dtype."""
     scheme = cell.scheme
     bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
-    family = "" if cell.method.is_baseline or scheme.weight.format == "int" else f" {scheme.weight.format.rstrip('0123456789')}"
+    family = (
+        ""
+        if cell.method.is_baseline or scheme.weight.format == "int"
+        else f" {scheme.weight.format.rstrip('0123456789')}"
+    )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
     kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
     return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
@@ -90,7 +109,11 @@ def flatten(cell: Cell) -> dict[str, Any]:
     walk("", {**content, "method": {"name": method["name"]}})
     for slot in ("transform", "rounding", "tuning"):
         if method[slot] is not None:
-            part = {"name": method[slot]["name"], "version": method[slot]["version"], **method[slot]["settings"]}
+            part = {
+                "name": method[slot]["name"],
+                "version": method[slot]["version"],
+                **method[slot]["settings"],
+            }
             walk(slot, part)
     return flat
 
@@ -120,12 +143,22 @@ def _shown(cell: Cell) -> dict[str, Any]:
 
 def _varying(facts: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> list[str]:
     """Names whose values differ. A part's name stands for its fields where it tells as much as they do."""
-    names = sorted({name for each in facts for name in each if not only or name.partition(".")[0] in only})
+    names = sorted(
+        {name for each in facts for name in each if not only or name.partition(".")[0] in only}
+    )
     differing = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
     for part in ("calibration", "rounding", "transform", "tuning"):
-        fields = [name for name in differing if name.startswith(f"{part}.") and name not in (f"{part}.name", f"{part}.seed")]
-        together = {tuple(str(each.get(name)) for name in (f"{part}.name", *fields)) for each in facts}
-        if f"{part}.name" in differing and len(together) == len({str(each.get(f"{part}.name")) for each in facts}):
+        fields = [
+            name
+            for name in differing
+            if name.startswith(f"{part}.") and name not in (f"{part}.name", f"{part}.seed")
+        ]
+        together = {
+            tuple(str(each.get(name)) for name in (f"{part}.name", *fields)) for each in facts
+        }
+        if f"{part}.name" in differing and len(together) == len(
+            {str(each.get(f"{part}.name")) for each in facts}
+        ):
             differing = [name for name in differing if name not in fields]
     return differing
 

@@ -27,14 +27,27 @@ import math
 from dataclasses import dataclass
 
 PLAIN_SCALES = ("float16", "bfloat16", "float32")
-SCALE_TYPES = (*PLAIN_SCALES, "float8_e4m3")    # e8m0 belongs to the MX formats alone
-DOUBLE_QUANTIZED = "double_quantized"           # and this to NF4 and FP4
+SCALE_TYPES = (*PLAIN_SCALES, "float8_e4m3")  # e8m0 belongs to the MX formats alone
+DOUBLE_QUANTIZED = "double_quantized"  # and this to NF4 and FP4
 
 # 16 quantiles of the normal distribution with an exact zero, divided by the largest: QLoRA (arXiv 2305.14314), appendix E.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 )
 # bitsandbytes' magnitudes by the low three bits of the code, in twelfths; the fourth bit is the sign.
 FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -98,11 +111,17 @@ def floating(exponent_bits: int, mantissa_bits: int, special: str = "") -> Eleme
 _FP4 = tuple(twelfths / 12 for twelfths in FP4_TWELFTHS)
 _E2M1, _E2M3, _E3M2 = floating(2, 1), floating(2, 3), floating(3, 2)
 _E4M3, _E5M2 = floating(4, 3, "nan"), floating(5, 2, "ieee")
-_INT8 = Element(8, tuple((code if code < 128 else code - 256) / 64 for code in range(256)), 127 / 64)
+_INT8 = Element(
+    8, tuple((code if code < 128 else code - 256) / 64 for code in range(256)), 127 / 64
+)
 
 FORMATS: dict[str, Format] = {
     "nf4": Format(Element(4, NF4, 1.0), usual_block=64, more_scales=(DOUBLE_QUANTIZED,)),
-    "fp4": Format(Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0), usual_block=64, more_scales=(DOUBLE_QUANTIZED,)),
+    "fp4": Format(
+        Element(4, (*_FP4, *(0.0 - value for value in _FP4)), 1.0),
+        usual_block=64,
+        more_scales=(DOUBLE_QUANTIZED,),
+    ),
     "fp8_e4m3": Format(_E4M3),
     "fp8_e5m2": Format(_E5M2),
     "mxfp4": Format(_E2M1, 32, "e8m0"),

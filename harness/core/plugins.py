@@ -23,11 +23,12 @@ from typing import Any
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
 
-FOLDERS = {                                     # folder of a person's own plugins -> where the package has its own
-    "methods": PACKAGE / "quantization" / "methods", "models": PACKAGE / "quantization" / "models",
+FOLDERS = {  # folder of a person's own plugins -> where the package has its own
+    "methods": PACKAGE / "quantization" / "methods",
+    "models": PACKAGE / "quantization" / "models",
     "evaluators": PACKAGE / "evaluation" / "evaluators",
 }
-KINDS = {                                       # kind -> (folder, class)
+KINDS = {  # kind -> (folder, class)
     "transform": ("methods", "Transform"),
     "rounding": ("methods", "Rounding"),
     "tuning": ("methods", "Tuning"),
@@ -85,7 +86,11 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
     """An instance of the plugin with its typed settings. Raises ConfigError for an unknown or impossible setting."""
     plugin = load(kind, name)
     known = [f.name for f in dataclasses.fields(plugin.Settings)]
-    problems = [unknown_name("setting", key, known, f"{kind}/{name}") for key in settings if key not in known]
+    problems = [
+        unknown_name("setting", key, known, f"{kind}/{name}")
+        for key in settings
+        if key not in known
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -112,7 +117,7 @@ def _literals(node: ast.ClassDef) -> dict[str, Any]:
             try:
                 literals[target.id] = ast.literal_eval(value)
             except ValueError:
-                continue                        # computed, not a fact
+                continue  # computed, not a fact
     return literals
 
 

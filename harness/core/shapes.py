@@ -16,7 +16,7 @@ class LinearShape:
     group: str
     bias: bool = False
     expert: bool = False
-    fused: bool = False                         # shares its parameter, and so its input at run time, with other matrices
+    fused: bool = False  # shares its parameter, and so its input at run time, with other matrices
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ScalePair:
 
     producer: str
     consumers: tuple[str, ...]
-    kind: str                                   # "norm" or "linear"
+    kind: str  # "norm" or "linear"
     region: str = ""
     repeats: int = 1
     offset: float = 0.0
@@ -44,17 +44,21 @@ class Shapes:
 
     family: str
     blocks: int
-    linears: tuple[LinearShape, ...]            # of one block, in order of execution
+    linears: tuple[LinearShape, ...]  # of one block, in order of execution
     pairs: tuple[ScalePair, ...]
     hidden_size: int
     heads: int
     kv_heads: int
     head_dim: int
-    parameters: int                             # of the whole model
+    parameters: int  # of the whole model
     tied_head: bool = False
-    rotations: bool = False                     # residual-stream rotations leave the function unchanged (RMSNorm only)
-    ends: tuple[str, str, str] | None = None    # parameters of embeddings, final norm and head, where rotations are allowed
-    query_key: tuple[str, str] | None = None    # linears that make queries and keys, with nothing but rotary positions (halves of
-                                                # a head turned against each other) between them and their product
+    rotations: bool = False  # residual-stream rotations leave the function unchanged (RMSNorm only)
+    ends: tuple[str, str, str] | None = (
+        None  # parameters of embeddings, final norm and head, where rotations are allowed
+    )
+    query_key: tuple[str, str] | None = (
+        None  # linears that make queries and keys, with nothing but rotary positions (halves of
+    )
+    # a head turned against each other) between them and their product
     experts: int = 0
     notes: tuple[str, ...] = ()

@@ -82,7 +82,7 @@ class Table:
     caption: str = ""
     columns: tuple[Column, ...] = ()
     published: str = ""
-    models: tuple[str, ...] = ()                # rows of these models only; empty: all
+    models: tuple[str, ...] = ()  # rows of these models only; empty: all
     methods: dict[str, str] = field(default_factory=dict)
     protocol: tuple[str, ...] = ()
     correlation: Correlation | None = None
@@ -146,8 +146,10 @@ class Cluster:
     address: str = ""
     workers: int = 0
     gpus_per_task: float = 1.0
-    gpu_memory: str = ""                        # of one GPU of a cluster at an address, "80GB"; a larger model takes several
-    task_timeout_seconds: float = 0.0           # 0: none
+    gpu_memory: str = (
+        ""  # of one GPU of a cluster at an address, "80GB"; a larger model takes several
+    )
+    task_timeout_seconds: float = 0.0  # 0: none
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -180,11 +182,11 @@ class Runtime:
     cluster: Cluster = Cluster()
     tracking: Tracking = Tracking()
     data_root: Path | None = None
-    device: str = "auto"                        # auto, cpu, cuda
+    device: str = "auto"  # auto, cpu, cuda
     priority: int = 0
-    batch_size: int = 0                         # 0: chosen by the evaluator
+    batch_size: int = 0  # 0: chosen by the evaluator
     fail_fast: bool = False
-    export: str = ""                            # a format that every checkpoint must fit; cells that do not are refused
+    export: str = ""  # a format that every checkpoint must fit; cells that do not are refused
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,9 @@ class Sweep:
 
     def rank(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""
-        return next((rank for rank, each in enumerate(self.first) if key in each.keys), len(self.first))
+        return next(
+            (rank for rank, each in enumerate(self.first) if key in each.keys), len(self.first)
+        )
 
     @property
     def shown_tables(self) -> tuple[Table, ...]:
@@ -215,5 +219,9 @@ class Sweep:
 
 def command_line(sweep: Sweep, command: str = "run") -> str:
     """What runs the sweep again (finished work is not repeated), or shows its table."""
-    words = [] if sweep.path is None else [sweep.name if sweep.path.parent.name == "sweeps" else str(sweep.path)]
+    words = (
+        []
+        if sweep.path is None
+        else [sweep.name if sweep.path.parent.name == "sweeps" else str(sweep.path)]
+    )
     return without_password(shlex.join(["harness", command, *words, *sweep.overrides]))

@@ -7,7 +7,9 @@ import re
 
 def first_line(error: BaseException) -> str:
     """The first line of an error that says anything, else the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )
 
 
 def without_password(text: str) -> str:

@@ -21,7 +21,9 @@ def bytes_of(text: str, where: str) -> int:
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 cell", "3 cells", "2 entries"."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
+    plural = (
+        noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
+    )
     return f"{number:,} {noun if number == 1 else plural}"
 
 

@@ -65,15 +65,21 @@ class PublicHub:
         from huggingface_hub import HfApi
 
         try:
-            return str(HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha)
-        except Exception as error:              # the hub's client raises its own, httpx's and requests' errors
+            return str(
+                HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
+            )
+        except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
             raise _unreachable(f"{kind} {repository}@{revision}", error) from error
 
     def model(self, repository: str, commit: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(repository, revision=commit, allow_patterns=[*model_folders.FETCHED_FILES]))
+            return Path(
+                snapshot_download(
+                    repository, revision=commit, allow_patterns=[*model_folders.FETCHED_FILES]
+                )
+            )
         except Exception as error:
             raise _unreachable(f"model {repository}@{commit}", error) from error
 
@@ -110,14 +116,21 @@ class Bundle:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
-                raise DataError(f"{path}: format {content['format']} is not the {FORMAT} that this version reads; pull it again")
+                raise DataError(
+                    f"{path}: format {content['format']} is not the {FORMAT} that this version reads; pull it again"
+                )
             return cls(folder, content["sweep"], content["models"], content["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not readable as a bundle: {error}; pull it again") from error
 
     def write(self) -> None:
         """Aside, then renamed: a killed pull leaves the index of what was complete before."""
-        content = {"format": FORMAT, "sweep": self.sweep, "models": self.models, "files": self.files}
+        content = {
+            "format": FORMAT,
+            "sweep": self.sweep,
+            "models": self.models,
+            "files": self.files,
+        }
         aside = self.folder / f"{INDEX}.part"
         aside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(aside, self.folder / INDEX)
@@ -137,7 +150,9 @@ class Bundle:
                 if asked == here or (not asked.is_pinned and asked.unpinned == here.unpinned):
                     found[pulled] = entry
         if len(found) > 1:
-            raise DataError(f"{self.folder} has {source} at several commits ({', '.join(found)}); say which in the source")
+            raise DataError(
+                f"{self.folder} has {source} at several commits ({', '.join(found)}); say which in the source"
+            )
         for pulled, entry in found.items():
             self._check_unchanged(f"text {pulled} {split}")
             return (self.folder / entry["path"]).parent, pulled
@@ -154,13 +169,17 @@ class Bundle:
             self._check_unchanged(f"task {name} {split}")
         commits = {str(entry["commit"]) for entry in pulled.values()}
         if pulled and (len(commits) > 1 or len(pulled) < len(entries)):
-            raise DataError(f"{self.folder}: the splits {', '.join(entries)} of {name} were not pulled together; pull them again")
+            raise DataError(
+                f"{self.folder}: the splits {', '.join(entries)} of {name} were not pulled together; pull them again"
+            )
         return commits.pop() if commits else None
 
     def _check_unchanged(self, name: str) -> None:
         path, entry = self.folder / self.files[name]["path"], self.files[name]
         if not path.is_file() or digests_module.file_digest(path) != entry["sha256"]:
-            raise DataError(f"{name}: {path} is {'not what was pulled' if path.is_file() else 'missing'}; pull it again")
+            raise DataError(
+                f"{name}: {path} is {'not what was pulled' if path.is_file() else 'missing'}; pull it again"
+            )
 
     def model(self, source: str) -> tuple[Path, str] | None:
         """(folder, commit) of a model of the hub; None if the bundle lacks it."""
@@ -190,7 +209,9 @@ def verify(folder: Path) -> list[str]:
     """What of a bundle is missing or not as it was pulled; empty when all is well."""
     bundle = Bundle.open(folder)
     if bundle is None:
-        raise DataError(f"{folder} holds no {INDEX}: not a bundle; make one with `harness data pull SWEEP --output {folder}`")
+        raise DataError(
+            f"{folder} holds no {INDEX}: not a bundle; make one with `harness data pull SWEEP --output {folder}`"
+        )
     problems = []
     for name, entry in bundle.files.items():
         path = folder / entry["path"]
@@ -214,7 +235,9 @@ def verify(folder: Path) -> list[str]:
 def _models(sweep: Sweep) -> list[tuple[str, str]]:
     found = {}
     for model in (cell.model for cell in sweep.cells if hub_module.is_hub_id(cell.model.source)):
-        found[model.source] = model.digest if hub_module.COMMIT.fullmatch(model.digest) else model.revision or "main"
+        found[model.source] = (
+            model.digest if hub_module.COMMIT.fullmatch(model.digest) else model.revision or "main"
+        )
     return list(found.items())
 
 
@@ -245,15 +268,28 @@ def _tasks(sweep: Sweep) -> list[tuple[TaskFile, Mapping[str, str]]]:
 
 
 def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
-    commit = revision if hub_module.COMMIT.fullmatch(revision) else hub.commit(source, "model", revision)
+    commit = (
+        revision if hub_module.COMMIT.fullmatch(revision) else hub.commit(source, "model", revision)
+    )
     place = Path("models") / source.replace("/", "--")
     known = bundle.models.get(source)
-    if known is not None and known["commit"] == commit and all((bundle.folder / place / name).is_file() for name in known["files"]):
+    if (
+        known is not None
+        and known["commit"] == commit
+        and all((bundle.folder / place / name).is_file() for name in known["files"])
+    ):
         return f"model {source}@{commit[:12]}: here already"
     origin = hub.model(source, commit)
     target = bundle.folder / place
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted({path.name for pattern in model_folders.FETCHED_FILES for path in origin.glob(pattern) if path.is_file()})
+    names = sorted(
+        {
+            path.name
+            for pattern in model_folders.FETCHED_FILES
+            for path in origin.glob(pattern)
+            if path.is_file()
+        }
+    )
     for name in names:
         shutil.copyfile(origin / name, target / f"{name}.part")
         os.replace(target / f"{name}.part", target / name)
@@ -264,7 +300,11 @@ def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
 
 def _pull_text(bundle: Bundle, hub: Hub, source: str, split: str) -> str:
     parts = sources.hub_text(source)
-    commit = str(parts.revision) if parts.is_pinned else hub.commit(parts.repo, "dataset", parts.revision or "main")
+    commit = (
+        str(parts.revision)
+        if parts.is_pinned
+        else hub.commit(parts.repo, "dataset", parts.revision or "main")
+    )
     pinned = dataclasses.replace(parts, revision=commit).source
     name = f"text {pinned} {split}"
     if _is_here(bundle, name):
@@ -274,7 +314,9 @@ def _pull_text(bundle: Bundle, hub: Hub, source: str, split: str) -> str:
     return _keep(bundle, name, Path("text") / slug / f"{split}.jsonl.gz", rows, commit)
 
 
-def _pull_task(bundle: Bundle, hub: Hub, task: TaskFile, revisions: Mapping[str, str]) -> Iterator[str]:
+def _pull_task(
+    bundle: Bundle, hub: Hub, task: TaskFile, revisions: Mapping[str, str]
+) -> Iterator[str]:
     """The splits that a task's YAML names."""
     if task.data_set is None:
         if not task.config.get("custom_dataset"):
@@ -282,8 +324,14 @@ def _pull_task(bundle: Bundle, hub: Hub, task: TaskFile, revisions: Mapping[str,
         return
     config = task.config.get("dataset_name")
     revision = task.revision or revisions.get(task.data_set) or "main"
-    commit = revision if hub_module.COMMIT.fullmatch(revision) else hub.commit(task.data_set, "dataset", revision)
-    for split in sorted({str(task.config[key]) for key in task_files.SPLITS if task.config.get(key)}):
+    commit = (
+        revision
+        if hub_module.COMMIT.fullmatch(revision)
+        else hub.commit(task.data_set, "dataset", revision)
+    )
+    for split in sorted(
+        {str(task.config[key]) for key in task_files.SPLITS if task.config.get(key)}
+    ):
         name = f"task {task.name} {split}"
         if _is_here(bundle, name) and bundle.files[name]["commit"] == commit:
             yield f"{name}: here already"
@@ -304,7 +352,12 @@ def _keep(bundle: Bundle, name: str, place: Path, rows: Iterable[Row], commit: s
             file.write(line + b"\n")
     os.replace(aside, path)
     path.with_name(f"{path.name}.rows").write_text("".join(f"{each}\n" for each in hashes))
-    entry = {"path": place.as_posix(), "rows": len(hashes), "commit": commit, "sha256": digests_module.file_digest(path)}
+    entry = {
+        "path": place.as_posix(),
+        "rows": len(hashes),
+        "commit": commit,
+        "sha256": digests_module.file_digest(path),
+    }
     bundle.files[name] = entry
     return f"{name}: {len(hashes)} rows"
 
@@ -323,7 +376,11 @@ def _writer(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
 def _is_here(bundle: Bundle, name: str) -> bool:
     entry = bundle.files.get(name)
     path = None if entry is None else bundle.folder / entry["path"]
-    return path is not None and path.is_file() and digests_module.file_digest(path) == bundle.files[name]["sha256"]
+    return (
+        path is not None
+        and path.is_file()
+        and digests_module.file_digest(path) == bundle.files[name]["sha256"]
+    )
 
 
 def _unreachable(what: str, error: Exception) -> DataError:

@@ -26,7 +26,7 @@ def file_digest(path: Path) -> str:
             value = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise HarnessError(f"{path}: cannot be read: {error}") from error
-    if status.st_size > 1 << 20:                # below a megabyte, hashing again is cheaper than remembering
+    if status.st_size > 1 << 20:  # below a megabyte, hashing again is cheaper than remembering
         _file_digests()[name] = [*stamp, value]
         write_cache(cache_folder() / "digests.json", _file_digests())
     return value
@@ -42,7 +42,7 @@ def _file_digests() -> dict[str, list[Any]]:
     try:
         known = json.loads((cache_folder() / "digests.json").read_text())
     except (OSError, ValueError):
-        return {}                               # a lost cache costs time alone
+        return {}  # a lost cache costs time alone
     return known if isinstance(known, dict) else {}
 
 
@@ -50,8 +50,10 @@ def write_cache(path: Path, content: Mapping[str, Any]) -> None:
     """Written aside and renamed; nothing where the home cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".json", delete=False
+        ) as file:
             json.dump(content, file)
         os.replace(file.name, path)
     except OSError:
-        pass                                    # it is found out again next time
+        pass  # it is found out again next time

@@ -15,8 +15,8 @@ from harness.core.errors import DataError
 from harness.core.text import first_line
 from harness.data.digests import cache_folder, write_cache
 
-UNRESOLVED = "unresolved:"                      # digest of a hub id whose commit could not be asked for
-TRUE = ("1", "true", "yes", "on")               # of a switch in the environment
+UNRESOLVED = "unresolved:"  # digest of a hub id whose commit could not be asked for
+TRUE = ("1", "true", "yes", "on")  # of a switch in the environment
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -48,11 +48,17 @@ def unresolved_reason(repository: str, kind: str, revision: str | None = None) -
     """Why `hub_commit` knows none."""
     if _is_offline():
         return "the hub is switched off (HF_HUB_OFFLINE), and nothing in its local cache says it"
-    return _refusals.get((repository, kind, revision or "main")) or _silent.get(_endpoint()) or "the hub could not be asked"
+    return (
+        _refusals.get((repository, kind, revision or "main"))
+        or _silent.get(_endpoint())
+        or "the hub could not be asked"
+    )
 
 
-_refusals: dict[tuple[str, str, str], str] = {}     # what the hub answered in place of a commit
-_silent: dict[str, str] = {}                        # hubs that did not answer: asked once per process, not once per data set
+_refusals: dict[tuple[str, str, str], str] = {}  # what the hub answered in place of a commit
+_silent: dict[
+    str, str
+] = {}  # hubs that did not answer: asked once per process, not once per data set
 
 
 def _asked_commit(repository: str, kind: str, revision: str) -> str | None:
@@ -62,12 +68,20 @@ def _asked_commit(repository: str, kind: str, revision: str) -> str | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return HfApi(endpoint=_endpoint()).repo_info(repository, repo_type=kind, revision=revision, timeout=5).sha
-    except HfHubHTTPError as error:                 # absent, gated, or an access token that is not accepted
+        return (
+            HfApi(endpoint=_endpoint())
+            .repo_info(repository, repo_type=kind, revision=revision, timeout=5)
+            .sha
+        )
+    except HfHubHTTPError as error:  # absent, gated, or an access token that is not accepted
         status = getattr(error.response, "status_code", None)
-        hint = ": misspelt, or gated: accept its licence and set HF_TOKEN" if status in (401, 403, 404) else ""
+        hint = (
+            ": misspelt, or gated: accept its licence and set HF_TOKEN"
+            if status in (401, 403, 404)
+            else ""
+        )
         _refusals[repository, kind, revision] = f"the hub answered {status}{hint}"
-    except Exception as error:                      # httpx's errors, of a hub that cannot be reached
+    except Exception as error:  # httpx's errors, of a hub that cannot be reached
         _silent[_endpoint()] = f"the hub cannot be reached: {first_line(error)}"
     return None
 
@@ -79,9 +93,18 @@ def _cached_reference(repository: str, kind: str, revision: str) -> str | None:
 
 def _only_snapshot(repository: str, kind: str) -> str | None:
     """The one commit of a repository that the hub's cache holds; clients that download by commit leave no reference."""
-    commits = {path.name for path in (_hub_cache() / f"{kind}s--{repository.replace('/', '--')}" / "snapshots").glob("*")}
-    if kind == "dataset" and not commits:       # `datasets` keeps what it read: <config>/<version>/<commit>
-        commits = {path.name for path in (_datasets_cache() / repository.replace("/", "___")).glob("*/*/*")}
+    commits = {
+        path.name
+        for path in (_hub_cache() / f"{kind}s--{repository.replace('/', '--')}" / "snapshots").glob(
+            "*"
+        )
+    }
+    if (
+        kind == "dataset" and not commits
+    ):  # `datasets` keeps what it read: <config>/<version>/<commit>
+        commits = {
+            path.name for path in (_datasets_cache() / repository.replace("/", "___")).glob("*/*/*")
+        }
     found = sorted(commit for commit in commits if COMMIT.fullmatch(commit))
     return found[0] if len(found) == 1 else None
 
@@ -120,7 +143,10 @@ def missing_data_set(repository: str, revision: str | None) -> str | None:
     None when it can. revision: as `pin` left it.
     """
     prepared = _datasets_cache() / repository.replace("/", "___")
-    if not (_hub_cache() / f"datasets--{repository.replace('/', '--')}").is_dir() and not prepared.is_dir():
+    if (
+        not (_hub_cache() / f"datasets--{repository.replace('/', '--')}").is_dir()
+        and not prepared.is_dir()
+    ):
         if _is_offline() or os.environ.get("HF_DATASETS_OFFLINE", "").lower() in TRUE:
             return f"the data set {repository} is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
         if not _reachable(_endpoint()):
@@ -136,7 +162,7 @@ def _reachable(address: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=3)
     except urllib.error.HTTPError:
-        return True                             # it answered
+        return True  # it answered
     except (OSError, ValueError):
         return False
     return True

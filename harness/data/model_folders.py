@@ -14,8 +14,17 @@ from harness.data.texts import DEMO, TINY
 
 # What changes a model's numbers; a README or a second copy of the weights in another format does not.
 MODEL_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.*", "merges.txt", "*.model", "chat_template.*", "*.py",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "*.py",
 )
 # Downloaded with them: its end tokens end generated texts, from the hub as from a folder. A hub id's identity is its commit.
 FETCHED_FILES = (*MODEL_FILES, "generation_config.json")
@@ -38,8 +47,10 @@ def model_folder(model: Model) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(model.source, revision=revision, allow_patterns=[*FETCHED_FILES]))
-    except Exception as error:                  # the hub's client raises its own, httpx's and requests' errors
+        folder = Path(
+            snapshot_download(model.source, revision=revision, allow_patterns=[*FETCHED_FILES])
+        )
+    except Exception as error:  # the hub's client raises its own, httpx's and requests' errors
         raise ModelError(
             f'model "{model.name}": cannot download {model.source}@{revision}: {first_line(error)}. '
             "A gated model needs its licence accepted and HF_TOKEN set; without network name a local folder as `model=`."
@@ -56,7 +67,7 @@ def config_folder(model: Model) -> Path:
     revision = model.digest if COMMIT.fullmatch(model.digest) else model.revision
     try:
         return Path(hf_hub_download(model.source, "config.json", revision=revision)).parent
-    except Exception as error:                  # as in model_folder
+    except Exception as error:  # as in model_folder
         raise ModelError(
             f'model "{model.name}": cannot read config.json of {model.source}@{revision}: {first_line(error)}. '
             "A gated model needs its licence accepted and HF_TOKEN set; without network name a local folder as `model=`."
@@ -72,7 +83,9 @@ def model_digest(source: str, revision: str | None = None) -> str:
     if is_hub_id(source):
         return hub_commit(source, "model", revision) or f"{UNRESOLVED}{source}@{revision or 'main'}"
     folder = _checked_folder(source)
-    names = sorted({path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()})
+    names = sorted(
+        {path.name for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file()}
+    )
     return digest([[name, file_digest(folder / name)] for name in names])
 
 
@@ -99,13 +112,23 @@ def _checked_folder(source: str) -> Path:
         from harness.data.demo.tiny import tiny_folder
 
         return tiny_folder(source.removeprefix(f"{TINY}:"), cache_folder())
-    folder = Path(__file__).parent / "demo" / "model" if source == DEMO else Path(source).expanduser().absolute()
+    folder = (
+        Path(__file__).parent / "demo" / "model"
+        if source == DEMO
+        else Path(source).expanduser().absolute()
+    )
     if not folder.is_dir():
         raise ModelError(f"model {source}: no such folder, and not a hub id of the form owner/name")
     if not (folder / "config.json").is_file():
         raise ModelError(f"model {source}: no config.json in {folder}")
     if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f"; {', '.join(pickles)} would have to be unpickled, which is refused: convert it to safetensors" if pickles else ""
+        pickles = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+        )
+        found = (
+            f"; {', '.join(pickles)} would have to be unpickled, which is refused: convert it to safetensors"
+            if pickles
+            else ""
+        )
         raise ModelError(f"model {source}: no *.safetensors in {folder}{found}")
     return folder

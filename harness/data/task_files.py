@@ -35,10 +35,20 @@ NAME_LINE = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)",
 
 # Local data by another name than the task's, and tasks per subject whose subjects all lie in one file.
 FOLDER_OF_TASK = {
-    "truthfulqa_mc1": "truthfulqa", "truthfulqa_mc2": "truthfulqa", "truthfulqa_gen": "truthfulqa",
-    "bbq_ambig": "bbq", "bbq_disambig": "bbq", "bbq_generate": "bbq", "bbq_bias": "bbq",
-    "gsm8k_substring": "gsm8k", "snli_yesnomaybe": "snli", "snli_yesnomaybe_gen": "snli", "xsum_zeroshot": "xsum",
-    "cnn_dailymail_zeroshot": "cnn_dailymail", "flores_eng_zho": "flores", "flores_zho_eng": "flores",
+    "truthfulqa_mc1": "truthfulqa",
+    "truthfulqa_mc2": "truthfulqa",
+    "truthfulqa_gen": "truthfulqa",
+    "bbq_ambig": "bbq",
+    "bbq_disambig": "bbq",
+    "bbq_generate": "bbq",
+    "bbq_bias": "bbq",
+    "gsm8k_substring": "gsm8k",
+    "snli_yesnomaybe": "snli",
+    "snli_yesnomaybe_gen": "snli",
+    "xsum_zeroshot": "xsum",
+    "cnn_dailymail_zeroshot": "cnn_dailymail",
+    "flores_eng_zho": "flores",
+    "flores_zho_eng": "flores",
     "humaneval_completion": "humaneval",
 }
 FOLDER_OF_SUBJECTS = {"cais/mmlu": "mmlu", "ceval/ceval-exam": "ceval"}
@@ -56,10 +66,16 @@ class TaskFile:
     def data_set(self) -> str | None:
         """The hub's data set; None where the task brings its data or reads files."""
         path = self.config.get("dataset_path")
-        if self.config.get("custom_dataset") or path in (None, "json", "csv", "parquet", "text", "arrow"):
+        if self.config.get("custom_dataset") or path in (
+            None,
+            "json",
+            "csv",
+            "parquet",
+            "text",
+            "arrow",
+        ):
             return None
         return None if Path(str(path)).exists() else str(path)
-
 
     @property
     def revision(self) -> str | None:
@@ -98,7 +114,9 @@ def members(name: str, include: str = "") -> list[TaskFile]:
     config = read(path)
     if "group" not in config:
         return [TaskFile(name, path, config)]
-    return [member for child in config.get("task", []) for member in _children(child, path, include)]
+    return [
+        member for child in config.get("task", []) for member in _children(child, path, include)
+    ]
 
 
 def groups(name: str, include: str = "") -> dict[str, list[str]]:
@@ -116,7 +134,10 @@ def groups(name: str, include: str = "") -> dict[str, list[str]]:
 
 def generates(name: str, include: str = "") -> bool:
     """Whether the model writes text in a task, or in one of a group."""
-    return any(member.config.get("output_type", "generate_until") == "generate_until" for member in members(name, include))
+    return any(
+        member.config.get("output_type", "generate_until") == "generate_until"
+        for member in members(name, include)
+    )
 
 
 def local_data(task: TaskFile, data_root: str | Path | None) -> LocalData | None:
@@ -135,7 +156,11 @@ def local_data(task: TaskFile, data_root: str | Path | None) -> LocalData | None
 
 def data_folder(task: TaskFile, data_root: Path) -> Path | None:
     """<data_root>/tasks/<task>, or the folder of another name that holds this task's items; None where neither exists."""
-    names = [task.name, FOLDER_OF_TASK.get(task.name, ""), FOLDER_OF_SUBJECTS.get(task.data_set or "", "")]
+    names = [
+        task.name,
+        FOLDER_OF_TASK.get(task.name, ""),
+        FOLDER_OF_SUBJECTS.get(task.data_set or "", ""),
+    ]
     folders = [Path(data_root).expanduser() / "tasks" / name for name in names if name]
     return next((folder for folder in folders if folder.is_dir()), None)
 
@@ -148,7 +173,11 @@ def is_stock(task: TaskFile) -> bool:
 def code(task: TaskFile) -> list[Path]:
     """The Python files beside a task's YAML, and beside those that it includes, whose functions it names."""
     named = FUNCTION.findall(json.dumps(task.config, default=str))
-    paths = {folder / f"{name.rpartition('.')[0].replace('.', '/')}.py" for folder in _folders(task.path) for name in named}
+    paths = {
+        folder / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+        for folder in _folders(task.path)
+        for name in named
+    }
     return sorted(path for path in paths if path.is_file())
 
 
@@ -194,14 +223,18 @@ def _children(child: Any, parent: Path, include: str) -> list[TaskFile]:
         (task,) = members(child["task"], include)
         return [TaskFile(task.name, task.path, {**task.config, **child})]
     if not isinstance(child, str):
-        raise ConfigError(f"task group {parent}: a group written inside another is not supported; name its tasks one by one")
+        raise ConfigError(
+            f"task group {parent}: a group written inside another is not supported; name its tasks one by one"
+        )
     if _known(child, include):
         return members(child, include)
     tagged = []
     for path in sorted(parent.parent.rglob("*.yaml")):
         config = read(path)
         tags = config.get("tag") or []
-        if child in ([tags] if isinstance(tags, str) else tags) and isinstance(config.get("task"), str):
+        if child in ([tags] if isinstance(tags, str) else tags) and isinstance(
+            config.get("task"), str
+        ):
             tagged.append(TaskFile(config["task"], path, config))
     if not tagged:
         raise ConfigError(f'task group {parent}: no task, group or tag "{child}"')
@@ -218,7 +251,11 @@ def _find(name: str, include: str) -> Path:
         if name in index:
             return Path(index[name])
     names = {known for index in indices for known in index}
-    raise ConfigError(unknown_name("task", name, difflib.get_close_matches(name, names, n=8) or {*indices[0], *indices[-2]}))
+    raise ConfigError(
+        unknown_name(
+            "task", name, difflib.get_close_matches(name, names, n=8) or {*indices[0], *indices[-2]}
+        )
+    )
 
 
 def _indices(include: str) -> list[Mapping[str, str]]:
@@ -262,13 +299,15 @@ def _stock() -> dict[str, str]:
         if known["folder"] == str(folder):
             return dict(known["tasks"])
     except (OSError, ValueError, KeyError):
-        pass                                    # not made yet, or damaged: made again
+        pass  # not made yet, or damaged: made again
     found = _scan(folder)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=kept.parent, suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=kept.parent, suffix=".json", delete=False
+        ) as file:
             json.dump({"folder": str(folder), "tasks": found}, file)
         os.replace(file.name, kept)
     except OSError:
-        pass                                    # a read-only home: scanned again next time
+        pass  # a read-only home: scanned again next time
     return found

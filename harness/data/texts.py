@@ -36,14 +36,24 @@ from harness.data.digests import file_digest
 from harness.data.hub import COMMIT, hub_commit, hub_error, hub_rows, missing_data_set
 
 DEMO, TINY = "demo", "tiny"
-RANDOM_ASCII = "random_ascii"                   # a text that is computed, not read
-RANDOM_TOKENS = "random_tokens"                 # no text at all: windows are drawn from a tokenizer's vocabulary
-TEXT_FIELDS = ("text", "page", "sentence")      # of a row, in order of preference
-ASKED_AND_ANSWERED = (("instruction", "output"), ("inputs", "targets"), ("prompt", "completion"), ("prompt", "response"))
-QUESTIONS = (("question", "choices", "answerKey"), ("goal", "sol1", "sol2", "label"))         # of benchmarks: ARC's, PIQA's
-RESPONSE = "### Response:"                      # in an instruction's text, what stands before the answer (Alpaca)
+RANDOM_ASCII = "random_ascii"  # a text that is computed, not read
+RANDOM_TOKENS = "random_tokens"  # no text at all: windows are drawn from a tokenizer's vocabulary
+TEXT_FIELDS = ("text", "page", "sentence")  # of a row, in order of preference
+ASKED_AND_ANSWERED = (
+    ("instruction", "output"),
+    ("inputs", "targets"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+)
+QUESTIONS = (
+    ("question", "choices", "answerKey"),
+    ("goal", "sol1", "sol2", "label"),
+)  # of benchmarks: ARC's, PIQA's
+RESPONSE = "### Response:"  # in an instruction's text, what stands before the answer (Alpaca)
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
-HUB_TEXT = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?(?::(?P<file>.+))?")
+HUB_TEXT = re.compile(
+    r"hub:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[\w.-]+))?(?::(?P<file>.+))?"
+)
 
 
 # --- paths ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +93,11 @@ class HubText:
     def source(self) -> str:
         """The source that says this."""
         revision = self.revision and self.revision.replace("refs/convert/", "refs-convert-")
-        parts = (self.config and f"/{self.config}", revision and f"@{revision}", self.file and f":{self.file}")
+        parts = (
+            self.config and f"/{self.config}",
+            revision and f"@{revision}",
+            self.file and f":{self.file}",
+        )
         return f"hub:{self.repo}{''.join(part for part in parts if part)}"
 
 
@@ -104,17 +118,27 @@ def read_corpus(source: str, split: str) -> list[str]:
         return list(_read_texts(_hub_file(hub)))
     rows = hub_rows(hub.repo, hub.config, split, hub.revision)
     fields = _text_fields(rows.column_names, hub.repo)
-    return [_text(row) for row in rows.select_columns(list(fields))] if len(fields) > 1 else [str(t) for t in rows[fields[0]]]
+    return (
+        [_text(row) for row in rows.select_columns(list(fields))]
+        if len(fields) > 1
+        else [str(t) for t in rows[fields[0]]]
+    )
 
 
 def missing_text(source: str, split: str) -> list[str]:
     """Why a text cannot be read here, or would have no identity; empty when all is well."""
     try:
         corpus_digest(source, split)
-        reason = missing_data_set(hub_text(source).repo, hub_text(source).revision) if source.startswith("hub:") else None
+        reason = (
+            missing_data_set(hub_text(source).repo, hub_text(source).revision)
+            if source.startswith("hub:")
+            else None
+        )
     except HarnessError as error:
         return [str(error)]
-    return [f"{reason}; set data.root to a folder with text/<name>/{split}.jsonl.gz"] if reason else []
+    return (
+        [f"{reason}; set data.root to a folder with text/<name>/{split}.jsonl.gz"] if reason else []
+    )
 
 
 def random_ascii(split: str) -> list[str]:
@@ -142,16 +166,24 @@ def corpus_files(source: str, split: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         if not path.name.endswith(TEXT_SUFFIXES):
-            raise DataError(f"text {path}: unknown kind of file; one of {', '.join(TEXT_SUFFIXES)} is expected")
+            raise DataError(
+                f"text {path}: unknown kind of file; one of {', '.join(TEXT_SUFFIXES)} is expected"
+            )
         return [path]
     if not path.is_dir():
-        raise DataError(f'text "{source}": no such file or folder, nor "{DEMO}" or "hub:<owner>/<name>"')
+        raise DataError(
+            f'text "{source}": no such file or folder, nor "{DEMO}" or "hub:<owner>/<name>"'
+        )
     for suffix in TEXT_SUFFIXES:
         if (path / f"{split}{suffix}").is_file():
             return [path / f"{split}{suffix}"]
     shards = sorted(path.glob(f"{split}-*.parquet"))
     if not shards:
-        splits = {entry.name.split(".")[0] for entry in path.iterdir() if entry.name.endswith(TEXT_SUFFIXES)}
+        splits = {
+            entry.name.split(".")[0]
+            for entry in path.iterdir()
+            if entry.name.endswith(TEXT_SUFFIXES)
+        }
         raise DataError(unknown_name("split", split, splits, f"text {path}"))
     return shards
 
@@ -173,9 +205,18 @@ def hub_text(source: str) -> HubText:
     """The parts of a "hub:" source. Raises DataError for what is none."""
     match = HUB_TEXT.fullmatch(source)
     if match is None:
-        raise DataError(f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]')
-    revision = match["revision"]                # "refs-convert-parquet": the slashes of that branch would end a config's name
-    return HubText(match["repo"], match["config"], revision and revision.replace("refs-convert-", "refs/convert/"), match["file"])
+        raise DataError(
+            f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]'
+        )
+    revision = match[
+        "revision"
+    ]  # "refs-convert-parquet": the slashes of that branch would end a config's name
+    return HubText(
+        match["repo"],
+        match["config"],
+        revision and revision.replace("refs-convert-", "refs/convert/"),
+        match["file"],
+    )
 
 
 def _hub_file(hub: HubText) -> Path:
@@ -194,7 +235,7 @@ def _read_texts(path: Path) -> Iterator[str]:
             yield from _parquet_texts(path)
         elif ".txt" in path.suffixes:
             with _open(path) as file:
-                yield file.read()               # verbatim: a plain text is one document
+                yield file.read()  # verbatim: a plain text is one document
         else:
             with _open(path) as file:
                 yield from _json_texts(path, file)
@@ -209,7 +250,9 @@ def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise DataError(f"text {path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise DataError(f"text {path}, line {number}: an object is expected, not {type(row).__name__}")
+            raise DataError(
+                f"text {path}, line {number}: an object is expected, not {type(row).__name__}"
+            )
         yield _text({name: row[name] for name in _text_fields(row, f"{path}, line {number}")})
 
 
@@ -267,7 +310,11 @@ def _answered(row: Mapping[str, Any]) -> str:
         label = int(row["label"])
         return f"{row['goal']} {row[f'sol{label + 1}']}" if label in (0, 1) else str(row["goal"])
     choices = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    return f"{row['question']} {choices[row['answerKey']]}" if row["answerKey"] in choices else str(row["question"])
+    return (
+        f"{row['question']} {choices[row['answerKey']]}"
+        if row["answerKey"] in choices
+        else str(row["question"])
+    )
 
 
 def _open(path: Path) -> IO[str]:

@@ -49,7 +49,9 @@ def with_flips(record: Record, store: Store) -> Record:
     return dataclasses.replace(record, scores=scores)
 
 
-def _of_evaluation(evaluation: Evaluation, ours: pandas.DataFrame, theirs: pandas.DataFrame) -> dict[str, float]:
+def _of_evaluation(
+    evaluation: Evaluation, ours: pandas.DataFrame, theirs: pandas.DataFrame
+) -> dict[str, float]:
     """Metrics by full name, for the evaluation and for each of its tasks where it has several."""
     known = [name for name in ("id", "prompt_hash") if name in ours and name in theirs]
     if "id" not in known or ours["id"].duplicated().any():
@@ -60,21 +62,33 @@ def _of_evaluation(evaluation: Evaluation, ours: pandas.DataFrame, theirs: panda
     groups = [(evaluation.name, pairs)]
     if "task" in pairs and pairs["task"].nunique() > 1:
         groups += [(str(task), items) for task, items in pairs.groupby("task", sort=False)]
-    return {f"{name}/{metric}": value for name, items in groups for metric, value in of_items(items).items()}
+    return {
+        f"{name}/{metric}": value
+        for name, items in groups
+        for metric, value in of_items(items).items()
+    }
 
 
 def of_items(items: pandas.DataFrame) -> dict[str, float]:
     """Metrics of matched items: columns of the cell, and those of full precision with `_before` behind their names."""
     found: dict[str, float] = {}
-    has_choices, has_marks = ("chosen" in items and "chosen_before" in items), ("correct" in items and "correct_before" in items)
+    has_choices, has_marks = (
+        ("chosen" in items and "chosen_before" in items),
+        ("correct" in items and "correct_before" in items),
+    )
     if has_choices or has_marks:
         answer = "chosen" if has_choices else "correct"
         found["flips"] = float((items[answer] != items[f"{answer}_before"]).mean())
     if has_marks:
         now, before = items["correct"].astype(bool), items["correct_before"].astype(bool)
-        found["flips_lost"], found["flips_won"] = float((before & ~now).mean()), float((~before & now).mean())
+        found["flips_lost"], found["flips_won"] = (
+            float((before & ~now).mean()),
+            float((~before & now).mean()),
+        )
     if has_choices:
-        found["choice_kl"] = float(_divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean())
+        found["choice_kl"] = float(
+            _divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean()
+        )
     return found
 
 
@@ -82,9 +96,11 @@ def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
     """KL between the two sets of log-likelihoods of each item, each normalised over its choices, [items]."""
     counts = np.array([len(each) for each in before])
     found = np.empty(len(counts))
-    for count in np.unique(counts):             # items with equally many choices at once
+    for count in np.unique(counts):  # items with equally many choices at once
         (chosen,) = np.nonzero(counts == count)
-        p, q = (_normalised(np.array([*column.iloc[chosen]], np.float64)) for column in (before, now))
+        p, q = (
+            _normalised(np.array([*column.iloc[chosen]], np.float64)) for column in (before, now)
+        )
         share = np.exp(p)
         with np.errstate(invalid="ignore"):
             found[chosen] = np.where(share > 0, share * (p - q), 0.0).sum(1)

@@ -17,14 +17,18 @@ def prompt_tokens(subject: Subject, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return [int(token) for token in tokenizer(prompt)["input_ids"]]
     if not getattr(tokenizer, "chat_template", None):
-        raise EvaluationError(f"{subject.cell.title}: the tokenizer has no chat template; set chat=false")
+        raise EvaluationError(
+            f"{subject.cell.title}: the tokenizer has no chat template; set chat=false"
+        )
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 @torch.inference_mode()
-def complete(subject: Subject, prompt: str, new_tokens: int, chat: bool = False, stop: Sequence[str] = ()) -> str:
+def complete(
+    subject: Subject, prompt: str, new_tokens: int, chat: bool = False, stop: Sequence[str] = ()
+) -> str:
     """The text after a prompt: greedy, at most new_tokens tokens, up to the first of the strings in `stop`.
 
     The beginning of a prompt that is too long for the model's context is left out.
@@ -33,8 +37,10 @@ def complete(subject: Subject, prompt: str, new_tokens: int, chat: bool = False,
     context = subject.context_length()
     if context is not None:
         if new_tokens >= context:
-            raise EvaluationError(f"{subject.cell.title}: {new_tokens} new tokens do not fit a context of {context}")
-        tokens = tokens[-(context - new_tokens):]
+            raise EvaluationError(
+                f"{subject.cell.title}: {new_tokens} new tokens do not fit a context of {context}"
+            )
+        tokens = tokens[-(context - new_tokens) :]
     model: Any = subject.model
     ends = _end_tokens(subject)
     inputs = torch.tensor([tokens], device=subject.device)
@@ -56,4 +62,8 @@ def complete(subject: Subject, prompt: str, new_tokens: int, chat: bool = False,
 def _end_tokens(subject: Subject) -> set[int]:
     configured = getattr(getattr(subject.model, "generation_config", None), "eos_token_id", None)
     named = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in (*named, getattr(subject.tokenizer, "eos_token_id", None)) if token is not None}
+    return {
+        int(token)
+        for token in (*named, getattr(subject.tokenizer, "eos_token_id", None))
+        if token is not None
+    }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-COUNTERS = Path("/sys/class/powercap")          # intel-rapl:<package>/energy_uj, of AMD's processors too
+COUNTERS = Path("/sys/class/powercap")  # intel-rapl:<package>/energy_uj, of AMD's processors too
 STATISTICS = Path("/proc/stat")
 MOST_PROCESSES = 256
 
@@ -24,7 +24,12 @@ MOST_PROCESSES = 256
 class _Process(ctypes.Structure):
     """nvmlProcessInfo_t of NVML's third version."""
 
-    _fields_ = (("pid", ctypes.c_uint), ("memory", ctypes.c_ulonglong), ("gpu", ctypes.c_uint), ("compute", ctypes.c_uint))
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("memory", ctypes.c_ulonglong),
+        ("gpu", ctypes.c_uint),
+        ("compute", ctypes.c_uint),
+    )
 
 
 def energy_joules(device: str) -> float | None:
@@ -32,11 +37,16 @@ def energy_joules(device: str) -> float | None:
     if torch.device(device).type == "cuda":
         library, handle = _card(device)
         used = ctypes.c_ulonglong()
-        if library is None or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) != 0:
+        if (
+            library is None
+            or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) != 0
+        ):
             return None
         return used.value / 1000
     try:
-        counters = [int(path.read_text()) for path in sorted(COUNTERS.glob("intel-rapl:[0-9]/energy_uj"))]
+        counters = [
+            int(path.read_text()) for path in sorted(COUNTERS.glob("intel-rapl:[0-9]/energy_uj"))
+        ]
     except (OSError, ValueError):
         return None
     return sum(counters) / 1e6 if counters else None
@@ -48,10 +58,12 @@ def other_processes(device: str) -> int | None:
         return None
     library, handle = _card(device)
     count, found = ctypes.c_uint(MOST_PROCESSES), (_Process * MOST_PROCESSES)()
-    running = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)         # drivers before 510 have older forms
+    running = getattr(
+        library, "nvmlDeviceGetComputeRunningProcesses_v3", None
+    )  # drivers before 510 have older forms
     if running is None or running(handle, ctypes.byref(count), found) != 0:
         return None
-    return max(0, count.value - 1)              # by number, not by pid: a container has numbers of its own
+    return max(0, count.value - 1)  # by number, not by pid: a container has numbers of its own
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,11 @@ def _card(device: str) -> tuple[Any, Any]:
     if library is None:
         return None, None
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    return (library, handle) if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0 else (None, None)
+    return (
+        (library, handle)
+        if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0
+        else (None, None)
+    )
 
 
 @functools.cache

@@ -28,14 +28,19 @@ from torch import Tensor, nn
 
 from harness.evaluation.protocols import LOGITS_BYTES
 
-Tokens = np.ndarray                             # [tokens] int32
-Answer = tuple[float, bool]                     # log-likelihood of the continuation; whether greedy decoding would produce it
+Tokens = np.ndarray  # [tokens] int32
+Answer = tuple[
+    float, bool
+]  # log-likelihood of the continuation; whether greedy decoding would produce it
 
-ROW_TOKENS = 4096                               # most tokens in a row that more than one path shares
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}     # tokens in one forward pass, padding included; on a CPU more than fits the caches
-                                                # costs twice as much per token
-LEAST_FILLED = 0.75                             # a row shorter than this share of the longest waits for the next batch
-MASK_ELEMENTS = 2**24                           # of the attention masks of one forward pass
+ROW_TOKENS = 4096  # most tokens in a row that more than one path shares
+BATCH_TOKENS = {
+    "cpu": 1024,
+    "cuda": 16384,
+}  # tokens in one forward pass, padding included; on a CPU more than fits the caches
+# costs twice as much per token
+LEAST_FILLED = 0.75  # a row shorter than this share of the longest waits for the next batch
+MASK_ELEMENTS = 2**24  # of the attention masks of one forward pass
 
 
 @dataclass
@@ -43,8 +48,12 @@ class Row:
     """A part of the trie. Node i has token tokens[i] at depth positions[i]; its path's earlier nodes are paths of the requests."""
 
     tokens: list[Tokens] = field(default_factory=list)
-    spans: list[tuple[int, int, np.ndarray]] = field(default_factory=list)   # start, end, nodes on the path before start
-    picks: list[tuple[int, np.ndarray, Tokens]] = field(default_factory=list)  # request, nodes that predict it, its targets
+    spans: list[tuple[int, int, np.ndarray]] = field(
+        default_factory=list
+    )  # start, end, nodes on the path before start
+    picks: list[tuple[int, np.ndarray, Tokens]] = field(
+        default_factory=list
+    )  # request, nodes that predict it, its targets
     length: int = 0
 
     def add(self, request: int, path: np.ndarray, fresh: Tokens, targets: Tokens) -> np.ndarray:
@@ -71,7 +80,11 @@ def unsupported(model: nn.Module) -> str | None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if not rope and getattr(config, "rope_theta", None) is None:
         return "it has no rotary positions"
-    kinds = {str(part.get("rope_type", "default")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    kinds = {
+        str(part.get("rope_type", "default"))
+        for part in (rope, *rope.values())
+        if isinstance(part, dict)
+    }
     if kinds & {"dynamic", "longrope"}:
         return f"its rotary positions ({', '.join(sorted(kinds))}) depend on the length of the sequence"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -88,10 +101,14 @@ def clip(context: Tokens, continuation: Tokens, context_length: int) -> tuple[To
     return whole[:-1], continuation
 
 
-def plan_rows(requests: Sequence[tuple[Tokens, Tokens]], hidden_size: int, most_picks: int) -> list[Row]:
+def plan_rows(
+    requests: Sequence[tuple[Tokens, Tokens]], hidden_size: int, most_picks: int
+) -> list[Row]:
     """Rows that cover all requests (input, targets). most_picks: most predictions per row, bounded by the memory of logits."""
     # Big-endian bytes sort as the tokens do, at the speed of memcmp.
-    order = sorted(range(len(requests)), key=lambda index: requests[index][0].astype(">i4").tobytes())
+    order = sorted(
+        range(len(requests)), key=lambda index: requests[index][0].astype(">i4").tobytes()
+    )
     rows: list[Row] = []
     row = Row()
     path = np.empty(0, np.int64)
@@ -103,7 +120,10 @@ def plan_rows(requests: Sequence[tuple[Tokens, Tokens]], hidden_size: int, most_
         fresh = len(inputs) - shared
         joined = fresh * (6 * hidden_size + 2 * row.length + fresh)
         alone = len(inputs) * (6 * hidden_size + len(inputs))
-        fits = row.length + fresh <= max(ROW_TOKENS, len(inputs)) and picks + len(targets) <= most_picks
+        fits = (
+            row.length + fresh <= max(ROW_TOKENS, len(inputs))
+            and picks + len(targets) <= most_picks
+        )
         if row.length and (joined > alone or not fits):
             rows.append(row)
             row, path, shared, picks = Row(), path[:0], 0, 0
@@ -124,7 +144,9 @@ def scores(
     batch_tokens = batch_tokens or BATCH_TOKENS.get(torch.device(device).type, BATCH_TOKENS["cuda"])
     config: Any = model.config
     config = getattr(config, "text_config", None) or config
-    rows = plan_rows(requests, int(config.hidden_size), max(1, LOGITS_BYTES // (4 * int(config.vocab_size))))
+    rows = plan_rows(
+        requests, int(config.hidden_size), max(1, LOGITS_BYTES // (4 * int(config.vocab_size)))
+    )
     rows.sort(key=lambda row: -row.length)
     start = 0
     while start < len(rows):
@@ -145,13 +167,21 @@ def _answers(model: nn.Module, rows: Sequence[Row], device: str) -> dict[int, An
         for start, end, path in row.spans:
             positions[number, start:end] = torch.arange(len(path), len(path) + end - start)
             sees[number, start:end, torch.from_numpy(path)] = True
-            sees[number, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        sees[number, row.length :, 0] = True    # padding must see something, or its softmax is NaN
-    places = [picked + number * longest for number, row in enumerate(rows) for _, picked, _ in row.picks]
+            sees[number, start:end, start:end] = torch.ones(
+                end - start, end - start, dtype=torch.bool
+            ).tril()
+        sees[number, row.length :, 0] = True  # padding must see something, or its softmax is NaN
+    places = [
+        picked + number * longest for number, row in enumerate(rows) for _, picked, _ in row.picks
+    ]
     nodes = torch.from_numpy(np.concatenate(places))
-    targets = torch.cat([torch.from_numpy(wanted.astype(np.int64)) for row in rows for _, _, wanted in row.picks]).to(device)
+    targets = torch.cat(
+        [torch.from_numpy(wanted.astype(np.int64)) for row in rows for _, _, wanted in row.picks]
+    ).to(device)
     unique, place = nodes.unique(return_inverse=True)
-    logits = _logits_at(model, ids.to(device), positions.to(device), sees.to(device), unique.to(device)).float()
+    logits = _logits_at(
+        model, ids.to(device), positions.to(device), sees.to(device), unique.to(device)
+    ).float()
     place = place.to(device)
     likelihoods = (logits[place, targets].double() - logits.logsumexp(-1).double()[place]).cpu()
     greedy = (logits.argmax(-1)[place] == targets).cpu()
@@ -167,9 +197,13 @@ def _answers(model: nn.Module, rows: Sequence[Row], device: str) -> dict[int, An
 def _logits_at(model: Any, ids: Tensor, positions: Tensor, sees: Tensor, nodes: Tensor) -> Tensor:
     """Logits [nodes, vocabulary] at flat places of the batch; the head never sees the others."""
     mask = sees[:, None]
-    if model.config._attn_implementation == "eager":    # adds its mask to the scores
-        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    if model.config._attn_implementation == "eager":  # adds its mask to the scores
+        dtype = next(
+            parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()
+        )
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(dtype).min
+        )
 
     def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = arguments[0]
@@ -177,7 +211,9 @@ def _logits_at(model: Any, ids: Tensor, positions: Tensor, sees: Tensor, nodes: 
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        return model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+        return model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).logits[0]
     finally:
         handle.remove()
 

@@ -1,7 +1,7 @@
 """What an evaluator is given and what it returns.
 
-An evaluator file (`harness/evaluation/evaluators/<name>.py`) defines a class `Evaluator` with a nested frozen dataclass `Settings`, whose
-fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which `harness.core.plugins` reads
+An evaluator file (`harness/evaluation/evaluators/<name>.py`) defines a class `Evaluator` with a nested frozen dataclass
+`Settings`, whose fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which `harness.core.plugins` reads
 without importing the file:
 
     class Evaluator:
@@ -29,7 +29,9 @@ from harness.core.errors import HarnessError
 from harness.core.events import Progress
 from harness.data import model_folders
 
-LOGITS_BYTES = 512 * 2**20                      # of the logits of one batch in float32; what bounds an automatic batch size
+LOGITS_BYTES = (
+    512 * 2**20
+)  # of the logits of one batch in float32; what bounds an automatic batch size
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,13 @@ class Subject:
 
     def progress(self, evaluation: Evaluation, step: int, steps: int) -> Progress:
         """The event that says how far an evaluation of this subject is."""
-        return Progress(time=time.time(), cell_keys=(cell_key(self.cell),), stage=evaluation.name, step=step, steps=steps)
+        return Progress(
+            time=time.time(),
+            cell_keys=(cell_key(self.cell),),
+            stage=evaluation.name,
+            step=step,
+            steps=steps,
+        )
 
     def batch_for(self, length: int) -> int:
         """Sequences of `length` tokens per forward pass: batch_size, or what keeps the logits within LOGITS_BYTES (at most 64).
@@ -110,9 +118,14 @@ def depends_on_company(cell: Cell) -> bool:
     if cell.scheme.activation is None:
         return False
     schemes = {cell.scheme.activation}
-    for override in cell.scheme.overrides:      # each may meet a linear that any of those before it met, or not
+    for (
+        override
+    ) in cell.scheme.overrides:  # each may meet a linear that any of those before it met, or not
         schemes |= {dataclasses.replace(scheme, **dict(override.activation)) for scheme in schemes}
-    return any(scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0) for scheme in schemes)
+    return any(
+        scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0)
+        for scheme in schemes
+    )
 
 
 def model_context_length(model: Model) -> int | None:
@@ -121,7 +134,7 @@ def model_context_length(model: Model) -> int | None:
         config = model_folders.config_folder(model) / "config.json"
         return _context_length(json.loads(config.read_text(encoding="utf-8")))
     except (HarnessError, OSError, ValueError):
-        return None                             # a model that cannot be read is refused under its own name, not here
+        return None  # a model that cannot be read is refused under its own name, not here
 
 
 def finite(value: float) -> float | None:

@@ -30,10 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.05
-MINIMUM_ITEMS = 8                               # fewer windows carry no test
-BOOTSTRAP_DRAWS = 9999                          # smallest p 1e-4: enough for Holm over 500 tests
+MINIMUM_ITEMS = 8  # fewer windows carry no test
+BOOTSTRAP_DRAWS = 9999  # smallest p 1e-4: enough for Holm over 500 tests
 BOOTSTRAP_LIMIT = 1000
-BATCH = 1000                                    # draws at once, which bounds memory
+BATCH = 1000  # draws at once, which bounds memory
 
 Floats = NDArray[np.float64]
 Name = TypeVar("Name", bound=Hashable)
@@ -62,7 +62,9 @@ class Comparison:
         return self.adjusted < LEVEL
 
 
-def mean_error(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None) -> tuple[float, float]:
+def mean_error(
+    values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None
+) -> tuple[float, float]:
     """Weighted mean of values [items] and its standard error; NaN for one item. Equal weights give the plain mean and s / √n."""
     column = np.asarray(values, np.float64)
     heavy = np.ones_like(column) if weights is None else np.asarray(weights, np.float64)
@@ -72,18 +74,28 @@ def mean_error(values: Sequence[float] | Floats, weights: Sequence[float] | Floa
     mean = float((heavy * column).sum() / total)
     if items < 2:
         return mean, float("nan")
-    return mean, math.sqrt(items / (items - 1) * float(((heavy * (column - mean)) ** 2).sum())) / total
+    return mean, math.sqrt(
+        items / (items - 1) * float(((heavy * (column - mean)) ** 2).sum())
+    ) / total
 
 
 def compare(
-    ours: Sequence[float] | Floats, baseline: Sequence[float] | Floats,
-    weights: Sequence[float] | Floats | None = None, seed: int = 0,
+    ours: Sequence[float] | Floats,
+    baseline: Sequence[float] | Floats,
+    weights: Sequence[float] | Floats | None = None,
+    seed: int = 0,
 ) -> Comparison | None:
     """Test paired items, all [items]. None where no test is meaningful: too few items, or values that are not finite."""
     cell, reference = np.asarray(ours, np.float64), np.asarray(baseline, np.float64)
     heavy = None if weights is None else np.asarray(weights, np.float64)
-    if cell.shape != reference.shape or cell.ndim != 1 or (heavy is not None and heavy.shape != cell.shape):
-        shapes = f"{cell.shape} and {reference.shape}" + ("" if heavy is None else f", weights {heavy.shape}")
+    if (
+        cell.shape != reference.shape
+        or cell.ndim != 1
+        or (heavy is not None and heavy.shape != cell.shape)
+    ):
+        shapes = f"{cell.shape} and {reference.shape}" + (
+            "" if heavy is None else f", weights {heavy.shape}"
+        )
         raise ValueError(f"paired items need one shape, got {shapes}")
     if len(cell) < MINIMUM_ITEMS or not (np.isfinite(cell).all() and np.isfinite(reference).all()):
         return None
@@ -97,8 +109,10 @@ def compare(
 
 
 def compare_seeds(
-    ours: Sequence[Sequence[float]] | Floats, baseline: Sequence[float] | Floats,
-    weights: Sequence[float] | Floats | None = None, seed: int = 0,
+    ours: Sequence[Sequence[float]] | Floats,
+    baseline: Sequence[float] | Floats,
+    weights: Sequence[float] | Floats | None = None,
+    seed: int = 0,
 ) -> Comparison | None:
     """Test a cell with several seeds, [seeds, items], against one column [items]; like `compare` for a single seed.
 
@@ -112,12 +126,14 @@ def compare_seeds(
         raise ValueError(f"seeds × items against items, got {cells.shape} and {reference.shape}")
     if len(cells) == 1:
         return compare(cells[0], reference, weights, seed)
-    if cells.shape[1] < MINIMUM_ITEMS or not (np.isfinite(cells).all() and np.isfinite(reference).all()):
+    if cells.shape[1] < MINIMUM_ITEMS or not (
+        np.isfinite(cells).all() and np.isfinite(reference).all()
+    ):
         return None
     from scipy.special import stdtrit
 
     heavy = np.ones_like(reference) if weights is None else np.asarray(weights, np.float64)
-    differences = cells - reference                                                 # [seeds, items]
+    differences = cells - reference  # [seeds, items]
     seeds, items = differences.shape
     per_item = differences.mean(axis=0)
     mean, item_error = mean_error(per_item, heavy)
@@ -125,9 +141,12 @@ def compare_seeds(
     name = f"{seeds} seeds, {items} items"
 
     def half_width(level: float) -> float:
-        return math.hypot(float(stdtrit(items - 1, level / 2)) * item_error, float(stdtrit(seeds - 1, level / 2)) * seed_error)
+        return math.hypot(
+            float(stdtrit(items - 1, level / 2)) * item_error,
+            float(stdtrit(seeds - 1, level / 2)) * seed_error,
+        )
 
-    low, high = 0.0, 1.0                        # of the level at which the interval just reaches 0
+    low, high = 0.0, 1.0  # of the level at which the interval just reaches 0
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if half_width(middle) < abs(mean) else (middle, high)
@@ -163,7 +182,7 @@ def sign_flips(differences: Floats, seed: int = 0, draws: int = BOOTSTRAP_DRAWS)
     if not len(moved):
         return 1.0
     observed = abs(float(moved.sum())) * (1 - 1e-12)
-    if len(moved) <= 13:                                                            # all of them: exact
+    if len(moved) <= 13:  # all of them: exact
         signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
         return float(np.mean(np.abs(signs @ moved) >= observed))
     rng = np.random.default_rng(seed)
@@ -184,31 +203,45 @@ def mcnemar(ours: Floats, baseline: Floats) -> Comparison:
     p_value = float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
     difference = (won - lost) / items
     error = math.sqrt(max(won + lost - (won - lost) ** 2 / items, 0.0)) / items
-    return Comparison("McNemar", items, difference, difference - 1.96 * error, difference + 1.96 * error, p_value, p_value)
+    return Comparison(
+        "McNemar",
+        items,
+        difference,
+        difference - 1.96 * error,
+        difference + 1.96 * error,
+        p_value,
+        p_value,
+    )
 
 
 def paired_bootstrap(
-    ours: Floats, baseline: Floats, weights: Floats | None = None, seed: int = 0, draws: int = BOOTSTRAP_DRAWS
+    ours: Floats,
+    baseline: Floats,
+    weights: Floats | None = None,
+    seed: int = 0,
+    draws: int = BOOTSTRAP_DRAWS,
 ) -> Comparison:
     """Studentized paired bootstrap of the mean difference of two columns, [items]. Memory: a batch of draws × items doubles."""
     differences = ours - baseline
     heavy = np.ones_like(differences) if weights is None else weights
     items = len(differences)
     mean, error = mean_error(differences, heavy)
-    if error <= 1e-12 * max(abs(mean), 1e-300):                     # every item moved by the same amount
+    if error <= 1e-12 * max(abs(mean), 1e-300):  # every item moved by the same amount
         p_value = 1.0 if mean == 0 else 1 / (draws + 1)
         return Comparison("paired bootstrap", items, mean, mean, mean, p_value, p_value)
     rng = np.random.default_rng(seed)
     centred, t_values = differences - mean, []
     for start in range(0, draws, BATCH):
-        chosen = rng.integers(items, size=(min(BATCH, draws - start), items))       # [draws, items]
+        chosen = rng.integers(items, size=(min(BATCH, draws - start), items))  # [draws, items]
         sample, weight = centred[chosen], heavy[chosen]
         total = weight.sum(axis=1)
         means = (weight * sample).sum(axis=1) / total
         squares = ((weight * (sample - means[:, None])) ** 2).sum(axis=1)
         spread = np.sqrt(items / (items - 1) * squares) / total
         with np.errstate(divide="ignore", invalid="ignore"):
-            t_values.append(np.nan_to_num(means / spread, nan=0.0, posinf=math.inf, neginf=-math.inf))
+            t_values.append(
+                np.nan_to_num(means / spread, nan=0.0, posinf=math.inf, neginf=-math.inf)
+            )
     drawn = np.abs(np.concatenate(t_values))
     p_value = (1 + int(np.sum(drawn >= abs(mean) / error))) / (draws + 1)
     width = float(np.quantile(drawn, 1 - LEVEL, method="higher")) * error

@@ -33,10 +33,18 @@ from harness.evaluation.protocols import Subject, model_context_length
 
 RECIPES = ("join", "sample", "documents")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
 )
-KEPT = 4                                        # texts whose windows stay in memory
+KEPT = 4  # texts whose windows stay in memory
 _kept: OrderedDict[str, list[Tensor]] = OrderedDict()
 
 
@@ -70,7 +78,9 @@ class WindowSettings:
         if self.windows not in RECIPES:
             problems.append(unknown_name("recipe of windows", self.windows, RECIPES))
         if self.length < 0 or self.length == 1:
-            problems.append(f"length={self.length}: a window holds at least 2 tokens (0: the model's context)")
+            problems.append(
+                f"length={self.length}: a window holds at least 2 tokens (0: the model's context)"
+            )
         for name in ("max_windows", "documents", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -104,7 +114,9 @@ def read_windows(settings: WindowSettings, subject: Subject) -> list[Tensor]:
     context = subject.context_length()
     length = window_length(settings, context)
     if context is not None and length > context:
-        raise EvaluationError(f"windows of {length} tokens: {subject.cell.model.name} was made for {context}; lower `length`")
+        raise EvaluationError(
+            f"windows of {length} tokens: {subject.cell.model.name} was made for {context}; lower `length`"
+        )
     documents = texts.read_corpus(settings.source, settings.split)[: settings.documents]
     key = windows_key(settings, length, documents, subject.model_folder)
     if key not in _kept:
@@ -120,7 +132,9 @@ def read_windows(settings: WindowSettings, subject: Subject) -> list[Tensor]:
     return _kept[key][: settings.max_windows]
 
 
-def windows_key(settings: WindowSettings, length: int, documents: list[str], model_folder: Path) -> str:
+def windows_key(
+    settings: WindowSettings, length: int, documents: list[str], model_folder: Path
+) -> str:
     """SHA-256 of all that the windows depend on, as 64 hexadecimal digits."""
     text = hashlib.sha256()
     for document in documents:
@@ -128,7 +142,7 @@ def windows_key(settings: WindowSettings, length: int, documents: list[str], mod
         text.update(len(data).to_bytes(8, "little") + data)
     recipe = {**asdict(settings), "length": length}
     for place in ("source", "split", "max_windows", "documents"):
-        del recipe[place]                       # the text itself is in the key
+        del recipe[place]  # the text itself is in the key
     return digest([text.hexdigest(), tokenizer_digest(model_folder), recipe])
 
 
@@ -140,10 +154,15 @@ def tokenizer_digest(folder: Path) -> str:
     return digest([[file.name, digests.file_digest(file)] for file in files])
 
 
-def cut(documents: list[str], tokenizer: Any, settings: WindowSettings, length: int) -> list[Tensor]:
+def cut(
+    documents: list[str], tokenizer: Any, settings: WindowSettings, length: int
+) -> list[Tensor]:
     """The windows of a text, before `max_windows` is applied."""
+
     def encode(text: str) -> Tensor:
-        ids = tokenizer(text, add_special_tokens=settings.special_tokens, verbose=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=settings.special_tokens, verbose=False)[
+            "input_ids"
+        ]
         return torch.tensor(ids, dtype=torch.int64)
 
     if settings.windows == "join":
@@ -154,10 +173,16 @@ def cut(documents: list[str], tokenizer: Any, settings: WindowSettings, length: 
         windows = _sample(documents, encode, settings, length)
         found = "no document that long"
     else:
-        windows = [tokens for tokens in (encode(document)[:length] for document in documents) if len(tokens) > 1]
+        windows = [
+            tokens
+            for tokens in (encode(document)[:length] for document in documents)
+            if len(tokens) > 1
+        ]
         found = "no document of two tokens"
     if not windows:
-        raise DataError(f"text {settings.source}, split {settings.split}: {found}, but one window has {length}; lower `length`")
+        raise DataError(
+            f"text {settings.source}, split {settings.split}: {found}, but one window has {length}; lower `length`"
+        )
     return windows
 
 
@@ -170,12 +195,16 @@ def window_batches(windows: list[Tensor], subject: Subject) -> Iterator[tuple[li
     start = 0
     while start < len(order):
         indices = order[start : start + subject.batch_for(len(windows[order[start]]))]
-        ids = torch.nn.utils.rnn.pad_sequence([windows[index] for index in indices], batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [windows[index] for index in indices], batch_first=True
+        )
         yield indices, ids.to(subject.device)
         start += len(indices)
 
 
-def _sample(documents: list[str], encode: Any, settings: WindowSettings, length: int) -> list[Tensor]:
+def _sample(
+    documents: list[str], encode: Any, settings: WindowSettings, length: int
+) -> list[Tensor]:
     rng = random.Random(settings.seed)
     # Tokenizing every document is wasteful where most are drawn never; a document is never shorter in bytes than in tokens,
     # up to its special tokens, so this only skips those that cannot be long enough.
@@ -187,7 +216,9 @@ def _sample(documents: list[str], encode: Any, settings: WindowSettings, length:
         index = rng.randint(0, len(documents) - 1)
         if index not in encoded:
             encoded[index] = encode(documents[index])
-            if len(encoded) == len(documents) and all(len(tokens) <= length for tokens in encoded.values()):
+            if len(encoded) == len(documents) and all(
+                len(tokens) <= length for tokens in encoded.values()
+            ):
                 return []
         tokens = encoded[index]
         if len(tokens) > length:

@@ -20,8 +20,8 @@ from harness.storage.locks import Owner
 from harness.storage.store import Store
 from harness.storage.sweep_state import is_running
 
-BEAT_SECONDS = 5.0                              # between two signs of life
-SILENT_SECONDS = 60.0                           # without one, after which a driver blocks nobody
+BEAT_SECONDS = 5.0  # between two signs of life
+SILENT_SECONDS = 60.0  # without one, after which a driver blocks nobody
 
 
 class Coordination:
@@ -97,8 +97,11 @@ class Coordination:
             if beat != content["beat"]:
                 since = now
             self._heard[name] = content["beat"], since
-            if now - since < SILENT_SECONDS and content["wants"] and content["priority"] > max(
-                self.priority, first["priority"] if first else self.priority
+            if (
+                now - since < SILENT_SECONDS
+                and content["wants"]
+                and content["priority"]
+                > max(self.priority, first["priority"] if first else self.priority)
             ):
                 first = content
         if first is None:
@@ -114,14 +117,25 @@ class Coordination:
                 self._write()
 
     def _write(self) -> None:
-        with self._writing, contextlib.suppress(StoreError):               # a full store is told of elsewhere
+        with self._writing, contextlib.suppress(StoreError):  # a full store is told of elsewhere
             self._beat += 1
-            self._store.write_driver(self._id, {
-                "sweep": self._sweep, "priority": self.priority, "wants": self._wants, "behind": self.behind, "beat": self._beat,
-                "owner": self._owner, "updated": time.time(),
-            })
+            self._store.write_driver(
+                self._id,
+                {
+                    "sweep": self._sweep,
+                    "priority": self.priority,
+                    "wants": self._wants,
+                    "behind": self.behind,
+                    "beat": self._beat,
+                    "owner": self._owner,
+                    "updated": time.time(),
+                },
+            )
 
 
 def active_drivers(store: Store) -> list[dict[str, Any]]:
     """What each driver that is at work on a store says of itself, highest priority first."""
-    return sorted((each for each in store.drivers().values() if is_running(each)), key=lambda each: -int(each["priority"]))
+    return sorted(
+        (each for each in store.drivers().values() if is_running(each)),
+        key=lambda each: -int(each["priority"]),
+    )

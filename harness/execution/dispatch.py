@@ -57,12 +57,23 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
         return
     ends = time.monotonic() + seconds if seconds is not None else float("inf")
     executor = make_executor(plan.sweep.runtime, plan.workers)
-    wide = {each.cells[0].model.name: each.least for each in plan.scorings if each.least > max(1, executor.most)}
+    wide = {
+        each.cells[0].model.name: each.least
+        for each in plan.scorings
+        if each.least > max(1, executor.most)
+    }
     if wide:
         executor.close()
-        asked = "; ".join(f'model "{name}" takes {devices} GPUs of one node to evaluate' for name, devices in wide.items())
-        raise ScheduleError(f"{asked}, and none has more than {executor.most}. Nothing was started. Leave it out, or add a node")
-    board = Scheduler(plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None)
+        asked = "; ".join(
+            f'model "{name}" takes {devices} GPUs of one node to evaluate'
+            for name, devices in wide.items()
+        )
+        raise ScheduleError(
+            f"{asked}, and none has more than {executor.most}. Nothing was started. Leave it out, or add a node"
+        )
+    board = Scheduler(
+        plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None
+    )
     store, runtime = Store(plan.sweep.runtime.runs), plan.sweep.runtime
     try:
         if isinstance(executor, RayCluster) and executor.dashboard:
@@ -108,5 +119,3 @@ def make_executor(runtime: Runtime, workers: int) -> Executor:
             return InProcess(count_gpus() if runtime.device != "cpu" else 0)
         return Processes(workers, runtime)
     return RayCluster(runtime, workers)
-
-

@@ -23,7 +23,17 @@ from harness.core import sweep as tables
 from harness.core import text as text_module
 from harness.core.cell import Cell, baseline_of, cell_key, digest
 from harness.core.errors import ScheduleError, StoreError, TrackingError
-from harness.core.events import Event, Failed, Joined, Progress, Quantized, Scored, TaskStarted, Turn, Usage
+from harness.core.events import (
+    Event,
+    Failed,
+    Joined,
+    Progress,
+    Quantized,
+    Scored,
+    TaskStarted,
+    Turn,
+    Usage,
+)
 from harness.core.sweep import Sweep
 from harness.core.text import first_line
 from harness.core.units import duration
@@ -61,8 +71,8 @@ class Summary:
     interrupted: bool = False
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
-    stopped: str = ""                           # why the run ended before the sweep did, where nobody interrupted it
-    left_out: int = 0                           # cells for which the budget had no room
+    stopped: str = ""  # why the run ended before the sweep did, where nobody interrupted it
+    left_out: int = 0  # cells for which the budget had no room
 
     @property
     def exit_code(self) -> int:
@@ -77,9 +87,15 @@ class Summary:
         if self.failed:
             words.append(f"{len(self.failed)} failed")
         words.append(f"{self.seconds:.0f} s")
-        lines = [f"{'stopped' if self.interrupted or self.stopped else 'done'}    {' · '.join(words)}"]
+        lines = [
+            f"{'stopped' if self.interrupted or self.stopped else 'done'}    {' · '.join(words)}"
+        ]
         lines += [f"reason  {self.stopped}"] if self.stopped else []
-        lines += [f"left    {self.left_out} cells, for which the budget has no room"] if self.left_out else []
+        lines += (
+            [f"left    {self.left_out} cells, for which the budget has no room"]
+            if self.left_out
+            else []
+        )
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
         if self.interrupted or done < len(self.records):
@@ -87,11 +103,18 @@ class Summary:
         elif sweep.path is not None or not self.records:
             lines.append(f"next    {tables.command_line(sweep, 'table')}   ·   {_ui(sweep)}")
         else:
-            lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}")
+            lines.append(
+                f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}"
+            )
         return "\n".join(lines)
 
 
-def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_seconds: float | None = None) -> Summary:
+def run(
+    sweep: Sweep,
+    display: Display | None = None,
+    command: str = "",
+    budget_seconds: float | None = None,
+) -> Summary:
     """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
 
     A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are told in the summary; whatever was complete
@@ -107,16 +130,20 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
         plan, left_out = within(plan, budget_seconds)
     text = render(plan)
     if left_out:
-        text += "\n" + "\n".join(f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out)
+        text += "\n" + "\n".join(
+            f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out
+        )
     display.line(text)
     other = store.sweep_state(sweep.name)
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
-        display.close()                         # all done and all told before: only the tables may have changed
+        display.close()  # all done and all told before: only the tables may have changed
         records = _records(store, sweep)
         paths = write_tables(sweep, tables_module.build_all(sweep, records, store), store)
         return Summary(plan, records, {}, time.monotonic() - began, files=paths)
     if plan.missing and other and is_running(other):
-        display.line(f"note    process {other['owner']['pid']} runs this sweep too; the two share the work")
+        display.line(
+            f"note    process {other['owner']['pid']} runs this sweep too; the two share the work"
+        )
     store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
     store.clear_priority(sweep.name)
     recorder = _Recorder(plan, store, display, text)
@@ -124,7 +151,11 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
     try:
         with ExitStack() as stack:
             stop = stack.enter_context(_interrupts())
-            limit = {} if budget_seconds is None else {"seconds": max(0.0, budget_seconds - (time.monotonic() - began))}
+            limit = (
+                {}
+                if budget_seconds is None
+                else {"seconds": max(0.0, budget_seconds - (time.monotonic() - began))}
+            )
             events = dispatch.run(plan, command, **limit)
             stack.callback(_close, events)
             for event in events:
@@ -132,13 +163,13 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
                 if isinstance(event, Failed):
                     store.check_writable()
                 recorder.event(event)
-                if stop.is_set():               # the exception was raised where nobody could see it
+                if stop.is_set():  # the exception was raised where nobody could see it
                     raise KeyboardInterrupt
                 if sweep.runtime.fail_fast and recorder.tally.failed:
                     break
     except KeyboardInterrupt:
         interrupted = True
-    except StoreError as error:                 # the next cells would all fail of it
+    except StoreError as error:  # the next cells would all fail of it
         stopped = str(error)
     except ScheduleError as error:
         stopped = str(error)
@@ -149,9 +180,15 @@ def run(sweep: Sweep, display: Display | None = None, command: str = "", budget_
         display.close()
     if store.is_cancelled(sweep.name):
         interrupted = True
-    elif budget_seconds is not None and time.monotonic() - began >= budget_seconds and recorder.tally.fraction < 1:
+    elif (
+        budget_seconds is not None
+        and time.monotonic() - began >= budget_seconds
+        and recorder.tally.fraction < 1
+    ):
         stopped = stopped or f"the budget of {duration(budget_seconds)[2:]} is used up"
-    return dataclasses.replace(recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out))
+    return dataclasses.replace(
+        recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out)
+    )
 
 
 @contextlib.contextmanager
@@ -163,9 +200,15 @@ def _interrupts() -> Iterator[threading.Event]:
         stop.set()
         raise KeyboardInterrupt
 
-    handled = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    handled = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
     before = {number: signal.getsignal(number) for number in handled}
-    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]       # as nohup asks
+    taken = [
+        number for number, handler in before.items() if handler is not signal.SIG_IGN
+    ]  # as nohup asks
     try:
         for number in taken:
             signal.signal(number, interrupt)
@@ -193,10 +236,17 @@ class _Recorder:
         store.open_cells([self.cells[key] for key in sorted(waiting)])
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
-        self.teller = BackgroundTracker(lambda: mlflow_runs.open_tracker(plan.sweep, plan_text), self._tell_one, self._progress, self._warn)
+        self.teller = BackgroundTracker(
+            lambda: mlflow_runs.open_tracker(plan.sweep, plan_text),
+            self._tell_one,
+            self._progress,
+            self._warn,
+        )
         self.dashboard = self.behind = ""
         self.done = {cell_key(cell) for cell in plan.done}
-        self.compared: dict[str, list[str]] = {}                        # key of a baseline -> cells that it is compared with
+        self.compared: dict[
+            str, list[str]
+        ] = {}  # key of a baseline -> cells that it is compared with
         for key, cell in self.cells.items():
             self.compared.setdefault(cell_key(baseline_of(cell)), []).append(key)
         for cell in plan.done:
@@ -210,7 +260,12 @@ class _Recorder:
         match event:
             case TaskStarted():
                 for key in event.cell_keys:
-                    self.teller.note(key, "quantizing" if "checkpoint" in self.tally.pending.get(key, ()) else "evaluating")
+                    self.teller.note(
+                        key,
+                        "quantizing"
+                        if "checkpoint" in self.tally.pending.get(key, ())
+                        else "evaluating",
+                    )
             case Usage():
                 for key in event.cell_keys:
                     self.teller.use(key, event.facts)
@@ -221,18 +276,24 @@ class _Recorder:
             case Progress():
                 doing = "quantizing" if event.stage == "block" else "evaluating"
                 for key in event.cell_keys:
-                    self.state.update(key, doing, stage=event.stage, step=event.step, steps=event.steps)
+                    self.state.update(
+                        key, doing, stage=event.stage, step=event.step, steps=event.steps
+                    )
             case Quantized() | Scored():
                 for key in event.cell_keys:
                     state = "done" if key in finished else "evaluating"
                     self.state.update(key, state)
                     self.teller.note(key, state)
                 self.done |= set(finished)
-                for key in finished:            # what a baseline's items tell of cells that were done before it
+                for (
+                    key
+                ) in finished:  # what a baseline's items tell of cells that were done before it
                     for other in self.done.intersection(self.compared.get(key, ())):
                         self.teller.note(other, "done")
             case Failed() if not event.retry:
-                failure = {name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")}
+                failure = {
+                    name: getattr(event, name) for name in ("stage", "kind", "reason", "detail")
+                }
                 for key in event.cell_keys:
                     self.store.write_failure(key, failure)
                     self.state.update(key, "failed", reason=event.reason)
@@ -243,18 +304,24 @@ class _Recorder:
         """Write tables and figures, close the tracking, say what happened."""
         sweep = self.plan.sweep
         records = _records(self.store, sweep)
-        for key in {cell_key(cell) for cell in self.plan.missing} - set(self.tally.done) - set(self.tally.failed):
+        for key in (
+            {cell_key(cell) for cell in self.plan.missing}
+            - set(self.tally.done)
+            - set(self.tally.failed)
+        ):
             self.teller.note(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
         made = self._guard(lambda: tables_module.build_all(sweep, records, self.store)) or {}
         paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
         figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
-        summary = Summary(self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped)
+        summary = Summary(
+            self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped
+        )
         if not self.teller.end(lambda tracker: tracker.finish(made, figures, summary.text)):
             self._warn(TrackingError("tracking is slow and was not told everything"))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
-        with contextlib.suppress(StoreError):   # a full disk has been told of
+        with contextlib.suppress(StoreError):  # a full disk has been told of
             self.state.end()
         return dataclasses.replace(summary, warnings=tuple(self.warnings))
 
@@ -276,7 +343,7 @@ class _Recorder:
         """What fails here is told and stops nothing: the store has the results."""
         try:
             return work()
-        except Exception as error:              # whatever the libraries of tables and figures raise
+        except Exception as error:  # whatever the libraries of tables and figures raise
             log.warning("tables or figures failed", exc_info=error)
             self._warn(error)
             return None
@@ -289,7 +356,9 @@ class _Recorder:
             self.display.line(f"warning {sentence}")
 
 
-def write_tables(sweep: Sweep, made: Mapping[str, table_data.TableData], store: Store) -> tuple[Path, ...]:
+def write_tables(
+    sweep: Sweep, made: Mapping[str, table_data.TableData], store: Store
+) -> tuple[Path, ...]:
     """The sweep's tables in every format, below runs/tables/<sweep>/; the HTML leads from a number to the cell that made it."""
     links = {cell_key(cell): f"../../cells/{cell_key(cell)}/cell.json" for cell in sweep.cells}
     paths = []
@@ -335,7 +404,11 @@ def _runs(sweep: Sweep) -> str:
 
 
 def _ui(sweep: Sweep) -> str:
-    return f"open {sweep.runtime.tracking.uri}" if sweep.runtime.tracking.kind == "server" else f"harness ui{_runs(sweep)}"
+    return (
+        f"open {sweep.runtime.tracking.uri}"
+        if sweep.runtime.tracking.kind == "server"
+        else f"harness ui{_runs(sweep)}"
+    )
 
 
 def frame(records: Iterable[Record]) -> pandas.DataFrame:
@@ -345,7 +418,21 @@ def frame(records: Iterable[Record]) -> pandas.DataFrame:
     rows = []
     for record in records:
         state = "done" if record.complete else "failed" if record.failures else "missing"
-        names = {"model": record.cell.model.name, "method": record.cell.method.name, "scheme": record.cell.scheme.name}
-        reason = "" if record.complete or not record.failures else record.failures[-1].get("reason", "")
-        rows.append({**names, "state": state, **record.metrics(), "failure": reason, "key": record.cell_key[:12]})
+        names = {
+            "model": record.cell.model.name,
+            "method": record.cell.method.name,
+            "scheme": record.cell.scheme.name,
+        }
+        reason = (
+            "" if record.complete or not record.failures else record.failures[-1].get("reason", "")
+        )
+        rows.append(
+            {
+                **names,
+                "state": state,
+                **record.metrics(),
+                "failure": reason,
+                "key": record.cell_key[:12],
+            }
+        )
     return pandas.DataFrame(rows)

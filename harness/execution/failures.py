@@ -10,11 +10,22 @@ from harness.core.errors import HarnessError
 from harness.core.events import Failed
 from harness.storage.store import Store
 
-OUT_OF_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+)
 
 
 def ran_out(
-    store: Store, keys: Iterable[str], stage: str, beside: int, peak_memory_bytes: int, devices: int = 0, offload: bool = False
+    store: Store,
+    keys: Iterable[str],
+    stage: str,
+    beside: int,
+    peak_memory_bytes: int,
+    devices: int = 0,
+    offload: bool = False,
 ) -> None:
     """Note in the records that memory ran out, for plans of cells that need as much or more.
 
@@ -25,7 +36,11 @@ def ran_out(
     offload  the model's blocks were in main memory
     """
     facts = {
-        "beside": beside, "peak_memory_bytes": peak_memory_bytes, "devices": devices, "offload": offload, "time": time.time(),
+        "beside": beside,
+        "peak_memory_bytes": peak_memory_bytes,
+        "devices": devices,
+        "offload": offload,
+        "time": time.time(),
     }
     for key in keys:
         store.write_provenance(key, {f"out_of_memory_{stage}": facts})
@@ -37,11 +52,23 @@ def failure(error: BaseException, keys: tuple[str, ...], stage: str) -> Failed:
     kind = "out_of_memory" if is_out_of_memory(error) else "error"
     reason = text if isinstance(error, HarnessError) else f"{type(error).__name__}: {text}"
     detail = "".join(traceback.format_exception(error))
-    return Failed(time.time(), keys, stage=stage, kind=kind, reason=reason.strip().splitlines()[0], detail=detail)
+    return Failed(
+        time.time(),
+        keys,
+        stage=stage,
+        kind=kind,
+        reason=reason.strip().splitlines()[0],
+        detail=detail,
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch's own error on a card, Python's, and the plain RuntimeError of torch's CPU allocator."""
-    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "TorchOutOfMemoryError"):
+    if isinstance(error, MemoryError) or type(error).__name__ in (
+        "OutOfMemoryError",
+        "TorchOutOfMemoryError",
+    ):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
+    return isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in OUT_OF_MEMORY_WORDS
+    )

@@ -13,7 +13,7 @@ from harness.core.errors import StoreError
 from harness.core.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
 from harness.storage.store import Store
 
-LOG_SECONDS = 30.0                              # after which logs go to a store elsewhere, at the latest
+LOG_SECONDS = 30.0  # after which logs go to a store elsewhere, at the latest
 
 
 class TaskLogs:
@@ -28,12 +28,14 @@ class TaskLogs:
     def __enter__(self) -> TaskLogs:
         root = logging.getLogger("harness")
         handler = logging.Handler()
-        handler.emit = lambda record: self._write(self._paths, f"{record.levelname.lower()}  {record.getMessage()}")  # type: ignore[method-assign]
+        handler.emit = lambda record: self._write(
+            self._paths, f"{record.levelname.lower()}  {record.getMessage()}"
+        )  # type: ignore[method-assign]
         root.addHandler(handler)
         self._stack.callback(self._keep)
         self._stack.callback(root.removeHandler, handler)
         with contextlib.suppress(StoreError):
-            for path in self._paths.values():   # an earlier task, perhaps elsewhere, began it
+            for path in self._paths.values():  # an earlier task, perhaps elsewhere, began it
                 self._store.local(path)
         return self
 
@@ -44,7 +46,10 @@ class TaskLogs:
         line = describe(event)
         if line:
             self._write(event.cell_keys or self._paths, line)
-        if isinstance(event, Quantized | Scored | Failed) or time.monotonic() - self._kept > LOG_SECONDS:
+        if (
+            isinstance(event, Quantized | Scored | Failed)
+            or time.monotonic() - self._kept > LOG_SECONDS
+        ):
             self._keep()
 
     def _keep(self) -> None:
@@ -56,7 +61,9 @@ class TaskLogs:
     def _write(self, keys: Iterable[str], line: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         for key in keys:
-            with contextlib.suppress(OSError):              # a log that cannot be written is no reason to lose the cell
+            with contextlib.suppress(
+                OSError
+            ):  # a log that cannot be written is no reason to lose the cell
                 path = self._paths[key]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
@@ -69,10 +76,15 @@ def describe(event: Event) -> str:
         case Progress():
             return f"{event.stage} {event.step}/{event.steps}"
         case Quantized():
-            bits, seconds = event.record.get("bits_per_weight", 0.0), event.record.get("seconds", 0.0)
+            bits, seconds = (
+                event.record.get("bits_per_weight", 0.0),
+                event.record.get("seconds", 0.0),
+            )
             return f"quantized  {bits:.3f} bits per weight in {seconds:.1f} s"
         case Scored():
-            return "scored  " + "  ".join(f"{name} {value:.6g}" for name, value in event.metrics.items())
+            return "scored  " + "  ".join(
+                f"{name} {value:.6g}" for name, value in event.metrics.items()
+            )
         case Failed():
             return f"FAILED in {event.stage} ({event.kind}): {event.reason}\n{event.detail}"
         case TaskStarted():

@@ -9,7 +9,7 @@ import time
 
 from harness.core.errors import HarnessError
 
-USAGE_SECONDS = 15.0                            # between two readings of what a process takes
+USAGE_SECONDS = 15.0  # between two readings of what a process takes
 
 
 def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> str:
@@ -19,22 +19,30 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
     """
     import torch
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # spinning idle threads slow the other workers some tenfold
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # spinning idle threads slow the other workers some tenfold
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = False           # Hessians in TF32 are no longer positive definite
+    torch.backends.cuda.matmul.allow_tf32 = (
+        False  # Hessians in TF32 are no longer positive definite
+    )
     torch.backends.cudnn.allow_tf32 = False
-    if device == "cpu":                         # asks no driver for anything
+    if device == "cpu":  # asks no driver for anything
         return device
     available = torch.cuda.is_available()
     if device == "auto" and not available:
         return "cpu"
     if not available:
-        raise HarnessError(f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto')
+        raise HarnessError(
+            f'device "{device}": torch finds no CUDA device in this process; use device=cpu or device=auto'
+        )
     if devices > 1:
         if torch.cuda.device_count() < devices:
-            raise HarnessError(f"the task needs {devices} GPUs, and this process sees {torch.cuda.device_count()}")
+            raise HarnessError(
+                f"the task needs {devices} GPUs, and this process sees {torch.cuda.device_count()}"
+            )
         for index in range(devices):
             torch.cuda.set_per_process_memory_fraction(1.0, index)
         return "cuda:0"
@@ -45,7 +53,7 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
 
 
 def device_name(device: str) -> str:
-    """"cpu", or the card's name."""
+    """ "cpu", or the card's name."""
     if device == "cpu":
         return device
     import torch
@@ -70,7 +78,7 @@ def peak_memory(device: str) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024          # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
@@ -89,14 +97,17 @@ class UsageMeter:
 
         self._device, self._process = device, psutil.Process()
         self._due = time.monotonic() + USAGE_SECONDS
-        self._process.cpu_percent()             # the first reading is of no time at all
+        self._process.cpu_percent()  # the first reading is of no time at all
 
     def now(self, cells: int) -> dict[str, float] | None:
         """For the cells at work; None where the last reading is young."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + USAGE_SECONDS * max(1, cells)
-        facts = {"cpu_percent": self._process.cpu_percent(), "memory_megabytes": self._process.memory_info().rss / 1e6}
+        facts = {
+            "cpu_percent": self._process.cpu_percent(),
+            "memory_megabytes": self._process.memory_info().rss / 1e6,
+        }
         if self._device != "cpu":
             import torch
 

@@ -43,14 +43,20 @@ class Tally:
         if not self.units:
             return 1.0
         left = sum(len(waits) for key, waits in self.pending.items() if key not in self.failed)
-        underway = sum(step.step / step.steps for key, step in self.running.items() if step.steps and key not in self.failed)
+        underway = sum(
+            step.step / step.steps
+            for key, step in self.running.items()
+            if step.steps and key not in self.failed
+        )
         return min(1.0, max(0.0, (self.units - left + min(underway, left)) / self.units))
 
     @property
     def seconds_left(self) -> float | None:
         """None until a twentieth is done, from which one may extrapolate."""
         fraction = self.fraction
-        return None if fraction < 0.05 else (time.monotonic() - self.began) * (1 - fraction) / fraction
+        return (
+            None if fraction < 0.05 else (time.monotonic() - self.began) * (1 - fraction) / fraction
+        )
 
     def add(self, event: Event) -> list[str]:
         """Take in an event; return the keys of the cells that it completes."""

@@ -23,8 +23,18 @@ from harness.core.text import without_password
 from harness.storage.store import Store
 
 PACKAGES = (
-    "quantization-harness", "torch", "transformers", "tokenizers", "safetensors", "numpy", "ray", "lm-eval", "datasets", "mlflow",
-    "hydra-core", "compressed-tensors",
+    "quantization-harness",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "ray",
+    "lm-eval",
+    "datasets",
+    "mlflow",
+    "hydra-core",
+    "compressed-tensors",
 )
 
 
@@ -60,8 +70,15 @@ def versions() -> dict[str, str]:
 @functools.cache
 def packages() -> str:
     """Every installed distribution, name==version a line, from the names of their metadata folders."""
-    folders = {found.name for place in map(Path, sys.path) if place.is_dir() for found in place.glob("*.dist-info")}
-    pairs = sorted(name.removesuffix(".dist-info").rsplit("-", 1) for name in folders if "-" in name)
+    folders = {
+        found.name
+        for place in map(Path, sys.path)
+        if place.is_dir()
+        for found in place.glob("*.dist-info")
+    }
+    pairs = sorted(
+        name.removesuffix(".dist-info").rsplit("-", 1) for name in folders if "-" in name
+    )
     return "".join(f"{name}=={version}\n" for name, version in pairs)
 
 
@@ -77,18 +94,24 @@ def changes() -> str:
     """The package's uncommitted changes as a diff, files that git does not know yet included; without passwords of addresses."""
     folder = PACKAGE
     diff = _git(folder, "diff", "HEAD", "--", ".")
-    for name in _git(folder, "ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines():
+    for name in _git(
+        folder, "ls-files", "--others", "--exclude-standard", "--", "*.py"
+    ).splitlines():
         try:
             lines = (folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             continue
-        diff += f"\n--- /dev/null\n+++ b/harness/{name}\n@@ -0,0 +1,{len(lines)} @@\n" + "\n".join(f"+{line}" for line in lines)
+        diff += f"\n--- /dev/null\n+++ b/harness/{name}\n@@ -0,0 +1,{len(lines)} @@\n" + "\n".join(
+            f"+{line}" for line in lines
+        )
     return without_password(diff.strip())
 
 
 def command_line() -> str:
     """What was typed, as far as a process can know, without the user and password of an address: it goes into records."""
-    program = "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
+    program = (
+        "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
+    )
     return without_password(" ".join((program, *sys.argv[1:])))
 
 
@@ -108,7 +131,13 @@ def _kept(store: Store, text: str, suffix: str) -> str:
 
 def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, errors="replace")
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -110,7 +110,9 @@ class CheckpointPool:
     @property
     def pieces(self) -> int:
         """Into how many walks it could be cut for idle slots."""
-        return max(len({each.stream for each in self.checkpoints}), -(-len(self.checkpoints) // self.limit))
+        return max(
+            len({each.stream for each in self.checkpoints}), -(-len(self.checkpoints) // self.limit)
+        )
 
 
 @dataclass
@@ -136,4 +138,4 @@ class ScoringDefaults:
     devices: int = 1
     whole: bool = False
     offload: bool = False
-    least: int = 1                              # GPUs by its size alone
+    least: int = 1  # GPUs by its size alone

@@ -58,7 +58,10 @@ TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
 
 def encode(task: Task) -> dict[str, Any]:
     """A task as JSON values: what crosses to another process."""
-    return {"kind": next(kind for kind, task_type in TASKS.items() if isinstance(task, task_type)), "task": to_json(task)}
+    return {
+        "kind": next(kind for kind, task_type in TASKS.items() if isinstance(task, task_type)),
+        "task": to_json(task),
+    }
 
 
 def decode(data: Mapping[str, Any]) -> Task:
@@ -74,4 +77,6 @@ def encode_event(event: Event) -> dict[str, Any]:
 def decode_event(data: Mapping[str, Any]) -> Event:
     """The inverse of `encode_event`."""
     fields = {name: value for name, value in data.items() if name != "event"}
-    return typing.cast(Event, getattr(events, data["event"])(**{**fields, "cell_keys": tuple(data["cell_keys"])}))
+    return typing.cast(
+        Event, getattr(events, data["event"])(**{**fields, "cell_keys": tuple(data["cell_keys"])})
+    )

@@ -30,7 +30,14 @@ from harness.data import model_folders
 from harness.execution import provenance
 from harness.execution.failures import failure, ran_out
 from harness.execution.logs import TaskLogs
-from harness.execution.process import UsageMeter, device_name, peak_memory, prepare, release, thread_count
+from harness.execution.process import (
+    UsageMeter,
+    device_name,
+    peak_memory,
+    prepare,
+    release,
+    thread_count,
+)
 from harness.execution.tasks import EvaluateTask, QuantizeTask, Task
 from harness.storage.record import under_name
 from harness.storage.store import Store
@@ -51,10 +58,19 @@ def run(task: Task) -> Iterator[Event]:
     except HarnessError as error:
         yield failure(error, keys, "task")
         return
-    yield TaskStarted(time.time(), keys, worker=f"{socket.gethostname()}:{os.getpid()}", device=device_name(device))
+    yield TaskStarted(
+        time.time(),
+        keys,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+        device=device_name(device),
+    )
     store, usage = Store(task.runs), UsageMeter(device)
     with TaskLogs(store, task.cells) as logs:
-        body = quantize(task, store, device) if isinstance(task, QuantizeTask) else evaluate(task, store, device)
+        body = (
+            quantize(task, store, device)
+            if isinstance(task, QuantizeTask)
+            else evaluate(task, store, device)
+        )
         try:
             for event in body:
                 logs.event(event)
@@ -65,7 +81,9 @@ def run(task: Task) -> Iterator[Event]:
             failed = failure(error, keys, "task")
             logs.event(failed)
             yield failed
-    yield TaskEnded(time.time(), keys, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory(device))
+    yield TaskEnded(
+        time.time(), keys, seconds=time.monotonic() - began, peak_memory_bytes=peak_memory(device)
+    )
 
 
 def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
@@ -74,14 +92,18 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
     for cell in task.cells:
         store.open_cell(cell)
         sharers.setdefault(quantize_key(cell), []).append(cell)
-    bases = {quantize_key(cell) for cell in map(untuned, task.cells)}            # a cell without tuning is its own
+    bases = {
+        quantize_key(cell) for cell in map(untuned, task.cells)
+    }  # a cell without tuning is its own
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     with ExitStack() as locks:
-        for key in sorted({*sharers, *bases}):  # one order for all drivers, so that none waits for another in a circle
+        for key in sorted(
+            {*sharers, *bases}
+        ):  # one order for all drivers, so that none waits for another in a circle
             locks.enter_context(store.lock(f"checkpoint-{key}"))
         for key, cells in list(sharers.items()):
             manifest = store.manifest(key)
-            if manifest is not None:            # another driver made it while this one waited
+            if manifest is not None:  # another driver made it while this one waited
                 yield Quantized(time.time(), tuple(map(cell_key, cells)), record=manifest)
                 del sharers[key]
         for event in _make([cell for cells in sharers.values() for cell in cells], store, device):
@@ -99,12 +121,16 @@ def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
     plain = [cell for cell in cells if cell.method.tuning is None]
     bases = [untuned(cell) for cell in tuned if store.manifest(quantize_key(untuned(cell))) is None]
     asked = {cell_key(cell) for cell in plain}
-    followers: dict[str, list[str]] = {}                # of a base's cell key: the tuned cells that wait for it
+    followers: dict[str, list[str]] = {}  # of a base's cell key: the tuned cells that wait for it
     for cell in tuned:
         followers.setdefault(cell_key(untuned(cell)), []).append(cell_key(cell))
     failed: set[str] = set()
     for event in _walk([*plain, *bases], store, device):
-        waiting = () if isinstance(event, Quantized) else tuple(name for key in event.cell_keys for name in followers.get(key, ()))
+        waiting = (
+            ()
+            if isinstance(event, Quantized)
+            else tuple(name for key in event.cell_keys for name in followers.get(key, ()))
+        )
         if isinstance(event, Failed):
             failed |= set(waiting)
         keys = tuple(dict.fromkeys((*(key for key in event.cell_keys if key in asked), *waiting)))
@@ -118,7 +144,7 @@ def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
         keys = tuple(dict.fromkeys(map(cell_key, sharers)))
         try:
             yield from _tune(sharers[0], keys, store, device)
-        except Exception as error:                      # a tuning's code may raise anything; the others go on
+        except Exception as error:  # a tuning's code may raise anything; the others go on
             yield failure(error, keys, "tuning")
         release(device)
 
@@ -133,7 +159,10 @@ def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Itera
     assert cell.calibration is not None and cell.method.tuning is not None, "refused by the plan"
     draw = draw_documents if "documents" in cell.method.tuning.needs else draw_windows
     windows = draw(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
-    with store.making(quantize_key(cell)) as place, store.reading(quantize_key(untuned(cell))) as base:
+    with (
+        store.making(quantize_key(cell)) as place,
+        store.reading(quantize_key(untuned(cell))) as base,
+    ):
         writer = CheckpointWriter(place, fingerprint(cell), store.files.keep)
         yield from run_tuning(cell, folder, base, windows, writer, device, keys)
 
@@ -151,12 +180,18 @@ def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
     assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
     for calibration in calibrations:
-        assert calibration is not None, "a cell that needs calibration and has none is refused by the plan"
-        windows = draw_windows(calibration, load_tokenizer(folder, cells[0].model.trust_remote_code))
+        assert calibration is not None, (
+            "a cell that needs calibration and has none is refused by the plan"
+        )
+        windows = draw_windows(
+            calibration, load_tokenizer(folder, cells[0].model.trust_remote_code)
+        )
     with ExitStack() as places:
         writers = {}
         for key, cell in {quantize_key(cell): cell for cell in cells}.items():
-            writers[key] = CheckpointWriter(places.enter_context(store.making(key)), fingerprint(cell), store.files.keep)
+            writers[key] = CheckpointWriter(
+                places.enter_context(store.making(key)), fingerprint(cell), store.files.keep
+            )
         yield from run_pass(cells, folder, windows, writers, device)
 
 
@@ -166,7 +201,10 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
         "quantize_key": quantize_key(cell),
         "model": cell.model.digest,
         "dtype": cell.model.dtype,
-        "parts": [{name: to_json(part)[name] for name in ("name", "version", "settings")} for part in cell.method.parts],
+        "parts": [
+            {name: to_json(part)[name] for name in ("name", "version", "settings")}
+            for part in cell.method.parts
+        ],
         "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
     }
 
@@ -175,7 +213,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder, without asking the network."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------------------
@@ -187,14 +227,16 @@ def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     if device != "cpu" and (task.devices > 1 or task.offload):
         facts = {**facts, "devices": task.devices, "offload": task.offload}
-    gc.freeze()                                 # else each collection between two models walks all of torch: 0.2 s
+    gc.freeze()  # else each collection between two models walks all of torch: 0.2 s
     try:
         yield from _evaluate_cells(task, store, device, facts)
     finally:
         gc.unfreeze()
 
 
-def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mapping[str, Any]) -> Iterator[Event]:
+def _evaluate_cells(
+    task: EvaluateTask, store: Store, device: str, facts: Mapping[str, Any]
+) -> Iterator[Event]:
     for cell, wanted in zip(task.cells, task.evaluations, strict=True):
         key = store.open_cell(cell)
         with store.lock(f"cell-{key}"):
@@ -203,7 +245,7 @@ def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mappin
                 score = store.score(key, score_key(cell, evaluation))
                 if score is None:
                     missing.append(evaluation)
-                else:                           # another driver made it while this one waited
+                else:  # another driver made it while this one waited
                     yield _scored(key, evaluation, under_name(score, evaluation.name))
             if missing:
                 try:
@@ -214,23 +256,38 @@ def _evaluate_cells(task: EvaluateTask, store: Store, device: str, facts: Mappin
 
 
 def _evaluate_cell(
-    cell: Cell, evaluations: Sequence[Evaluation], store: Store, device: str, task: EvaluateTask, facts: Mapping[str, Any]
+    cell: Cell,
+    evaluations: Sequence[Evaluation],
+    store: Store,
+    device: str,
+    task: EvaluateTask,
+    facts: Mapping[str, Any],
 ) -> Iterator[Event]:
     from harness.evaluation.protocols import Subject
     from harness.quantization.inference.load import load
 
     key, folder = cell_key(cell), model_folders.model_folder(cell.model)
     manifest = store.manifest(quantize_key(cell))
-    spread = [f"cuda:{index}" for index in range(task.devices)] if device != "cpu" and task.devices > 1 else []
-    place = functools.partial(load, device=device, devices=spread, offload=task.offload and device != "cpu")
+    spread = (
+        [f"cuda:{index}" for index in range(task.devices)]
+        if device != "cpu" and task.devices > 1
+        else []
+    )
+    place = functools.partial(
+        load, device=device, devices=spread, offload=task.offload and device != "cpu"
+    )
     if manifest is None:
-        raise HarnessError(f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again")
+        raise HarnessError(
+            f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again"
+        )
     if cell.method.is_baseline:
         model, tokenizer = place(cell, folder, None)
     else:
         with store.reading(quantize_key(cell)) as checkpoint:
             model, tokenizer = place(cell, folder, checkpoint)
-    subject = Subject(cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache")
+    subject = Subject(
+        cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache"
+    )
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:
         try:
@@ -243,10 +300,14 @@ def _evaluate_cell(
             if failed.kind != "out_of_memory" or subject.batch_size == 1:
                 yield failed
                 continue
-            log.warning("%s: %s ran out of memory; trying once more with batches of 1", cell.title, evaluation.name)
+            log.warning(
+                "%s: %s ran out of memory; trying once more with batches of 1",
+                cell.title,
+                evaluation.name,
+            )
         else:
             continue
-        release(device)                         # outside the handler, whose traceback keeps the tensors alive
+        release(device)  # outside the handler, whose traceback keeps the tensors alive
         try:
             yield from _score(dataclasses.replace(subject, batch_size=1), evaluation, store, facts)
         except Exception as error:
@@ -258,10 +319,20 @@ def _evaluate_cell(
 
 def _ran_out(store: Store, key: str, task: EvaluateTask, device: str, batch_size: int) -> None:
     """Note that memory ran out for an evaluation, on how many GPUs."""
-    ran_out(store, (key,), "evaluate", batch_size, peak_memory(device), 0 if device == "cpu" else task.devices, task.offload)
+    ran_out(
+        store,
+        (key,),
+        "evaluate",
+        batch_size,
+        peak_memory(device),
+        0 if device == "cpu" else task.devices,
+        task.offload,
+    )
 
 
-def _score(subject: Subject, evaluation: Evaluation, store: Store, facts: Mapping[str, Any]) -> Iterator[Event]:
+def _score(
+    subject: Subject, evaluation: Evaluation, store: Store, facts: Mapping[str, Any]
+) -> Iterator[Event]:
     """Progress, then Scored once the score is in the store."""
     from harness.evaluation.protocols import Score
 
@@ -274,7 +345,9 @@ def _score(subject: Subject, evaluation: Evaluation, store: Store, facts: Mappin
         else:
             yield dataclasses.replace(step, cell_keys=(key,))
     if score is None:
-        raise HarnessError(f"evaluation {evaluation.name}: the evaluator {evaluation.evaluator} ended without a score")
+        raise HarnessError(
+            f"evaluation {evaluation.name}: the evaluator {evaluation.evaluator} ended without a score"
+        )
     content = {
         "evaluation": evaluation.name,
         "evaluator": evaluation.evaluator,
@@ -292,4 +365,10 @@ def _score(subject: Subject, evaluation: Evaluation, store: Store, facts: Mappin
 
 def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Scored:
     record = {name: score[name] for name in ("stderr", "seconds", "batch_size") if name in score}
-    return Scored(time.time(), (key,), evaluation=evaluation.name, metrics=dict(score["metrics"]), record=record)
+    return Scored(
+        time.time(),
+        (key,),
+        evaluation=evaluation.name,
+        metrics=dict(score["metrics"]),
+        record=record,
+    )

@@ -13,7 +13,14 @@ from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
 from harness.data import model_folders, texts
 from harness.planning import resources
-from harness.planning.resources import DTYPE_BYTES, MEMORY_SHARE, T, gpu_share, measures_device, uses_gpu
+from harness.planning.resources import (
+    DTYPE_BYTES,
+    MEMORY_SHARE,
+    T,
+    gpu_share,
+    measures_device,
+    uses_gpu,
+)
 
 if TYPE_CHECKING:
     from harness.core.shapes import Shapes
@@ -29,14 +36,21 @@ class Checker:
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
         if cell.method.needs:
-            found += self._once(("calibration", cell.calibration, cell.method.needs), lambda: self._calibration_reasons(cell))
+            found += self._once(
+                ("calibration", cell.calibration, cell.method.needs),
+                lambda: self._calibration_reasons(cell),
+            )
         for slot, part in _slots(cell):
             question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if self.runtime.export and not cell.method.is_baseline:
-            found += self._once(("export", cell.scheme, cell.method, cell.model), lambda: self._export_reasons(cell))
+            found += self._once(
+                ("export", cell.scheme, cell.method, cell.model), lambda: self._export_reasons(cell)
+            )
         if cell.scheme.activation is not None or cell.scheme.kv is not None:
-            found += self._once(("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell))
+            found += self._once(
+                ("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell)
+            )
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
             found += self._once(("evaluation", evaluation, cell.model), ask)
@@ -56,9 +70,16 @@ class Checker:
     def is_whole(self, model: Model) -> bool:
         """A model that one GPU holds, and a task's share of one does not."""
         shapes, free = self.shapes(model), self.gpu_bytes()
-        if shapes is None or free is None or self.devices(model) != 1 or model.dtype not in DTYPE_BYTES:
+        if (
+            shapes is None
+            or free is None
+            or self.devices(model) != 1
+            or model.dtype not in DTYPE_BYTES
+        ):
             return False
-        return DTYPE_BYTES[model.dtype] * shapes.parameters > free * MEMORY_SHARE * gpu_share(self.runtime)
+        return DTYPE_BYTES[model.dtype] * shapes.parameters > free * MEMORY_SHARE * gpu_share(
+            self.runtime
+        )
 
     def _devices(self, model: Model) -> int | None:
         shapes, free = self.shapes(model), self.gpu_bytes()
@@ -66,11 +87,18 @@ class Checker:
             return 1
         need, block = (
             DTYPE_BYTES[model.dtype] * number
-            for number in (shapes.parameters, sum(linear.out_features * linear.in_features for linear in shapes.linears))
+            for number in (
+                shapes.parameters,
+                sum(linear.out_features * linear.in_features for linear in shapes.linears),
+            )
         )
         if need <= free * MEMORY_SHARE:
             return 1
-        fits = (count for count in range(2, shapes.blocks + 1) if need / count + block <= free * MEMORY_SHARE)
+        fits = (
+            count
+            for count in range(2, shapes.blocks + 1)
+            if need / count + block <= free * MEMORY_SHARE
+        )
         return next(fits, None)
 
     def _gpus(self) -> int:
@@ -83,7 +111,9 @@ class Checker:
     def _gpu_bytes(self) -> int | None:
         cluster = self.runtime.cluster
         if cluster.address:
-            return bytes_of(cluster.gpu_memory, "cluster.gpu_memory") if cluster.gpu_memory else None
+            return (
+                bytes_of(cluster.gpu_memory, "cluster.gpu_memory") if cluster.gpu_memory else None
+            )
         return resources.free_memory(self.runtime)[0] if uses_gpu(self.runtime) else None
 
     def _once(self, question: Hashable, ask: Callable[[], T]) -> T:
@@ -104,22 +134,34 @@ class Checker:
         if shapes is None:
             return reasons
         if model.dtype not in DTYPE_BYTES:
-            reasons = [*reasons, f'model "{model.name}": dtype "{model.dtype}" is none of {", ".join(DTYPE_BYTES)}']
+            reasons = [
+                *reasons,
+                f'model "{model.name}": dtype "{model.dtype}" is none of {", ".join(DTYPE_BYTES)}',
+            ]
         free, where = resources.free_memory(self.runtime)
         need = shapes.parameters * DTYPE_BYTES.get(model.dtype, 4)
         devices = self.devices(model)
-        if free is not None and need > free * MEMORY_SHARE and (devices is None or devices > self._gpus()):
+        if (
+            free is not None
+            and need > free * MEMORY_SHARE
+            and (devices is None or devices > self._gpus())
+        ):
             takes = f'model "{model.name}" takes {size(need)} as {model.dtype} to evaluate'
             if uses_gpu(self.runtime):
                 number = f"{devices} GPUs" if devices else "no number of GPUs is enough"
-                takes, where = f"{takes}: {number}", f"this machine has {counted(self._gpus(), 'GPU')}, of which the fullest"
+                takes, where = (
+                    f"{takes}: {number}",
+                    f"this machine has {counted(self._gpus(), 'GPU')}, of which the fullest",
+                )
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
         needs = ", ".join(cell.method.needs)
         if cell.calibration is None:
-            return [f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`']
+            return [
+                f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
+            ]
         calibration = cell.calibration
         reasons = []
         if calibration.samples < 1 or calibration.length < 2:
@@ -130,7 +172,9 @@ class Checker:
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
         if slot == "tuning" and cell.method.rounding is None:
-            return [f"tuning {part.name}: trains what a rounding made, and there is none; choose a rounding"]
+            return [
+                f"tuning {part.name}: trains what a rounding made, and there is none; choose a rounding"
+            ]
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:
@@ -139,14 +183,20 @@ class Checker:
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
-        if slot == "rounding" and "squared_gradient" in part.needs and cell.method.transform is not None:
+        if (
+            slot == "rounding"
+            and "squared_gradient" in part.needs
+            and cell.method.transform is not None
+        ):
             reasons.append(
                 f"rounding {part.name}: squared gradients are of the model's own weights, which transform "
                 f"{cell.method.transform.name} changes; use no transform"
             )
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if slot == "tuning" and fused:
-            reasons.append(f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones")
+            reasons.append(
+                f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones"
+            )
         return reasons
 
     def _export_reasons(self, cell: Cell) -> list[str]:
@@ -154,7 +204,11 @@ class Checker:
 
         shapes, name = self.shapes(cell.model), self.runtime.export
         try:
-            return [] if shapes is None else [f"export {name}: {reason}" for reason in export.refusals(cell, shapes, name)]
+            return (
+                []
+                if shapes is None
+                else [f"export {name}: {reason}" for reason in export.refusals(cell, shapes, name)]
+            )
         except HarnessError as error:
             return [str(error)]
 
@@ -170,7 +224,9 @@ class Checker:
 
     def _evaluation_reasons(self, evaluation: Evaluation, model: Model) -> list[str]:
         try:
-            evaluator = plugins.build("evaluator", evaluation.evaluator, to_json(evaluation)["settings"])
+            evaluator = plugins.build(
+                "evaluator", evaluation.evaluator, to_json(evaluation)["settings"]
+            )
             reasons = evaluator.check(evaluation, model)
         except HarnessError as error:
             return [f"evaluation {evaluation.name}: {error}"]
@@ -181,4 +237,12 @@ class Checker:
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     method = cell.method
-    return [(s, p) for s, p in (("transform", method.transform), ("rounding", method.rounding), ("tuning", method.tuning)) if p]
+    return [
+        (s, p)
+        for s, p in (
+            ("transform", method.transform),
+            ("rounding", method.rounding),
+            ("tuning", method.tuning),
+        )
+        if p
+    ]

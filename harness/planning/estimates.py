@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from harness.core.shapes import Shapes
 
 
-FLOPS_PER_THREAD = 2e10                         # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
-FLOPS_PER_GPU = 5e13                            # sustained in float32 accumulation; an order of magnitude, until records exist
+FLOPS_PER_THREAD = (
+    2e10  # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
+)
+FLOPS_PER_GPU = (
+    5e13  # sustained in float32 accumulation; an order of magnitude, until records exist
+)
 
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
@@ -55,17 +59,25 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     tuned = [cell.method.tuning for cell in calibrated if cell.method.tuning is not None]
     if tuned:
         models = 2 if any("teacher" in tuning.needs for tuning in tuned) else 1
-        trained = 3 * block * shapes.blocks             # what makes each matrix, the matrix, its gradient
+        trained = 3 * block * shapes.blocks  # what makes each matrix, the matrix, its gradient
         tuning_bytes = models * shapes.parameters * DTYPE_BYTES[calibrated[0].model.dtype] + trained
     else:
         tuning_bytes = 0
     calibration, dtype = calibrated[0].calibration, calibrated[0].model.dtype
     assert calibration is not None, "a cell that needs calibration and has none is refused"
     widths = {linear.group: linear.in_features for linear in shapes.linears}
-    statistics = 4 * 3 * sum(width**2 for width in widths.values()) if any("hessian" in c.method.needs for c in calibrated) else 0
+    statistics = (
+        4 * 3 * sum(width**2 for width in widths.values())
+        if any("hessian" in c.method.needs for c in calibrated)
+        else 0
+    )
     tokens = calibration.samples * calibration.length
     stream = tokens * shapes.hidden_size * DTYPE_BYTES[dtype]
-    kept = tokens * sum(widths.values()) * DTYPE_BYTES[dtype] if any("inputs" in c.method.needs for c in calibrated) else 0
+    kept = (
+        tokens * sum(widths.values()) * DTYPE_BYTES[dtype]
+        if any("inputs" in c.method.needs for c in calibrated)
+        else 0
+    )
     streams = len({stream_of(cell) for cell in calibrated})
     return max(3 * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
 
@@ -78,7 +90,10 @@ def fits_in_memory(cells: Sequence[Cell], shapes: Shapes, checker: Checker, work
         return False
     if checker.runtime.cluster.address:
         return True
-    return host + (device if gpu is None else 0) <= resources.available_memory() * MEMORY_SHARE / workers
+    return (
+        host + (device if gpu is None else 0)
+        <= resources.available_memory() * MEMORY_SHARE / workers
+    )
 
 
 class History:
@@ -87,7 +102,9 @@ class History:
     def __init__(self, store: Store) -> None:
         quantized: dict[Hashable, list[float]] = collections.defaultdict(list)
         scored: dict[Hashable, list[float]] = collections.defaultdict(list)
-        self._short: list[tuple[str, Cell, Mapping[str, Any]]] = []             # stage, cell, what was noted of it
+        self._short: list[
+            tuple[str, Cell, Mapping[str, Any]]
+        ] = []  # stage, cell, what was noted of it
         for record in store.records():
             for stage in ("quantize", "evaluate"):
                 if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
@@ -106,23 +123,35 @@ class History:
 
         A sibling has the same method, where the method matters, and a model with as many parameters or fewer.
         """
-        return min((int(mark.get("beside", 2)) for mark, _ in self._siblings(cell, stage, checker)), default=None)
+        return min(
+            (int(mark.get("beside", 2)) for mark, _ in self._siblings(cell, stage, checker)),
+            default=None,
+        )
 
     def room(self, cell: Cell, checker: Checker) -> tuple[int, int, bool]:
         """(batch size, GPUs, blocks in main memory) with which to score a model at first; 0 and 1 where memory never ran out."""
         marks = [mark for mark, _ in self._siblings(cell, "evaluate", checker)]
-        devices = max((2 * int(mark.get("devices", 0)) for mark in marks if mark.get("beside") == 1), default=1)
+        devices = max(
+            (2 * int(mark.get("devices", 0)) for mark in marks if mark.get("beside") == 1),
+            default=1,
+        )
         return int(bool(marks)), max(1, devices), any(mark.get("offload") for mark in marks)
 
-    def _siblings(self, cell: Cell, stage: str, checker: Checker) -> Iterable[tuple[Mapping[str, Any], Cell]]:
+    def _siblings(
+        self, cell: Cell, stage: str, checker: Checker
+    ) -> Iterable[tuple[Mapping[str, Any], Cell]]:
         for marked, other, mark in self._short:
             if marked != stage or (stage == "quantize" and other.method.name != cell.method.name):
                 continue
             mine, theirs = checker.shapes(cell.model), checker.shapes(other.model)
-            if other.model.digest == cell.model.digest or (mine and theirs and theirs.parameters <= mine.parameters):
+            if other.model.digest == cell.model.digest or (
+                mine and theirs and theirs.parameters <= mine.parameters
+            ):
                 yield mark, other
 
-    def warnings(self, unmade: Sequence[Cell], scorings: Sequence[Scoring], checker: Checker) -> list[str]:
+    def warnings(
+        self, unmade: Sequence[Cell], scorings: Sequence[Scoring], checker: Checker
+    ) -> list[str]:
         """What the plan says of cells whose like ran out of memory."""
         said: dict[str, None] = {}
         for cell in unmade:
@@ -135,23 +164,35 @@ class History:
                 ways += ["with its blocks in main memory"] if scoring.offload else []
                 for cell in scoring.cells:
                     for _, other in self._least(cell, "evaluate", checker):
-                        said.setdefault(f"{cell.title} is scored {', '.join(ways)}: memory ran out for {other.title}")
+                        said.setdefault(
+                            f"{cell.title} is scored {', '.join(ways)}: memory ran out for {other.title}"
+                        )
         return list(said)
 
-    def _least(self, cell: Cell, stage: str, checker: Checker) -> list[tuple[Mapping[str, Any], Cell]]:
+    def _least(
+        self, cell: Cell, stage: str, checker: Checker
+    ) -> list[tuple[Mapping[str, Any], Cell]]:
         """The one sibling for which memory ran out with the fewest together."""
-        return sorted(self._siblings(cell, stage, checker), key=lambda pair: int(pair[0].get("beside", 2)))[:1]
+        return sorted(
+            self._siblings(cell, stage, checker), key=lambda pair: int(pair[0].get("beside", 2))
+        )[:1]
 
     def quantize_seconds(self, cells: Sequence[Cell], shapes: Shapes, runtime: Runtime) -> float:
         known = [self.quantized.get((cell.model.digest, cell.method.name)) for cell in cells]
         rate = FLOPS_PER_GPU if uses_gpu(runtime) else FLOPS_PER_THREAD * max(1, count_cores() // 2)
-        return sum(quantize_flops(c, shapes) / rate + 0.01 if k is None else k for c, k in zip(cells, known, strict=True))
+        return sum(
+            quantize_flops(c, shapes) / rate + 0.01 if k is None else k
+            for c, k in zip(cells, known, strict=True)
+        )
 
-    def evaluate_seconds(self, cells: Sequence[Cell], evaluations: Sequence[Sequence[Evaluation]]) -> float | None:
+    def evaluate_seconds(
+        self, cells: Sequence[Cell], evaluations: Sequence[Sequence[Evaluation]]
+    ) -> float | None:
         """None when some evaluation was never run on the model: its cost depends on data that a plan does not read."""
         known = [
             self.scored.get((cell.model.digest, evaluation.name))
-            for cell, wanted in zip(cells, evaluations, strict=True) for evaluation in wanted
+            for cell, wanted in zip(cells, evaluations, strict=True)
+            for evaluation in wanted
         ]
         return None if None in known else sum(value for value in known if value is not None)
 
@@ -168,7 +209,9 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
         total += 2 * 2.0 * weights * tokens
         if "hessian" in cell.method.needs:
             total += 2.0 * tokens * sum(width**2 for width in widths.values())
-            total += sum(2.0 * linear.out_features * linear.in_features**2 for linear in shapes.linears)
+            total += sum(
+                2.0 * linear.out_features * linear.in_features**2 for linear in shapes.linears
+            )
             total += sum(float(width) ** 3 for width in widths.values())
         for part in cell.method.parts:
             total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens)
@@ -178,6 +221,10 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
 def _trained_tokens(settings: Mapping[str, Any], tokens: int) -> float:
     """Of a part with epochs over the windows, or with steps of a batch of texts (at most: texts may be short)."""
     if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
-        return float(settings["steps"] * settings["batch"] * (settings["prompt_length"] + settings["answer_length"]))
+        return float(
+            settings["steps"]
+            * settings["batch"]
+            * (settings["prompt_length"] + settings["answer_length"])
+        )
     epochs = settings.get("epochs", 0)
     return tokens * epochs if isinstance(epochs, int | float) else 0.0

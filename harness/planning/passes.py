@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from harness.core.shapes import Shapes
 
 
-def make_passes(unmade: Sequence[Cell], sweep: Sweep, checker: Checker, history: History, workers: int) -> Iterable[Pass]:
+def make_passes(
+    unmade: Sequence[Cell], sweep: Sweep, checker: Checker, history: History, workers: int
+) -> Iterable[Pass]:
     """Group what is not quantized by rank, model and calibration windows, and cut each group for memory and the workers known now.
 
     A run cuts anew for the slots that it finds (`board`).
@@ -28,18 +30,33 @@ def make_passes(unmade: Sequence[Cell], sweep: Sweep, checker: Checker, history:
     for cell in unmade:
         by_key.setdefault(quantize_key(cell), []).append(cell)
     by_walk: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
-    for key, cells in by_key.items():           # what ran out of memory before, here or in a smaller sibling, walks alone
+    for (
+        key,
+        cells,
+    ) in by_key.items():  # what ran out of memory before, here or in a smaller sibling, walks alone
         first = cells[0]
-        rank, alone = min(sweep.rank(cell_key(cell)) for cell in cells), history.ran_out(first, "quantize", checker) is not None
-        walk = (rank, first.model, first.calibration if first.method.needs else None, key if alone else "")
+        rank, alone = (
+            min(sweep.rank(cell_key(cell)) for cell in cells),
+            history.ran_out(first, "quantize", checker) is not None,
+        )
+        walk = (
+            rank,
+            first.model,
+            first.calibration if first.method.needs else None,
+            key if alone else "",
+        )
         by_walk.setdefault(walk, []).append(cells)
     for (rank, model, _, single), group in sorted(by_walk.items(), key=lambda item: item[0][0]):
         shapes, checkpoints = checker.shapes(model), by_stream(group)
         assert shapes is not None, "a model without shapes is refused"
-        limit = 1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
+        limit = (
+            1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
+        )
         share = max(1, workers // len(by_walk))
         while checkpoints:
-            count = chunk_size([stream_of(cells[0]) for cells in checkpoints], -(-len(checkpoints) // share), limit)
+            count = chunk_size(
+                [stream_of(cells[0]) for cells in checkpoints], -(-len(checkpoints) // share), limit
+            )
             part, checkpoints, share = checkpoints[:count], checkpoints[count:], max(1, share - 1)
             made = [cells[0] for cells in part]
             together = history.ran_out(made[0], "quantize", checker)
@@ -50,7 +67,9 @@ def make_passes(unmade: Sequence[Cell], sweep: Sweep, checker: Checker, history:
                 sum(pass_memory(made, shapes)),
                 sum(checkpoint_bytes(cell, shapes) for cell in made),
                 apart=together is not None and together < 2,
-                whole=len(made) == 1 and not fits_in_memory(made, shapes, checker, workers) and gpu_share(checker.runtime) < 1,
+                whole=len(made) == 1
+                and not fits_in_memory(made, shapes, checker, workers)
+                and gpu_share(checker.runtime) < 1,
                 rank=rank,
                 limit=limit,
             )
@@ -60,7 +79,8 @@ def _limit(checkpoints: Sequence[Cell], shapes: Shapes, checker: Checker, worker
     """Checkpoints, side by side in this order, that memory allows in one pass."""
     limit = CHECKPOINTS_PER_PASS
     while limit > 1 and not all(
-        fits_in_memory(checkpoints[start: start + limit], shapes, checker, workers) for start in range(max(1, len(checkpoints) - limit + 1))
+        fits_in_memory(checkpoints[start : start + limit], shapes, checker, workers)
+        for start in range(max(1, len(checkpoints) - limit + 1))
     ):
         limit -= 1
     return limit
@@ -78,12 +98,20 @@ def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
         words.append(f"squared gradients shared by {gradients}")
     if streams.total() > 1:
         shared = [count for count in streams.values() if count > 1]
-        words += ["statistics of block 0 shared" if not shared else f"one input stream shared by {max(shared)}"]
+        words += [
+            "statistics of block 0 shared"
+            if not shared
+            else f"one input stream shared by {max(shared)}"
+        ]
     return ", ".join(words)
 
 
 def make_scorings(
-    missing: Sequence[Cell], unscored: Mapping[int, tuple[Evaluation, ...]], sweep: Sweep, checker: Checker, history: History
+    missing: Sequence[Cell],
+    unscored: Mapping[int, tuple[Evaluation, ...]],
+    sweep: Sweep,
+    checker: Checker,
+    history: History,
 ) -> Iterable[Scoring]:
     """The missing evaluations, one group per model."""
     by_model: dict[Model, list[Cell]] = {}
@@ -99,8 +127,21 @@ def make_scorings(
         seconds = history.evaluate_seconds(cells, evaluations)
         need, least = shapes.parameters * DTYPE_BYTES[model.dtype], checker.devices(model) or 1
         batch_size, devices, offload = history.room(cells[0], checker)
-        if devices > least and uses_gpu(sweep.runtime) and not sweep.runtime.cluster.address and devices > resources.count_gpus():
+        if (
+            devices > least
+            and uses_gpu(sweep.runtime)
+            and not sweep.runtime.cluster.address
+            and devices > resources.count_gpus()
+        ):
             devices, offload = least, True
         yield Scoring(
-            tuple(cells), evaluations, seconds, need, max(devices, least), least, checker.is_whole(model), batch_size, offload
+            tuple(cells),
+            evaluations,
+            seconds,
+            need,
+            max(devices, least),
+            least,
+            checker.is_whole(model),
+            batch_size,
+            offload,
         )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-CHECKPOINTS_PER_PASS = 16                       # more would save reading alone, and every stream waits on the CPU
+CHECKPOINTS_PER_PASS = 16  # more would save reading alone, and every stream waits on the CPU
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,10 @@ class Plan:
     scorings: tuple[Scoring, ...]
     problems: tuple[str, ...]
     workers: int
-    notes: tuple[str, ...] = ()                 # what families say of the models to quantize: parts left alone, scales not folded
-    used_bytes: int = 0                         # of the store, where it has a quota
+    notes: tuple[
+        str, ...
+    ] = ()  # what families say of the models to quantize: parts left alone, scales not folded
+    used_bytes: int = 0  # of the store, where it has a quota
 
     @property
     def checkpoints(self) -> int:
@@ -104,7 +106,10 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Wall time, were the work spread evenly over the workers; None while some part of it has neither record nor formula."""
-        parts = [*(each.seconds for each in self.passes), *(scoring.seconds for scoring in self.scorings)]
+        parts = [
+            *(each.seconds for each in self.passes),
+            *(scoring.seconds for scoring in self.scorings),
+        ]
         known = [part for part in parts if part is not None]
         return sum(known) / max(1, self.workers) if len(known) == len(parts) else None
 
@@ -118,16 +123,34 @@ class Plan:
 
         scores = {
             cell_key(cell): tuple(evaluation.name for evaluation in wanted)
-            for scoring in self.scorings for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True)
+            for scoring in self.scorings
+            for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True)
         }
         reasons = {id(refusal.cell): refusal.reasons for refusal in self.refused}
         waiting = {cell_key(cell) for each in self.passes for cell in each.cells}
         rows = []
         for cell in self.sweep.cells:
             key = cell_key(cell)
-            state = "refused" if id(cell) in reasons else "quantize" if key in waiting else "evaluate" if key in scores else "done"
-            rows.append({
-                "model": cell.model.name, "method": cell.method.name, "scheme": cell.scheme.name, "state": state,
-                "missing": ", ".join(scores.get(key, ())), "reasons": "; ".join(reasons.get(id(cell), ())), "key": key[:12],
-            })
-        return pandas.DataFrame(rows, columns=["model", "method", "scheme", "state", "missing", "reasons", "key"])
+            state = (
+                "refused"
+                if id(cell) in reasons
+                else "quantize"
+                if key in waiting
+                else "evaluate"
+                if key in scores
+                else "done"
+            )
+            rows.append(
+                {
+                    "model": cell.model.name,
+                    "method": cell.method.name,
+                    "scheme": cell.scheme.name,
+                    "state": state,
+                    "missing": ", ".join(scores.get(key, ())),
+                    "reasons": "; ".join(reasons.get(id(cell), ())),
+                    "key": key[:12],
+                }
+            )
+        return pandas.DataFrame(
+            rows, columns=["model", "method", "scheme", "state", "missing", "reasons", "key"]
+        )

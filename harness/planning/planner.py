@@ -28,7 +28,9 @@ from harness.storage.store import Store
 def make(sweep: Sweep, store: Store) -> Plan:
     """Plan a sweep against what the store already holds. Starts nothing, reads no weights."""
     checker = Checker(sweep.runtime)
-    refused = tuple(Refusal(cell, reasons) for cell in sweep.cells if (reasons := tuple(checker.reasons(cell))))
+    refused = tuple(
+        Refusal(cell, reasons) for cell in sweep.cells if (reasons := tuple(checker.reasons(cell)))
+    )
     stopped = {id(refusal.cell) for refusal in refused}
     able = [cell for cell in sweep.cells if id(cell) not in stopped]
 
@@ -36,9 +38,14 @@ def make(sweep: Sweep, store: Store) -> Plan:
     manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, able))}
     unmade = [cell for cell in able if manifests[quantize_key(cell)] is None]
     unscored = {
-        id(cell): tuple(e for e in cell.evaluations if store.score(cell_key(cell), score_key(cell, e)) is None) for cell in able
+        id(cell): tuple(
+            e for e in cell.evaluations if store.score(cell_key(cell), score_key(cell, e)) is None
+        )
+        for cell in able
     }
-    missing = tuple(cell for cell in able if manifests[quantize_key(cell)] is None or unscored[id(cell)])
+    missing = tuple(
+        cell for cell in able if manifests[quantize_key(cell)] is None or unscored[id(cell)]
+    )
     pending = {id(cell) for cell in missing}
 
     workers = count_workers(sweep.runtime)
@@ -51,10 +58,13 @@ def make(sweep: Sweep, store: Store) -> Plan:
     warned = history.warnings(unmade, scorings, checker) if history else []
     notes = dict.fromkeys(
         f"{cell.model.name}: {note}"
-        for cell in unmade if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
+        for cell in unmade
+        if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
-    return Plan(sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used)
+    return Plan(
+        sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
+    )
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
@@ -71,7 +81,10 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
             costs[cell_key(cell)] += (scoring.seconds or 0.0) * len(wanted) / max(1, scoring.count)
     left, room = set(), seconds * max(1, plan.workers)
     rank = plan.sweep.rank
-    for cell in sorted(plan.missing, key=lambda c: (rank(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)])):
+    for cell in sorted(
+        plan.missing,
+        key=lambda c: (rank(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)]),
+    ):
         room -= costs[cell_key(cell)]
         if room < 0:
             left.add(cell_key(cell))
@@ -83,16 +96,32 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
         share = len(cells) / len(each.cells)
         if cells:
             cost = None if each.seconds is None else each.seconds * share
-            passes.append(dataclasses.replace(each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)))
+            passes.append(
+                dataclasses.replace(
+                    each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)
+                )
+            )
     scorings = []
     for scoring in plan.scorings:
-        pairs = [(c, e) for c, e in zip(scoring.cells, scoring.evaluations, strict=True) if cell_key(c) not in left]
+        pairs = [
+            (c, e)
+            for c, e in zip(scoring.cells, scoring.evaluations, strict=True)
+            if cell_key(c) not in left
+        ]
         if pairs:
-            cost = None if scoring.seconds is None else scoring.seconds * sum(len(e) for _, e in pairs) / max(1, scoring.count)
+            cost = (
+                None
+                if scoring.seconds is None
+                else scoring.seconds * sum(len(e) for _, e in pairs) / max(1, scoring.count)
+            )
             cells, evaluations = tuple(c for c, _ in pairs), tuple(e for _, e in pairs)
-            scorings.append(dataclasses.replace(scoring, cells=cells, evaluations=evaluations, seconds=cost))
+            scorings.append(
+                dataclasses.replace(scoring, cells=cells, evaluations=evaluations, seconds=cost)
+            )
     missing = tuple(cell for cell in plan.missing if cell_key(cell) not in left)
-    smaller = dataclasses.replace(plan, missing=missing, passes=tuple(passes), scorings=tuple(scorings))
+    smaller = dataclasses.replace(
+        plan, missing=missing, passes=tuple(passes), scorings=tuple(scorings)
+    )
     return smaller, tuple(cell for cell in plan.missing if cell_key(cell) in left)
 
 
@@ -110,5 +139,7 @@ def _problems(
     if passes and (sentence := over_quota(runtime, used, need)):
         found.append(sentence)
     if free is not None and need > free:
-        found.append(f"the checkpoints take about {size(need)}; {runtime.runs} has {size(free)} free. Set `runs=` to a larger disk")
+        found.append(
+            f"the checkpoints take about {size(need)}; {runtime.runs} has {size(free)} free. Set `runs=` to a larger disk"
+        )
     return tuple(found)

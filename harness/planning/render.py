@@ -36,14 +36,22 @@ def render(plan: Plan) -> str:
         cost = f"{duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
         cells = counted(len(scoring.cells), "cell")
         gpus = f" on {scoring.devices} GPUs each" if scoring.devices > 1 else ""
-        lines.append(f"score   {scoring.cells[0].model.name}   {counted(scoring.count, 'evaluation')} of {cells}{gpus}   {cost}")
+        lines.append(
+            f"score   {scoring.cells[0].model.name}   {counted(scoring.count, 'evaluation')} of {cells}{gpus}   {cost}"
+        )
     keys = set(map(cell_key, sweep.cells)) if sweep.first else set()
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
-        lines.append(f"        {counted(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)")
+        lines.append(
+            f"        {counted(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)"
+        )
     ranks = collections.Counter(sweep.rank(cell_key(cell)) for cell in plan.missing)
     for rank, entry in enumerate(sweep.first):
-        fits = f"{counted(ranks[rank], 'cell')} to do" if entry.keys & keys else "fits no cell of this run"
+        fits = (
+            f"{counted(ranks[rank], 'cell')} to do"
+            if entry.keys & keys
+            else "fits no cell of this run"
+        )
         lines.append(f"first   {rank + 1}. {entry.text}: {fits}")
     lines += [f"note    {note}" for note in plan.notes]
     lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
@@ -53,9 +61,13 @@ def render(plan: Plan) -> str:
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
     if plan.passes and (quota := quota_bytes(runtime)) is not None:
         left = max(0, quota - plan.used_bytes)
-        lines.append(f"        about {size(plan.disk_bytes)} to write · {size(left)} left of the quota of {size(quota)}")
+        lines.append(
+            f"        about {size(plan.disk_bytes)} to write · {size(left)} left of the quota of {size(quota)}"
+        )
     if plan.missing and plan.seconds is not None:
-        lines.append(f"        about {duration(plan.seconds)[2:]} on these workers, start-up excluded")
+        lines.append(
+            f"        about {duration(plan.seconds)[2:]} on these workers, start-up excluded"
+        )
     return "\n".join(lines)
 
 
@@ -63,7 +75,10 @@ def render_refusals(plan: Plan) -> str:
     """Every refusal at once, then the ways out."""
     lines = []
     if plan.refused:
-        lines += [f"{len(plan.refused)} of {counted(len(plan.sweep.cells), 'cell')} cannot run. Nothing was started.", ""]
+        lines += [
+            f"{len(plan.refused)} of {counted(len(plan.sweep.cells), 'cell')} cannot run. Nothing was started.",
+            "",
+        ]
         width = max(len(refusal.cell.title) for refusal in plan.refused)
         for refusal in plan.refused:
             for index, reason in enumerate(refusal.reasons):

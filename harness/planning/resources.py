@@ -12,8 +12,8 @@ from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, size
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ASSUMED_SLOTS = 4                               # of a cluster elsewhere, in estimates
-MEMORY_SHARE = 0.9                              # of what is free; the rest is for the process and the allocator's gaps
+ASSUMED_SLOTS = 4  # of a cluster elsewhere, in estimates
+MEMORY_SHARE = 0.9  # of what is free; the rest is for the process and the allocator's gaps
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def count_cores() -> int:
     """Cores that this process may use; a container or a batch system may allow fewer than the machine has."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:                      # no affinity on this operating system
+    except AttributeError:  # no affinity on this operating system
         return os.cpu_count() or 1
 
 

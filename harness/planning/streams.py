@@ -11,7 +11,10 @@ from harness.core.cell import Cell
 
 def by_stream(checkpoints: list[list[Cell]]) -> list[list[Cell]]:
     """In the sweep's order, but for those that share a stream, which become neighbours."""
-    order = {stream: number for number, stream in enumerate(dict.fromkeys(stream_of(cells[0]) for cells in checkpoints))}
+    order = {
+        stream: number
+        for number, stream in enumerate(dict.fromkeys(stream_of(cells[0]) for cells in checkpoints))
+    }
     return sorted(checkpoints, key=lambda cells: order[stream_of(cells[0])])
 
 

@@ -26,13 +26,19 @@ from harness.quantization.numerics.training import Document
 PACKINGS = ("window", "document", "join")
 
 
-def draw_windows(calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None) -> Tensor:
+def draw_windows(
+    calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None
+) -> Tensor:
     """[samples, length] int64 tokens. documents: the corpus, read from the calibration's source when None.
 
     Raises DataError when the corpus is too short, saying how much it has.
     """
     if calibration.packing not in PACKINGS:
-        raise ConfigError(unknown_name("packing", calibration.packing, PACKINGS, f"calibration {calibration.name}"))
+        raise ConfigError(
+            unknown_name(
+                "packing", calibration.packing, PACKINGS, f"calibration {calibration.name}"
+            )
+        )
     if calibration.source == RANDOM_TOKENS and documents is None:
         return _random_tokens(calibration, tokenizer)
     texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
@@ -48,14 +54,19 @@ def _random_tokens(calibration: Calibration, tokenizer: Any) -> Tensor:
     return torch.tensor(drawn, dtype=torch.int64).reshape(calibration.samples, calibration.length)
 
 
-def draw_documents(calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None) -> list[Document]:
+def draw_documents(
+    calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None
+) -> list[Document]:
     """Every text of the corpus, tokenized, for tunings that learn from answers; packing, samples and length cut windows alone.
 
     What stands before an answer (`sources.RESPONSE`) is the prompt. A prompt and its answer are tokenized apart, a BOS before the
     one and an EOS behind the other where the tokenizer has them; a text without a prompt is tokenized as in a window.
     """
     texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
-    first, last = ([token] if token is not None else [] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    first, last = (
+        [token] if token is not None else []
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    )
     found = []
     for text in texts:
         before, response, answer = text.partition(RESPONSE)
@@ -64,8 +75,15 @@ def draw_documents(calibration: Calibration, tokenizer: Any, documents: Sequence
             continue
         answered = answer.removeprefix("\n")
         prompt = before + response + answer[: len(answer) - len(answered)]
-        asked, answers = (_tokens(tokenizer, part, add_special_tokens=False) for part in (prompt, answered))
-        found.append(Document(torch.tensor([*first, *asked, *answers, *last], dtype=torch.int64), len(first) + len(asked)))
+        asked, answers = (
+            _tokens(tokenizer, part, add_special_tokens=False) for part in (prompt, answered)
+        )
+        found.append(
+            Document(
+                torch.tensor([*first, *asked, *answers, *last], dtype=torch.int64),
+                len(first) + len(asked),
+            )
+        )
     return found
 
 
@@ -80,7 +98,9 @@ def documents_digest(documents: Sequence[Document]) -> str:
 
 def windows_digest(windows: Tensor) -> str:
     """SHA-256 of the tokens, as 64 hexadecimal digits: the same draw on every machine."""
-    return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.to(torch.int64).numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        str(tuple(windows.shape)).encode() + windows.to(torch.int64).numpy().astype("<i8").tobytes()
+    ).hexdigest()
 
 
 def _windows(calibration: Calibration, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

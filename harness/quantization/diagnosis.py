@@ -32,9 +32,9 @@ from harness.quantization.numerics.grids import fit
 from harness.quantization.pipeline.walk import survey
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-TOKENS = 1024                           # of each linear's input, taken at equal distances
+TOKENS = 1024  # of each linear's input, taken at equal distances
 OUTLYING, WORTH_REPAIR, REPAIRED = 10.0, 1e-2, 0.1
-FEW = 0.03                              # of all linears: "less than 3 percent" of the study
+FEW = 0.03  # of all linears: "less than 3 percent" of the study
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LinearReport:
     activations: float
     both: float
     grouped: float
-    share: float = 0.0                  # of the sum of `both` over all linears
+    share: float = 0.0  # of the sum of `both` over all linears
 
     @property
     def cause(self) -> str:
@@ -83,7 +83,12 @@ class Diagnosis:
             by_names.setdefault(tuple(names), []).append(block)
         activation = {"granularity": "group", "group_size": self.group_size}
         return [
-            {"blocks": blocks, "linears": list(names), "weight": {"group_size": self.group_size}, "activation": activation}
+            {
+                "blocks": blocks,
+                "linears": list(names),
+                "weight": {"group_size": self.group_size},
+                "activation": activation,
+            }
             for names, blocks in by_names.items()
         ]
 
@@ -93,7 +98,13 @@ class Diagnosis:
 
 
 def diagnose(
-    model: Model, folder: Path, windows: Tensor, *, bits: int = 8, group_size: int = 0, device: str = "cpu",
+    model: Model,
+    folder: Path,
+    windows: Tensor,
+    *,
+    bits: int = 8,
+    group_size: int = 0,
+    device: str = "cpu",
     progress: Callable[[int], None] | None = None,
 ) -> Diagnosis:
     """Look at every linear of a model, one block in memory at a time.
@@ -106,42 +117,69 @@ def diagnose(
     sizes = (group_size,) if group_size else GROUP_SIZES
     found: list[tuple[LinearReport, dict[int, float]]] = []
     worst, channels = -1.0, {}
-    for block, matrices, seen in survey(folder, model.dtype, windows, ("abs_max", "inputs"), device):
+    for block, matrices, seen in survey(
+        folder, model.dtype, windows, ("abs_max", "inputs"), device
+    ):
         for name, weight in matrices.items():
             of_input = seen[name]
-            if not of_input.tokens:                     # an expert that no token chose has no error to speak of
+            if not of_input.tokens:  # an expert that no token chose has no error to speak of
                 continue
             if not of_input.finite or not bool(torch.isfinite(weight).all()):
-                raise MethodError(f"block {block}, {name}: NaN or infinity; load the model in a wider dtype (model.dtype=float32)")
+                raise MethodError(
+                    f"block {block}, {name}: NaN or infinity; load the model in a wider dtype (model.dtype=float32)"
+                )
             x = of_input.values["inputs"].flatten(0, 1)
             x = x[:: max(1, x.shape[0] // TOKENS)].to(weight.device).float()
-            report, grouped = _linear(block, name, weight, of_input.values["abs_max"].to(weight.device), x, bits, sizes)
+            report, grouped = _linear(
+                block, name, weight, of_input.values["abs_max"].to(weight.device), x, bits, sizes
+            )
             found.append((report, grouped))
             if report.both > worst:
                 worst = report.both
-                channels = {"weights": weight.abs().amax(0).tolist(), "activations": of_input.values["abs_max"].tolist()}
+                channels = {
+                    "weights": weight.abs().amax(0).tolist(),
+                    "activations": of_input.values["abs_max"].tolist(),
+                }
         if progress is not None:
             progress(block + 1)
     return _judge(model.name, bits, found, sizes, channels)
 
 
 def _linear(
-    block: int, name: str, weight: Tensor, largest: Tensor, x: Tensor, bits: int, sizes: Sequence[int]
+    block: int,
+    name: str,
+    weight: Tensor,
+    largest: Tensor,
+    x: Tensor,
+    bits: int,
+    sizes: Sequence[int],
 ) -> tuple[LinearReport, dict[int, float]]:
     """One linear's report, and its error in groups of each size that divides its inputs."""
     exact = x @ weight.T
 
     def error(rounded_weight: Tensor, rounded_input: Tensor) -> float:
         reference = float(exact.double().square().sum())
-        return float((rounded_input @ rounded_weight.T - exact).double().square().sum()) / reference if reference else 0.0
+        return (
+            float((rounded_input @ rounded_weight.T - exact).double().square().sum()) / reference
+            if reference
+            else 0.0
+        )
 
     rows, tokens = _round_weight(weight, bits, weight.shape[1]), _round_input(x, bits, -1)
     grouped = {
         size: error(_round_weight(weight, bits, size), _round_input(x, bits, size))
-        for size in sizes if weight.shape[1] % size == 0 and size < weight.shape[1]
+        for size in sizes
+        if weight.shape[1] % size == 0 and size < weight.shape[1]
     }
     report = LinearReport(
-        block, name, _ratio(weight.abs().amax(0)), _ratio(largest), error(rows, x), error(weight, tokens), error(rows, tokens), 0.0
+        block,
+        name,
+        _ratio(weight.abs().amax(0)),
+        _ratio(largest),
+        error(rows, x),
+        error(weight, tokens),
+        error(rows, tokens),
+        0.0,
     )
     return report, grouped
 
@@ -153,7 +191,12 @@ def _round_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 def _round_input(x: Tensor, bits: int, group_size: int) -> Tensor:
     granularity = "token" if group_size == -1 else "group"
-    return round_dynamic(x, ActivationScheme(bits=bits, granularity=granularity, group_size=group_size, grid="llama_quant"))
+    return round_dynamic(
+        x,
+        ActivationScheme(
+            bits=bits, granularity=granularity, group_size=group_size, grid="llama_quant"
+        ),
+    )
 
 
 def _ratio(channels: Tensor) -> float:
@@ -161,7 +204,10 @@ def _ratio(channels: Tensor) -> float:
 
 
 def _judge(
-    model: str, bits: int, found: Sequence[tuple[LinearReport, dict[int, float]]], sizes: Sequence[int],
+    model: str,
+    bits: int,
+    found: Sequence[tuple[LinearReport, dict[int, float]]],
+    sizes: Sequence[int],
     channels: dict[str, list[float]],
 ) -> Diagnosis:
     """Who stands out, and which group size repairs how many of them."""
@@ -172,16 +218,30 @@ def _judge(
 
     def repaired(size: int) -> list[int]:
         return [
-            index for index, (report, grouped) in enumerate(found)
-            if stands_out[index] and report.cause == "weights" and grouped.get(size, report.both) < REPAIRED * report.both
+            index
+            for index, (report, grouped) in enumerate(found)
+            if stands_out[index]
+            and report.cause == "weights"
+            and grouped.get(size, report.both) < REPAIRED * report.both
         ]
 
     chosen = max(sizes, key=lambda size: (len(repaired(size)), size))
     reports = tuple(
-        LinearReport(**{**asdict(report), "grouped": grouped.get(chosen, report.both), "share": report.both / total})
+        LinearReport(
+            **{
+                **asdict(report),
+                "grouped": grouped.get(chosen, report.both),
+                "share": report.both / total,
+            }
+        )
         for report, grouped in found
     )
     return Diagnosis(
-        model, bits, chosen, reports, tuple(report for report, out in zip(reports, stands_out, strict=True) if out),
-        tuple(reports[index] for index in repaired(chosen)), channels,
+        model,
+        bits,
+        chosen,
+        reports,
+        tuple(report for report, out in zip(reports, stands_out, strict=True) if out),
+        tuple(reports[index] for index in repaired(chosen)),
+        channels,
     )

@@ -1,7 +1,7 @@
 """A finished cell as a folder that other libraries load: config.json, safetensors in shards, tokenizer files.
 
-What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is written. Tensors
-go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype. The folder is written
+What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is
+written. Tensors go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype. The folder is written
 aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
 weights alone.
 """
@@ -35,16 +35,27 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 4 * 2**30
-COPIED = (                                      # of the model's folder
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-    "generation_config.json", "preprocessor_config.json",
+COPIED = (  # of the model's folder
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+    "preprocessor_config.json",
 )
 
 
 def layouts() -> list[str]:
     """Names of the layouts."""
     files = (Path(__file__).parent / "formats").glob("*.py")
-    return sorted(path.stem for path in files if re.search(r"^class Layout:", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return sorted(
+        path.stem
+        for path in files
+        if re.search(r"^class Layout:", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 def layout_of(name: str) -> Layout | AdapterLayout:
@@ -52,9 +63,14 @@ def layout_of(name: str) -> Layout | AdapterLayout:
     if name not in layouts():
         raise ConfigError(unknown_name("export format", name, layouts()))
     try:
-        return cast("Layout | AdapterLayout", importlib.import_module(f"harness.quantization.formats.{name}").Layout())
+        return cast(
+            "Layout | AdapterLayout",
+            importlib.import_module(f"harness.quantization.formats.{name}").Layout(),
+        )
     except ImportError as error:
-        raise ConfigError(f'export format "{name}" needs a library that cannot be imported here: {error}') from error
+        raise ConfigError(
+            f'export format "{name}" needs a library that cannot be imported here: {error}'
+        ) from error
 
 
 def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
@@ -69,15 +85,26 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
         reasons["experts in one fused parameter have no linears of their own to store"] = None
     for block in range(shapes.blocks):
         for linear in shapes.linears:
-            weight, activation = cell.scheme.weight_for(block, linear.name), cell.scheme.activation_for(block, linear.name)
+            weight, activation = (
+                cell.scheme.weight_for(block, linear.name),
+                cell.scheme.activation_for(block, linear.name),
+            )
             reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
     if cell.method.tuning is None and hasattr(layout, "write_adapters"):
-        reasons["nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"] = None
+        reasons[
+            "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
+        ] = None
     rounding = cell.method.rounding
     settings = dict(rounding.settings) if rounding is not None else {}
-    dynamic_order = settings.get("act_order") and not settings.get("static_groups") and cell.scheme.weight.group_size != -1
+    dynamic_order = (
+        settings.get("act_order")
+        and not settings.get("static_groups")
+        and cell.scheme.weight.group_size != -1
+    )
     if name == "compressed_tensors" and dynamic_order:
-        reasons["groups in the order of activations (act_order) are no longer supported; use static_groups=true"] = None
+        reasons[
+            "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
+        ] = None
     return list(reasons)
 
 
@@ -92,7 +119,9 @@ class Exported:
     text: str
 
 
-def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = SHARD_BYTES) -> Exported:
+def export(
+    store: Store, key: str, name: str, output: Path, shard_bytes: int = SHARD_BYTES
+) -> Exported:
     """Write the cell of a key (or its first digits) to the folder `output`, which must not exist or be empty.
 
     Raises PlanError with every reason when the layout cannot express the checkpoint, StoreError when the cell is not quantized yet.
@@ -119,10 +148,14 @@ def export(store: Store, key: str, name: str, output: Path, shard_bytes: int = S
 
     if isinstance(layout, AdapterLayout):
         base = cell.model.source if hub.is_hub_id(cell.model.source) else str(source)
-        return _export_adapters(cell, layout, family, family.config(data), store, name, output, base)
+        return _export_adapters(
+            cell, layout, family, family.config(data), store, name, output, base
+        )
     dtype = DTYPES[cell.model.dtype]
     with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
-        writing = _Writing(cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint)
+        writing = _Writing(
+            cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint
+        )
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
         settings = layout.quantization_config(described, writing.other_linears(described))
@@ -163,7 +196,14 @@ def _written_aside(output: Path) -> Iterator[Path]:
 
 
 def _export_adapters(
-    cell: Cell, layout: AdapterLayout, family: DecoderFamily, config: Any, store: Store, name: str, output: Path, source: str
+    cell: Cell,
+    layout: AdapterLayout,
+    family: DecoderFamily,
+    config: Any,
+    store: Store,
+    name: str,
+    output: Path,
+    source: str,
 ) -> Exported:
     """What a tuning left beside the weights. source: of the unquantized model, a hub id or a folder."""
     from harness.quantization.formats.native import Checkpoint
@@ -175,7 +215,9 @@ def _export_adapters(
     reasons: dict[str, None] = {}
     for index in range(checkpoint.manifest["blocks"]):
         content = checkpoint.block(index)
-        places = {slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)}
+        places = {
+            slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)
+        }
         for linear, weight in content.weights.items():
             if isinstance(weight, AdaptedWeight):
                 adapters[family.block_prefix(index) + places[linear]] = weight
@@ -201,18 +243,34 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _refuse(cell: Cell, name: str, reasons: Sequence[str]) -> None:
     if reasons:
         listed = "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
-        raise PlanError(f"{cell.title}: cannot be exported as {name}; nothing was written\n{listed}")
+        raise PlanError(
+            f"{cell.title}: cannot be exported as {name}; nothing was written\n{listed}"
+        )
 
 
 class _Writing:
     """One checkpoint on its way to a folder."""
 
     def __init__(
-        self, cell: Cell, layout: Layout, family: Any, config: Any, dtype: Any, reader: Any, checkpoint: Path
+        self,
+        cell: Cell,
+        layout: Layout,
+        family: Any,
+        config: Any,
+        dtype: Any,
+        reader: Any,
+        checkpoint: Path,
     ) -> None:
         from harness.quantization.formats.native import Checkpoint
 
-        self.cell, self.layout, self.family, self.config, self.dtype, self.reader = cell, layout, family, config, dtype, reader
+        self.cell, self.layout, self.family, self.config, self.dtype, self.reader = (
+            cell,
+            layout,
+            family,
+            config,
+            dtype,
+            reader,
+        )
         self.checkpoint = Checkpoint.open(checkpoint)
         self.model = family.skeleton(config, dtype)
         self.blocks = family.blocks(self.model)
@@ -230,21 +288,31 @@ class _Writing:
             content = self.checkpoint.block(index)
             for name in content.dense:
                 if name.rpartition(".")[2] in ("input_scale", "input_hadamard"):
-                    found.setdefault("inputs that are transformed at run time", []).append(f"block {index} {name}")
+                    found.setdefault("inputs that are transformed at run time", []).append(
+                        f"block {index} {name}"
+                    )
             for owner, members in self._owners(index).items():
                 weight, reason = self._joined(index, owner, members, content.weights)
-                reasons = [reason] if weight is None else self.layout.weight_reasons(weight, self.dtype)
+                reasons = (
+                    [reason] if weight is None else self.layout.weight_reasons(weight, self.dtype)
+                )
                 for each in reasons:
                     found.setdefault(each, []).append(f"block {index} {owner}")
                 if weight is not None and not reasons:
                     activation = self.cell.scheme.activation_for(index, members[0].name)
-                    described[self.family.block_prefix(index) + owner] = self.layout.describe(weight, activation)
+                    described[self.family.block_prefix(index) + owner] = self.layout.describe(
+                        weight, activation
+                    )
         return described, [f"{reason}: {_some(where)}" for reason, where in found.items()]
 
     def other_linears(self, described: Mapping[str, Description | None]) -> list[str]:
         from torch import nn
 
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and name not in described]
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and name not in described
+        ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the folder, by its name in the model."""
@@ -255,7 +323,14 @@ class _Writing:
             if name in self.ends:
                 yield name, self.ends[name].to(self.dtype)
             elif name not in self.tied:
-                source = next((a for a, of in self.tied.items() if of == name and self.family.has(self.reader, a)), name)
+                source = next(
+                    (
+                        a
+                        for a, of in self.tied.items()
+                        if of == name and self.family.has(self.reader, a)
+                    ),
+                    name,
+                )
                 held = name if self.family.has(self.reader, name) else source
                 yield name, self.family.read(self.reader, held, self.dtype, "cpu")
         for index, block in enumerate(self.blocks):
@@ -265,9 +340,18 @@ class _Writing:
             for name in block.state_dict():
                 if name not in stored:
                     tensor = content.dense.get(name)
-                    tensor = self.family.read(self.reader, prefix + name, self.dtype, "cpu") if tensor is None else tensor
-                    yield prefix + name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-            for name in sorted(content.dense.keys() - block.state_dict().keys()):          # a bias that the model lacked
+                    tensor = (
+                        self.family.read(self.reader, prefix + name, self.dtype, "cpu")
+                        if tensor is None
+                        else tensor
+                    )
+                    yield (
+                        prefix + name,
+                        tensor.to(self.dtype) if tensor.is_floating_point() else tensor,
+                    )
+            for name in sorted(
+                content.dense.keys() - block.state_dict().keys()
+            ):  # a bias that the model lacked
                 yield prefix + name, content.dense[name].to(self.dtype)
             for owner, members in owners.items():
                 weight, reason = self._joined(index, owner, members, content.weights)
@@ -283,13 +367,19 @@ class _Writing:
         return owners
 
     def _joined(
-        self, index: int, owner: str, members: Sequence[WeightLocation], weights: Mapping[str, QuantizedWeight]
+        self,
+        index: int,
+        owner: str,
+        members: Sequence[WeightLocation],
+        weights: Mapping[str, QuantizedWeight],
     ) -> tuple[QuantizedWeight | None, str]:
         """The matrix of one module; its parts, where it is fused, below each other. None with the reason where there is no such."""
         from torch import nn
 
         module = self.blocks[index].get_submodule(owner)
-        if not isinstance(module, nn.Linear) or any(slot.expert is not None or slot.transposed for slot in members):
+        if not isinstance(module, nn.Linear) or any(
+            slot.expert is not None or slot.transposed for slot in members
+        ):
             return None, "matrices that are no linear modules"
         if len(members) == 1 and members[0].is_whole:
             return weights[members[0].name], ""
@@ -309,7 +399,9 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
 
     first = parts[0]
     rows = ("codes", "scale", "zero")
-    if not isinstance(first, UniformWeight | ElementWeight) or any(type(part) is not type(first) for part in parts):
+    if not isinstance(first, UniformWeight | ElementWeight) or any(
+        type(part) is not type(first) for part in parts
+    ):
         return None
     joined: dict[str, Any] = {}
     for name in (field.name for field in dataclasses.fields(first)):
@@ -328,7 +420,9 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     return dataclasses.replace(first, **joined)
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> tuple[int, int]:
+def _write_shards(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
+) -> tuple[int, int]:
     """Write safetensors of about shard_bytes each, and their index where there are several; bytes and files."""
     from safetensors.torch import save_file
 
@@ -359,7 +453,10 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_byt
             file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             (folder / f"shard-{number}.safetensors").rename(folder / file)
             index |= dict.fromkeys(names, file)
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": index},
+        )
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")), len(shards)
 
 

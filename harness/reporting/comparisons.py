@@ -11,13 +11,23 @@ from harness.evaluation.statistics import Comparison, compare_seeds, holm
 from harness.storage.record import Record
 from harness.storage.store import Store
 
-ITEM_COLUMNS = {"perplexity": ("loss",)}         # metric -> columns of its items; others are named like the metric
+ITEM_COLUMNS = {
+    "perplexity": ("loss",)
+}  # metric -> columns of its items; others are named like the metric
 # column of items -> the column that says how much each counts
-ITEM_WEIGHTS = {"loss": "tokens", "kl": "tokens", "top1_agreement": "tokens", "delta_nll": "targets"}
+ITEM_WEIGHTS = {
+    "loss": "tokens",
+    "kl": "tokens",
+    "top1_agreement": "tokens",
+    "delta_nll": "targets",
+}
 
 
 def compare_cells(
-    rows: Sequence[Sequence[Cell]], by_key: Mapping[str, Record], metrics: Sequence[str], store: Store
+    rows: Sequence[Sequence[Cell]],
+    by_key: Mapping[str, Record],
+    metrics: Sequence[str],
+    store: Store,
 ) -> dict[tuple[str, str], Comparison]:
     """(key of a row's first cell, metric) -> paired test against the cells' baseline, Holm over all.
 
@@ -39,13 +49,21 @@ def compare_cells(
         for metric in metrics:
             theirs = column(reference, metric)
             ours = [each for key in keys if (each := column(key, metric)) is not None]
-            if theirs is None or len(ours) < len(keys) or any(set(each.values) != set(theirs.values) for each in ours):
+            if (
+                theirs is None
+                or len(ours) < len(keys)
+                or any(set(each.values) != set(theirs.values) for each in ours)
+            ):
                 continue
             if any(each.weights != theirs.weights for each in ours):
                 continue
             names = list(theirs.values)
             weights = None if theirs.weights is None else [theirs.weights[name] for name in names]
-            found = compare_seeds([[each.values[name] for name in names] for each in ours], list(theirs.values.values()), weights)
+            found = compare_seeds(
+                [[each.values[name] for name in names] for each in ours],
+                list(theirs.values.values()),
+                weights,
+            )
             if found is not None:
                 raw[keys[0], metric] = found
     adjusted = holm({name: comparison.p_value for name, comparison in raw.items()})
@@ -68,15 +86,18 @@ def _items(record: Record, metric: str, store: Store) -> Items | None:
         return None
     if metric.startswith(f"{evaluation.name}/"):
         own = metric.removeprefix(f"{evaluation.name}/")
-    else:                                       # one task of a group of tasks
+    else:  # one task of a group of tasks
         task, _, own = metric.partition("/")
         if "task" not in items or task not in set(items["task"]):
             return None
         items = items[items["task"] == task]
     for name in (own, *ITEM_COLUMNS.get(own, ())):
         if name in items:
-            found = {column: dict(zip(items["id"], map(float, items[column]), strict=True))
-                     for column in (name, ITEM_WEIGHTS.get(name, "")) if column in items}
+            found = {
+                column: dict(zip(items["id"], map(float, items[column]), strict=True))
+                for column in (name, ITEM_WEIGHTS.get(name, ""))
+                if column in items
+            }
             return Items(found[name], found.get(ITEM_WEIGHTS.get(name, "")))
     return None
 

@@ -39,17 +39,34 @@ if TYPE_CHECKING:
 
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, then three more
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6a51a3", "#8c6d31", "#b22222")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#6a51a3",
+    "#8c6d31",
+    "#b22222",
+)
 MARKERS = "osD^vPX*h"
 FULL_PRECISION = "full precision"
 BITS, SIZE = "checkpoint/bits_per_weight", "checkpoint/bytes"
-NAMES = {"perplexity": "perplexity", "acc": "accuracy", "acc_norm": "length-normalised accuracy", "exact_match": "exact match"}
-TOLERANCE = 0.01                                # one point of accuracy; of a perplexity, one percent
-OVERVIEW_ROWS = 60                              # cells in the overview of layer errors
-ERRORS = ("output_error", "weight_error")       # of a layer, the first that is known is drawn
+NAMES = {
+    "perplexity": "perplexity",
+    "acc": "accuracy",
+    "acc_norm": "length-normalised accuracy",
+    "exact_match": "exact match",
+}
+TOLERANCE = 0.01  # one point of accuracy; of a perplexity, one percent
+OVERVIEW_ROWS = 60  # cells in the overview of layer errors
+ERRORS = ("output_error", "weight_error")  # of a layer, the first that is known is drawn
 
 
-_writing = threading.Lock()                     # Matplotlib's settings are those of the whole process, and tracking has a thread
+_writing = (
+    threading.Lock()
+)  # Matplotlib's settings are those of the whole process, and tracking has a thread
 
 
 @dataclass(frozen=True)
@@ -90,8 +107,14 @@ def points(records: Sequence[Record], metric: str) -> list[Point]:
         score, interval = over_seeds([record.metrics()[metric] for record in own])
         if interval is None:
             interval = 1.96 * own[0].metrics().get(f"{metric}_stderr", 0.0)
-        bits, size = (math.fsum(record.metrics()[name] for record in own) / len(own) for name in (BITS, SIZE))
-        made.append(Point(label, lines.index(label) if label else 0, tuple(own), score, interval, bits, size))
+        bits, size = (
+            math.fsum(record.metrics()[name] for record in own) / len(own) for name in (BITS, SIZE)
+        )
+        made.append(
+            Point(
+                label, lines.index(label) if label else 0, tuple(own), score, interval, bits, size
+            )
+        )
     return made
 
 
@@ -107,14 +130,24 @@ def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
         own = [record for record in known if record.cell.model.name == model]
         suffix = f"-{model}" if len(models) > 1 else ""
         metrics = quality_metrics(sweep, own)
-        drawn = {f"{metric}-against-{name}": make(own, metric)
-                 for metric in metrics for name, make in (("bits", score_against_bits), ("size", score_against_size))}
+        drawn = {
+            f"{metric}-against-{name}": make(own, metric)
+            for metric in metrics
+            for name, make in (("bits", score_against_bits), ("size", score_against_size))
+        }
         drawn |= {f"{metric}-bits-needed": bits_needed(own, metric) for metric in metrics}
         perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
         accuracies = [metric for metric in metrics if _in_points(metric)]
-        drawn |= {f"accuracy-against-{metric}": accuracy_against_perplexity(own, metric, accuracies) for metric in perplexities}
+        drawn |= {
+            f"accuracy-against-{metric}": accuracy_against_perplexity(own, metric, accuracies)
+            for metric in perplexities
+        }
         drawn["layer-errors"] = error_overview(own)
-        made |= {_file_name(f"{name}{suffix}"): figure for name, figure in drawn.items() if figure is not None}
+        made |= {
+            _file_name(f"{name}{suffix}"): figure
+            for name, figure in drawn.items()
+            if figure is not None
+        }
     return made
 
 
@@ -129,10 +162,18 @@ def score_against_bits(records: Sequence[Record], metric: str) -> Figure | None:
         intervals = [point.interval for point in group]
         bars = intervals if any(intervals) else None
         style = _style(group[0].line) | {"linewidth": 1.5, "markersize": 5, "capsize": 3}
-        axes.errorbar([point.bits for point in group], [point.score for point in group], yerr=bars, label=label, **style)
+        axes.errorbar(
+            [point.bits for point in group],
+            [point.score for point in group],
+            yerr=bars,
+            label=label,
+            **style,
+        )
     baseline = _baseline(found)
     if baseline is not None:
-        axes.axhline(baseline.score, color="#777777", linestyle="--", linewidth=1, label=FULL_PRECISION)
+        axes.axhline(
+            baseline.score, color="#777777", linestyle="--", linewidth=1, label=FULL_PRECISION
+        )
     _score_axis(axes, found, metric)
     axes.set_xlabel("bits per weight as stored (quantized matrices)")
     _legend(axes)
@@ -147,21 +188,50 @@ def score_against_size(records: Sequence[Record], metric: str) -> Figure | None:
         return None
     figure, axes = _figure(found[0].cell.model.name)
     largest = max(point.size for point in found)
-    unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0)) if largest >= f or f == 1.0)
+    unit, factor = next(
+        (u, f)
+        for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+        if largest >= f or f == 1.0
+    )
     for label, group in _by_method(found).items():
         sizes = [point.size / factor for point in group]
-        axes.scatter(sizes, [point.score for point in group], s=36, zorder=3, label=label, **_style(group[0].line))
+        axes.scatter(
+            sizes,
+            [point.score for point in group],
+            s=36,
+            zorder=3,
+            label=label,
+            **_style(group[0].line),
+        )
     baseline = _baseline(found)
     if baseline is not None:
-        axes.scatter(baseline.size / factor, baseline.score, label=FULL_PRECISION, color="#777777", marker="s", s=36)
+        axes.scatter(
+            baseline.size / factor,
+            baseline.score,
+            label=FULL_PRECISION,
+            color="#777777",
+            marker="s",
+            s=36,
+        )
     best = front(found, higher)
     corners = [(point.size / factor, point.score) for point in best]
-    axes.step(*zip(*corners, strict=True), where="post", color="#999999", linewidth=1, zorder=1, label="front")
+    axes.step(
+        *zip(*corners, strict=True),
+        where="post",
+        color="#999999",
+        linewidth=1,
+        zorder=1,
+        label="front",
+    )
     _score_axis(axes, found, metric)
     axes.set_xlabel(f"size of the checkpoint, {unit}")
     _legend(axes)
-    names = [FULL_PRECISION if p.cell.method.is_baseline else f"{p.cell.method.name} {p.cell.scheme.name}"
-             for p in best]
+    names = [
+        FULL_PRECISION
+        if p.cell.method.is_baseline
+        else f"{p.cell.method.name} {p.cell.scheme.name}"
+        for p in best
+    ]
     _annotate(figure, axes, corners, names)
     return figure
 
@@ -186,18 +256,43 @@ def bits_needed(records: Sequence[Record], metric: str) -> Figure | None:
     baseline = _baseline(found)
     higher = better_is_higher(metric, [point.cell for point in found])
     groups = _by_method(found)
-    if baseline is None or higher is None or not groups or not (_in_points(metric) or metric.endswith("/perplexity")):
+    if (
+        baseline is None
+        or higher is None
+        or not groups
+        or not (_in_points(metric) or metric.endswith("/perplexity"))
+    ):
         return None
     margin = TOLERANCE if _in_points(metric) else TOLERANCE * baseline.score
-    needed = {label: _fewest_bits(group, baseline.score, margin, higher) for label, group in groups.items()}
+    needed = {
+        label: _fewest_bits(group, baseline.score, margin, higher)
+        for label, group in groups.items()
+    }
     figure, axes = _figure(found[0].cell.model.name, height=max(2.2, 1.4 + 0.34 * len(groups)))
     end = 1.2 * max(point.bits for group in groups.values() for point in group)
     for index, (label, group) in enumerate(groups.items()):
         colour, bits = _style(group[0].line)["color"], needed[label]
         if bits is None:
             most = max(point.bits for point in group)
-            axes.barh(index, end - most, left=most, height=0.6, color="none", edgecolor=colour, linestyle=":", linewidth=1)
-            axes.text((most + end) / 2, index, f"above {most:.2f}", ha="center", va="center", fontsize=8, color="#555555")
+            axes.barh(
+                index,
+                end - most,
+                left=most,
+                height=0.6,
+                color="none",
+                edgecolor=colour,
+                linestyle=":",
+                linewidth=1,
+            )
+            axes.text(
+                (most + end) / 2,
+                index,
+                f"above {most:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#555555",
+            )
         else:
             axes.barh(index, bits, height=0.6, color=colour)
             axes.text(bits, index, f" {bits:.2f}", va="center", fontsize=9)
@@ -207,11 +302,16 @@ def bits_needed(records: Sequence[Record], metric: str) -> Figure | None:
     axes.set_xlim(0, end)
     prefix, short = metric.rpartition("/")[::2]
     unit = "one point" if _in_points(metric) else "one percent"
-    axes.set_xlabel(f"bits per weight to stay within {unit} of full precision: {prefix} {NAMES.get(short, short)}", fontsize=9)
+    axes.set_xlabel(
+        f"bits per weight to stay within {unit} of full precision: {prefix} {NAMES.get(short, short)}",
+        fontsize=9,
+    )
     return figure
 
 
-def _fewest_bits(group: Sequence[Point], reference: float, margin: float, higher: bool) -> float | None:
+def _fewest_bits(
+    group: Sequence[Point], reference: float, margin: float, higher: bool
+) -> float | None:
     """Bits of the smallest point from which on every larger one is within the margin too; None where the largest is not."""
     fewest = None
     for point in sorted(group, key=lambda p: -p.bits):
@@ -222,34 +322,57 @@ def _fewest_bits(group: Sequence[Point], reference: float, margin: float, higher
     return fewest
 
 
-def accuracy_against_perplexity(records: Sequence[Record], perplexity: str, accuracies: Sequence[str]) -> Figure | None:
+def accuracy_against_perplexity(
+    records: Sequence[Record], perplexity: str, accuracies: Sequence[str]
+) -> Figure | None:
     """Every cell at its perplexity and the mean of its accuracies, with Pearson's r over cells: with log perplexity, as drawn."""
-    found = [point for point in points(records, perplexity)
-             if point.score > 0 and all(_finite(record, *accuracies) for record in point.records)]
+    found = [
+        point
+        for point in points(records, perplexity)
+        if point.score > 0 and all(_finite(record, *accuracies) for record in point.records)
+    ]
     if len(found) < 3 or not accuracies:
         return None
 
     def accuracy(point: Point) -> float:
         own = [record.metrics() for record in point.records]
-        return math.fsum(metrics[name] for metrics in own for name in accuracies) / (len(own) * len(accuracies))
+        return math.fsum(metrics[name] for metrics in own for name in accuracies) / (
+            len(own) * len(accuracies)
+        )
 
     figure, axes = _figure(found[0].cell.model.name)
     means = {id(point): accuracy(point) for point in found}
     for label, group in _by_method(found).items():
         style = _style(group[0].line) | {"s": 36, "zorder": 3}
-        axes.scatter([point.score for point in group], [means[id(point)] for point in group], label=label, **style)
+        axes.scatter(
+            [point.score for point in group],
+            [means[id(point)] for point in group],
+            label=label,
+            **style,
+        )
     baseline = _baseline(found)
     if baseline is not None:
-        axes.scatter(baseline.score, means[id(baseline)], label=FULL_PRECISION, color="#777777", marker="s", s=36)
+        axes.scatter(
+            baseline.score,
+            means[id(baseline)],
+            label=FULL_PRECISION,
+            color="#777777",
+            marker="s",
+            s=36,
+        )
     logs = pearson([(math.log(point.score), means[id(point)]) for point in found])
     plain = pearson([(point.score, means[id(point)]) for point in found])
     if logs is not None and plain is not None:
         text = f"r = {logs:.3f} with log perplexity\nr = {plain:.3f} with perplexity\n{len(found)} cells"
-        axes.text(0.03, 0.05, text, transform=axes.transAxes, fontsize=9, va="bottom", color="#333333")
+        axes.text(
+            0.03, 0.05, text, transform=axes.transAxes, fontsize=9, va="bottom", color="#333333"
+        )
     _log_axis(axes.set_xscale, axes.xaxis, [point.score for point in found])
     axes.set_xlabel(f"{perplexity.rpartition('/')[0]} perplexity, lower is better")
     names = [metric.rpartition("/")[0] for metric in accuracies]
-    axes.set_ylabel(f"{names[0]} accuracy" if len(names) == 1 else f"mean accuracy of {len(names)} tasks")
+    axes.set_ylabel(
+        f"{names[0]} accuracy" if len(names) == 1 else f"mean accuracy of {len(names)} tasks"
+    )
     _legend(axes)
     return figure
 
@@ -259,10 +382,17 @@ def layer_errors(record: Record) -> str | None:
     name = _error_name(record)
     if name is None:
         return None
-    values = {(str(row["linear"]), int(row["block"])): float(row[name]) for row in record.layer_errors if _positive(row.get(name))}
-    linears, blocks = list(dict.fromkeys(linear for linear, _ in values)), sorted({block for _, block in values})
+    values = {
+        (str(row["linear"]), int(row["block"])): float(row[name])
+        for row in record.layer_errors
+        if _positive(row.get(name))
+    }
+    linears, blocks = (
+        list(dict.fromkeys(linear for linear, _ in values)),
+        sorted({block for _, block in values}),
+    )
     short = [linear.rsplit(".", 1)[-1] for linear in linears]
-    labels = short if len(set(short)) == len(short) else linears                # experts end in the same names
+    labels = short if len(set(short)) == len(short) else linears  # experts end in the same names
     grid = [[values.get((linear, block)) for block in blocks] for linear in linears]
     return svg_heat_map(grid, blocks, labels, record.cell.title, _error_text(name))
 
@@ -284,15 +414,26 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
             if _positive(row.get(name)):
                 values.setdefault(int(row["block"]), []).append(float(row[name]))
         if values:
-            grid.append([math.fsum(values[b]) / len(values[b]) if b in values else math.nan for b in blocks])
-            labels.append(" · ".join(filter(None, (record.cell.method.name, record.cell.scheme.name, record.cell.variant))))
+            grid.append(
+                [math.fsum(values[b]) / len(values[b]) if b in values else math.nan for b in blocks]
+            )
+            labels.append(
+                " · ".join(
+                    filter(
+                        None,
+                        (record.cell.method.name, record.cell.scheme.name, record.cell.variant),
+                    )
+                )
+            )
     if not grid:
         return None
     title = known[0].cell.model.name
     if len(grid) > OVERVIEW_ROWS:
         title = f"{title}: {OVERVIEW_ROWS} of {len(grid)} cells, those with the largest error"
         means = [statistics.fmean(value for value in row if not math.isnan(value)) for row in grid]
-        kept = sorted(sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS])                # in their order
+        kept = sorted(
+            sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS]
+        )  # in their order
         grid, labels = [grid[row] for row in kept], [labels[row] for row in kept]
     return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, mean of a block")
 
@@ -303,10 +444,18 @@ def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) 
     names = list(dict.fromkeys(str(row["linear"]) for row in linears))
     grid = [[math.nan] * len(blocks) for _ in names]
     for row in linears:
-        grid[names.index(str(row["linear"]))][blocks.index(int(row["block"]))] = max(float(row[value]), 1e-12)
-    texts = {"both": "relative error, both sides rounded", "weight_ratio": "max / median channel of |W|",
-             "activation_ratio": "max / median channel of |x|", "grouped": "relative error in groups"}
-    return _heat_map(grid, blocks, [name.rsplit(".", 1)[-1] for name in names], title, texts.get(value, value))
+        grid[names.index(str(row["linear"]))][blocks.index(int(row["block"]))] = max(
+            float(row[value]), 1e-12
+        )
+    texts = {
+        "both": "relative error, both sides rounded",
+        "weight_ratio": "max / median channel of |W|",
+        "activation_ratio": "max / median channel of |x|",
+        "grouped": "relative error in groups",
+    }
+    return _heat_map(
+        grid, blocks, [name.rsplit(".", 1)[-1] for name in names], title, texts.get(value, value)
+    )
 
 
 def channel_magnitudes(channels: Mapping[str, Sequence[float]], title: str) -> Figure:
@@ -316,11 +465,22 @@ def channel_magnitudes(channels: Mapping[str, Sequence[float]], title: str) -> F
 
     figure = Drawn(figsize=(6.4, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (axes, name, text) in enumerate(zip(
-        figure.subplots(2, 1, sharex=True), ("weights", "activations"), ("largest |W|", "largest |x|"), strict=True
-    )):
+    for index, (axes, name, text) in enumerate(
+        zip(
+            figure.subplots(2, 1, sharex=True),
+            ("weights", "activations"),
+            ("largest |W|", "largest |x|"),
+            strict=True,
+        )
+    ):
         values = list(channels[name])
-        axes.vlines(range(len(values)), 1e-12, values, color=COLOURS[index], linewidth=max(0.5, min(3.0, 200 / len(values))))
+        axes.vlines(
+            range(len(values)),
+            1e-12,
+            values,
+            color=COLOURS[index],
+            linewidth=max(0.5, min(3.0, 200 / len(values))),
+        )
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.5 * min(value for value in values if value > 0))
         axes.set_ylabel(text)
@@ -332,16 +492,24 @@ def channel_magnitudes(channels: Mapping[str, Sequence[float]], title: str) -> F
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "pdf", "png")) -> list[Path]:
+def save(
+    figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("svg", "pdf", "png")
+) -> list[Path]:
     """Write the figure in each format; the same figure gives the same bytes. Returns the paths."""
     import matplotlib
 
     paths = []
-    metadata: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    metadata: dict[str, dict[str, None]] = {
+        "svg": {"Date": None},
+        "pdf": {"CreationDate": None},
+        "png": {},
+    }
     with _writing, matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         for form in formats:
             path = folder / f"{name}.{form}"
-            draw = functools.partial(figure.savefig, format=form, dpi=160, metadata=metadata.get(form, {}))
+            draw = functools.partial(
+                figure.savefig, format=form, dpi=160, metadata=metadata.get(form, {})
+            )
             write_aside(path, draw)
             paths.append(path)
     return paths
@@ -371,18 +539,38 @@ def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8 if many else 9, **place)
 
 
-def _annotate(figure: Figure, axes: Axes, corners: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
+def _annotate(
+    figure: Figure, axes: Axes, corners: Sequence[tuple[float, float]], names: Sequence[str]
+) -> None:
     """Names beside points, each at the first of four sides where it meets no other name; left out where there is none."""
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     legend = axes.get_legend()
     taken = [] if legend is None else [legend.get_window_extent()]
     for name, corner in zip(names, corners, strict=True):
-        for shift, across, up in (((6, 5), "left", "bottom"), ((6, -5), "left", "top"),
-                                  ((-6, 5), "right", "bottom"), ((-6, -5), "right", "top")):
-            text = axes.annotate(name, corner, shift, textcoords="offset points", fontsize=8, ha=across, va=up, color="#333333")
+        for shift, across, up in (
+            ((6, 5), "left", "bottom"),
+            ((6, -5), "left", "top"),
+            ((-6, 5), "right", "bottom"),
+            ((-6, -5), "right", "top"),
+        ):
+            text = axes.annotate(
+                name,
+                corner,
+                shift,
+                textcoords="offset points",
+                fontsize=8,
+                ha=across,
+                va=up,
+                color="#333333",
+            )
             own = text.get_window_extent()
-            if not any(own.overlaps(other) for other in taken) and box.x0 <= own.x0 and own.x1 <= box.x1 and own.y1 <= box.y1:
+            if (
+                not any(own.overlaps(other) for other in taken)
+                and box.x0 <= own.x0
+                and own.x1 <= box.x1
+                and own.y1 <= box.y1
+            ):
                 taken.append(own)
                 break
             text.remove()
@@ -396,7 +584,11 @@ def _labels(cells: Sequence[Cell]) -> dict[str, str]:
     labels = {}
     for cell in quantized:
         words = [cell.method.name]
-        words += [f"g{group_text(cell)}" if group_text(cell) != "row" else "per row"] if len(groups) > 1 else []
+        words += (
+            [f"g{group_text(cell)}" if group_text(cell) != "row" else "per row"]
+            if len(groups) > 1
+            else []
+        )
         words += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
         words += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
         labels[cell_key(cell)] = " · ".join(filter(None, (*words, told.get(cell_key(cell), ""))))
@@ -442,14 +634,24 @@ def _log_axis(set_scale: Callable[[str], None], axis: Any, values: Sequence[floa
         axis.set_minor_formatter(NullFormatter())
 
 
-def _heat_map(grid: Sequence[Sequence[float]], blocks: Sequence[int], labels: Sequence[str], title: str, unit: str) -> Figure:
+def _heat_map(
+    grid: Sequence[Sequence[float]],
+    blocks: Sequence[int],
+    labels: Sequence[str],
+    title: str,
+    unit: str,
+) -> Figure:
     from matplotlib.colors import LogNorm
 
-    figure, axes = _figure(title, max(5.2, 2.6 + 0.24 * len(blocks)), max(2.4, 1.3 + 0.3 * len(labels)))
+    figure, axes = _figure(
+        title, max(5.2, 2.6 + 0.24 * len(blocks)), max(2.4, 1.3 + 0.3 * len(labels))
+    )
     axes.grid(False)
     known = [value for row in grid for value in row if math.isfinite(value)]
     low, high = min(known), max(known)
-    image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=LogNorm(low, high if high > low else low * 1.01))
+    image = axes.imshow(
+        grid, aspect="auto", cmap="viridis", norm=LogNorm(low, high if high > low else low * 1.01)
+    )
     step = max(1, len(blocks) // 16)
     axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
@@ -463,11 +665,16 @@ def _heat_map(grid: Sequence[Sequence[float]], blocks: Sequence[int], labels: Se
 
 def _error_name(record: Record) -> str | None:
     rows = record.layer_errors
-    return next((name for name in ERRORS if rows and any(_positive(row.get(name)) for row in rows)), None)
+    return next(
+        (name for name in ERRORS if rows and any(_positive(row.get(name)) for row in rows)), None
+    )
 
 
 def _error_text(name: str) -> str:
-    return {"output_error": "relative output error ‖(W−Ŵ)X‖² / ‖WX‖²", "weight_error": "relative weight error ‖W−Ŵ‖² / ‖W‖²"}[name]
+    return {
+        "output_error": "relative output error ‖(W−Ŵ)X‖² / ‖WX‖²",
+        "weight_error": "relative weight error ‖W−Ŵ‖² / ‖W‖²",
+    }[name]
 
 
 def _positive(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Findings of a study, checked: does a statement hold in our results, and in the published numbers themselves? Loads without torch.
 
-A sweep states findings as data (`harness.core.sweep.Finding`): which rows of which table, which column, and what is claimed of them.
+A sweep states findings as data (`core.sweep.Finding`): which rows of which table, which column, and what is claimed of them.
 The same check is asked twice, of our numbers and of the published ones beside them in the same tables; the second shows that the
 check says what the paper says. An answer is one of
 
@@ -75,10 +75,16 @@ def check(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -
     """Every finding of a sweep, in its order. Builds the tables that they speak of, once each."""
     wanted = {name for finding in sweep.findings for name in _tables_of(finding)}
     found = list(records)
-    tables = {table.name: build(sweep, table, found, store) for table in sweep.tables if table.name in wanted}
+    tables = {
+        table.name: build(sweep, table, found, store)
+        for table in sweep.tables
+        if table.name in wanted
+    }
     made = []
     for finding in sweep.findings:
-        is_published = any(head.published for name in _tables_of(finding) for head in tables[name].columns)
+        is_published = any(
+            head.published for name in _tables_of(finding) for head in tables[name].columns
+        )
         theirs = answer(finding, tables, "published") if is_published else None
         made.append(Checked(finding, answer(finding, tables, "ours"), theirs))
     return made
@@ -89,17 +95,28 @@ def answer(finding: Finding, tables: Mapping[str, TableData], side: str) -> Answ
     if finding.relate:
         return _relation(finding, tables, side)
     terms = (*finding.better, *finding.above, *finding.value, *finding.loss, *finding.excess)
-    terms = tuple(replace(t, table=t.table or finding.table, column=t.column or finding.column) for t in terms)
+    terms = tuple(
+        replace(t, table=t.table or finding.table, column=t.column or finding.column) for t in terms
+    )
     if any(term.model for term in terms):
         return _asked_of(finding, terms, tables, side)
-    models = dict.fromkeys(row.model for term in terms for row in tables[term.table].rows if _stands(row, side))
-    answers = [_asked_of(finding, tuple(replace(t, model=model) for t in terms), tables, side) for model in models]
+    models = dict.fromkeys(
+        row.model for term in terms for row in tables[term.table].rows if _stands(row, side)
+    )
+    answers = [
+        _asked_of(finding, tuple(replace(t, model=model) for t in terms), tables, side)
+        for model in models
+    ]
     answers = [each for each in answers if each.numbers or each.missing]
     if not answers:
         return Answer(UNKNOWN, missing=("no such row",))
     verdicts = [each.verdict for each in answers]
     verdict = FAILS if FAILS in verdicts else UNKNOWN if UNKNOWN in verdicts else HOLDS
-    return Answer(verdict, tuple(n for each in answers for n in each.numbers), tuple(m for each in answers for m in each.missing))
+    return Answer(
+        verdict,
+        tuple(n for each in answers for n in each.numbers),
+        tuple(m for each in answers for m in each.missing),
+    )
 
 
 def render(checked: Sequence[Checked]) -> str:
@@ -117,8 +134,14 @@ def render(checked: Sequence[Checked]) -> str:
             more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
             out.append(f"    {side:<10} {found.verdict}" + (f" ({shown}{more})" if shown else ""))
         out.append("")
-    counts = {verdict: sum(each.ours.verdict == verdict for each in checked) for verdict in (HOLDS, FAILS, UNKNOWN)}
-    out.append(f"{len(checked)} findings, on our results: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    counts = {
+        verdict: sum(each.ours.verdict == verdict for each in checked)
+        for verdict in (HOLDS, FAILS, UNKNOWN)
+    }
+    out.append(
+        f"{len(checked)} findings, on our results: "
+        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    )
     return "\n".join(out) + "\n"
 
 
@@ -131,7 +154,9 @@ def _tables_of(finding: Finding) -> set[str]:
 # -- one question --------------------------------------------------------------------------------------------------------
 
 
-def _asked_of(finding: Finding, terms: Sequence[Term], tables: Mapping[str, TableData], side: str) -> Answer:
+def _asked_of(
+    finding: Finding, terms: Sequence[Term], tables: Mapping[str, TableData], side: str
+) -> Answer:
     """The answer for terms that name their table, column and model."""
     is_range = bool(finding.value or finding.loss)
     is_loss = bool(finding.loss or finding.excess)
@@ -144,7 +169,7 @@ def _asked_of(finding: Finding, terms: Sequence[Term], tables: Mapping[str, Tabl
         rows = [row for row in data.rows if _stands(row, side) and _fits(row, data, term)]
         found = [read(data, row, column) for row in rows]
         named = _term_title(term)
-        if side == "published":                 # a dash of the paper is no number to wait for
+        if side == "published":  # a dash of the paper is no number to wait for
             found = [number for number in found if number.value is not None]
         if not found:
             missing.append(named)
@@ -158,7 +183,11 @@ def _asked_of(finding: Finding, terms: Sequence[Term], tables: Mapping[str, Tabl
     else:
         compared = _compared(finding, terms, numbers)
         fails = any(not holds for holds in compared if holds is not None)
-        missing += [] if fails or len(numbers) == len(terms) else ["a number to compare with"] * (not missing)
+        missing += (
+            []
+            if fails or len(numbers) == len(terms)
+            else ["a number to compare with"] * (not missing)
+        )
     verdict = FAILS if fails else UNKNOWN if missing else HOLDS
     return Answer(verdict, tuple(number.text for number in known), tuple(dict.fromkeys(missing)))
 
@@ -166,12 +195,16 @@ def _asked_of(finding: Finding, terms: Sequence[Term], tables: Mapping[str, Tabl
 def _within(finding: Finding, number: Number) -> bool:
     assert number.value is not None
     if not math.isfinite(number.value):
-        return finding.at_most is None and bool(finding.loss)      # it lost without bound
+        return finding.at_most is None and bool(finding.loss)  # it lost without bound
     low, high = finding.at_least, finding.at_most
-    return (low is None or number.value >= low - 1e-9) and (high is None or number.value <= high + 1e-9)
+    return (low is None or number.value >= low - 1e-9) and (
+        high is None or number.value <= high + 1e-9
+    )
 
 
-def _compared(finding: Finding, terms: Sequence[Term], numbers: Sequence[Number]) -> list[bool | None]:
+def _compared(
+    finding: Finding, terms: Sequence[Term], numbers: Sequence[Number]
+) -> list[bool | None]:
     """Whether each number stands before the next as claimed; None where one of them is missing."""
     if len(numbers) != len(terms):
         return []
@@ -180,7 +213,10 @@ def _compared(finding: Finding, terms: Sequence[Term], numbers: Sequence[Number]
         if first.value is None or second.value is None:
             verdicts.append(None)
         elif finding.better:
-            verdicts.append(first.quality > second.quality and not first.quality - second.quality <= finding.margin)
+            verdicts.append(
+                first.quality > second.quality
+                and not first.quality - second.quality <= finding.margin
+            )
         else:
             verdicts.append(first.value - second.value > finding.margin)
     return verdicts
@@ -190,7 +226,9 @@ def _number(side: str) -> Callable[[TableData, Row, int], Number]:
     def read(data: TableData, row: Row, column: int) -> Number:
         value = row.values[column]
         mark = "†" if side == "ours" and value.smoke else ""
-        return Number(_row_title(row) + mark, _value(value, side), data.columns[column].higher_is_better)
+        return Number(
+            _row_title(row) + mark, _value(value, side), data.columns[column].higher_is_better
+        )
 
     return read
 
@@ -199,12 +237,22 @@ def _loss(side: str) -> Callable[[TableData, Row, int], Number]:
     """What a row is worse by than the baseline of its model, in the column's unit."""
 
     def read(data: TableData, row: Row, column: int) -> Number:
-        baselines = [other for other in data.rows if other.model == row.model and other.baseline and _stands(other, side)]
+        baselines = [
+            other
+            for other in data.rows
+            if other.model == row.model and other.baseline and _stands(other, side)
+        ]
         baseline = baselines[0] if baselines else None
         own = _value(row.values[column], side)
         reference = None if baseline is None else _value(baseline.values[column], side)
         better = data.columns[column].higher_is_better
-        loss = None if own is None or reference is None else (reference - own) if better is not False else (own - reference)
+        loss = (
+            None
+            if own is None or reference is None
+            else (reference - own)
+            if better is not False
+            else (own - reference)
+        )
         if loss is not None and not math.isfinite(loss):
             loss = math.inf
         return Number(f"{_row_title(row)} loses", loss, False)
@@ -227,7 +275,11 @@ def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> A
         numbers[reference] = {}
         for row in data.rows:
             terms = finding.value or (Term(),)
-            if not _stands(row, side) or row.baseline or not any(_fits(row, data, term) for term in terms):
+            if (
+                not _stands(row, side)
+                or row.baseline
+                or not any(_fits(row, data, term) for term in terms)
+            ):
                 continue
             number = _value(row.values[index], side)
             if number is None:
@@ -235,9 +287,18 @@ def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> A
             elif math.isfinite(number):
                 numbers[reference][(row.model, *map(_plain, row.labels[:2]))] = number
     shared = sorted(set.intersection(*(set(found) for found in numbers.values())))
-    over = [math.fsum(numbers[name][row] for name in finding.over) / len(finding.over) for row in shared]
-    found = {name: pearson(list(zip(over, (numbers[name][row] for row in shared), strict=True))) for name in finding.relate}
-    missing += [f"r of {name} (fewer than three rows, or constant)" for name, r in found.items() if r is None]
+    over = [
+        math.fsum(numbers[name][row] for name in finding.over) / len(finding.over) for row in shared
+    ]
+    found = {
+        name: pearson(list(zip(over, (numbers[name][row] for row in shared), strict=True)))
+        for name in finding.relate
+    }
+    missing += [
+        f"r of {name} (fewer than three rows, or constant)"
+        for name, r in found.items()
+        if r is None
+    ]
     known = {name: r for name, r in found.items() if r is not None}
     if missing or not known:
         return Answer(UNKNOWN, missing=tuple(dict.fromkeys(missing)) or ("no rows",))
@@ -245,14 +306,25 @@ def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> A
     verdict = HOLDS if _within(finding, Number("", mean, True)) else FAILS
     weakest = sorted(known, key=lambda name: abs(known[name]))[:3]
     shown = tuple(f"{name} {known[name]:.3f}" for name in weakest)
-    return Answer(verdict, (f"mean |r| {mean:.4f} over {len(known)} columns and {len(shared)} rows", "weakest", *shown))
+    return Answer(
+        verdict,
+        (
+            f"mean |r| {mean:.4f} over {len(known)} columns and {len(shared)} rows",
+            "weakest",
+            *shown,
+        ),
+    )
 
 
 # -- which rows ----------------------------------------------------------------------------------------------------------
 
 
 def _stands(row: Row, side: str) -> bool:
-    return row.cell is not None if side == "ours" else any(value.published_number is not None for value in row.values)
+    return (
+        row.cell is not None
+        if side == "ours"
+        else any(value.published_number is not None for value in row.values)
+    )
 
 
 def _column(data: TableData, name: str) -> int:
@@ -268,7 +340,11 @@ def _fits(row: Row, data: TableData, term: Term) -> bool:
     bits, group = labels.get("bits", ""), labels.get("group", "")
     wanted = _plain(term.method)
     return (
-        (not term.model or row.model == term.model or fnmatch.fnmatchcase(row.model.lower(), term.model.lower()))
+        (
+            not term.model
+            or row.model == term.model
+            or fnmatch.fnmatchcase(row.model.lower(), term.model.lower())
+        )
         and (not wanted or method == ("none" if wanted in BASELINES else wanted))
         and (term.bits == "" or bits.split(" ")[0] == str(term.bits))
         and (term.group == "" or (group or "row") == str(term.group))
@@ -286,4 +362,11 @@ def _row_title(row: Row) -> str:
 
 def _term_title(term: Term) -> str:
     group = f"group {term.group}" if term.group != "" else ""
-    return " ".join(str(part) for part in (term.model, term.method, term.bits, group, term.variant) if part != "") or "any row"
+    return (
+        " ".join(
+            str(part)
+            for part in (term.model, term.method, term.bits, group, term.variant)
+            if part != ""
+        )
+        or "any row"
+    )

@@ -42,14 +42,22 @@ def to_html(data: TableData, links: Mapping[str, str]) -> str:
     left = len(data.labels)
     quiet = {left + i for i, head in enumerate(heads[left:]) if head in ("published", "Δ")}
 
-    makers: list[int | None] = []               # printed column -> column of the table, None beside it
-    verdicts: list[int | None] = []             # the same for the columns of differences
+    makers: list[int | None] = []  # printed column -> column of the table, None beside it
+    verdicts: list[int | None] = []  # the same for the columns of differences
     for position, head in enumerate(data.columns):
         makers += [position, None, None] if head.published else [position]
         verdicts += [None, None, position] if head.published else [None]
 
     def classes(index: int, text: str, row: Row | None = None) -> str:
-        names = [n for n, on in (("l", index < left), ("p", index in quiet), ("best", text.startswith("\x02"))) if on]
+        names = [
+            n
+            for n, on in (
+                ("l", index < left),
+                ("p", index in quiet),
+                ("best", text.startswith("\x02")),
+            )
+            if on
+        ]
         column = verdicts[index - left] if row is not None and index >= left else None
         agrees = row.values[column].agrees if row is not None and column is not None else None
         names += [] if agrees is None else ["agrees" if agrees else "differs"]
@@ -57,7 +65,10 @@ def to_html(data: TableData, links: Mapping[str, str]) -> str:
 
     def entry(row: Row, index: int, text: str) -> str:
         """A number of ours says on hovering which cell made it, and leads there where links are known."""
-        shown, column = html.escape(text.strip("\x02\x03")), makers[index - left] if index >= left else None
+        shown, column = (
+            html.escape(text.strip("\x02\x03")),
+            makers[index - left] if index >= left else None,
+        )
         key = "" if column is None or not shown else row.values[column].cell_key
         if key in links:
             shown = f'<a href="{html.escape(links[key])}" target="_blank">{shown}</a>'
@@ -74,10 +85,14 @@ def to_html(data: TableData, links: Mapping[str, str]) -> str:
     for section, section_lines in sections_of(data, lines):
         out.append("<tbody>")
         if section:
-            out.append(f'<tr class="section"><td class="l" colspan="{len(heads)}">{html.escape(section)}</td></tr>')
+            out.append(
+                f'<tr class="section"><td class="l" colspan="{len(heads)}">{html.escape(section)}</td></tr>'
+            )
         for line in section_lines:
             base = ' class="base"' if rows[id(line)].baseline else ""
-            out.append(f"<tr{base}>{''.join(entry(rows[id(line)], i, text) for i, text in enumerate(line))}</tr>")
+            out.append(
+                f"<tr{base}>{''.join(entry(rows[id(line)], i, text) for i, text in enumerate(line))}</tr>"
+            )
         out.append("</tbody>")
     out += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in data.notes)]
     out += [f"<p><code>{html.escape(command)}</code></p>" for command in data.commands]

@@ -7,17 +7,43 @@ import re
 from harness.reporting.table_data import TableData
 from harness.reporting.text_grid import sections_of, text_cells
 
-LATEX_FIT = (                                   # a table larger than its page is shrunk
+LATEX_FIT = (  # a table larger than its page is shrunk
     r"\ifdim\wd0>\textwidth\sbox0{\resizebox{\textwidth}{!}{\usebox0}}\fi",
     r"\ifdim\dimexpr\ht0+\dp0\relax>0.7\textheight\sbox0{\resizebox*{!}{0.7\textheight}{\usebox0}}\fi",
     r"\usebox0",
 )
 LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "–": "--", "…": r"\ldots{}", "\n": " ",
-    "≈": r"$^{\approx}$", "†": r"$^{\dagger}$", "Δ": r"$\Delta$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
-    "·": r"$\cdot$", "×": r"$\times$", "−": "$-$", "<": "$<$", ">": "$>$", "≥": r"$\geq$", "≤": r"$\leq$", "|": "$|$",
-    "±": r"$\pm$", "≠": r"$^{\neq}$", "α": r"$\alpha$", "λ": r"$\lambda$",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "—": "--",
+    "–": "--",
+    "…": r"\ldots{}",
+    "\n": " ",
+    "≈": r"$^{\approx}$",
+    "†": r"$^{\dagger}$",
+    "Δ": r"$\Delta$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "·": r"$\cdot$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "|": "$|$",
+    "±": r"$\pm$",
+    "≠": r"$^{\neq}$",
+    "α": r"$\alpha$",
+    "λ": r"$\lambda$",
 }
 
 
@@ -36,7 +62,9 @@ def _latex_number(text: str) -> str:
     marks = (spread or "") + marks
     power = rf"{{\times}}10^{{{exponent}}}" if exponent else ""
     number = f"${sign}{mantissa}{power}$" if sign or exponent else mantissa
-    return (rf"\textbf{{{mantissa}{f'${power}$' if power else ''}}}" if best else number) + latex_text(marks)
+    return (
+        rf"\textbf{{{mantissa}{f'${power}$' if power else ''}}}" if best else number
+    ) + latex_text(marks)
 
 
 def to_latex(data: TableData) -> str:
@@ -57,8 +85,16 @@ def to_latex(data: TableData) -> str:
         if section:
             out.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{latex_text(section)}}}}} \\")
         for line in section_lines:
-            out.append(" & ".join([*map(latex_text, line[:left]), *map(_latex_number, line[left:])]) + r" \\")
-    out += [r"\bottomrule", r"\end{tabular}}%", *LATEX_FIT, r"\par\smallskip\raggedright\scriptsize"]
+            out.append(
+                " & ".join([*map(latex_text, line[:left]), *map(_latex_number, line[left:])])
+                + r" \\"
+            )
+    out += [
+        r"\bottomrule",
+        r"\end{tabular}}%",
+        *LATEX_FIT,
+        r"\par\smallskip\raggedright\scriptsize",
+    ]
     out += [rf"\par {latex_text(note)}" for note in data.notes]
     out += [rf"\par\texttt{{{latex_text(command)}}}" for command in data.commands]
     return "\n".join([*out, r"\end{table}"]) + "\n"

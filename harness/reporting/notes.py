@@ -27,40 +27,69 @@ def footnotes(
         notes.append("Bold: best of its model and bit widths.")
     if any(value.comparison is not None for value in values):
         count = sum(value.comparison is not None for value in values)
-        notes.append(f"≈ no difference from the baseline shown (paired test over the items, Holm over {count} tests, 5 %).")
+        notes.append(
+            f"≈ no difference from the baseline shown (paired test over the items, Holm over {count} tests, 5 %)."
+        )
     if any(value.half_width is not None for value in values):
-        notes.append("± half of the 95 % interval of the mean over seeds (Student's t); tests draw seeds as well as items.")
-    limits = sorted({e.limit for row in rows if row.cell for e in row.cell.evaluations if e.limit is not None})
+        notes.append(
+            "± half of the 95 % interval of the mean over seeds (Student's t); tests draw seeds as well as items."
+        )
+    limits = sorted(
+        {e.limit for row in rows if row.cell for e in row.cell.evaluations if e.limit is not None}
+    )
     if any(value.smoke for value in values):
         listed = f" (first {', '.join(map(str, limits))} items)" if limits else ""
-        notes.append(f"† smoke run: stands on a part of the data only{listed}; not comparable with published numbers.")
+        notes.append(
+            f"† smoke run: stands on a part of the data only{listed}; not comparable with published numbers."
+        )
     if published is not None and any(value.published is not None for value in values):
-        notes.append(f"Published: {published.paper}, {published.source}. Δ is ours minus published.")
+        notes.append(
+            f"Published: {published.paper}, {published.source}. Δ is ours minus published."
+        )
     if table.absent:
         notes.append(f"Published numbers alone: {table.absent}")
     elif any(value.gap == "absent" for value in values):
         notes.append("Rows with a published number alone are not in this sweep.")
-    notes += [f"{c.title}: published numbers alone; {c.reason}." for c in table.columns if c.metric == PUBLISHED_ONLY and c.reason]
+    notes += [
+        f"{c.title}: published numbers alone; {c.reason}."
+        for c in table.columns
+        if c.metric == PUBLISHED_ONLY and c.reason
+    ]
     notes += _verdicts(table, rows, heads, published)
     notes += ambiguous
     for row in rows:
         for key in (row.cell_key, *row.others):
             record = by_key.get(key)
-            if record is not None and record.failures and any(value.gap == "failed" for value in row.values):
+            if (
+                record is not None
+                and record.failures
+                and any(value.gap == "failed" for value in row.values)
+            ):
                 reason = record.failures[-1].get("reason", "")
                 notes.append(f"{record.cell.title} failed: {reason} (harness show {key[:12]}).")
     waiting = sum(any(value.gap in ("missing", "failed") for value in row.values) for row in rows)
     commands = [command_line(sweep)] if waiting else []
     if waiting:
-        notes.append(f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}; fill with:")
+        notes.append(
+            f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}; fill with:"
+        )
     return notes, commands
 
 
-def _verdicts(table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], published: Published | None) -> list[str]:
+def _verdicts(
+    table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], published: Published | None
+) -> list[str]:
     """How many numbers agree with the published ones, and each difference of protocol with the rows whose ≠ it could explain."""
     compared = [value.agrees for row in rows for value in row.values if value.agrees is not None]
-    differing = {(at, i): row for at, row in enumerate(rows) for i, value in enumerate(row.values) if value.agrees is False}
-    interval = "over cells (Fisher's z)" if table.correlation is not None else "over items and seeds"
+    differing = {
+        (at, i): row
+        for at, row in enumerate(rows)
+        for i, value in enumerate(row.values)
+        if value.agrees is False
+    }
+    interval = (
+        "over cells (Fisher's z)" if table.correlation is not None else "over items and seeds"
+    )
     alike = "" if table.correlation is not None else " Perplexities above 10,000 are alike."
     notes = []
     if compared:
@@ -71,22 +100,37 @@ def _verdicts(table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], pu
         )
     unexplained = dict(differing)
     for line in table.protocol:
-        could = {at: row for at, row in differing.items() if _explains(line, table, row, heads[at[1]], heads, rows, published)}
+        could = {
+            at: row
+            for at, row in differing.items()
+            if _explains(line, table, row, heads[at[1]], heads, rows, published)
+        }
         for at in could:
             unexplained.pop(at, None)
-        notes.append(f"Protocol{f' (could explain ≠ of {_some(could.values())})' if could else ''}: {line}")
+        notes.append(
+            f"Protocol{f' (could explain ≠ of {_some(could.values())})' if could else ''}: {line}"
+        )
     if unexplained:
-        notes.append(f"≠ of {_some(unexplained.values())}: no difference of protocol is noted that could explain it.")
+        notes.append(
+            f"≠ of {_some(unexplained.values())}: no difference of protocol is noted that could explain it."
+        )
     return notes
 
 
 def _some(rows: Iterable[Row]) -> str:
-    names = list(dict.fromkeys(" ".join(label for label in row.labels[:3] if label) for row in rows))
+    names = list(
+        dict.fromkeys(" ".join(label for label in row.labels[:3] if label) for row in rows)
+    )
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _explains(
-    line: str, table: Table, row: Row, head: ColumnHead, heads: Sequence[ColumnHead], rows: Sequence[Row],
+    line: str,
+    table: Table,
+    row: Row,
+    head: ColumnHead,
+    heads: Sequence[ColumnHead],
+    rows: Sequence[Row],
     published: Published | None,
 ) -> bool:
     """Whether a difference of protocol is about a number. "GPTQ: …" and "C4 and PTB: …" are about their rows and columns alone,
@@ -95,15 +139,25 @@ def _explains(
     def plain(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
 
-    words = {plain(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])} if ": " in line else set()
+    words = (
+        {plain(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])}
+        if ": " in line
+        else set()
+    )
     if "calibration" in words and row.cell is not None and not row.cell.method.needs:
         return False
     known = {plain(each.method) for each in (published.rows if published is not None else ())}
     known |= {plain(each.labels[0]) for each in rows} | set(map(plain, table.methods.values()))
-    own = {plain(row.labels[0]), plain(row.cell.method.name if row.cell else ""), plain(table.methods.get(row.labels[0], ""))}
+    own = {
+        plain(row.labels[0]),
+        plain(row.cell.method.name if row.cell else ""),
+        plain(table.methods.get(row.labels[0], "")),
+    }
     columns = {name for each in heads for name in _column_words(each, plain)}
     asked_rows, asked_columns = words & known, words & columns
-    return (not asked_rows or bool(asked_rows & own)) and (not asked_columns or bool(asked_columns & _column_words(head, plain)))
+    return (not asked_rows or bool(asked_rows & own)) and (
+        not asked_columns or bool(asked_columns & _column_words(head, plain))
+    )
 
 
 def _column_words(head: ColumnHead, plain: Callable[[str], str]) -> set[str]:

@@ -15,7 +15,13 @@ from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
 
-BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")   # what papers call the full-precision row, and what we do
+BASELINES = (
+    "fp16",
+    "bf16",
+    "fp32",
+    "w16a16",
+    "none",
+)  # what papers call the full-precision row, and what we do
 
 
 class Printed(float):
@@ -27,7 +33,9 @@ class Printed(float):
     def __new__(cls, text: str, rounding: float | None = None) -> Printed:
         number = super().__new__(cls, text)
         number.text = text
-        number.rounding = 0.5 * 10.0 ** int(Decimal(text).as_tuple().exponent) if rounding is None else rounding
+        number.rounding = (
+            0.5 * 10.0 ** int(Decimal(text).as_tuple().exponent) if rounding is None else rounding
+        )
         return number
 
     @property
@@ -42,7 +50,7 @@ class PublishedRow:
 
     model: str
     method: str
-    weight_bits: float | None                   # None: not printed
+    weight_bits: float | None  # None: not printed
     activation_bits: float | None
     group_size: int | None
     label: str
@@ -58,17 +66,22 @@ class Published:
     arxiv: str
     version: str
     table: str
-    models: tuple[str, ...]                     # names of the model that the whole table is about
-    checkpoints: Mapping[str, str]              # row.model -> hub id
-    fractions: frozenset[str]                   # columns printed as fractions of one
+    models: tuple[str, ...]  # names of the model that the whole table is about
+    checkpoints: Mapping[str, str]  # row.model -> hub id
+    fractions: frozenset[str]  # columns printed as fractions of one
     higher_is_better: Mapping[str, bool | None]
     rows: tuple[PublishedRow, ...]
     notes: tuple[str, ...] = ()
-    groups_not_stated: frozenset[str] = frozenset()     # methods whose group_size of null means that the paper does not say
+    groups_not_stated: frozenset[str] = (
+        frozenset()
+    )  # methods whose group_size of null means that the paper does not say
 
     @property
     def columns(self) -> frozenset[str]:
-        return frozenset(name for row in self.rows for name in row.values) | self.higher_is_better.keys()
+        return (
+            frozenset(name for row in self.rows for name in row.values)
+            | self.higher_is_better.keys()
+        )
 
     @property
     def source(self) -> str:
@@ -80,11 +93,20 @@ def load_published(name: str, folders: Sequence[Path] = ()) -> Published:
 
     folders are looked in first; then ./sweeps/published, then those that come with the package.
     """
-    roots = (*folders, Path("sweeps/published"), PACKAGE.parent / "sweeps" / "published", PACKAGE / "sweeps" / "published")
+    roots = (
+        *folders,
+        Path("sweeps/published"),
+        PACKAGE.parent / "sweeps" / "published",
+        PACKAGE / "sweeps" / "published",
+    )
     for root in roots:
         if (root / f"{name}.yaml").is_file():
             return _parse_published(root / f"{name}.yaml")
-    known = {p.relative_to(root).with_suffix("").as_posix() for root in roots for p in root.glob("*/*.yaml")}
+    known = {
+        p.relative_to(root).with_suffix("").as_posix()
+        for root in roots
+        for p in root.glob("*/*.yaml")
+    }
     raise ConfigError(unknown_name("published table", name, known))
 
 
@@ -95,7 +117,9 @@ def _parse_published(path: Path) -> Published:
         """Numbers keep the text they were written with."""
 
     for tag in ("int", "float"):
-        Loader.add_constructor(f"tag:yaml.org,2002:{tag}", lambda loader, node: Printed(str(node.value)))
+        Loader.add_constructor(
+            f"tag:yaml.org,2002:{tag}", lambda loader, node: Printed(str(node.value))
+        )
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
@@ -105,14 +129,24 @@ def _parse_published(path: Path) -> Published:
     if problems:
         raise ConfigError("\n".join(problems))
     columns = {column["name"]: column for column in content["columns"]}
-    fractions = {name for name, column in columns.items() if "fraction" in str(column.get("metric", ""))}
-    if fractions == set(columns):               # then so are the averages that were derived from them
+    fractions = {
+        name for name, column in columns.items() if "fraction" in str(column.get("metric", ""))
+    }
+    if fractions == set(columns):  # then so are the averages that were derived from them
         fractions |= {name for row in content["rows"] for name in row.get("derived", {})}
     rows = []
     for number, row in enumerate(content["rows"], 1):
         where = f"{path}: row {number}"
-        problems += [f'{where}: "{key}" is missing' for key in ("method", "w_bits", "values") if key not in row]
-        problems += [unknown_name("column", name, columns, where) for name in row.get("values", {}) if name not in columns]
+        problems += [
+            f'{where}: "{key}" is missing'
+            for key in ("method", "w_bits", "values")
+            if key not in row
+        ]
+        problems += [
+            unknown_name("column", name, columns, where)
+            for name in row.get("values", {})
+            if name not in columns
+        ]
         if problems:
             continue
         values = {**row["values"], **row.get("derived", {})}
@@ -123,7 +157,10 @@ def _parse_published(path: Path) -> Published:
                 weight_bits=None if row["w_bits"] is None else float(row["w_bits"]),
                 activation_bits=None if row.get("a_bits") is None else float(row["a_bits"]),
                 group_size=None if row.get("group_size") is None else int(row["group_size"]),
-                label=str(row.get("label") or " ".join(str(row[key]) for key in ("benchmark", "metric") if row.get(key))),
+                label=str(
+                    row.get("label")
+                    or " ".join(str(row[key]) for key in ("benchmark", "metric") if row.get(key))
+                ),
                 values={name: value for name, value in values.items() if value is not None},
             )
         )
@@ -135,7 +172,11 @@ def _parse_published(path: Path) -> Published:
         arxiv=str(content["arxiv"]),
         version=str(content["version"]),
         table=str(content["table"]),
-        models=tuple(part.strip() for part in re.split(r"[(),;]| and ", str(content["model"])) if part.strip()),
+        models=tuple(
+            part.strip()
+            for part in re.split(r"[(),;]| and ", str(content["model"]))
+            if part.strip()
+        ),
         checkpoints=content.get("checkpoints") or {},
         fractions=frozenset(fractions),
         higher_is_better={name: column.get("higher_is_better") for name, column in columns.items()},
@@ -155,14 +196,20 @@ def same_model(cell: Cell, published: Published, row: PublishedRow) -> bool:
         names: tuple[str, ...] = (row.model, published.checkpoints.get(row.model) or "")
     else:
         names = (*published.models, *(name for name in published.checkpoints.values() if name))
-    return bool({_plain(name) for name in names if name} & {_plain(cell.model.name), _plain(cell.model.source)})
+    return bool(
+        {_plain(name) for name in names if name}
+        & {_plain(cell.model.name), _plain(cell.model.source)}
+    )
 
 
 def _same_method(cell: Cell, row: PublishedRow, methods: Mapping[str, str]) -> bool:
     method, name = _plain(row.method), _plain(methods.get(cell.method.name, cell.method.name))
     if cell.method.is_baseline:
         return method in BASELINES
-    return name in {method, _plain(row.label)} or (name, method) in {("rtn", "rtnperchannel"), ("nf4", "normalfloat")}
+    return name in {method, _plain(row.label)} or (name, method) in {
+        ("rtn", "rtnperchannel"),
+        ("nf4", "normalfloat"),
+    }
 
 
 def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
@@ -170,11 +217,18 @@ def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
         return True
     scheme = cell.scheme
     activation = scheme.activation.bits if scheme.activation else 16
-    named = {dict(override.weight).get("group_size", scheme.weight.group_size) for override in scheme.overrides}
-    size = named.pop() if len(named) == 1 else scheme.weight.group_size        # papers print that of the layers they name
+    named = {
+        dict(override.weight).get("group_size", scheme.weight.group_size)
+        for override in scheme.overrides
+    }
+    size = (
+        named.pop() if len(named) == 1 else scheme.weight.group_size
+    )  # papers print that of the layers they name
     group = None if size == -1 else size
     same_activation = row.activation_bits is None or row.activation_bits == activation
-    same_group = group == row.group_size or (row.group_size is None and row.method in published.groups_not_stated)
+    same_group = group == row.group_size or (
+        row.group_size is None and row.method in published.groups_not_stated
+    )
     return scheme.weight.bits == row.weight_bits and same_activation and same_group
 
 
@@ -191,11 +245,17 @@ def match(
     for cell in cells:
         name = _plain(renamed.get(cell.method.name, cell.method.name))
         rows = [row for row in published.rows if same_model(cell, published, row)]
-        rows = [row for row in rows if _same_method(cell, row, renamed) and _same_scheme(cell, row, published)]
+        rows = [
+            row
+            for row in rows
+            if _same_method(cell, row, renamed) and _same_scheme(cell, row, published)
+        ]
         rows = [row for row in rows if _plain(row.label) == name] or rows
         if len(rows) == 1:
             matches[cell_key(cell)] = rows[0]
         elif rows:
             listed = "; ".join(row.label or row.method for row in rows)
-            ambiguous.append(f"{cell.title}: {len(rows)} published rows fit ({listed}); none is shown.")
+            ambiguous.append(
+                f"{cell.title}: {len(rows)} published rows fit ({listed}); none is shown."
+            )
     return matches, ambiguous

@@ -29,7 +29,11 @@ def render(data: TableData, format: str = "md", links: Mapping[str, str] | None 
         raise ConfigError(unknown_name("table format", format, FORMATS))
     if format == "latex":
         return to_latex(data)
-    return _csv(data) if format == "csv" else (_markdown if format == "md" else to_html)(data, links or {})
+    return (
+        _csv(data)
+        if format == "csv"
+        else (_markdown if format == "md" else to_html)(data, links or {})
+    )
 
 
 def _markdown(data: TableData, links: Mapping[str, str]) -> str:
@@ -43,10 +47,19 @@ def _markdown(data: TableData, links: Mapping[str, str]) -> str:
     left = len(data.labels)
 
     def print_line(texts: Sequence[str]) -> str:
-        padded = [text.ljust(w) if i < left else text.rjust(w) for i, (text, w) in enumerate(zip(texts, widths, strict=True))]
+        padded = [
+            text.ljust(w) if i < left else text.rjust(w)
+            for i, (text, w) in enumerate(zip(texts, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = "|" + "|".join(f" {'-' * w} " if i < left else f" {'-' * (w - 1)}: " for i, w in enumerate(widths)) + "|"
+    rule = (
+        "|"
+        + "|".join(
+            f" {'-' * w} " if i < left else f" {'-' * (w - 1)}: " for i, w in enumerate(widths)
+        )
+        + "|"
+    )
     out = [f"**{data.caption or data.name}**", ""]
     for section, section_lines in sections_of(data, lines):
         out += [f"{section}:", ""] if section else []
@@ -71,13 +84,17 @@ def _flat(data: TableData) -> list[dict[str, Any]]:
             if head.published:
                 line[f"{name} published"] = value.published_number
                 line[f"{name} difference"] = value.difference
-                line[f"{name} verdict"] = None if value.agrees is None else "agrees" if value.agrees else "differs"
+                line[f"{name} verdict"] = (
+                    None if value.agrees is None else "agrees" if value.agrees else "differs"
+                )
             line[f"{name} p"] = value.comparison.adjusted if value.comparison else None
             line[f"{name} smoke"] = value.smoke or None
         flat.append(line)
     filled = {name for line in flat for name, value in line.items() if value is not None}
     optional = (" stderr", " ±", " p", " smoke")
-    return [{n: v for n, v in line.items() if n in filled or not n.endswith(optional)} for line in flat]
+    return [
+        {n: v for n, v in line.items() if n in filled or not n.endswith(optional)} for line in flat
+    ]
 
 
 def _csv(data: TableData) -> str:
@@ -86,7 +103,12 @@ def _csv(data: TableData) -> str:
     writer = csv.DictWriter(out, list(flat[0]) if flat else list(data.labels), lineterminator="\n")
     writer.writeheader()
     for line in flat:
-        writer.writerow({n: "" if v is None else repr(v) if isinstance(v, float) else v for n, v in line.items()})
+        writer.writerow(
+            {
+                n: "" if v is None else repr(v) if isinstance(v, float) else v
+                for n, v in line.items()
+            }
+        )
     return out.getvalue()
 
 

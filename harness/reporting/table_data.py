@@ -10,7 +10,7 @@ from harness.evaluation.statistics import Comparison
 from harness.reporting.published import Printed
 
 GAP = "—"
-PUBLISHED_ONLY = "published"                    # the metric of a column that only the paper has
+PUBLISHED_ONLY = "published"  # the metric of a column that only the paper has
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,21 @@ class Value:
     seeds: int = 1
     half_width: float | None = None
     published: Printed | None = None
-    published_number: float | None = None       # scaled like ours
-    agrees: bool | None = None                  # with the published number; None where the two cannot be compared
+    published_number: float | None = None  # scaled like ours
+    agrees: bool | None = None  # with the published number; None where the two cannot be compared
     comparison: Comparison | None = None
     best: bool = False
     smoke: bool = False
     gap: str = ""
-    cell_key: str = ""                          # of the cell that the number was made by, the first of several seeds
+    cell_key: str = ""  # of the cell that the number was made by, the first of several seeds
 
     @property
     def difference(self) -> float | None:
-        return None if self.number is None or self.published_number is None else self.number - self.published_number
+        return (
+            None
+            if self.number is None or self.published_number is None
+            else self.number - self.published_number
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class TableData:
 
     name: str
     caption: str
-    labels: tuple[str, ...]                     # heads of the label columns
+    labels: tuple[str, ...]  # heads of the label columns
     columns: tuple[ColumnHead, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()

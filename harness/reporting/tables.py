@@ -28,7 +28,15 @@ from harness.evaluation.statistics import Comparison, correlation_interval, over
 from harness.reporting.comparisons import compare_cells
 from harness.reporting.metrics import better_is_higher, headline, is_perplexity
 from harness.reporting.notes import footnotes
-from harness.reporting.published import BASELINES, Printed, Published, PublishedRow, load_published, match, same_model
+from harness.reporting.published import (
+    BASELINES,
+    Printed,
+    Published,
+    PublishedRow,
+    load_published,
+    match,
+    same_model,
+)
 from harness.reporting.table_data import GAP, PUBLISHED_ONLY, ColumnHead, Row, TableData, Value
 from harness.reporting.text_grid import SCIENTIFIC_FROM, number_text
 from harness.storage.record import Record
@@ -37,18 +45,33 @@ from harness.storage.store import Store
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
-def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | None = None) -> TableData:
+def build(
+    sweep: Sweep, table: Table, records: Iterable[Record], store: Store | None = None
+) -> TableData:
     """One table of a sweep. With a store, its item results decide which cells differ from their baseline."""
     by_key = {record.cell_key: record for record in records}
-    chosen = [] if table.absent else [c for c in sweep.cells if not table.models or c.model.name in table.models]
+    chosen = (
+        []
+        if table.absent
+        else [c for c in sweep.cells if not table.models or c.model.name in table.models]
+    )
     cells = _ordered(chosen)
-    published = load_published(table.published, _published_folders(sweep)) if table.published else None
+    published = (
+        load_published(table.published, _published_folders(sweep)) if table.published else None
+    )
     columns = table.columns or default_columns(cells, by_key)
-    if store is not None and any(name.rpartition("/")[2] in flips.METRICS for c in columns for name in (c.metric, *c.of)):
+    if store is not None and any(
+        name.rpartition("/")[2] in flips.METRICS for c in columns for name in (c.metric, *c.of)
+    ):
         by_key = {key: flips.with_flips(record, store) for key, record in by_key.items()}
     if published is not None and table.correlation is None:
-        unknown = [c.published for c in columns if c.published and c.published not in published.columns]
-        problems = [unknown_name("published column", name, published.columns, f"table {table.name}") for name in unknown]
+        unknown = [
+            c.published for c in columns if c.published and c.published not in published.columns
+        ]
+        problems = [
+            unknown_name("published column", name, published.columns, f"table {table.name}")
+            for name in unknown
+        ]
         if problems:
             raise ConfigError("\n".join(problems))
     if table.correlation is not None:
@@ -56,19 +79,32 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
     side_by_side = any(column.model for column in columns)
     members = _members(cells, side_by_side)
     cells = [cell for cell in cells if cell_key(cell) in members]
-    matches, ambiguous = match(cells, published, table.methods) if published is not None else ({}, [])
+    matches, ambiguous = (
+        match(cells, published, table.methods) if published is not None else ({}, [])
+    )
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _with_variants(*_labels(cells), cells, table, published)
-    for cell in cells:                          # a baseline has the width of its weights as stored, whatever it is computed in
+    for (
+        cell
+    ) in cells:  # a baseline has the width of its weights as stored, whatever it is computed in
         record, (method, _, *rest) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
-        stored = record.metrics().get("checkpoint/bits_per_weight") if record is not None and cell.method.is_baseline else None
+        stored = (
+            record.metrics().get("checkpoint/bits_per_weight")
+            if record is not None and cell.method.is_baseline
+            else None
+        )
         if stored is not None:
             texts[cell_key(cell)] = (method, f"{stored:g}", *rest)
     counts = {key: max(map(len, models.values())) for key, models in members.items()}
     if any(count > 1 for count in counts.values()):
-        labels, texts = (*labels, "seeds"), {key: (*text, str(counts[key])) for key, text in texts.items()}
+        labels, texts = (
+            (*labels, "seeds"),
+            {key: (*text, str(counts[key])) for key, text in texts.items()},
+        )
     everyone = [seeds for models in members.values() for seeds in models.values()]
-    metrics = list(dict.fromkeys(c.metric for c in columns if c.metric not in ("mean", PUBLISHED_ONLY)))
+    metrics = list(
+        dict.fromkeys(c.metric for c in columns if c.metric not in ("mean", PUBLISHED_ONLY))
+    )
     comparisons = compare_cells(everyone, by_key, metrics, store) if store else {}
 
     rows: list[Row] = []
@@ -80,15 +116,26 @@ def build(sweep: Sweep, table: Table, records: Iterable[Record], store: Store | 
             known = [by_key.get(cell_key(seed)) for seed in own]
             found = comparisons.get((cell_key(own[0]), head.column.metric)) if own else None
             value = _value(head, known, matches.get(key), published, found)
-            values.append(replace(value, cell_key=cell_key(own[0])) if own else replace(value, gap="absent"))
-        others = tuple(cell_key(other) for seeds in members[key].values() for other in seeds if other is not cell)
+            values.append(
+                replace(value, cell_key=cell_key(own[0])) if own else replace(value, gap="absent")
+            )
+        others = tuple(
+            cell_key(other)
+            for seeds in members[key].values()
+            for other in seeds
+            if other is not cell
+        )
         model = "" if side_by_side else cell.model.name
-        rows.append(Row(texts[key], tuple(values), cell, key, model, cell.method.is_baseline, others))
+        rows.append(
+            Row(texts[key], tuple(values), cell, key, model, cell.method.is_baseline, others)
+        )
     rows = _mark_best(rows, heads)
     if published is not None:
         rows = _in_published_order(rows, table, published, matches, heads, labels)
     notes, commands = footnotes(sweep, table, rows, heads, by_key, published, ambiguous)
-    return TableData(table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands))
+    return TableData(
+        table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands)
+    )
 
 
 def _members(cells: Sequence[Cell], side_by_side: bool) -> dict[str, dict[str, tuple[Cell, ...]]]:
@@ -96,19 +143,27 @@ def _members(cells: Sequence[Cell], side_by_side: bool) -> dict[str, dict[str, t
     members: dict[str, dict[str, tuple[Cell, ...]]] = {}
     for row in replicates(cells, across_models=side_by_side):
         models = dict.fromkeys(cell.model.name for cell in row)
-        members[cell_key(row[0])] = {name: tuple(cell for cell in row if cell.model.name == name) for name in models}
+        members[cell_key(row[0])] = {
+            name: tuple(cell for cell in row if cell.model.name == name) for name in models
+        }
     return members
 
 
 def _correlations(
-    sweep: Sweep, table: Table, cells: Sequence[Cell], by_key: Mapping[str, Record], published: Published | None
+    sweep: Sweep,
+    table: Table,
+    cells: Sequence[Cell],
+    by_key: Mapping[str, Record],
+    published: Published | None,
 ) -> TableData:
     """Each column of the table as a row: Pearson's r of its metric with the mean of others, over cells."""
     wanted = table.correlation
     assert wanted is not None
     cells = [
-        cell for cell in cells
-        if not cell.method.is_baseline and (not wanted.bits or cell.scheme.weight.bits in wanted.bits)
+        cell
+        for cell in cells
+        if not cell.method.is_baseline
+        and (not wanted.bits or cell.scheme.weight.bits in wanted.bits)
         and (not wanted.methods or cell.method.name in wanted.methods)
     ]
     known = [by_key.get(cell_key(cell)) for cell in cells]
@@ -116,15 +171,21 @@ def _correlations(
     smoke = frozenset().union(*(record.smoke_metrics() for record in known if record is not None))
     over = [_mean(Column("mean", of=wanted.over), own) for own in metrics]
     printed = {row.label: row.values for row in published.rows} if published is not None else {}
-    unknown = [unknown_name("published row", c.published, printed, f"table {table.name}") for c in table.columns
-               if c.published and c.published not in printed]
+    unknown = [
+        unknown_name("published row", c.published, printed, f"table {table.name}")
+        for c in table.columns
+        if c.published and c.published not in printed
+    ]
     if unknown:
         raise ConfigError("\n".join(unknown))
     head = ColumnHead(Column("r", digits=3), "Pearson r", None, bool(printed))
     rows = []
     for column in table.columns:
         theirs = next(iter(printed.get(column.published, {}).values()), None)
-        ours = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
+        ours = [
+            _mean(column, own) if column.metric == "mean" else own.get(column.metric)
+            for own in metrics
+        ]
         pairs = [(x, y) for x, y in zip(over, ours, strict=True) if x is not None and y is not None]
         is_complete = len(pairs) == len(cells)
         number = pearson(pairs) if is_complete else None
@@ -135,30 +196,48 @@ def _correlations(
             low, high = correlation_interval(number, len(pairs))
             agrees = low - theirs.rounding <= theirs <= high + theirs.rounding
         value = Value(
-            number, published=theirs, published_number=None if theirs is None else float(theirs), agrees=agrees, smoke=is_smoke,
+            number,
+            published=theirs,
+            published_number=None if theirs is None else float(theirs),
+            agrees=agrees,
+            smoke=is_smoke,
             gap="unmeasured" if column.metric == PUBLISHED_ONLY else gap,
         )
         rows.append(Row((column.title or column.metric,), (value,)))
     heads = (head,)
     notes, commands = footnotes(sweep, table, rows, heads, by_key, published, ())
     names = ", ".join(metric.partition("/")[0] for metric in wanted.over)
-    notes.insert(0, f"r over {len(cells)} cells between each benchmark and the mean perplexity ({names}).")
+    notes.insert(
+        0, f"r over {len(cells)} cells between each benchmark and the mean perplexity ({names})."
+    )
     if any(row.values[0].gap == "undefined" for row in rows):
-        notes.insert(1, f"{GAP} no r: fewer than three cells, or a side that is constant or diverged.")
-    return TableData(table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands))
+        notes.insert(
+            1, f"{GAP} no r: fewer than three cells, or a side that is constant or diverged."
+        )
+    return TableData(
+        table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands)
+    )
 
 
 def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tuple[Column, ...]:
     """Columns of a sweep that names none: bits per weight, then the headline metric of every evaluation."""
     records = [by_key[key] for cell in cells if (key := cell_key(cell)) in by_key]
     size = Column("checkpoint/bits_per_weight", "bits/weight")
-    return (size, *(Column(metric, digits=4 if metric.endswith("/acc") else 2) for metric in headline(records)))
+    return (
+        size,
+        *(
+            Column(metric, digits=4 if metric.endswith("/acc") else 2)
+            for metric in headline(records)
+        ),
+    )
 
 
 def _ordered(cells: Sequence[Cell]) -> list[Cell]:
     """Model by model, each model's baseline first, else in the sweep's order."""
     models = list(dict.fromkeys(cell.model.name for cell in cells))
-    return sorted(cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline))
+    return sorted(
+        cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline)
+    )
 
 
 def _published_folders(sweep: Sweep) -> list[Path]:
@@ -170,14 +249,25 @@ def _head(column: Column, cells: Sequence[Cell], published: Published | None) ->
     if direction is None and published is not None and column.published:
         direction = published.higher_is_better.get(column.published)
     if direction is None:
-        directions = {better_is_higher(metric, cells) for metric in (column.of if column.metric == "mean" else (column.metric,))}
+        directions = {
+            better_is_higher(metric, cells)
+            for metric in (column.of if column.metric == "mean" else (column.metric,))
+        }
         direction = directions.pop() if len(directions) == 1 else None
     arrow = "" if direction is None else " ↑" if direction else " ↓"
-    return ColumnHead(column, (column.title or column.metric) + arrow, direction, bool(published and column.published))
+    return ColumnHead(
+        column,
+        (column.title or column.metric) + arrow,
+        direction,
+        bool(published and column.published),
+    )
 
 
 def _value(
-    head: ColumnHead, records: Sequence[Record | None], row: PublishedRow | None, published: Published | None,
+    head: ColumnHead,
+    records: Sequence[Record | None],
+    row: PublishedRow | None,
+    published: Published | None,
     found: Comparison | None,
 ) -> Value:
     """records: of the cells that stand here together, one per seed. A mean over seeds needs all of them."""
@@ -187,17 +277,23 @@ def _value(
         return Value(published=printed, published_number=theirs, gap="unmeasured")
     known = [record for record in records if record is not None]
     metrics = [record.metrics() for record in known]
-    numbers = [_mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics]
+    numbers = [
+        _mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics
+    ]
     there = [number * column.scale for number in numbers if number is not None]
     number, half_width = over_seeds(there) if there and len(there) == len(records) else (None, None)
-    errors = [error * column.scale for own in metrics if (error := _stderr(column, own)) is not None]
+    errors = [
+        error * column.scale for own in metrics if (error := _stderr(column, own)) is not None
+    ]
     half_width = half_width if len(set(there)) > 1 else None
     smoke = any(record.smoke_metrics() & {column.metric, *column.of} for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
     agrees = None
     if number is not None and printed is not None and theirs is not None and not smoke:
-        over_items = 1.96 * math.fsum(errors) / len(errors) if errors else 0.0      # seeds share their items
+        over_items = (
+            1.96 * math.fsum(errors) / len(errors) if errors else 0.0
+        )  # seeds share their items
         agrees = _agrees(column, number, math.hypot(over_items, half_width or 0), printed, theirs)
     return Value(
         number=number,
@@ -217,7 +313,9 @@ def _published_number(
     head: ColumnHead, row: PublishedRow | None, published: Published | None
 ) -> tuple[Printed | None, float | None]:
     """As printed, and scaled like ours. A fraction beside our percent is shown as percent."""
-    printed = row.values.get(head.column.published) if row is not None and head.column.published else None
+    printed = (
+        row.values.get(head.column.published) if row is not None and head.column.published else None
+    )
     if printed is None or published is None:
         return None, None
     if head.column.published in published.fractions and head.column.scale == 100:
@@ -225,7 +323,9 @@ def _published_number(
     return printed, float(printed)
 
 
-def _agrees(column: Column, number: float, half_width: float, printed: Printed, theirs: float) -> bool:
+def _agrees(
+    column: Column, number: float, half_width: float, printed: Printed, theirs: float
+) -> bool:
     """Whether a number of ours is the published one, as far as its digits and our 95 % interval can tell.
 
     Perplexities above 10,000 on both sides are alike: such a model says nothing, and its number hangs on rounding.
@@ -246,49 +346,80 @@ def _stderr(column: Column, metrics: Mapping[str, float]) -> float | None:
     known = [error for error in errors if error is not None]
     if not known or len(known) < len(errors):
         return None
-    return math.hypot(*(w * error for w, error in zip(weights, known, strict=True))) / math.fsum(weights)
+    return math.hypot(*(w * error for w, error in zip(weights, known, strict=True))) / math.fsum(
+        weights
+    )
 
 
 def _mean(column: Column, metrics: Mapping[str, float]) -> float | None:
     weights = column.weights or (1.0,) * len(column.of)
     if len(weights) != len(column.of) or not column.of:
         counts = f"{len(column.of)} metrics in `of`, {len(weights)} in `weights`"
-        raise ConfigError(f'column "{column.title or "mean"}": {counts}; give one weight per metric')
+        raise ConfigError(
+            f'column "{column.title or "mean"}": {counts}; give one weight per metric'
+        )
     if any(metric not in metrics for metric in column.of):
         return None
     values = [metrics[metric] for metric in column.of]
     if not all(math.isfinite(value) for value in values):
         return math.nan
-    return math.fsum(w * value for w, value in zip(weights, values, strict=True)) / math.fsum(weights)
+    return math.fsum(w * value for w, value in zip(weights, values, strict=True)) / math.fsum(
+        weights
+    )
 
 
 def _mark_best(rows: Sequence[Row], heads: Sequence[ColumnHead]) -> list[Row]:
     """Best of each column among cells of one model and equal bit widths; equal when printed is equal."""
-    best: dict[tuple[Any, int], str] = {}       # (group, column) -> printed number
+    best: dict[tuple[Any, int], str] = {}  # (group, column) -> printed number
     for index, head in enumerate(heads):
         if head.column.metric.startswith("checkpoint/"):
-            continue                            # a size is a price paid, not a quality reached
+            continue  # a size is a price paid, not a quality reached
         groups: dict[Any, list[Value]] = {}
         for row in rows:
             number = row.values[index].number
-            if row.cell is not None and not row.baseline and number is not None and math.isfinite(number):
+            if (
+                row.cell is not None
+                and not row.baseline
+                and number is not None
+                and math.isfinite(number)
+            ):
                 groups.setdefault(_bits_group(row.cell), []).append(row.values[index])
         for group, values in groups.items():
             numbers = [value.number for value in values if value.number is not None]
-            if head.higher_is_better is not None and len({number_text(number, head.column) for number in numbers}) > 1:
-                best[group, index] = number_text((max if head.higher_is_better else min)(numbers), head.column)
+            if (
+                head.higher_is_better is not None
+                and len({number_text(number, head.column) for number in numbers}) > 1
+            ):
+                best[group, index] = number_text(
+                    (max if head.higher_is_better else min)(numbers), head.column
+                )
     marked = []
     for row in rows:
         group = None if row.cell is None or row.baseline else _bits_group(row.cell)
-        texts = [None if v.number is None else number_text(v.number, heads[i].column) for i, v in enumerate(row.values)]
-        is_best = [text is not None and text == best.get((group, i)) for i, text in enumerate(texts)]
-        marked.append(replace(row, values=tuple(replace(v, best=b) for v, b in zip(row.values, is_best, strict=True))))
+        texts = [
+            None if v.number is None else number_text(v.number, heads[i].column)
+            for i, v in enumerate(row.values)
+        ]
+        is_best = [
+            text is not None and text == best.get((group, i)) for i, text in enumerate(texts)
+        ]
+        marked.append(
+            replace(
+                row,
+                values=tuple(replace(v, best=b) for v, b in zip(row.values, is_best, strict=True)),
+            )
+        )
     return marked
 
 
 def _bits_group(cell: Cell) -> tuple[Any, ...]:
     scheme = cell.scheme
-    return cell.model.name, scheme.weight.bits, scheme.activation and scheme.activation.bits, scheme.kv and scheme.kv.bits
+    return (
+        cell.model.name,
+        scheme.weight.bits,
+        scheme.activation and scheme.activation.bits,
+        scheme.kv and scheme.kv.bits,
+    )
 
 
 def _in_published_order(
@@ -311,7 +442,14 @@ def _in_published_order(
         if all(value.published is None for value in values):
             return []
         texts = _published_labels(row)
-        return [Row(tuple(texts[label] for label in labels), values, model=model, baseline=_is_baseline(row))]
+        return [
+            Row(
+                tuple(texts[label] for label in labels),
+                values,
+                model=model,
+                baseline=_is_baseline(row),
+            )
+        ]
 
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
@@ -355,15 +493,24 @@ def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str
     differing = variants(cells, by_scheme=False)
     if not differing:
         return ("method", "bits", "group"), texts
-    return ("method", "bits", "group", "variant"), {key: (*text, differing.get(key, "")) for key, text in texts.items()}
+    return ("method", "bits", "group", "variant"), {
+        key: (*text, differing.get(key, "")) for key, text in texts.items()
+    }
 
 
 def _with_variants(
-    labels: tuple[str, ...], texts: dict[str, tuple[str, ...]], cells: Sequence[Cell], table: Table, published: Published | None
+    labels: tuple[str, ...],
+    texts: dict[str, tuple[str, ...]],
+    cells: Sequence[Cell],
+    table: Table,
+    published: Published | None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """With a column "variant" where the published rows need one to be told apart; cells are then called as the paper calls them."""
     rows = [] if published is None else published.rows
-    alike = [(row.model, row.method, row.weight_bits, row.activation_bits, row.group_size) for row in rows]
+    alike = [
+        (row.model, row.method, row.weight_bits, row.activation_bits, row.group_size)
+        for row in rows
+    ]
     if "variant" in labels or len(set(alike)) == len(alike):
         return labels, texts
     called: dict[str, tuple[str, ...]] = {}
@@ -374,7 +521,9 @@ def _with_variants(
     return (*labels, "variant"), called
 
 
-def build_all(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -> dict[str, TableData]:
+def build_all(
+    sweep: Sweep, records: Iterable[Record], store: Store | None = None
+) -> dict[str, TableData]:
     """Every table of a sweep by name."""
     known = list(records)
     return {table.name: build(sweep, table, known, store) for table in sweep.shown_tables}

@@ -9,7 +9,7 @@ from harness.core.sweep import Column
 from harness.reporting.metrics import is_perplexity
 from harness.reporting.table_data import GAP, TableData, Value
 
-SCIENTIFIC_FROM = 1e4                           # perplexities above are printed as 1.9e4
+SCIENTIFIC_FROM = 1e4  # perplexities above are printed as 1.9e4
 
 
 # -- rendering ---------------------------------------------------------------------------------------------------------
@@ -59,7 +59,10 @@ def text_cells(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[
             ours = _ours_text(value, head.column)
             line.append(f"{bold[0]}{ours}{bold[1]}" if value.best else ours)
             if head.published:
-                line += [value.published.text if value.published is not None else "", _difference_text(value, head.column)]
+                line += [
+                    value.published.text if value.published is not None else "",
+                    _difference_text(value, head.column),
+                ]
         lines.append(line)
     return heads, lines
 

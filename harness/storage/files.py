@@ -66,7 +66,9 @@ class StorageBackend(Protocol):
     def reading(self, folder: Path) -> AbstractContextManager[None]:
         """Hold a complete checkpoint for reading; its files are there, with the sizes and hashes of its manifest."""
 
-    def lock(self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None) -> AbstractContextManager[None]: ...
+    def lock(
+        self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
+    ) -> AbstractContextManager[None]: ...
 
     def free_bytes(self, root: Path) -> int | None:
         """Bytes that may still be written; None where nobody can know."""
@@ -108,7 +110,7 @@ class LocalDisk:
                 path = Path(place, name)
                 try:
                     status = path.stat()
-                except FileNotFoundError:       # renamed or removed meanwhile
+                except FileNotFoundError:  # renamed or removed meanwhile
                     continue
                 yield Entry(path, status.st_size, status.st_mtime)
 
@@ -129,12 +131,16 @@ class LocalDisk:
         yield
 
     @contextmanager
-    def lock(self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None) -> Iterator[None]:
+    def lock(
+        self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
+    ) -> Iterator[None]:
         descriptor = wait_until(lambda: try_lock(path), path, timeout, on_wait)
         try:
             yield
         finally:
-            os.close(descriptor)                # frees it; so does the operating system when the process ends, however it ends
+            os.close(
+                descriptor
+            )  # frees it; so does the operating system when the process ends, however it ends
 
     def free_bytes(self, root: Path) -> int | None:
         return free_disk(root)

@@ -21,7 +21,9 @@ def write_json(path: Path, content: Any, durable: bool = True) -> None:
 
 def json_text(content: Any) -> str:
     """Readable JSON; what is not finite becomes a string."""
-    return json.dumps(encode_non_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(encode_non_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def encode_non_finite(value: Any) -> Any:
@@ -35,7 +37,7 @@ def encode_non_finite(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item") and not isinstance(value, str | int | float | bool):
-        return encode_non_finite(value.item())            # a NumPy scalar
+        return encode_non_finite(value.item())  # a NumPy scalar
     return value
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from harness.storage.locks import Owner
 
-BEAT_SECONDS = 5.0                              # between two signs of life of a lease
-LEASE_SECONDS = 60.0                            # without one, after which others take over
-creating = threading.Lock()                    # file systems without conditional writes are those of one process, as memory://
+BEAT_SECONDS = 5.0  # between two signs of life of a lease
+LEASE_SECONDS = 60.0  # without one, after which others take over
+creating = (
+    threading.Lock()
+)  # file systems without conditional writes are those of one process, as memory://
 
 
 @dataclass
@@ -26,11 +28,13 @@ class Lease:
     renewed: float = field(default_factory=time.monotonic)
     lost: bool = False
     ended: bool = False
-    guard: threading.Lock = field(default_factory=threading.Lock)          # no beat after the end
+    guard: threading.Lock = field(default_factory=threading.Lock)  # no beat after the end
 
     def body(self, free: bool = False) -> bytes:
         owner = dataclasses.asdict(Owner.current())
-        return json.dumps({"token": self.token, "beat": self.beat, "owner": owner, "free": free}).encode()
+        return json.dumps(
+            {"token": self.token, "beat": self.beat, "owner": owner, "free": free}
+        ).encode()
 
 
 def is_refused_condition(error: OSError) -> bool:

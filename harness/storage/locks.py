@@ -60,7 +60,10 @@ Waiting = Callable[[Owner | None], None]
 
 
 def wait_until(
-    attempt: Callable[[], tuple[T | None, Owner | None]], path: Path | str, timeout: float | None, on_wait: Waiting | None
+    attempt: Callable[[], tuple[T | None, Owner | None]],
+    path: Path | str,
+    timeout: float | None,
+    on_wait: Waiting | None,
 ) -> T:
     """Try until the lock is taken. attempt: (what is held, None) or (None, who holds it). Raises StoreError after `timeout`."""
     began, pause, told = time.monotonic(), 0.01, False
@@ -73,9 +76,11 @@ def wait_until(
             told = True
         if timeout is not None and time.monotonic() - began >= timeout:
             holder = str(owner) if owner else "another process"
-            raise StoreError(f"{path} is held by {holder}; waited {timeout:g} s. Wait for it to end, or end it")
+            raise StoreError(
+                f"{path} is held by {holder}; waited {timeout:g} s. Wait for it to end, or end it"
+            )
         time.sleep(pause)
-        pause = min(1.0, pause * 1.5)           # 10 ms growing to 1 s
+        pause = min(1.0, pause * 1.5)  # 10 ms growing to 1 s
 
 
 def try_lock(path: Path) -> tuple[int | None, Owner | None]:
@@ -94,14 +99,18 @@ def try_lock(path: Path) -> tuple[int | None, Owner | None]:
             owner = _read_owner(descriptor)
             os.close(descriptor)
             if owner is not None and owner.is_dead:
-                path.unlink(missing_ok=True)    # held through a child that outlived it; the next try makes a new file
+                path.unlink(
+                    missing_ok=True
+                )  # held through a child that outlived it; the next try makes a new file
             return None, owner
         owner = Owner.current()
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(dataclasses.asdict(owner)).encode(), 0)
         return descriptor, None
     except OSError as error:
-        raise StoreError(f"cannot lock {path}: {error.strerror}; the file system of runs/ must support file locks") from error
+        raise StoreError(
+            f"cannot lock {path}: {error.strerror}; the file system of runs/ must support file locks"
+        ) from error
     finally:
         os.close(guard)
 
@@ -133,7 +142,7 @@ def _birth(pid: int) -> str | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.AccessDenied:
-        return ""                               # alive; nothing more may be known
+        return ""  # alive; nothing more may be known
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

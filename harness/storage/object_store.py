@@ -37,13 +37,27 @@ from typing import Any
 from harness.core.errors import StoreError
 from harness.core.units import bytes_of
 from harness.storage.files import Entry, LocalDisk, StorageBackend
-from harness.storage.leases import BEAT_SECONDS, LEASE_SECONDS, Lease, creating, is_refused_condition
+from harness.storage.leases import (
+    BEAT_SECONDS,
+    LEASE_SECONDS,
+    Lease,
+    creating,
+    is_refused_condition,
+)
 from harness.storage.locks import Owner, Waiting, wait_until
 
 log = logging.getLogger(__name__)
-CACHE_SHARE = 0.5                               # of the disk space that is free or taken by the mirror; see cache_limit
+CACHE_SHARE = 0.5  # of the disk space that is free or taken by the mirror; see cache_limit
 CHUNK_BYTES = 1 << 22
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs", "abfss": "adlfs"}
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "abfs": "adlfs",
+    "az": "adlfs",
+    "abfss": "adlfs",
+}
 
 
 def mirror_of(url: str) -> Path:
@@ -72,7 +86,11 @@ class ObjectStore:
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def _key(self, path: Path) -> str:
-        return self._prefix if path == self.root else f"{self._prefix}/{path.relative_to(self.root).as_posix()}"
+        return (
+            self._prefix
+            if path == self.root
+            else f"{self._prefix}/{path.relative_to(self.root).as_posix()}"
+        )
 
     def _path(self, key: str) -> Path:
         return self.root / str(key).lstrip("/").removeprefix(self._prefix.lstrip("/")).lstrip("/")
@@ -90,7 +108,9 @@ class ObjectStore:
             with self._explained("write", path):
                 self._fs.put_file(str(aside), self._key(path))
         except OSError as error:
-            raise StoreError(f"cannot write {self.where(path)}: {error.strerror or error}") from error
+            raise StoreError(
+                f"cannot write {self.where(path)}: {error.strerror or error}"
+            ) from error
         finally:
             aside.unlink(missing_ok=True)
 
@@ -160,7 +180,7 @@ class ObjectStore:
             yield
         except (StoreError, FileNotFoundError):
             raise
-        except Exception as error:              # each provider has errors of its own
+        except Exception as error:  # each provider has errors of its own
             first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise StoreError(
                 f"cannot {verb} {self.where(path)}: {first}. Check the address, the bucket and the credentials of this machine"
@@ -191,11 +211,21 @@ class ObjectStore:
                 if path not in there:
                     path.unlink(missing_ok=True)
             manifest = folder / "manifest.json"
-            same = manifest in there and manifest.exists() and manifest.read_bytes() == self.read(manifest)
-            needed = sum(size for path, size in there.items() if not path.exists() or path.stat().st_size != size)
+            same = (
+                manifest in there
+                and manifest.exists()
+                and manifest.read_bytes() == self.read(manifest)
+            )
+            needed = sum(
+                size
+                for path, size in there.items()
+                if not path.exists() or path.stat().st_size != size
+            )
             self._make_room(needed, folder)
             with self._explained("read", folder):
-                for path in (p for p in there if p.suffix == ".json"):              # they are small, and hold the hashes
+                for path in (
+                    p for p in there if p.suffix == ".json"
+                ):  # they are small, and hold the hashes
                     if not (same and path.exists() and path.stat().st_size == there[path]):
                         self._get(path)
                 hashes = _hashes(folder)
@@ -223,7 +253,11 @@ class ObjectStore:
 
     def _make_room(self, needed: int, wanted: Path) -> None:
         """Drop checkpoints of this machine that nobody holds, the one not used for longest first, until `needed` bytes fit."""
-        folders = [path for path in wanted.parent.iterdir() if path.is_dir() and path != wanted] if wanted.parent.is_dir() else []
+        folders = (
+            [path for path in wanted.parent.iterdir() if path.is_dir() and path != wanted]
+            if wanted.parent.is_dir()
+            else []
+        )
         sizes = {path: sum(entry.bytes for entry in self._disk.walk(path)) for path in folders}
         taken, limit = sum(sizes.values()), cache_limit(self.root, sum(sizes.values()))
         for path in sorted(folders, key=self._used):
@@ -246,7 +280,9 @@ class ObjectStore:
     # -- leases --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def lock(self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None) -> Iterator[None]:
+    def lock(
+        self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
+    ) -> Iterator[None]:
         key = self._key(path.with_suffix(""))
         with self._explained("lock", path):
             lease = wait_until(lambda: self._try_lease(key), self.where(path), timeout, on_wait)
@@ -257,7 +293,7 @@ class ObjectStore:
             with lease.guard:
                 lease.ended = True
                 if not lease.lost:
-                    with contextlib.suppress(Exception):    # it runs out by itself
+                    with contextlib.suppress(Exception):  # it runs out by itself
                         self._fs.pipe_file(lease.key, lease.body(free=True))
 
     def _try_lease(self, key: str) -> tuple[Lease | None, Owner | None]:
@@ -272,14 +308,14 @@ class ObjectStore:
             try:
                 state = json.loads(self._fs.cat_file(generations[-1]))
             except (FileNotFoundError, ValueError):
-                return None, None               # replaced this moment
+                return None, None  # replaced this moment
             if not state["free"] and not self._given_up(key, number, state):
                 return None, Owner(**state["owner"])
         lease = Lease(f"{key}/{number + 1:012}", f"{key}/{number + 2:012}", uuid.uuid4().hex)
         if not self._create(lease.key, lease.body()):
             return None, None
         if json.loads(self._fs.cat_file(lease.key))["token"] != lease.token:
-            return None, None                   # the condition was ignored, and another wrote after this one
+            return None, None  # the condition was ignored, and another wrote after this one
         for old in generations:
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(old)
@@ -305,7 +341,7 @@ class ObjectStore:
         with creating:
             try:
                 self._fs.pipe_file(key, body, mode="create")
-            except TypeError:                   # a file system that knows no conditions
+            except TypeError:  # a file system that knows no conditions
                 self._fs.pipe_file(key, body)
                 return True
             except OSError as error:
@@ -322,7 +358,8 @@ class ObjectStore:
                 else:
                     log.warning(
                         "%s ignores conditional writes: two drivers that start in the same second may do the same work twice "
-                        "(results stay right)", self.url,
+                        "(results stay right)",
+                        self.url,
                     )
         return True
 
@@ -330,7 +367,10 @@ class ObjectStore:
         while True:
             time.sleep(BEAT_SECONDS)
             for lease in list(self._leases):
-                with lease.guard, contextlib.suppress(Exception):           # a network that is down for a while
+                with (
+                    lease.guard,
+                    contextlib.suppress(Exception),
+                ):  # a network that is down for a while
                     if lease.ended:
                         continue
                     if self._fs.exists(lease.following):
@@ -360,7 +400,11 @@ class _Prefetched(ObjectStore):
             for place in {folder.parent for folder in folders} if len(folders) > 8 else folders:
                 found |= self._fs.find(self._key(place), detail=True)
         self._listed = {self._path(key): about for key, about in found.items()}
-        wanted = [path for path in self._listed if path.suffix == ".json" and self._folders & set(path.parents)]
+        wanted = [
+            path
+            for path in self._listed
+            if path.suffix == ".json" and self._folders & set(path.parents)
+        ]
         self._contents: dict[Path, bytes | None] = {}
         asked = []
         for path in wanted:
@@ -380,14 +424,22 @@ class _Prefetched(ObjectStore):
                 cached = self._cached(path)
                 if cached is not None:
                     with contextlib.suppress(StoreError):
-                        self._disk.write(cached, lambda aside, content=content: aside.write_bytes(content), durable=False)  # type: ignore[misc]
+                        self._disk.write(
+                            cached,
+                            lambda aside, content=content: aside.write_bytes(content),
+                            durable=False,
+                        )  # type: ignore[misc]
             elif content is None or isinstance(content, FileNotFoundError):
                 self._contents[path] = None
 
     def _cached(self, path: Path) -> Path | None:
         about = self._listed.get(path, {})
         mark = about.get("ETag") or about.get("etag")
-        return None if not mark else self.root / ".etags" / hashlib.sha256(f"{path} {mark}".encode()).hexdigest()
+        return (
+            None
+            if not mark
+            else self.root / ".etags" / hashlib.sha256(f"{path} {mark}".encode()).hexdigest()
+        )
 
     def _is_known(self, path: Path) -> bool:
         return bool(self._folders & set(path.parents))
@@ -407,7 +459,9 @@ class _Prefetched(ObjectStore):
     def names(self, folder: Path) -> list[str]:
         if folder not in self._folders and not self._is_known(folder):
             return super().names(folder)
-        names = {path.relative_to(folder).parts[0] for path in self._listed if folder in path.parents}
+        names = {
+            path.relative_to(folder).parts[0] for path in self._listed if folder in path.parents
+        }
         return sorted(name for name in names if not name.startswith("."))
 
 

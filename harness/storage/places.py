@@ -8,7 +8,11 @@ from pathlib import Path
 
 def is_url(place: object) -> bool:
     """Whether a store is in an object store rather than in a folder."""
-    return isinstance(place, str) and re.match(r"[a-z][a-z0-9+.-]*://", place) is not None and not place.startswith("file://")
+    return (
+        isinstance(place, str)
+        and re.match(r"[a-z][a-z0-9+.-]*://", place) is not None
+        and not place.startswith("file://")
+    )
 
 
 def place_of(text: str) -> Path | str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.core.cell import Cell
 
-CHECKPOINT_METRICS = {                          # manifest field -> metric
+CHECKPOINT_METRICS = {  # manifest field -> metric
     "bits_per_weight": "checkpoint/bits_per_weight",
     "bits_per_weight_total": "checkpoint/bits_per_weight_total",
     "stored_bytes": "checkpoint/bytes",
@@ -61,13 +61,18 @@ class Record:
                 found[metric] = float(value)
         for score in self.scores.values():
             found.update({name: float(value) for name, value in score["metrics"].items()})
-            found.update({f"{name}_stderr": float(value) for name, value in score.get("stderr", {}).items()})
+            found.update(
+                {f"{name}_stderr": float(value) for name, value in score.get("stderr", {}).items()}
+            )
         return found
 
     def smoke_metrics(self) -> frozenset[str]:
         """Names of the metrics that stand on a part of their data only."""
         return frozenset(
-            name for score in self.scores.values() if score.get("details", {}).get("smoke") for name in score["metrics"]
+            name
+            for score in self.scores.values()
+            if score.get("details", {}).get("smoke")
+            for name in score["metrics"]
         )
 
 
@@ -79,6 +84,13 @@ def under_name(score: dict[str, Any], name: str) -> dict[str, Any]:
 
     def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         own = f"{made_as}/"
-        return {f"{name}/{key.removeprefix(own)}" if key.startswith(own) else key: value for key, value in values.items()}
+        return {
+            f"{name}/{key.removeprefix(own)}" if key.startswith(own) else key: value
+            for key, value in values.items()
+        }
 
-    return {**score, "evaluation": name, **{part: renamed(score[part]) for part in ("metrics", "stderr") if part in score}}
+    return {
+        **score,
+        "evaluation": name,
+        **{part: renamed(score[part]) for part in ("metrics", "stderr") if part in score},
+    }

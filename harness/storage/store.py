@@ -35,7 +35,15 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core.cell import Cell, Evaluation, cell_key, from_json, quantize_key, score_key, to_json
+from harness.core.cell import (
+    Cell,
+    Evaluation,
+    cell_key,
+    from_json,
+    quantize_key,
+    score_key,
+    to_json,
+)
 from harness.core.errors import StoreError
 from harness.core.text import first_line
 from harness.storage.files import LocalDisk, StorageBackend
@@ -84,7 +92,9 @@ class Store:
         taken = copy.copy(self)
         known = [] if wanted is None else dict.fromkeys(map(quantize_key, wanted))
         manifests = [self.checkpoint_folder(key) / "manifest.json" for key in known]
-        taken.files = self.files.prefetched([self.cell_folder(key) for key in dict.fromkeys(keys)], manifests)
+        taken.files = self.files.prefetched(
+            [self.cell_folder(key) for key in dict.fromkeys(keys)], manifests
+        )
         return taken
 
     # -- places --------------------------------------------------------------------------------------------------------
@@ -106,7 +116,11 @@ class Store:
 
     def where(self, path: Path) -> str:
         """A path of this store as people should read it."""
-        return f"{self.place}/{path.relative_to(self.root).as_posix()}" if is_url(self.place) else str(path)
+        return (
+            f"{self.place}/{path.relative_to(self.root).as_posix()}"
+            if is_url(self.place)
+            else str(path)
+        )
 
     def local(self, path: Path) -> Path | None:
         """A file of the store as one of this machine; None where it is not there."""
@@ -147,9 +161,16 @@ class Store:
         known = self.cell(key)
         merged = self._with_earlier(cell, known)
         if known != merged or known.evaluations != merged.evaluations:
-            with self.lock(f"record-{key}"):    # another driver may ask the same cell for other evaluations
+            with self.lock(
+                f"record-{key}"
+            ):  # another driver may ask the same cell for other evaluations
                 merged = self._with_earlier(cell, self.cell(key))
-                content = {"title": cell.title, "cell_key": key, "quantize_key": quantize_key(cell), "cell": to_json(merged)}
+                content = {
+                    "title": cell.title,
+                    "cell_key": key,
+                    "quantize_key": quantize_key(cell),
+                    "cell": to_json(merged),
+                }
                 self._write_json(self.cell_folder(key) / "cell.json", content)
         return key
 
@@ -157,7 +178,11 @@ class Store:
     def _with_earlier(cell: Cell, known: Cell | None) -> Cell:
         """The cell with the evaluations of its record that it does not ask for, before its own."""
         asked = {score_key(cell, evaluation): evaluation for evaluation in cell.evaluations}
-        earlier = () if known is None else tuple(e for e in known.evaluations if score_key(known, e) not in asked)
+        earlier = (
+            ()
+            if known is None
+            else tuple(e for e in known.evaluations if score_key(known, e) not in asked)
+        )
         return dataclasses.replace(cell, evaluations=(*earlier, *cell.evaluations))
 
     def open_cells(self, cells: Sequence[Cell]) -> None:
@@ -170,7 +195,7 @@ class Store:
             if earlier is None or not set(cell.evaluations) <= set(earlier.evaluations):
                 self.open_cell(cell)
             if known.failures(key):
-                self.clear_failures(key)        # they are tried again
+                self.clear_failures(key)  # they are tried again
 
         if self.files.parallel == 1:
             for cell in cells:
@@ -190,7 +215,10 @@ class Store:
         try:
             return from_json(Cell, content["cell"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            _report(f"{self.where(path)} is not a cell of this version ({error}); it counts as missing", problems)
+            _report(
+                f"{self.where(path)} is not a cell of this version ({error}); it counts as missing",
+                problems,
+            )
             return None
 
     def write_provenance(self, cell_key: str, facts: Mapping[str, Any]) -> None:
@@ -209,8 +237,14 @@ class Store:
         listed = "\n".join(f"  {key[:12]}  {self._title(key)}" for key in shown[:20])
         more = f"\n  … and {len(shown) - 20} more" if len(shown) > 20 else ""
         if matches:
-            raise StoreError(f'{len(matches)} cells in {self.place} start with "{prefix}"; give more digits:\n{listed}{more}')
-        hint = f" There are:\n{listed}{more}" if keys else " It holds no cells yet; start with: harness run"
+            raise StoreError(
+                f'{len(matches)} cells in {self.place} start with "{prefix}"; give more digits:\n{listed}{more}'
+            )
+        hint = (
+            f" There are:\n{listed}{more}"
+            if keys
+            else " It holds no cells yet; start with: harness run"
+        )
         raise StoreError(f'no cell in {self.place} starts with "{prefix}".{hint}')
 
     def cell_keys(self) -> list[str]:
@@ -222,7 +256,9 @@ class Store:
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
-    def score(self, cell_key: str, score_key: str, problems: list[str] | None = None) -> dict[str, Any] | None:
+    def score(
+        self, cell_key: str, score_key: str, problems: list[str] | None = None
+    ) -> dict[str, Any] | None:
         """One complete evaluation, or None. A damaged file, or one without metrics, counts as missing."""
         found = [] if problems is None else problems
         path = self.score_path(cell_key, score_key)
@@ -230,12 +266,23 @@ class Store:
         if score is not None and not isinstance(score.get("metrics"), dict):
             _report(f"{self.where(path)} has no metrics; it counts as missing", found)
             return None
-        if score is not None and score.get("items") and not self.files.exists(self.items_path(cell_key, score_key)):
-            _report(f"{self.where(self.items_path(cell_key, score_key))} is missing: paired tests leave this score out", found)
+        if (
+            score is not None
+            and score.get("items")
+            and not self.files.exists(self.items_path(cell_key, score_key))
+        ):
+            _report(
+                f"{self.where(self.items_path(cell_key, score_key))} is missing: paired tests leave this score out",
+                found,
+            )
         return score
 
     def write_score(
-        self, cell_key: str, score_key: str, score: Mapping[str, Any], items: Mapping[str, Sequence[Any]] | None = None
+        self,
+        cell_key: str,
+        score_key: str,
+        score: Mapping[str, Any],
+        items: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Keep one evaluation: its items first, the JSON last.
 
@@ -244,14 +291,20 @@ class Store:
         """
         if not isinstance(score.get("metrics"), dict):
             holds = ", ".join(sorted(score)) or "nothing"
-            raise StoreError(f"score {score_key[:12]} of cell {cell_key[:12]} has no metrics; it holds {holds}")
+            raise StoreError(
+                f"score {score_key[:12]} of cell {cell_key[:12]} has no metrics; it holds {holds}"
+            )
         rows = 0
         if items is not None:
             lengths = {name: len(column) for name, column in items.items()}
             if len(set(lengths.values())) > 1 or "id" not in lengths:
-                raise StoreError(f'items of score {score_key[:12]} need a column "id" and equal lengths; they have {lengths}')
+                raise StoreError(
+                    f'items of score {score_key[:12]} need a column "id" and equal lengths; they have {lengths}'
+                )
             rows = lengths["id"]
-            self.files.write(self.items_path(cell_key, score_key), functools.partial(_write_parquet, items))
+            self.files.write(
+                self.items_path(cell_key, score_key), functools.partial(_write_parquet, items)
+            )
         content = {**score, "cell_key": cell_key, "score_key": score_key, "items": rows}
         self._write_json(self.score_path(cell_key, score_key), content)
 
@@ -264,8 +317,10 @@ class Store:
             return None
         try:
             return pandas.read_parquet(path)
-        except (OSError, ValueError) as error:                      # pyarrow's errors are ValueErrors
-            _report(f"{self.where(path)} is damaged and counts as missing ({first_line(error)})", None)
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            _report(
+                f"{self.where(path)} is damaged and counts as missing ({first_line(error)})", None
+            )
             return None
 
     # -- failures ------------------------------------------------------------------------------------------------------
@@ -274,11 +329,20 @@ class Store:
         """failure: {"stage", "kind", "reason", "detail"}, as in events.Failed; the time is added where it is missing."""
         content = {"time": time.time(), **failure}
         stage = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(content.get("stage", ""))) or "cell"
-        self._write_json(self.cell_folder(cell_key) / "failures" / f"{int(content['time'] * 1000):015d}-{stage}.json", content)
+        self._write_json(
+            self.cell_folder(cell_key)
+            / "failures"
+            / f"{int(content['time'] * 1000):015d}-{stage}.json",
+            content,
+        )
 
     def failures(self, cell_key: str) -> list[dict[str, Any]]:
         """Oldest first."""
-        return [content for path in self._failure_paths(cell_key) if (content := self._read(path, [])) is not None]
+        return [
+            content
+            for path in self._failure_paths(cell_key)
+            if (content := self._read(path, [])) is not None
+        ]
 
     def _failure_paths(self, cell_key: str) -> list[Path]:
         folder = self.cell_folder(cell_key) / "failures"
@@ -333,10 +397,16 @@ class Store:
         return self._read(self._sweep_path(name), [])
 
     def write_sweep_state(self, name: str, state: Mapping[str, Any]) -> None:
-        self._write_json(self._sweep_path(name), state, durable=False)      # often; losing the last one costs nothing
+        self._write_json(
+            self._sweep_path(name), state, durable=False
+        )  # often; losing the last one costs nothing
 
     def sweep_names(self) -> list[str]:
-        return [name.removesuffix(".json") for name in self.files.names(self.root / "sweeps") if name.endswith(".json")]
+        return [
+            name.removesuffix(".json")
+            for name in self.files.names(self.root / "sweeps")
+            if name.endswith(".json")
+        ]
 
     def _sweep_path(self, name: str) -> Path:
         return self.root / "sweeps" / f"{name}.json"
@@ -373,7 +443,11 @@ class Store:
 
     def cancel(self, name: str) -> None:
         """Ask whoever runs a cell (by its key) or a sweep (by its name) to leave off; it is noticed within seconds."""
-        self.files.write(self.root / "cancelled" / name, lambda aside: aside.write_text(str(Owner.current())), durable=False)
+        self.files.write(
+            self.root / "cancelled" / name,
+            lambda aside: aside.write_text(str(Owner.current())),
+            durable=False,
+        )
 
     def is_cancelled(self, name: str) -> bool:
         return self.files.exists(self.root / "cancelled" / name)
@@ -392,7 +466,10 @@ class Store:
     def drivers(self) -> dict[str, dict[str, Any]]:
         """What each driver last wrote of itself, dead ones too (see `control`)."""
         folder = self.root / "drivers"
-        found = {name.removesuffix(".json"): self._read(folder / name, []) for name in self.files.names(folder)}
+        found = {
+            name.removesuffix(".json"): self._read(folder / name, [])
+            for name in self.files.names(folder)
+        }
         return {name: content for name, content in found.items() if content is not None}
 
     def write_driver(self, name: str, content: Mapping[str, Any]) -> None:
@@ -403,7 +480,11 @@ class Store:
 
     def ask_priority(self, sweep: str, priority: int) -> None:
         """Give a running sweep another priority; its driver notices within seconds."""
-        self.files.write(self.root / "priorities" / sweep, lambda aside: aside.write_text(str(priority)), durable=False)
+        self.files.write(
+            self.root / "priorities" / sweep,
+            lambda aside: aside.write_text(str(priority)),
+            durable=False,
+        )
 
     def asked_priority(self, sweep: str) -> int | None:
         """What `ask_priority` last gave a sweep since it began; None where nothing was."""
@@ -419,7 +500,9 @@ class Store:
         """Forget what was given before: the sweep begins with its own."""
         self.files.remove(self.root / "priorities" / sweep)
 
-    def lock(self, name: str, timeout: float | None = None, on_wait: Waiting | None = None) -> AbstractContextManager[None]:
+    def lock(
+        self, name: str, timeout: float | None = None, on_wait: Waiting | None = None
+    ) -> AbstractContextManager[None]:
         """Hold `name` (a key, a sweep) against every other process and thread; wait while another has it.
 
         timeout   seconds to wait before StoreError names the holder; None waits without end. The lock is not re-entrant.
@@ -440,12 +523,18 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            _report(f"{self.where(path)} cannot be read and counts as missing ({first_line(error)})", problems)
+            _report(
+                f"{self.where(path)} cannot be read and counts as missing ({first_line(error)})",
+                problems,
+            )
             return None
         try:
             content = json.loads(text)
         except ValueError as error:
-            _report(f"{self.where(path)} is damaged and counts as missing ({first_line(error)})", problems)
+            _report(
+                f"{self.where(path)} is damaged and counts as missing ({first_line(error)})",
+                problems,
+            )
             return None
         if not isinstance(content, dict):
             _report(f"{self.where(path)} is not a JSON object and counts as missing", problems)
@@ -460,7 +549,9 @@ def _write_parquet(items: Mapping[str, Sequence[Any]], path: Path) -> None:
     try:
         table = pyarrow.table({name: pyarrow.array(list(column)) for name, column in items.items()})
     except pyarrow.ArrowException as error:
-        raise StoreError(f"items cannot be stored as a table: {first_line(error)}; a column holds values of one type") from error
+        raise StoreError(
+            f"items cannot be stored as a table: {first_line(error)}; a column holds values of one type"
+        ) from error
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from harness.storage.locks import Owner
 from harness.storage.store import Store
 
-SILENT_SECONDS = 600.0                          # without a word, after which the driver of another host counts as gone
+SILENT_SECONDS = 600.0  # without a word, after which the driver of another host counts as gone
 
 
 class SweepState:
@@ -21,11 +21,18 @@ class SweepState:
     """
 
     def __init__(
-        self, store: Store, name: str, titles: Mapping[str, str], title: str = "", interval_seconds: float | None = None
+        self,
+        store: Store,
+        name: str,
+        titles: Mapping[str, str],
+        title: str = "",
+        interval_seconds: float | None = None,
     ) -> None:
         """titles: cell_key -> title, in the sweep's order."""
         self.store, self.name = store, name
-        self.interval_seconds = store.files.state_seconds if interval_seconds is None else interval_seconds
+        self.interval_seconds = (
+            store.files.state_seconds if interval_seconds is None else interval_seconds
+        )
         self.content: dict[str, Any] = {
             "name": name,
             "title": title,
@@ -33,7 +40,9 @@ class SweepState:
             "started": time.time(),
             "updated": time.time(),
             "ended": None,
-            "cells": {key: {"title": cell_title, "state": "waiting"} for key, cell_title in titles.items()},
+            "cells": {
+                key: {"title": cell_title, "state": "waiting"} for key, cell_title in titles.items()
+            },
         }
         self._saved = -math.inf
         self.save()

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS = 60.0                            # after tracking failed
-PROGRESS_SECONDS = 15.0                         # between two words on how far the sweep is
-PATIENCE_SECONDS = 300.0                        # at the end, for one more cell to be told
-END_SECONDS = 1800.0                            # at the end, for all of them
+PAUSE_SECONDS = 60.0  # after tracking failed
+PROGRESS_SECONDS = 15.0  # between two words on how far the sweep is
+PATIENCE_SECONDS = 300.0  # at the end, for one more cell to be told
+END_SECONDS = 1800.0  # at the end, for all of them
 
 
 class Tracker(Protocol):
@@ -35,7 +35,10 @@ class BackgroundTracker:
     """
 
     def __init__(
-        self, open: Callable[[], Any], tell: Callable[[Any, str, str], None], progress: Callable[[], str],
+        self,
+        open: Callable[[], Any],
+        tell: Callable[[Any, str, str], None],
+        progress: Callable[[], str],
         warn: Callable[[Exception], None],
     ) -> None:
         self._open, self._tell, self._progress, self._warn = open, tell, progress, warn
@@ -68,16 +71,23 @@ class BackgroundTracker:
             self._tell_after, self._told = 0.0, time.monotonic()
             self._news.notify()
         ends = time.monotonic() + END_SECONDS
-        while self._thread.is_alive() and time.monotonic() < min(ends, self._told + PATIENCE_SECONDS):
+        while self._thread.is_alive() and time.monotonic() < min(
+            ends, self._told + PATIENCE_SECONDS
+        ):
             self._thread.join(0.2)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
             with self._news:
-                while not self._ending and (not self._untold or time.monotonic() < self._tell_after):
+                while not self._ending and (
+                    not self._untold or time.monotonic() < self._tell_after
+                ):
                     self._news.wait(1.0)
-                    if time.monotonic() >= max(self._progress_after, self._tell_after) and self._tracker is not None:
+                    if (
+                        time.monotonic() >= max(self._progress_after, self._tell_after)
+                        and self._tracker is not None
+                    ):
                         break
                 ending = self._ending
             self._tell_all()
@@ -93,13 +103,13 @@ class BackgroundTracker:
                 if not self._untold:
                     break
                 key, state = next(iter(self._untold.items()))
-            if not self._guard(lambda key=key, state=state: self._tell(self._tracker, key, state)):     # type: ignore[misc]
+            if not self._guard(lambda key=key, state=state: self._tell(self._tracker, key, state)):  # type: ignore[misc]
                 break
             self._told = time.monotonic()
             with self._news:
                 if self._untold.get(key) == state:
-                    del self._untold[key]       # else it has a newer one
-            self._say()                         # even where news come faster than they are told
+                    del self._untold[key]  # else it has a newer one
+            self._say()  # even where news come faster than they are told
         if self._tracker is None or self._untold:
             self._tell_after = time.monotonic() + PAUSE_SECONDS
         else:
@@ -129,7 +139,7 @@ class BackgroundTracker:
         try:
             work()
             return True
-        except Exception as error:              # tracking must never end a sweep, whatever its libraries raise
+        except Exception as error:  # tracking must never end a sweep, whatever its libraries raise
             log.warning("tracking failed", exc_info=error)
             self._warn(error)
             return False

@@ -24,8 +24,8 @@ from harness.storage.json_files import write_json
 from harness.storage.record import Record
 from harness.storage.store import Store
 
-PARAM_LIMIT, TAG_LIMIT, KEY_LIMIT = 6000, 8000, 250             # characters; MLflow cuts beyond them silently
-ITEM_ROWS_SHOWN = 1000                                          # of per-item results; the Parquet file has all
+PARAM_LIMIT, TAG_LIMIT, KEY_LIMIT = 6000, 8000, 250  # characters; MLflow cuts beyond them silently
+ITEM_ROWS_SHOWN = 1000  # of per-item results; the Parquet file has all
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -36,10 +36,17 @@ def run_names(cells: Sequence[Cell]) -> dict[str, str]:
     several = len({cell.model.name for cell in cells}) > 1
     names = {}
     for cell in cells:
-        own = "full precision" if cell.method.is_baseline else f"{cell.method.name} · {cell.scheme.name}"
+        own = (
+            "full precision"
+            if cell.method.is_baseline
+            else f"{cell.method.name} · {cell.scheme.name}"
+        )
         names[cell_key(cell)] = f"{cell.model.name} · {own}" if several else own
     listed = list(names.values())
-    return {key: name if listed.count(name) == 1 else f"{name} · {key[:6]}" for key, name in names.items()}
+    return {
+        key: name if listed.count(name) == 1 else f"{name} · {key[:6]}"
+        for key, name in names.items()
+    }
 
 
 def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
@@ -52,10 +59,19 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
     curves: dict[str, tuple[str, int]] = {}
     taken: set[tuple[str, int]] = set()
     for cell in cells:
-        scheme, words = cell.scheme, [cell.method.name if not cell.method.is_baseline else "full_precision"]
-        bits = labels.BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits
+        scheme, words = (
+            cell.scheme,
+            [cell.method.name if not cell.method.is_baseline else "full_precision"],
+        )
+        bits = (
+            labels.BITS_OF_DTYPE.get(cell.model.dtype, 16)
+            if cell.method.is_baseline
+            else scheme.weight.bits
+        )
         if not cell.method.is_baseline:
-            words += [f"g{labels.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
+            words += (
+                [f"g{labels.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
+            )
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
             words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
             words += [f"{bits:g}bit"] if bits != int(bits) else []
@@ -89,22 +105,38 @@ def cell_params(record: Record) -> dict[str, Any]:
         stored = record.metrics().get("checkpoint/bits_per_weight")
         first.pop("bits") if stored is None else first.update(bits=f"{stored:g}")
     renamed = {name.removeprefix("scheme."): value for name, value in flat.items()}
-    return {**first, **{name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in renamed.items()}}
+    return {
+        **first,
+        **{
+            name: json.dumps(value) if isinstance(value, list | dict) else value
+            for name, value in renamed.items()
+        },
+    }
 
 
 def cell_description(record: Record, state: str) -> str:
     """The description of a cell's run."""
     metrics = record.metrics()
-    shown = {metric: metrics[metric] for metric in metrics_module.headline([record]) if metric in metrics}
+    shown = {
+        metric: metrics[metric] for metric in metrics_module.headline([record]) if metric in metrics
+    }
     lines = [f"**{record.cell.title}** — {state}", ""]
-    lines += [f"- {name}: {value:.4g}" if math.isfinite(value) else f"- {name}: diverged" for name, value in shown.items()]
+    lines += [
+        f"- {name}: {value:.4g}" if math.isfinite(value) else f"- {name}: diverged"
+        for name, value in shown.items()
+    ]
     if record.failures and state == "failed":
-        lines += [f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"]
+        lines += [
+            f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"
+        ]
     files = (
         "`layer_errors.svg`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
         "code, installed packages), `log.txt`, `cell.json` (all settings)"
     )
-    lines += ["", f"Its full ancestry, and the command that makes it again: `harness show {record.cell_key[:12]}`"]
+    lines += [
+        "",
+        f"Its full ancestry, and the command that makes it again: `harness show {record.cell_key[:12]}`",
+    ]
     return "\n".join([*lines, "", f"*Artifacts*: {files}."])
 
 
@@ -116,7 +148,9 @@ def sweep_params(sweep: Sweep) -> dict[str, Any]:
         "schemes": [cell.scheme.name for cell in sweep.cells],
         "evaluations": [evaluation.name for cell in sweep.cells for evaluation in cell.evaluations],
     }
-    return {name: ", ".join(dict.fromkeys(values)) for name, values in names.items()} | {"cells": len(sweep.cells)}
+    return {name: ", ".join(dict.fromkeys(values)) for name, values in names.items()} | {
+        "cells": len(sweep.cells)
+    }
 
 
 def sweep_json(sweep: Sweep) -> dict[str, Any]:
@@ -125,14 +159,21 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
         "name": sweep.name,
         "title": sweep.title,
         "overrides": [text_module.without_password(override) for override in sweep.overrides],
-        "cells": [{"title": cell.title, "cell_key": cell_key(cell), "cell": to_json(cell)} for cell in sweep.cells],
+        "cells": [
+            {"title": cell.title, "cell_key": cell_key(cell), "cell": to_json(cell)}
+            for cell in sweep.cells
+        ],
         "skips": [{"titles": list(skip.titles), "reason": skip.reason} for skip in sweep.skips],
     }
 
 
 def origin_tags(sweep: Sweep) -> dict[str, str]:
     """Tags that say which file a sweep came from."""
-    return {"mlflow.source.name": sweep_module.command_line(sweep), "mlflow.source.type": "JOB", "mlflow.user": user_name()}
+    return {
+        "mlflow.source.name": sweep_module.command_line(sweep),
+        "mlflow.source.type": "JOB",
+        "mlflow.user": user_name(),
+    }
 
 
 def user_name() -> str:
@@ -153,38 +194,66 @@ def record_fingerprint(record: Record) -> str:
 def write_artifacts(folder: Path, record: Record, store: Store) -> None:
     """Write the artifacts of a cell's run into a folder."""
     cell = record.cell
-    identity = {"title": cell.title, "cell_key": record.cell_key, "quantize_key": record.quantize_key}
+    identity = {
+        "title": cell.title,
+        "cell_key": record.cell_key,
+        "quantize_key": record.quantize_key,
+    }
     write_json(folder / "cell.json", {**identity, "cell": to_json(cell)}, durable=False)
     facts = json.loads(text_module.without_password(json.dumps(record.provenance, default=str)))
     write_json(folder / "environment.json", facts, durable=False)
     for facts in record.provenance.values():
-        for kept in (facts.get("changes"), facts.get("packages")) if isinstance(facts, Mapping) else ():
+        for kept in (
+            (facts.get("changes"), facts.get("packages")) if isinstance(facts, Mapping) else ()
+        ):
             if kept and store.files.exists(store.root / kept):
-                write_text(folder / kept, store.files.read(store.root / kept).decode("utf-8", "replace"))
+                write_text(
+                    folder / kept, store.files.read(store.root / kept).decode("utf-8", "replace")
+                )
     _write_layer_errors(folder, record)
     for evaluation in cell.evaluations:
         if evaluation.name not in record.scores:
             continue
         name = _file_name(evaluation.name)
-        write_json(folder / "evaluations" / f"{name}.json", record.scores[evaluation.name], durable=False)
+        write_json(
+            folder / "evaluations" / f"{name}.json", record.scores[evaluation.name], durable=False
+        )
         items = store.evaluation_items(record, evaluation)
         if items is not None:
             (folder / "items").mkdir(exist_ok=True)
             path = store.items_path(record.cell_key, score_key(cell, evaluation))
             (folder / "items" / f"{name}.parquet").write_bytes(store.files.read(path))
-            first = items.head(ITEM_ROWS_SHOWN)             # in the form that MLflow's pages show as a table
-            first.to_json(folder / _item_table(name, len(items)), orient="split", index=False, date_format="iso", force_ascii=False)
+            first = items.head(ITEM_ROWS_SHOWN)  # in the form that MLflow's pages show as a table
+            first.to_json(
+                folder / _item_table(name, len(items)),
+                orient="split",
+                index=False,
+                date_format="iso",
+                force_ascii=False,
+            )
     with contextlib.suppress(FileNotFoundError):
-        write_text(folder / "log.txt", store.files.read(store.log_path(record.cell_key)).decode(errors="replace"))
+        write_text(
+            folder / "log.txt",
+            store.files.read(store.log_path(record.cell_key)).decode(errors="replace"),
+        )
     if record.failures:
-        parts = [[str(failure.get(name, "")) for name in ("stage", "kind", "reason", "detail")] for failure in record.failures]
-        texts = [f"{stage}: {kind}: {reason}\n\n{detail}\n" for stage, kind, reason, detail in parts]
+        parts = [
+            [str(failure.get(name, "")) for name in ("stage", "kind", "reason", "detail")]
+            for failure in record.failures
+        ]
+        texts = [
+            f"{stage}: {kind}: {reason}\n\n{detail}\n" for stage, kind, reason, detail in parts
+        ]
         write_text(folder / "failures.txt", "\n".join(texts))
 
 
 def _item_table(name: str, rows: int) -> str:
     """Where the table of an evaluation's items lies among a run's artifacts."""
-    return f"items/{name}.json" if rows <= ITEM_ROWS_SHOWN else f"items/{name}-first-{ITEM_ROWS_SHOWN}.json"
+    return (
+        f"items/{name}.json"
+        if rows <= ITEM_ROWS_SHOWN
+        else f"items/{name}-first-{ITEM_ROWS_SHOWN}.json"
+    )
 
 
 def item_tables(record: Record, store: Store) -> list[dict[str, str]]:
@@ -201,10 +270,19 @@ def data_of_cell(cell: Cell) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """(context, name, digest, source) of the texts and benchmarks of a cell."""
     text = cell.calibration
     if text is not None:
-        yield "calibration", text.name, text.digest or "unknown", {"source": text.source, "split": text.split}
+        yield (
+            "calibration",
+            text.name,
+            text.digest or "unknown",
+            {"source": text.source, "split": text.split},
+        )
     for evaluation in {evaluation.name: evaluation for evaluation in cell.evaluations}.values():
         settings = dict(evaluation.settings)
-        source = {name: settings[name] for name in ("source", "split", "task", "include", "data_root") if settings.get(name)}
+        source = {
+            name: settings[name]
+            for name in ("source", "split", "task", "include", "data_root")
+            if settings.get(name)
+        }
         yield "evaluation", evaluation.name, evaluation.data_digest or "unknown", source
 
 
@@ -217,7 +295,9 @@ def _write_layer_errors(folder: Path, record: Record) -> None:
     if not rows:
         return
     with (folder / "layer_errors.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        table = csv.DictWriter(
+            file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+        )
         table.writeheader()
         table.writerows(rows)
     figure = plots.layer_errors(record)
@@ -245,7 +325,11 @@ def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested facts as one level, names joined by dots."""
     flat: dict[str, Any] = {}
     for name, value in facts.items():
-        flat |= flat_facts(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= (
+            flat_facts(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from harness.reporting.table_data import TableData
 
 
-STATUS = {                                                      # state of a cell -> status of its run
+STATUS = {  # state of a cell -> status of its run
     "waiting": "SCHEDULED",
     "quantizing": "RUNNING",
     "evaluating": "RUNNING",

@@ -17,12 +17,12 @@ from harness.core.sweep import Runtime, Tracking
 from harness.storage.places import is_url
 
 ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",                         # with it on, one of 200 runs failed
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # with it on, one of 200 runs failed
     "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",           # two lines per cell into our display otherwise
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",              # saves eight processes and 1.8 GB
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per cell into our display otherwise
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes and 1.8 GB
 }
-MODEL_TRAINING = "workflowType=machine_learning"                # MLflow's pages start in the mode for traces of agents otherwise
+MODEL_TRAINING = "workflowType=machine_learning"  # MLflow's pages start in the mode for traces of agents otherwise
 
 # -- where it is, and how to look at it --------------------------------------------------------------------------------
 
@@ -34,7 +34,9 @@ def tracking_uri(tracking: Tracking, runs: Path | str) -> str:
     """
     if tracking.kind == "server":
         if not re.match(r"https?://", tracking.uri):
-            raise TrackingError(f'tracking=server needs tracking.uri=http://HOST:PORT, not "{tracking.uri}"')
+            raise TrackingError(
+                f'tracking=server needs tracking.uri=http://HOST:PORT, not "{tracking.uri}"'
+            )
         return tracking.uri.rstrip("/")
     if tracking.kind == "sqlite":
         return tracking.uri or f"sqlite:///{_beside(runs) / 'mlflow.db'}"
@@ -58,27 +60,47 @@ def ui_command(tracking: Tracking, runs: Path | str, port: int = 5000) -> Comman
         raise TrackingError(f"the tracking server shows its own pages: open {uri}")
     database = Path(uri.removeprefix("sqlite:///"))
     if not database.exists():
-        raise TrackingError(f"{database} does not exist: nothing was tracked here yet. Run a sweep, or `harness publish SWEEP`")
+        raise TrackingError(
+            f"{database} does not exist: nothing was tracked here yet. Run a sweep, or `harness publish SWEEP`"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise TrackingError(f"port {port} is taken ({error.strerror}); choose another with --port") from error
+            raise TrackingError(
+                f"port {port} is taken ({error.strerror}); choose another with --port"
+            ) from error
     stores = ("--backend-store-uri", uri, "--default-artifact-root", artifact_folder(runs).as_uri())
-    words = (sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", str(port), "--workers", "1")
+    words = (
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        *stores,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    )
     return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}/#/experiments?{MODEL_TRAINING}")
 
 
 def serve(runtime: Runtime, port: int = 5000) -> int:
     """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
     if runtime.tracking.kind == "server":
-        print(f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}")
+        print(
+            f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}"
+        )
         return 0
     command = ui_command(runtime.tracking, runtime.runs, port)
     print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
     process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)    # a terminated command takes its server with it
+    previous = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a terminated command takes its server with it
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -35,14 +35,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-START, LOAD = 1.6, 3.0                          # seconds; a cell costs 1 to 9 to quantize and as much to score
+START, LOAD = 1.6, 3.0  # seconds; a cell costs 1 to 9 to quantize and as much to score
 MODELS = 5
 HERE = Path(__file__).resolve()
 
 
 def cost(key: str, stage: str) -> float:
     """Between 1 and 9 seconds, the same for a cell wherever it is asked."""
-    return 1.0 + 8.0 * int(hashlib.sha256(f"{stage}{key}".encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+    return (
+        1.0 + 8.0 * int(hashlib.sha256(f"{stage}{key}".encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
+    )
 
 
 def log_line(folder: str, **facts: Any) -> None:
@@ -94,7 +96,15 @@ def simulate(data: dict[str, Any], shared: list[str]) -> Iterator[Any]:
                 if (facts := meter.now(1)) is not None:
                     yield Usage(time.time(), (key,), facts)
     (model,) = {cell.model.name for cell in task.cells}
-    log_line(task.command, began=began, ended=time.time(), start=START, gpu=gpu(), model=model, cells=len(keys))
+    log_line(
+        task.command,
+        began=began,
+        ended=time.time(),
+        start=START,
+        gpu=gpu(),
+        model=model,
+        cells=len(keys),
+    )
     yield TaskEnded(time.time(), keys, seconds=time.time() - began)
 
 
@@ -103,12 +113,31 @@ def write_manifest(store: Any, cell: Any) -> None:
     from harness.core.cell import quantize_key
     from harness.storage.json_files import write_json
 
-    linears = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"]
-    errors = [
-        {"block": block, "linear": linear, "output_error": cost(cell.title, f"{block}{linear}") / 100, "weight_error": 0.01}
-        for block in range(4) for linear in [*linears, "mlp.down_proj"]
+    linears = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
     ]
-    content = {"bits_per_weight": 4.25, "bits_per_weight_total": 5.4, "stored_bytes": 1, "seconds": 1.0, "layer_errors": errors}
+    errors = [
+        {
+            "block": block,
+            "linear": linear,
+            "output_error": cost(cell.title, f"{block}{linear}") / 100,
+            "weight_error": 0.01,
+        }
+        for block in range(4)
+        for linear in [*linears, "mlp.down_proj"]
+    ]
+    content = {
+        "bits_per_weight": 4.25,
+        "bits_per_weight_total": 5.4,
+        "stored_bytes": 1,
+        "seconds": 1.0,
+        "layer_errors": errors,
+    }
     write_json(store.checkpoint_folder(quantize_key(cell)) / "manifest.json", content)
 
 
@@ -119,21 +148,44 @@ def write_score(store: Any, cell: Any, evaluation: Any) -> None:
     losses = [cost(cell.title, str(window)) / 4 for window in range(40)]
     metrics = {f"{evaluation.name}/perplexity": math.exp(sum(losses) / len(losses))}
     score = {"metrics": metrics, "stderr": {}, "details": {"items": len(losses)}}
-    store.write_score(cell_key(cell), score_key(cell, evaluation), score, {"id": list(range(len(losses))), "loss": losses})
+    store.write_score(
+        cell_key(cell),
+        score_key(cell, evaluation),
+        score,
+        {"id": list(range(len(losses))), "loss": losses},
+    )
 
 
 def grid(runs: Path, count: int, *words: str) -> Any:
     """A sweep of distinct checkpoints: four methods, widths, groups and symmetry over models that differ in name alone."""
     from harness.config.grid import load_sweep
 
-    schemes = [f"w{bits}g{group}{end}" for bits in range(2, 9) for group in (4, 8, 16, 32) for end in ("", "sym")]
-    base = load_sweep(None, [
-        "model=demo", "method=rtn,gptq,awq,awq_gptq", f"scheme={','.join(schemes[: -(-count // (4 * MODELS))])}", "baseline=false",
-        "calibration=demo", "evaluations=demo_perplexity", f"runs={runs}", "device=cuda", *words,
-    ])
+    schemes = [
+        f"w{bits}g{group}{end}"
+        for bits in range(2, 9)
+        for group in (4, 8, 16, 32)
+        for end in ("", "sym")
+    ]
+    base = load_sweep(
+        None,
+        [
+            "model=demo",
+            "method=rtn,gptq,awq,awq_gptq",
+            f"scheme={','.join(schemes[: -(-count // (4 * MODELS))])}",
+            "baseline=false",
+            "calibration=demo",
+            "evaluations=demo_perplexity",
+            f"runs={runs}",
+            "device=cuda",
+            *words,
+        ],
+    )
     cells = [
-        dataclasses.replace(cell, model=dataclasses.replace(cell.model, name=f"model{number}", digest=str(number)))
-        for number in range(MODELS) for cell in base.cells
+        dataclasses.replace(
+            cell, model=dataclasses.replace(cell.model, name=f"model{number}", digest=str(number))
+        )
+        for number in range(MODELS)
+        for cell in base.cells
     ]
     return dataclasses.replace(base, cells=tuple(cells[:count]))
 
@@ -157,7 +209,13 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
     log = folder / "tasks"
     log.mkdir()
     before, began = time.process_time(), time.monotonic()
-    sweep = grid(folder / "runs", count, "cluster=address", f"cluster.address={address}", f"tracking={tracking}")
+    sweep = grid(
+        folder / "runs",
+        count,
+        "cluster=address",
+        f"cluster.address={address}",
+        f"tracking={tracking}",
+    )
     make(sweep, Store(sweep.runtime.runs))
     planning, planning_cpu = time.monotonic() - began, time.process_time() - before
 
@@ -166,7 +224,13 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
 
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
-            options = {"num_cpus": self.threads, "num_gpus": 1, "max_retries": 0, "num_returns": "streaming", "max_calls": 0}
+            options = {
+                "num_cpus": self.threads,
+                "num_gpus": 1,
+                "max_retries": 0,
+                "num_returns": "streaming",
+                "max_calls": 0,
+            }
             self._remote = self._ray.remote(**options)(simulate)
             warm(self._ray)
 
@@ -175,7 +239,7 @@ def ours(address: str, count: int, folder: Path, tracking: str = "none") -> dict
             yield
 
     dispatch.make_executor = lambda runtime, workers: Simulated(runtime, workers)  # type: ignore[assignment]
-    spent = [0.0, 0.0, 0]                       # seconds by the clock and of the thread's CPU, states told
+    spent = [0.0, 0.0, 0]  # seconds by the clock and of the thread's CPU, states told
 
     def timed(name: str) -> None:
         plain = getattr(mlflow_runs.MLflowTracker, name)
@@ -216,18 +280,25 @@ def summary(log: Path, gpus: int) -> dict[str, float]:
     """Busy shares and loads of what the tasks wrote down."""
     tasks = [json.loads(line) for path in log.iterdir() for line in path.read_text().splitlines()]
     first = min(task["began"] for task in tasks)
-    tail = max(task["began"] for task in tasks)                    # from here on nothing was left to start
+    tail = max(task["began"] for task in tasks)  # from here on nothing was left to start
     held = sum(min(task["ended"], tail) - task["began"] for task in tasks if task["began"] < tail)
-    starting = sum(min(task["start"], tail - task["began"]) for task in tasks if task["began"] < tail)
+    starting = sum(
+        min(task["start"], tail - task["began"]) for task in tasks if task["began"] < tail
+    )
     room = max(1e-9, (tail - first) * gpus)
     span = max(task["ended"] for task in tasks) - first
     return {
-        "tasks": len(tasks), "busy": held / room, "working": (held - starting) / room, "until_tail": tail - first, "span": span,
-        "gpus": len({task["gpu"] for task in tasks}), "cells_per_load": sum(task["cells"] for task in tasks) / len(tasks),
+        "tasks": len(tasks),
+        "busy": held / room,
+        "working": (held - starting) / room,
+        "until_tail": tail - first,
+        "span": span,
+        "gpus": len({task["gpu"] for task in tasks}),
+        "cells_per_load": sum(task["cells"] for task in tasks) / len(tasks),
     }
 
 
-LAUNCHED = '''
+LAUNCHED = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import hydra
@@ -247,7 +318,7 @@ ray.init(address=sys.argv.pop(1), logging_level=40, log_to_driver=False)
 from bench_cluster import warm
 warm(ray)
 job()
-'''
+"""
 
 
 def launched(address: str, count: int, folder: Path, gpus: int) -> dict[str, float]:
@@ -258,14 +329,24 @@ def launched(address: str, count: int, folder: Path, gpus: int) -> dict[str, flo
     script.write_text(LAUNCHED)
     schemes = ",".join(str(number) for number in range(count // MODELS))
     words = [
-        sys.executable, str(script), str(HERE.parent), address, "--multirun", "hydra/launcher=ray",
-        "+hydra.launcher.ray.remote.num_gpus=1", "+hydra.launcher.ray.remote.max_calls=0",
-        f"hydra.sweep.dir={folder}/multirun", f"log={log}",
-        f"model={','.join(map(str, range(MODELS)))}", f"scheme={schemes}",
+        sys.executable,
+        str(script),
+        str(HERE.parent),
+        address,
+        "--multirun",
+        "hydra/launcher=ray",
+        "+hydra.launcher.ray.remote.num_gpus=1",
+        "+hydra.launcher.ray.remote.max_calls=0",
+        f"hydra.sweep.dir={folder}/multirun",
+        f"log={log}",
+        f"model={','.join(map(str, range(MODELS)))}",
+        f"scheme={schemes}",
     ]
     began = time.monotonic()
     with (folder / "launched.log").open("w") as out:
-        done = subprocess.run(words, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": path()}, cwd=folder)
+        done = subprocess.run(
+            words, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": path()}, cwd=folder
+        )
     if done.returncode:
         print((folder / "launched.log").read_text()[-3000:])
         raise SystemExit("Hydra's Ray launcher ended with an error")
@@ -273,7 +354,9 @@ def launched(address: str, count: int, folder: Path, gpus: int) -> dict[str, flo
 
 
 def path() -> str:
-    return os.pathsep.join([str(HERE.parents[2]), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+    return os.pathsep.join(
+        [str(HERE.parents[2]), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH", "")])]
+    )
 
 
 def cluster(nodes: int, gpus: int) -> Any:
@@ -285,15 +368,26 @@ def cluster(nodes: int, gpus: int) -> Any:
 
     made = Cluster()
     for _ in range(nodes):
-        made.add_node(num_cpus=gpus, num_gpus=gpus, object_store_memory=80_000_000, include_dashboard=False)
+        made.add_node(
+            num_cpus=gpus, num_gpus=gpus, object_store_memory=80_000_000, include_dashboard=False
+        )
     made.wait_for_nodes()
     return made
 
 
-def isolated(what: str, address: str, count: int, folder: Path, tracking: str = "none") -> dict[str, float]:
+def isolated(
+    what: str, address: str, count: int, folder: Path, tracking: str = "none"
+) -> dict[str, float]:
     """`ours` in a process of its own."""
-    words = [sys.executable, str(HERE), "--inside", json.dumps([what, address, count, str(folder), tracking])]
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path()})
+    words = [
+        sys.executable,
+        str(HERE),
+        "--inside",
+        json.dumps([what, address, count, str(folder), tracking]),
+    ]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path()}
+    )
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-5000:])
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -310,7 +404,9 @@ def text(who: str, cells: int, found: dict[str, float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cells", type=int, default=1000)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--gpus", type=int, default=8, help="of each node")
@@ -323,9 +419,12 @@ def main() -> int:
         print(json.dumps(ours(address, count, Path(folder), tracking)))
         return 0
     machine, load = platform.processor() or platform.machine(), os.getloadavg()[0]
-    print(f"{machine}, {os.cpu_count()} cores, load {load:.1f} before, {time.strftime('%Y-%m-%d')}", flush=True)
+    print(
+        f"{machine}, {os.cpu_count()} cores, load {load:.1f} before, {time.strftime('%Y-%m-%d')}",
+        flush=True,
+    )
     fine = True
-    os.environ["PYTHONPATH"] = path()           # workers of the nodes import this file
+    os.environ["PYTHONPATH"] = path()  # workers of the nodes import this file
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         nodes = cluster(given.nodes, given.gpus)
@@ -338,7 +437,9 @@ def main() -> int:
             fine &= mine["busy"] >= 0.9 and mine["planning_cpu"] < 10 and mine["peak"] < 1e9
             if given.launcher:
                 (root / "theirs").mkdir()
-                theirs = launched(nodes.address, given.cells, root / "theirs", given.nodes * given.gpus)
+                theirs = launched(
+                    nodes.address, given.cells, root / "theirs", given.nodes * given.gpus
+                )
                 print(text("launcher", given.cells, theirs), flush=True)
         finally:
             nodes.shutdown()

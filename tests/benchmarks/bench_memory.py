@@ -20,7 +20,17 @@ import tempfile
 from pathlib import Path
 
 DEPTHS = (4, 16, 32)
-METHODS = ("gptq", "quip", "spqr", "omniquant", "vptq", "squeezellm", "any_precision", "db_llm_blockwise", "awq")
+METHODS = (
+    "gptq",
+    "quip",
+    "spqr",
+    "omniquant",
+    "vptq",
+    "squeezellm",
+    "any_precision",
+    "db_llm_blockwise",
+    "awq",
+)
 
 CHILD = """
 import json, resource, sys, threading, time
@@ -75,13 +85,25 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
     folder.mkdir(parents=True)
     inner, generator = hidden * 11 // 4 // 128 * 128, torch.Generator().manual_seed(0)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 256, "hidden_size": hidden, "head_dim": 64,
-        "intermediate_size": inner, "num_hidden_layers": blocks, "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64, "max_position_embeddings": 256, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": hidden,
+        "head_dim": 64,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
     sizes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    sizes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    sizes |= {
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     listed: dict[str, str] = {}
     total = 0
 
@@ -93,12 +115,22 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
 
     for index in range(blocks):
         prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{n}.weight": torch.randn(s, generator=generator) / s[1] ** 0.5 for n, s in sizes.items()}
-        tensors |= {f"{prefix}{n}_layernorm.weight": torch.ones(hidden) for n in ("input", "post_attention")}
+        tensors = {
+            f"{prefix}{n}.weight": torch.randn(s, generator=generator) / s[1] ** 0.5
+            for n, s in sizes.items()
+        }
+        tensors |= {
+            f"{prefix}{n}_layernorm.weight": torch.ones(hidden) for n in ("input", "post_attention")
+        }
         total += shard(index, tensors)
-    ends = {n: torch.randn(256, hidden, generator=generator) for n in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {
+        n: torch.randn(256, hidden, generator=generator)
+        for n in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     total += shard(blocks, {**ends, "model.norm.weight": torch.ones(hidden)})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": listed})
+    )
     return total
 
 
@@ -107,7 +139,12 @@ def measure(method: str, blocks: int, hidden: int) -> tuple[int, dict[str, float
     with tempfile.TemporaryDirectory() as scratch:
         size = write_model(Path(scratch) / "model", blocks, hidden)
         command = [sys.executable, "-c", CHILD, f"{scratch}/model", f"{scratch}/store", method]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_TRIM_THRESHOLD_": "0",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+        }
         done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{method}, {blocks} blocks:\n{done.stderr}")
@@ -120,7 +157,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
     arguments = parser.parse_args()
-    print(f"hidden size {arguments.hidden}, cells in company, 8 windows of 64 tokens, float32, one thread")
+    print(
+        f"hidden size {arguments.hidden}, cells in company, 8 windows of 64 tokens, float32, one thread"
+    )
     for method in arguments.methods.split(","):
         first = None
         for blocks in map(int, arguments.depths.split(",")):
@@ -129,7 +168,8 @@ def main() -> None:
             print(
                 f"{method:18}{blocks:3} blocks   {measured['cells']} cells   weights {size / 2**20:5.0f} MiB   growth of memory "
                 f"{measured['growth'] / 2**20:5.0f} MiB   {measured['growth'] / first:5.2f} of the first   "
-                f"{measured['seconds'] / blocks:5.2f} s per block", flush=True,
+                f"{measured['seconds'] / blocks:5.2f} s per block",
+                flush=True,
             )
 
 

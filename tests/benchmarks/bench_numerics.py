@@ -22,7 +22,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, random_weight
+from evidence import (
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    random_weight,
+)
 
 from harness.core import plugins
 from harness.core.cell import WeightScheme
@@ -54,8 +61,8 @@ def column_by_column(weight: Tensor, hessian: Tensor, bits: int, group_size: int
     w, rounded = weight.clone(), torch.empty_like(weight)
     for j in range(weight.shape[1]):
         if j % group_size == 0:
-            grid = grids.fit(w[:, j:j + group_size], bits, False)
-        rounded[:, j:j + 1] = grid.nearest(w[:, j:j + 1])
+            grid = grids.fit(w[:, j : j + group_size], bits, False)
+        rounded[:, j : j + 1] = grid.nearest(w[:, j : j + 1])
         error = (w[:, j] - rounded[:, j]) / upper[j, j]
         w[:, j:] -= error[:, None] * upper[j, j:]
     return rounded
@@ -84,26 +91,39 @@ def dot_products(weight: Tensor, inputs: Tensor, scheme: WeightScheme) -> Tensor
 def gptq_rows(device: str) -> Iterable[Row]:
     method = plugins.build("rounding", "gptq", {})
     for width in (512, 1024) if device == "cpu" else (2048, 4096):
-        weight, inputs = random_weight(width, width).to(device), correlated_inputs(width, sequences=8, length=width // 4).to(device)
+        weight, inputs = (
+            random_weight(width, width).to(device),
+            correlated_inputs(width, sequences=8, length=width // 4).to(device),
+        )
         hessian = FakeEvidence(inputs)["hessian"]
         scheme = WeightScheme("int", 4, 128, False, "float32")
 
-        def ours(weight: Tensor = weight, hessian: Tensor = hessian, scheme: WeightScheme = scheme) -> Tensor:
-            return method.round_layer("mlp.up_proj", weight, HessianEvidence(hessian), scheme, generator()).dequantize()
+        def ours(
+            weight: Tensor = weight, hessian: Tensor = hessian, scheme: WeightScheme = scheme
+        ) -> Tensor:
+            return method.round_layer(
+                "mlp.up_proj", weight, HessianEvidence(hessian), scheme, generator()
+            ).dequantize()
 
         def plain(weight: Tensor = weight, hessian: Tensor = hessian) -> Tensor:
             return column_by_column(weight, hessian, 4, 128)
 
         errors = [layer_error(weight, result(), inputs) for result in (ours, plain)]
         fast, slow = seconds(ours), seconds(plain, 1)
-        yield (f"GPTQ w4g128, {width} × {width}", f"{fast:.3f} s", f"{slow:.3f} s, error {errors[0] / errors[1]:.4f} of its",
-               f"{slow / fast:.1f}×")
+        yield (
+            f"GPTQ w4g128, {width} × {width}",
+            f"{fast:.3f} s",
+            f"{slow:.3f} s, error {errors[0] / errors[1]:.4f} of its",
+            f"{slow / fast:.1f}×",
+        )
 
 
 def sharing_row(device: str) -> Row:
     width = 768 if device == "cpu" else 4096
     weight = random_weight(width // 8, width).to(device)
-    hessian = FakeEvidence(correlated_inputs(width, sequences=8, length=width // 4).to(device))["hessian"]
+    hessian = FakeEvidence(correlated_inputs(width, sequences=8, length=width // 4).to(device))[
+        "hessian"
+    ]
     method = plugins.build("rounding", "gptq", {})
 
     def three_linears(shared: bool) -> None:
@@ -111,20 +131,37 @@ def sharing_row(device: str) -> Row:
         for _ in range(3):
             for bits in (3, 4):
                 evidence = evidence if shared else HessianEvidence(hessian)
-                method.round_layer("mlp.up_proj", weight, evidence, WeightScheme("int", bits, 128), generator())
+                method.round_layer(
+                    "mlp.up_proj", weight, evidence, WeightScheme("int", bits, 128), generator()
+                )
 
     fast, slow = seconds(lambda: three_linears(True)), seconds(lambda: three_linears(False))
-    return f"GPTQ, q k v at 2 widths, {width} inputs", f"{fast:.3f} s", f"{slow:.3f} s", f"{slow / fast:.1f}×"
+    return (
+        f"GPTQ, q k v at 2 widths, {width} inputs",
+        f"{fast:.3f} s",
+        f"{slow:.3f} s",
+        f"{slow / fast:.1f}×",
+    )
 
 
 def clipping_row(device: str) -> Row:
     width = 512 if device == "cpu" else 4096
-    weight, inputs = random_weight(width, width).to(device), correlated_inputs(width, sequences=8, length=64).to(device)
+    weight, inputs = (
+        random_weight(width, width).to(device),
+        correlated_inputs(width, sequences=8, length=64).to(device),
+    )
     scheme = WeightScheme("int", 4, 128, False, "float32")
     method = plugins.build("rounding", "awq", {})
-    ours = seconds(lambda: method.round_layer("mlp.up_proj", weight, FakeEvidence(inputs), scheme, generator()))
+    ours = seconds(
+        lambda: method.round_layer("mlp.up_proj", weight, FakeEvidence(inputs), scheme, generator())
+    )
     plain = seconds(lambda: dot_products(weight, inputs, scheme), 1)
-    return f"AWQ clipping w4g128, {width} × {width}", f"{ours:.3f} s", f"{plain:.3f} s", f"{plain / ours:.1f}×"
+    return (
+        f"AWQ clipping w4g128, {width} × {width}",
+        f"{ours:.3f} s",
+        f"{plain:.3f} s",
+        f"{plain / ours:.1f}×",
+    )
 
 
 def packing_rows(device: str) -> Iterable[Row]:
@@ -133,7 +170,10 @@ def packing_rows(device: str) -> Iterable[Row]:
         codes = torch.randint(0, 2**bits, (count,), dtype=torch.uint8, device=device)
         packed = pack(codes, bits)
         copy = seconds(codes.clone)
-        for title, work in (("pack", partial(pack, codes, bits)), ("unpack", partial(unpack, packed, bits, count))):
+        for title, work in (
+            ("pack", partial(pack, codes, bits)),
+            ("unpack", partial(unpack, packed, bits, count)),
+        ):
             taken = seconds(work)
             rates = [f"{count / time / 1e6:.0f} M codes/s" for time in (taken, copy)]
             yield f"{title} {bits} bits", rates[0], f"copy {rates[1]}", f"{copy / taken:.2f}×"
@@ -142,10 +182,21 @@ def packing_rows(device: str) -> Iterable[Row]:
 def main() -> None:
     device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
     torch.manual_seed(0)
-    card = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{device} ({card}), torch {torch.__version__}; least of 3 runs after a warm-up; last column: times faster than plain\n")
+    card = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{device} ({card}), torch {torch.__version__}; least of 3 runs after a warm-up; last column: times faster than plain\n"
+    )
     print(f"{'':42}{'ours':>18}{'plain':>36}{'':>10}")
-    for rows in (gptq_rows(device), [sharing_row(device)], [clipping_row(device)], packing_rows(device)):
+    for rows in (
+        gptq_rows(device),
+        [sharing_row(device)],
+        [clipping_row(device)],
+        packing_rows(device),
+    ):
         for title, ours, plain, ratio in rows:
             print(f"{title:42}{ours:>18}{plain:>36}{ratio:>10}", flush=True)
 

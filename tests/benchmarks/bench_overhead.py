@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-CELLS = (1, 25)                                 # two points of a line: its height is the fixed part, its slope the part per cell
+CELLS = (1, 25)  # two points of a line: its height is the fixed part, its slope the part per cell
 LIMITS = {"fixed": 15.0, "per cell": 0.2}
 
 

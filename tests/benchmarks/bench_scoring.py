@@ -30,11 +30,24 @@ BATCHES = (1, 4, 16)
 def subject(folder: Path, batch_size: int) -> Subject:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=4096,
     )
     cell = Cell(Model("random", "random"), Method("none"), Scheme("full"))
-    return Subject(cell, LlamaForCausalLM(config).eval(), AutoTokenizer.from_pretrained(folder), "cpu", batch_size, {}, folder)
+    return Subject(
+        cell,
+        LlamaForCausalLM(config).eval(),
+        AutoTokenizer.from_pretrained(folder),
+        "cpu",
+        batch_size,
+        {},
+        folder,
+    )
 
 
 def requests_of(
@@ -44,7 +57,9 @@ def requests_of(
     one = subject(folder, 1)
     instances, pairs = [], []
     for task in tasks:
-        settings = lm_eval_tasks.Evaluator.Settings(task=task, num_fewshot=shots, data_root=str(data))
+        settings = lm_eval_tasks.Evaluator.Settings(
+            task=task, num_fewshot=shots, data_root=str(data)
+        )
         model = lm_eval_tasks._language_model(one, settings)
         built = lm_eval_tasks._built(settings, limit)
         instances += built.instances
@@ -55,15 +70,24 @@ def requests_of(
 def seconds(call: Any, repeats: int = 2) -> tuple[float, Any]:
     best, result = float("inf"), None
     for _ in range(repeats):
-        start = time.process_time()             # not wall time: the machine may be shared; with one thread they are the same
+        start = (
+            time.process_time()
+        )  # not wall time: the machine may be shared; with one thread they are the same
         result = call()
         best = min(best, time.process_time() - start)
     return best, result
 
 
-def theirs(folder: Path, instances: list[Any], pairs: list[lm_eval_tasks.Pair], batch_size: int) -> Any:
-    model = lm_eval_tasks._language_model(subject(folder, batch_size), lm_eval_tasks.Evaluator.Settings(task="x"))
-    asked = [(i.args, before.tolist(), after.tolist()) for i, (before, after) in zip(instances, pairs, strict=True)]
+def theirs(
+    folder: Path, instances: list[Any], pairs: list[lm_eval_tasks.Pair], batch_size: int
+) -> Any:
+    model = lm_eval_tasks._language_model(
+        subject(folder, batch_size), lm_eval_tasks.Evaluator.Settings(task="x")
+    )
+    asked = [
+        (i.args, before.tolist(), after.tolist())
+        for i, (before, after) in zip(instances, pairs, strict=True)
+    ]
     model._loglikelihood_tokens(asked[:4], disable_tqdm=True)
     return seconds(lambda: model._loglikelihood_tokens(asked, disable_tqdm=True))
 
@@ -73,7 +97,11 @@ def ours(folder: Path, pairs: list[lm_eval_tasks.Pair]) -> Any:
     asked = [prefix_scoring.clip(before, after, 4096) for before, after in pairs]
 
     def call() -> list[prefix_scoring.Answer]:
-        answers = {index: answer for batch in prefix_scoring.scores(one.model, asked, "cpu") for index, answer in batch.items()}
+        answers = {
+            index: answer
+            for batch in prefix_scoring.scores(one.model, asked, "cpu")
+            for index, answer in batch.items()
+        }
         return [answers[index] for index in range(len(asked))]
 
     list(prefix_scoring.scores(one.model, asked[:4], "cpu"))
@@ -82,22 +110,43 @@ def ours(folder: Path, pairs: list[lm_eval_tasks.Pair]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[3] / "shared")
+    parser.add_argument(
+        "--shared", type=Path, default=Path(__file__).resolve().parents[3] / "shared"
+    )
     parser.add_argument("--items", type=int, default=3)
     parser.add_argument("--subjects", type=int, default=6)
     arguments = parser.parse_args()
     folder, data = arguments.shared / "models" / "stories260K", arguments.shared / "data"
-    subjects = ["anatomy", "astronomy", "nutrition", "philosophy", "virology", "marketing", "sociology", "prehistory"]
+    subjects = [
+        "anatomy",
+        "astronomy",
+        "nutrition",
+        "philosophy",
+        "virology",
+        "marketing",
+        "sociology",
+        "prehistory",
+    ]
     shapes = [
-        ("mmlu, 5 shots", [f"mmlu_{name}" for name in subjects[: arguments.subjects]], 5, arguments.items),
+        (
+            "mmlu, 5 shots",
+            [f"mmlu_{name}" for name in subjects[: arguments.subjects]],
+            5,
+            arguments.items,
+        ),
         ("hellaswag, 0 shots", ["hellaswag"], 0, 6 * arguments.items),
         ("boolq, 0 shots", ["boolq"], 0, 6 * arguments.items),
     ]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), float32, best of two")
     for title, tasks, shots, limit in shapes:
         instances, pairs, tokens = requests_of(folder, tasks, shots, data, limit)
-        rows = prefix_scoring.plan_rows([prefix_scoring.clip(before, after, 4096) for before, after in pairs], 256, 10**9)
-        best = min(((*theirs(folder, instances, pairs, batch), batch) for batch in BATCHES), key=lambda timing: timing[0])
+        rows = prefix_scoring.plan_rows(
+            [prefix_scoring.clip(before, after, 4096) for before, after in pairs], 256, 10**9
+        )
+        best = min(
+            ((*theirs(folder, instances, pairs, batch), batch) for batch in BATCHES),
+            key=lambda timing: timing[0],
+        )
         time_ours, answers = ours(folder, pairs)
         difference = max(abs(a[0] - b[0]) for a, b in zip(best[1], answers, strict=True))
         greedy = np.mean([a[1] == b[1] for a, b in zip(best[1], answers, strict=True)])

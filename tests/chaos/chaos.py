@@ -62,9 +62,12 @@ tables:
   - name: chaos
     columns: [checkpoint/bits_per_weight, {metric: demo_perplexity/perplexity, digits: 6}]
 """
-ROUNDS = 60                                     # of one sweep; more would mean that it makes no progress
-WEIGHTS = {"head": 1, "mlflow": 2}              # instead of 4: a head comes back after minutes, once its former nodes have noticed
-PATIENCE = 900                                  # seconds for one start to end; a loaded machine needs minutes
+ROUNDS = 60  # of one sweep; more would mean that it makes no progress
+WEIGHTS = {
+    "head": 1,
+    "mlflow": 2,
+}  # instead of 4: a head comes back after minutes, once its former nodes have noticed
+PATIENCE = 900  # seconds for one start to end; a loaded machine needs minutes
 
 
 @dataclass
@@ -79,7 +82,9 @@ class Report:
     @property
     def text(self) -> str:
         hits = ", ".join(f"{victim} {count}" for victim, count in sorted(self.kills.items()))
-        return f"{self.sweeps} sweeps, {self.rounds} starts, {sum(self.kills.values())} kills ({hits})"
+        return (
+            f"{self.sweeps} sweeps, {self.rounds} starts, {sum(self.kills.values())} kills ({hits})"
+        )
 
 
 class Setting:
@@ -93,17 +98,30 @@ class Setting:
         self.secrets = folder / "secrets"
         self.victims = ["driver", "worker"]
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)                     # PostgreSQL's account goes through it
+        folder.chmod(0o755)  # PostgreSQL's account goes through it
         here = Here(folder)
         if cluster == "cluster" or tracking == "server":
-            subprocess.run([sys.executable, str(ROOT / "docker" / "make_secrets.py"), str(self.secrets)], check=True, stdout=-3)
+            subprocess.run(
+                [sys.executable, str(ROOT / "docker" / "make_secrets.py"), str(self.secrets)],
+                check=True,
+                stdout=-3,
+            )
         if cluster == "cluster":
             token, temp = self.secrets / "ray_token", folder / "ray"
-            for name, (number, cpus) in {"head": (5, 0), "node2": (2, 1), "node3": (3, 1), "driver": (9, 0)}.items():
+            for name, (number, cpus) in {
+                "head": (5, 0),
+                "node2": (2, 1),
+                "node3": (3, 1),
+                "driver": (9, 0),
+            }.items():
                 place = Here(folder, name)
-                place.address = f"127.0.0.{number}"             # Ray would replace 127.0.0.1 by the machine's address
+                place.address = (
+                    f"127.0.0.{number}"  # Ray would replace 127.0.0.1 by the machine's address
+                )
                 head = self.nodes["head"].address if self.nodes else ""
-                self.nodes[name] = RayNode(place, token, temp, head=head, cpus=cpus, port=free_port(place.address))
+                self.nodes[name] = RayNode(
+                    place, token, temp, head=head, cpus=cpus, port=free_port(place.address)
+                )
             for node in self.nodes.values():
                 node.start()
             self.nodes["head"].wait(PATIENCE)
@@ -115,7 +133,9 @@ class Setting:
             self.postgres = Postgres(here, folder / "pg", password, port=free_port())
             self.postgres.start()
             place_ = f"mlflow@127.0.0.1:{self.postgres.port}/mlflow"
-            self.mlflow = MLflowServer(here, folder / "mlflow", self.secrets, place_, port=free_port())
+            self.mlflow = MLflowServer(
+                here, folder / "mlflow", self.secrets, place_, port=free_port()
+            )
             self.mlflow.start(PATIENCE)
             (here.home / ".mlflow").mkdir()
             shutil.copy(self.secrets / "mlflow_credentials", here.home / ".mlflow" / "credentials")
@@ -134,20 +154,42 @@ class Setting:
 
     def words(self, folder: Path, disturbed: bool) -> list[str]:
         """Of a driver's command; the undisturbed run is not tracked, and in one process."""
-        where = [f"cluster={self.cluster}", "cluster.workers=2"] if disturbed else ["cluster=local", "cluster.workers=1"]
+        where = (
+            [f"cluster={self.cluster}", "cluster.workers=2"]
+            if disturbed
+            else ["cluster=local", "cluster.workers=1"]
+        )
         if self.cluster == "cluster" and disturbed:
             where = ["cluster=address", f"cluster.address={self.nodes['head'].address}"]
             where += [f"+cluster.settings._node_ip_address={self.nodes['driver'].place.address}"]
         track = [f"tracking={self.tracking if disturbed else 'none'}"]
-        track += [f"tracking.uri={self.mlflow.uri}", f"tracking.experiment={folder.name}"] if self.mlflow and disturbed else []
-        run = [sys.executable, "-m", "harness", "run", str(folder / "chaos.yaml"), "evaluations.limit=4", "device=cpu"]
+        track += (
+            [f"tracking.uri={self.mlflow.uri}", f"tracking.experiment={folder.name}"]
+            if self.mlflow and disturbed
+            else []
+        )
+        run = [
+            sys.executable,
+            "-m",
+            "harness",
+            "run",
+            str(folder / "chaos.yaml"),
+            "evaluations.limit=4",
+            "device=cpu",
+        ]
         return [*run, f"runs={folder}/runs", *where, *track]
 
     def environment(self, folder: Path, disturbed: bool) -> dict[str, str]:
         own = self.nodes["head"].environment if self.nodes else {}
         home = {"HOME": str(self.home)} if self.mlflow else {}
-        threads = 1 if disturbed or self.nodes else max(1, count_cores() // 2)      # those of one of two workers
-        shared = {"OMP_NUM_THREADS": str(threads), "HARNESS_CACHE": str(folder.parent / "cache"), "PYTHONPATH": str(ROOT)}
+        threads = (
+            1 if disturbed or self.nodes else max(1, count_cores() // 2)
+        )  # those of one of two workers
+        shared = {
+            "OMP_NUM_THREADS": str(threads),
+            "HARNESS_CACHE": str(folder.parent / "cache"),
+            "PYTHONPATH": str(ROOT),
+        }
         return {**os.environ, **own, **home, **shared}
 
     def start(self, folder: Path, disturbed: bool = True) -> subprocess.Popen[bytes]:
@@ -157,7 +199,9 @@ class Setting:
         log = (folder / "log.txt").open("ab")
         with log:
             words, environment = self.words(folder, disturbed), self.environment(folder, disturbed)
-            return subprocess.Popen(words, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+            return subprocess.Popen(
+                words, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
+            )
 
     def kill(self, victim: str, driver: subprocess.Popen[bytes], rng: random.Random) -> bool:
         """Send SIGKILL; False where there was nothing to hit. What is not the driver's is started again."""
@@ -179,7 +223,11 @@ class Setting:
             self.postgres.start(PATIENCE)
             return True
         everything = below(driver.pid)
-        hit = workers(driver.pid) if not self.nodes else [each for node in self.nodes.values() for each in node.tasks()]
+        hit = (
+            workers(driver.pid)
+            if not self.nodes
+            else [each for node in self.nodes.values() for each in node.tasks()]
+        )
         if victim == "worker":
             if not hit:
                 return False
@@ -189,7 +237,7 @@ class Setting:
         if victim == "machine":
             end(everything)
         driver.wait()
-        deadline = time.monotonic() + 30        # workers notice within a second that their driver is gone
+        deadline = time.monotonic() + 30  # workers notice within a second that their driver is gone
         while any(alive(process) for process in everything) and time.monotonic() < deadline:
             time.sleep(0.1)
         end([process for process in everything if alive(process)])
@@ -200,7 +248,9 @@ class Setting:
         if self.tracking == "sqlite":
             yield from in_sqlite(folder)
         elif self.mlflow is not None:
-            yield from in_server(self.mlflow.uri, (self.secrets / "mlflow_password").read_text(), folder.name)
+            yield from in_server(
+                self.mlflow.uri, (self.secrets / "mlflow_password").read_text(), folder.name
+            )
 
 
 def below(pid: int) -> list[psutil.Process]:
@@ -242,8 +292,12 @@ def end(processes: Sequence[psutil.Process]) -> None:
 def finished(runs: Path) -> dict[str, tuple[int, int]]:
     """Everything complete in a store: path -> (inode, time of change). A file that is written again has another."""
     patterns = ("checkpoints/*/manifest.json", "cells/*/scores/*.json")
-    paths = [path for pattern in patterns for path in runs.glob(pattern) if not path.name.startswith(".")]
-    return {str(path.relative_to(runs)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+    paths = [
+        path for pattern in patterns for path in runs.glob(pattern) if not path.name.startswith(".")
+    ]
+    return {
+        str(path.relative_to(runs)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths
+    }
 
 
 def table(runs: Path) -> bytes:
@@ -251,7 +305,9 @@ def table(runs: Path) -> bytes:
     return path.read_bytes()
 
 
-def disturb(folder: Path, report: Report, rng: random.Random, kills: int, setting: Setting, longest: float) -> None:
+def disturb(
+    folder: Path, report: Report, rng: random.Random, kills: int, setting: Setting, longest: float
+) -> None:
     """One sweep, from nothing until it is done, killed at every round that there are kills left for."""
     complete: dict[str, tuple[int, int]] = {}
     for _ in range(ROUNDS):
@@ -264,13 +320,19 @@ def disturb(folder: Path, report: Report, rng: random.Random, kills: int, settin
                     driver.wait(rng.uniform(0.2, longest))
                     break
                 except subprocess.TimeoutExpired:
-                    (victim,) = rng.choices(setting.victims, [WEIGHTS.get(victim, 4) for victim in setting.victims])
-                    report.kills[victim] = report.kills.get(victim, 0) + setting.kill(victim, driver, rng)
+                    (victim,) = rng.choices(
+                        setting.victims, [WEIGHTS.get(victim, 4) for victim in setting.victims]
+                    )
+                    report.kills[victim] = report.kills.get(victim, 0) + setting.kill(
+                        victim, driver, rng
+                    )
                     print(f"{folder.name}: {report.text}", flush=True)
             try:
                 code = driver.wait(PATIENCE)
             except subprocess.TimeoutExpired:
-                report.problems.append(f"{folder.name}: a driver hung for {PATIENCE} s; see {folder}/log.txt")
+                report.problems.append(
+                    f"{folder.name}: a driver hung for {PATIENCE} s; see {folder}/log.txt"
+                )
                 return
         finally:
             end([*below(driver.pid)])
@@ -278,7 +340,9 @@ def disturb(folder: Path, report: Report, rng: random.Random, kills: int, settin
                 driver.kill()
         now = finished(folder / "runs")
         again = sorted(name for name, mark in complete.items() if now.get(name) != mark)
-        report.problems += [f"{folder.name}: {name} was complete and was written again" for name in again]
+        report.problems += [
+            f"{folder.name}: {name} was complete and was written again" for name in again
+        ]
         complete = now
         if code == 0:
             report.sweeps += 1
@@ -294,36 +358,64 @@ def in_sqlite(folder: Path) -> Iterator[str]:
         query = "SELECT value, COUNT(*) FROM tags WHERE key = ? GROUP BY value"
         for tag in ("harness.key", "harness.sweep"):
             rows = database.execute(query, (tag,)).fetchall()
-            yield from (f"{folder.name}: {count} MLflow runs with {tag} {value[:12]}" for value, count in rows if count > 1)
+            yield from (
+                f"{folder.name}: {count} MLflow runs with {tag} {value[:12]}"
+                for value, count in rows
+                if count > 1
+            )
             if not rows:
                 yield f"{folder.name}: MLflow has no run with {tag}"
-        parents = {value for (value,) in database.execute("SELECT value FROM tags WHERE key = 'mlflow.parentRunId'")}
+        parents = {
+            value
+            for (value,) in database.execute(
+                "SELECT value FROM tags WHERE key = 'mlflow.parentRunId'"
+            )
+        }
         known = {value for (value,) in database.execute("SELECT run_uuid FROM runs")}
-        yield from (f"{folder.name}: runs without their parent {parent}" for parent in sorted(parents - known))
-        states = database.execute("SELECT status, COUNT(*) FROM runs WHERE status != 'FINISHED' GROUP BY status").fetchall()
+        yield from (
+            f"{folder.name}: runs without their parent {parent}"
+            for parent in sorted(parents - known)
+        )
+        states = database.execute(
+            "SELECT status, COUNT(*) FROM runs WHERE status != 'FINISHED' GROUP BY status"
+        ).fetchall()
         yield from (f"{folder.name}: {count} MLflow runs are {status}" for status, count in states)
 
 
 def in_server(uri: str, password: str, name: str) -> Iterator[str]:
     """The same of a sweep's runs in a server."""
 
-    def ask(path: str, body: dict[str, object] | None = None) -> dict[str, list[dict[str, dict[str, object]]]]:
+    def ask(
+        path: str, body: dict[str, object] | None = None
+    ) -> dict[str, list[dict[str, dict[str, object]]]]:
         data = None if body is None else json.dumps(body).encode()
         login = base64.b64encode(f"harness:{password}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{uri}{path}", data, headers), timeout=60) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{uri}{path}", data, headers), timeout=60
+        ) as answer:
             found: dict[str, list[dict[str, dict[str, object]]]] = json.load(answer)
             return found
 
-    experiment = ask(f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")["experiment"]
+    experiment = ask(f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={name}")[
+        "experiment"
+    ]
     body = {"experiment_ids": [experiment["experiment_id"]], "max_results": 1000}  # type: ignore[call-overload]
     runs = ask("/api/2.0/mlflow/runs/search", body).get("runs", [])
-    marks = [{str(tag["key"]): str(tag["value"]) for tag in run["data"].get("tags", [])} for run in runs]  # type: ignore[attr-defined]
+    marks = [
+        {str(tag["key"]): str(tag["value"]) for tag in run["data"].get("tags", [])} for run in runs
+    ]  # type: ignore[attr-defined]
     keys = [mark["harness.key"] for mark in marks if "harness.key" in mark]
-    parents = [str(run["info"]["run_id"]) for run, mark in zip(runs, marks, strict=True) if "harness.key" not in mark]
+    parents = [
+        str(run["info"]["run_id"])
+        for run, mark in zip(runs, marks, strict=True)
+        if "harness.key" not in mark
+    ]
     if len(keys) != len(set(keys)) or len(parents) != 1 or not keys:
         yield f"{name}: MLflow has {len(keys)} runs of {len(set(keys))} cells and {len(parents)} of the sweep"
-    if any(mark.get("mlflow.parentRunId") not in parents for mark in marks if "harness.key" in mark):
+    if any(
+        mark.get("mlflow.parentRunId") not in parents for mark in marks if "harness.key" in mark
+    ):
         yield f"{name}: MLflow has runs without a parent"
     states = sorted({str(run["info"]["status"]) for run in runs} - {"FINISHED"})
     if states:
@@ -331,7 +423,12 @@ def in_server(uri: str, password: str, name: str) -> Iterator[str]:
 
 
 def chaos(
-    folder: Path, kills: int, seed: int = 0, cluster: str = "local", tracking: str = "none", longest: float = 0.0,
+    folder: Path,
+    kills: int,
+    seed: int = 0,
+    cluster: str = "local",
+    tracking: str = "none",
+    longest: float = 0.0,
     seconds: float = float("inf"),
 ) -> Report:
     """Disturb sweeps until so many kills have hit, or the time is over. longest: seconds between two kills; 0: those of an
@@ -351,14 +448,20 @@ def chaos(
             place = folder / f"sweep-{number}"
             disturb(place, report, rng, kills, setting, longest)
             if not report.problems:
-                if setting.mlflow is not None:                     # what it missed while it was down is told by the next run
+                if (
+                    setting.mlflow is not None
+                ):  # what it missed while it was down is told by the next run
                     setting.mlflow.wait(PATIENCE)
                     setting.ready()
                     setting.start(place).wait(PATIENCE)
                 if table(place / "runs") != expected:
-                    report.problems.append(f"{place.name}: its table is not that of the undisturbed run")
+                    report.problems.append(
+                        f"{place.name}: its table is not that of the undisturbed run"
+                    )
                 if "damaged" in (place / "log.txt").read_text(errors="replace"):
-                    report.problems.append(f"{place.name}: a damaged file was read; see {place}/log.txt")
+                    report.problems.append(
+                        f"{place.name}: a damaged file was read; see {place}/log.txt"
+                    )
                 report.problems += list(setting.doubles(place))
             print(f"{time.monotonic() - began:6.0f} s  {report.text}", flush=True)
             if report.problems:
@@ -371,13 +474,22 @@ def chaos(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cluster", choices=("local", "ray", "cluster"), default="local")
     parser.add_argument("--tracking", choices=("none", "sqlite", "server"), default="sqlite")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no other sweep after so many")
-    parser.add_argument("--longest", type=float, default=0.0, help="seconds between two kills at most; 0: from an undisturbed run")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin no other sweep after so many"
+    )
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=0.0,
+        help="seconds between two kills at most; 0: from an undisturbed run",
+    )
     parser.add_argument("--folder", type=Path, default=None)
     given = parser.parse_args()
     lacking = services.server_lacking() if given.tracking == "server" else ""
@@ -385,8 +497,16 @@ def main() -> int:
         print(f"not run: {lacking}; --tracking sqlite needs no server")
         return 2
     folder = given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)      # what was started ends with this
-    report = chaos(folder.absolute(), given.kills, given.seed, given.cluster, given.tracking, given.longest, given.seconds)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with this
+    report = chaos(
+        folder.absolute(),
+        given.kills,
+        given.seed,
+        given.cluster,
+        given.tracking,
+        given.longest,
+        given.seconds,
+    )
     print(f"{report.text}, seed {given.seed}")
     print("\n".join(report.problems) or "tables equal to the byte, nothing done twice")
     return int(bool(report.problems))

@@ -21,7 +21,13 @@ from harness.execution.driver import run as run_sweep
 from harness.storage.store import Store
 
 RUNNER = CliRunner()
-GRID = ("model=demo", "method=rtn", "scheme=w4", "evaluations=demo_perplexity", "evaluations.limit=2")
+GRID = (
+    "model=demo",
+    "method=rtn",
+    "scheme=w4",
+    "evaluations=demo_perplexity",
+    "evaluations.limit=2",
+)
 
 
 def invoke(*words: str) -> tuple[int, str]:
@@ -35,7 +41,13 @@ def invoke(*words: str) -> tuple[int, str]:
 
 
 def local(tmp_path: Path) -> list[str]:
-    return [f"runs={tmp_path / 'runs'}", "tracking=none", "device=cpu", "cluster=local", "cluster.workers=1"]
+    return [
+        f"runs={tmp_path / 'runs'}",
+        "tracking=none",
+        "device=cpu",
+        "cluster=local",
+        "cluster.workers=1",
+    ]
 
 
 def test_help_names_every_command() -> None:
@@ -57,13 +69,24 @@ def test_plan_run_status_show(tmp_path: Path) -> None:
     code, out = invoke("show", key[:10], "--runs", str(tmp_path / "runs"))
     assert code == 0 and key in out and "harness run model=demo" in out
     ancestry = out.partition("\nancestry\n")[2].partition("\n\n")[0]
-    for part in ("weights 5fad06c6", "demo_perplexity: perplexity, version", "provenance/", "cpu on ", "code  ", "seed  "):
+    for part in (
+        "weights 5fad06c6",
+        "demo_perplexity: perplexity, version",
+        "provenance/",
+        "cpu on ",
+        "code  ",
+        "seed  ",
+    ):
         assert part in ancestry, part
     code, out = invoke("plan", *GRID, *local(tmp_path))
-    assert code == 0 and out.splitlines()[-1].startswith("next    harness table model=demo")     # all is done
+    assert code == 0 and out.splitlines()[-1].startswith(
+        "next    harness table model=demo"
+    )  # all is done
 
 
-@pytest.mark.parametrize("form,sign", [("md", "| "), ("latex", "\\begin{tabular}"), ("csv", ","), ("html", "<table>")])
+@pytest.mark.parametrize(
+    "form,sign", [("md", "| "), ("latex", "\\begin{tabular}"), ("csv", ","), ("html", "<table>")]
+)
 def test_table_in_every_format(tmp_path: Path, form: str, sign: str) -> None:
     code, out = invoke("table", "demo", "--format", form, *local(tmp_path))
     assert code == 0 and sign in out
@@ -77,16 +100,27 @@ def test_tables_are_chosen_by_name(tmp_path: Path) -> None:
     assert code == 2 and "latex" in out
 
 
-@pytest.mark.parametrize("words,code,named", [
-    (("plan",), 2, "harness list sweeps"),
-    (("plan", "dmeo"), 2, "demo"),
-    (("run", "model=demo", "method=gtpq", "scheme=w4"), 2, 'did you mean "gptq"'),
-    (("run", "model=demo", "method=rtn", "scheme=w4g96"), 3, "group size 96"),
-    (("show", "ffff"), 1, "holds no cells"),
-    (("list", "methds"), 2, "methods"),
-])
-def test_what_is_wrong_has_its_exit_code(tmp_path: Path, words: tuple[str, ...], code: int, named: str) -> None:
-    extra = local(tmp_path) if words[0] == "run" else ["--runs", str(tmp_path / "runs")] if words[0] == "show" else []
+@pytest.mark.parametrize(
+    "words,code,named",
+    [
+        (("plan",), 2, "harness list sweeps"),
+        (("plan", "dmeo"), 2, "demo"),
+        (("run", "model=demo", "method=gtpq", "scheme=w4"), 2, 'did you mean "gptq"'),
+        (("run", "model=demo", "method=rtn", "scheme=w4g96"), 3, "group size 96"),
+        (("show", "ffff"), 1, "holds no cells"),
+        (("list", "methds"), 2, "methods"),
+    ],
+)
+def test_what_is_wrong_has_its_exit_code(
+    tmp_path: Path, words: tuple[str, ...], code: int, named: str
+) -> None:
+    extra = (
+        local(tmp_path)
+        if words[0] == "run"
+        else ["--runs", str(tmp_path / "runs")]
+        if words[0] == "show"
+        else []
+    )
     found, out = invoke(*words, *extra)
     assert found == code and named in out
 
@@ -94,14 +128,28 @@ def test_what_is_wrong_has_its_exit_code(tmp_path: Path, words: tuple[str, ...],
 def test_errors_come_without_a_traceback_unless_asked_for(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "plan", "no_such_sweep"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("ConfigError: ") and "Traceback" not in done.stderr
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HARNESS_DEBUG": "1"})
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("ConfigError: ")
+        and "Traceback" not in done.stderr
+    )
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "HARNESS_DEBUG": "1"}
+    )
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("words", [
-    ("--help",), ("list",), ("list", "methods"), ("status", "demo"), ("table", "demo"), ("doctor", "--help"),
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("list",),
+        ("list", "methods"),
+        ("status", "demo"),
+        ("table", "demo"),
+        ("doctor", "--help"),
+    ],
+)
 def test_commands_that_look_need_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom harness.__main__ import app\n"
@@ -109,7 +157,9 @@ def test_commands_that_look_need_no_torch(words: tuple[str, ...], tmp_path: Path
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules or 'mlflow' in sys.modules)"
     )
     extra = [f"runs={tmp_path}"] if words[0] in ("status", "table") else []
-    done = subprocess.run([sys.executable, "-c", code, *words, *extra], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, *extra], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -124,7 +174,9 @@ def test_completion_knows_sweeps_keys_and_values() -> None:
     assert completion.complete_group("me") == ["methods"]
 
 
-def test_completion_knows_cells(demo_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_completion_knows_cells(
+    demo_sweep: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     sweep = demo_sweep("method=rtn", "scheme=w4", "baseline=false")
     run_sweep(sweep)
     monkeypatch.chdir(tmp_path)
@@ -150,17 +202,25 @@ def test_the_first_word_may_be_an_override(tmp_path: Path) -> None:
 def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
     found = doctor.examine(str(tmp_path / "runs"))
     assert not [each for each in found if each.level == "wrong"], doctor.render(found)
-    assert {"python", "torch", "cores", "memory", "disk", "runs", "configs"} <= {each.subject for each in found}
-    assert not (tmp_path / "runs").exists()                                     # it leaves nothing behind
+    assert {"python", "torch", "cores", "memory", "disk", "runs", "configs"} <= {
+        each.subject for each in found
+    }
+    assert not (tmp_path / "runs").exists()  # it leaves nothing behind
 
 
-def test_doctor_names_what_is_wrong_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_what_is_wrong_and_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(doctor.provenance, "versions", lambda: {"torch": "1.0"})
     monkeypatch.setattr(doctor, "count_cores", lambda: 1 / 0)
     found = {each.subject: each for each in doctor.examine(str(tmp_path / "file"))}
-    assert found["torch"].level == "note" and found["ray"].level == "wrong" and found["runs"].level == "wrong"
-    assert found["cores"].level == "wrong"                                      # a broken check is a finding, not an end
+    assert (
+        found["torch"].level == "note"
+        and found["ray"].level == "wrong"
+        and found["runs"].level == "wrong"
+    )
+    assert found["cores"].level == "wrong"  # a broken check is a finding, not an end
     assert "repair these" in doctor.render(found.values())
 
 
@@ -183,7 +243,11 @@ def test_what_to_type_next_names_a_file_that_lies_elsewhere(tmp_path: Path) -> N
     file = tmp_path / "mine.yaml"
     file.write_text("# Mine\nmodel: demo\nmethod: none\nevaluations: [demo_perplexity]\n")
     code, out = invoke("run", str(file), "evaluations.limit=2", *local(tmp_path))
-    (words,) = [line.removeprefix("next    harness ").partition("   ·")[0].split() for line in out.splitlines() if "next " in line]
+    (words,) = [
+        line.removeprefix("next    harness ").partition("   ·")[0].split()
+        for line in out.splitlines()
+        if "next " in line
+    ]
     assert code == 0 and words[:2] == ["table", str(file)]
     code, out = invoke(*words)
     assert code == 0 and "none" in out
@@ -207,7 +271,7 @@ def test_gc_says_what_would_go_and_deletes_it_only_then(tmp_path: Path) -> None:
     orphan.mkdir(parents=True)
     (orphan / "block-0.safetensors").write_bytes(b"x" * 2000)
     for path in (orphan / "block-0.safetensors", orphan):
-        os.utime(path, (0, 0))                  # what is young may belong to somebody
+        os.utime(path, (0, 0))  # what is young may belong to somebody
     code, out = invoke("gc", "--dry-run", "--runs", str(runs))
     assert code == 0 and "1 leftovers" in out and "nothing was deleted" in out and orphan.is_dir()
     code, out = invoke("gc", "--runs", str(runs))

@@ -11,13 +11,25 @@ from harness.storage.store import Store
 
 
 def test_show_counts_the_experts_that_were_rounded_to_nearest(tmp_path: Path) -> None:
-    cell = Cell(Model("mixture", "mixture", digest="d"), Method("gptq", rounding=Part("gptq")), Scheme("w4g32"))
+    cell = Cell(
+        Model("mixture", "mixture", digest="d"),
+        Method("gptq", rounding=Part("gptq")),
+        Scheme("w4g32"),
+    )
     notes = {
-        "0": {"rounded_to_nearest": {"mlp.experts.3.gate_proj": 0, "mlp.experts.3.up_proj": 0, "mlp.experts.3.down_proj": 7}},
+        "0": {
+            "rounded_to_nearest": {
+                "mlp.experts.3.gate_proj": 0,
+                "mlp.experts.3.up_proj": 0,
+                "mlp.experts.3.down_proj": 7,
+            }
+        },
         "1": {"pairs_without_calibration": ["mlp.experts.3.up_proj → mlp.experts.3.down_proj"]},
     }
     text = record_text(Record(cell, "q", "c", {"notes": notes}), Store(tmp_path), "again")
     assert "3 matrices were rounded to nearest instead" in text
     assert "block 0  3, of them 2 without any token: mlp.experts.3.gate_proj (0 tokens)" in text
     assert "1 scales inside experts were left at 1" in text
-    assert "too few calibration" not in record_text(Record(cell, "q", "c", {"notes": {}}), Store(tmp_path), "again")
+    assert "too few calibration" not in record_text(
+        Record(cell, "q", "c", {"notes": {}}), Store(tmp_path), "again"
+    )

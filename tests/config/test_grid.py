@@ -19,7 +19,17 @@ from harness.config import grid as grid_module
 from harness.config.axes import GROUPS
 from harness.config.grid import load_runtime, load_sweep
 from harness.config.locations import list_names
-from harness.core.cell import Cell, Method, Model, Part, Scheme, WeightScheme, cell_key, quantize_key, score_key
+from harness.core.cell import (
+    Cell,
+    Method,
+    Model,
+    Part,
+    Scheme,
+    WeightScheme,
+    cell_key,
+    quantize_key,
+    score_key,
+)
 from harness.core.errors import ConfigError
 from harness.core.package import PACKAGE
 from harness.core.sweep import Sweep
@@ -81,13 +91,19 @@ def test_every_model_resolves_without_network(name: str) -> None:
     assert cell.model.digest and cell.model.name == name
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in list_names("schemes") if entry.name != "full"])
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in list_names("schemes") if entry.name != "full"]
+)
 def test_every_scheme_resolves(name: str) -> None:
-    (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "calibration=demo", f"scheme={name}"]))
+    (cell,) = quantized(
+        load_sweep(None, ["model=demo", "method=rtn", "calibration=demo", f"scheme={name}"])
+    )
     assert cell.scheme.name == name
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in list_names("methods") if entry.name != "none"])
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in list_names("methods") if entry.name != "none"]
+)
 def test_every_method_resolves(name: str) -> None:
     (cell,) = quantized(load_sweep(None, [*GRID, f"method={name}", "scheme=w4"]))
     assert cell.method.name == name
@@ -101,7 +117,9 @@ def test_every_evaluation_resolves(name: str) -> None:
         assert score_key(cell, evaluation)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_sweep_resolves(path: Path, request: pytest.FixtureRequest) -> None:
     if "shared" in path.read_text():
         request.getfixturevalue("shared")
@@ -114,11 +132,17 @@ def test_every_sweep_resolves(path: Path, request: pytest.FixtureRequest) -> Non
 def test_a_scheme_file_says_what_its_name_says() -> None:
     for entry in list_names("schemes"):
         if schemes.SCHEME_NAME.fullmatch(entry.name) or schemes.FORMAT_NAME.fullmatch(entry.name):
-            (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={entry.name}"]))
+            (cell,) = quantized(
+                load_sweep(None, ["model=demo", "method=rtn", f"scheme={entry.name}"])
+            )
             parsed = schemes.scheme_by_name(entry.name, "")
             for part in ("weight", "activation", "kv"):
                 for field, value in (parsed[part] or {}).items():
-                    assert getattr(getattr(cell.scheme, part), field) == value, (entry.name, part, field)
+                    assert getattr(getattr(cell.scheme, part), field) == value, (
+                        entry.name,
+                        part,
+                        field,
+                    )
 
 
 # --- the grid ------------------------------------------------------------------------------------------------------------------
@@ -128,31 +152,44 @@ def test_the_product_has_its_baseline_first() -> None:
     sweep = load_sweep(None, [*GRID, "method=rtn,gptq", "scheme=w4,w3g32"])
     points = ["none · full", "rtn · w4", "rtn · w3g32", "gptq · w4", "gptq · w3g32"]
     assert titles(sweep) == [f"demo · {point}" for point in points]
-    assert titles(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "baseline=false"])) == ["demo · rtn · w4"]
+    assert titles(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "baseline=false"])) == [
+        "demo · rtn · w4"
+    ]
 
 
 def test_schemes_by_name() -> None:
     (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "scheme=w3g48syma6kv2"]))
-    assert (cell.scheme.weight.bits, cell.scheme.weight.group_size, cell.scheme.weight.symmetric) == (3, 48, True)
+    assert (
+        cell.scheme.weight.bits,
+        cell.scheme.weight.group_size,
+        cell.scheme.weight.symmetric,
+    ) == (3, 48, True)
     assert cell.scheme.activation is not None and cell.scheme.activation.bits == 6
     assert cell.scheme.kv is not None and cell.scheme.kv.bits == 2
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("mxfp4", WeightScheme("mxfp4", 4, 32, scale_dtype="e8m0")),
-    ("nvfp4a8", WeightScheme("nvfp4", 4, 16, scale_dtype="float8_e4m3")),
-    ("fp8", WeightScheme("fp8_e4m3", 8, -1, scale_dtype="float32")),
-    ("fp8_e5m2g128kv4", WeightScheme("fp8_e5m2", 8, 128, scale_dtype="float32")),
-    ("mxfp6", WeightScheme("mxfp6_e2m3", 6, 32, scale_dtype="e8m0")),
-    ("nf4", WeightScheme("nf4", 4, 64, scale_dtype="float32")),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mxfp4", WeightScheme("mxfp4", 4, 32, scale_dtype="e8m0")),
+        ("nvfp4a8", WeightScheme("nvfp4", 4, 16, scale_dtype="float8_e4m3")),
+        ("fp8", WeightScheme("fp8_e4m3", 8, -1, scale_dtype="float32")),
+        ("fp8_e5m2g128kv4", WeightScheme("fp8_e5m2", 8, 128, scale_dtype="float32")),
+        ("mxfp6", WeightScheme("mxfp6_e2m3", 6, 32, scale_dtype="e8m0")),
+        ("nf4", WeightScheme("nf4", 4, 64, scale_dtype="float32")),
+    ],
+)
 def test_schemes_of_number_formats_by_name(name: str, expected: WeightScheme) -> None:
     (cell,) = quantized(load_sweep(None, ["model=demo", "method=rtn", f"scheme={name}"]))
     assert cell.scheme.weight == expected
-    assert (cell.scheme.activation is not None) == ("a8" in name) and (cell.scheme.kv is not None) == ("kv4" in name)
+    assert (cell.scheme.activation is not None) == ("a8" in name) and (
+        cell.scheme.kv is not None
+    ) == ("kv4" in name)
 
 
-def test_one_key_whether_a_scheme_is_a_file_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_key_whether_a_scheme_is_a_file_or_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (by_file,) = quantized(load_sweep(None, ["model=demo", "method=rtn", "scheme=w4g32"]))
     (tmp_path / "conf" / "scheme").mkdir(parents=True)
     (tmp_path / "conf" / "scheme" / "mine.yaml").write_text("weight: {bits: 4.0, group_size: 32}\n")
@@ -162,7 +199,9 @@ def test_one_key_whether_a_scheme_is_a_file_or_a_name(tmp_path: Path, monkeypatc
 
 
 def test_axes_of_the_override_grammar() -> None:
-    sweep = load_sweep(None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=*sym)", "seed=range(2,5)"])
+    sweep = load_sweep(
+        None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=*sym)", "seed=range(2,5)"]
+    )
     cells = quantized(sweep)
     assert {cell.scheme.name for cell in cells} == {"w4g32", "w4g64", "w4g128"}
     assert sorted({cell.seed for cell in cells}) == [2, 3, 4]
@@ -174,12 +213,19 @@ def test_axes_of_the_override_grammar() -> None:
 def test_the_seed_feeds_the_calibration_unless_that_has_its_own() -> None:
     cells = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "seed=0,1"]))
     assert [cell.calibration and cell.calibration.seed for cell in cells] == [0, 1]
-    (cell, *_) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "seed=5", "calibration.seed=7"]))
+    (cell, *_) = quantized(
+        load_sweep(None, [*GRID, "method=gptq", "scheme=w4", "seed=5", "calibration.seed=7"])
+    )
     assert cell.calibration is not None and (cell.seed, cell.calibration.seed) == (5, 7)
 
 
 def test_a_data_free_method_has_one_cell_whatever_the_calibration() -> None:
-    cells = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=w4", "seed=0,1,2", "inputs=quantized,full_precision"]))
+    cells = quantized(
+        load_sweep(
+            None,
+            [*GRID, "method=rtn", "scheme=w4", "seed=0,1,2", "inputs=quantized,full_precision"],
+        )
+    )
     assert [cell.calibration for cell in cells] == [None]
 
 
@@ -194,11 +240,16 @@ def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
     edits = ["rounding.damping_fraction=1", "model.dtype=bfloat16"]
     (cell,) = quantized(load_sweep(None, [*GRID, "method=gptq", "scheme=w4", *edits]))
     assert cell.method.name == "gptq" and cell.model.dtype == "bfloat16"
-    assert cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
+    assert (
+        cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
+    )
 
 
 def test_a_method_is_calibrated_as_published_unless_told() -> None:
-    inputs = {cell.method.name: cell.inputs for cell in quantized(load_sweep(None, [*GRID, "method=awq,gptq", "scheme=w4g32"]))}
+    inputs = {
+        cell.method.name: cell.inputs
+        for cell in quantized(load_sweep(None, [*GRID, "method=awq,gptq", "scheme=w4g32"]))
+    }
     assert inputs == {"awq": "full_precision", "gptq": "quantized"}
     (told,) = quantized(load_sweep(None, [*GRID, "method=awq", "scheme=w4g32", "inputs=quantized"]))
     assert told.inputs == "quantized"
@@ -206,10 +257,17 @@ def test_a_method_is_calibrated_as_published_unless_told() -> None:
 
 def test_slots_replace_the_method(sweep_file: Callable[..., Sweep]) -> None:
     text = "model: demo\ncalibration: demo\ngrids:\n  - {method: [none, rtn, awq], scheme: [w4]}\n"
-    assert titles(sweep_file(text, "rounding=gptq,rtn"))[1:] == ["demo · gptq · w4", "demo · rtn · w4"]
-    assert titles(sweep_file(text, "rounding=gptq", "transform=awq"))[1:] == ["demo · awq_gptq · w4"]
+    assert titles(sweep_file(text, "rounding=gptq,rtn"))[1:] == [
+        "demo · gptq · w4",
+        "demo · rtn · w4",
+    ]
+    assert titles(sweep_file(text, "rounding=gptq", "transform=awq"))[1:] == [
+        "demo · awq_gptq · w4"
+    ]
     edited = sweep_file(text, "transform=null")
-    assert titles(edited)[1:] == ["demo · rtn · w4", "demo · rounding=awq · w4"], "AWQ's clipping alone is not AWQ"
+    assert titles(edited)[1:] == ["demo · rtn · w4", "demo · rounding=awq · w4"], (
+        "AWQ's clipping alone is not AWQ"
+    )
 
 
 def test_overrides_replace_axes_of_every_grid(sweep_file: Callable[..., Sweep]) -> None:
@@ -220,9 +278,22 @@ grids:
   - {method: rtn, scheme: [w8, w4]}
   - zip: {method: [gptq, awq], scheme: [w3, w4]}
 """
-    assert titles(sweep_file(text))[1:] == ["demo · rtn · w8", "demo · rtn · w4", "demo · gptq · w3", "demo · awq · w4"]
-    assert titles(sweep_file(text, "scheme=w2"))[1:] == ["demo · rtn · w2", "demo · gptq · w2", "demo · awq · w2"]
-    assert titles(sweep_file(text, "method=rtn"))[1:] == ["demo · rtn · w8", "demo · rtn · w4", "demo · rtn · w3"]
+    assert titles(sweep_file(text))[1:] == [
+        "demo · rtn · w8",
+        "demo · rtn · w4",
+        "demo · gptq · w3",
+        "demo · awq · w4",
+    ]
+    assert titles(sweep_file(text, "scheme=w2"))[1:] == [
+        "demo · rtn · w2",
+        "demo · gptq · w2",
+        "demo · awq · w2",
+    ]
+    assert titles(sweep_file(text, "method=rtn"))[1:] == [
+        "demo · rtn · w8",
+        "demo · rtn · w4",
+        "demo · rtn · w3",
+    ]
 
 
 def test_skips_have_reasons(sweep_file: Callable[..., Sweep]) -> None:
@@ -237,12 +308,20 @@ skip:
     sweep = sweep_file(text)
     assert titles(sweep)[1:] == ["demo · rtn · w4", "demo · rtn · w3", "demo · gptq · w4"]
     assert {skip.reason: skip.titles for skip in sweep.skips} == {
-        "not published": ("demo · gptq · w3", "demo · gptq · w2"), "useless": ("demo · rtn · w2",),
+        "not published": ("demo · gptq · w3", "demo · gptq · w2"),
+        "useless": ("demo · rtn · w2",),
     }
-    bad = text + "  - {method: gtpq, reason: x}\n  - {scheme.weight.bit: 2, reason: x}\n  - {method: rtn}\n"
+    bad = (
+        text
+        + "  - {method: gtpq, reason: x}\n  - {scheme.weight.bit: 2, reason: x}\n  - {method: rtn}\n"
+    )
     with pytest.raises(ConfigError) as caught:
         sweep_file(bad)
-    for said in ('did you mean "gptq"', 'did you mean "bits"', "skip[4]: axes to match and a reason"):
+    for said in (
+        'did you mean "gptq"',
+        'did you mean "bits"',
+        "skip[4]: axes to match and a reason",
+    ):
         assert said in str(caught.value)
 
 
@@ -260,31 +339,64 @@ first:
     assert titles(sweep) == titles(sweep_file(text.partition("first:")[0]))
     ranks = {cell.title: sweep.rank(cell_key(cell)) for cell in sweep.cells}
     assert ranks == {
-        "demo · none · full": 0, "demo · gptq · w3": 0, "demo · rtn · w4": 1, "demo · gptq · w4": 1, "demo · rtn · w3": 2,
+        "demo · none · full": 0,
+        "demo · gptq · w3": 0,
+        "demo · rtn · w4": 1,
+        "demo · gptq · w4": 1,
+        "demo · rtn · w3": 2,
     }
     bad = text + "  - {method: gtpq}\n  - {scheme.weight.bit: 2}\n  - {methd: rtn}\n  - rtn\n"
     with pytest.raises(ConfigError) as caught:
         sweep_file(bad)
-    for said in ('did you mean "gptq"', 'did you mean "bits"', 'did you mean "method"', "first[5]: axes to match are expected"):
+    for said in (
+        'did you mean "gptq"',
+        'did you mean "bits"',
+        'did you mean "method"',
+        "first[5]: axes to match are expected",
+    ):
         assert said in str(caught.value)
 
 
-def test_a_sweep_file_says_its_title_and_runtime(sweep_file: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_a_sweep_file_says_its_title_and_runtime(
+    sweep_file: Callable[..., Sweep], tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     head = "# A title\n# And what it claims.\nmodel: demo\nmethod: none\n"
     text = head + "data: {root: data}\ncluster: local\ncluster.workers: 3\nruns: kept\n"
     sweep = sweep_file(text, "cluster.workers=1", "tracking=none")
-    assert (sweep.name, sweep.title, sweep.description) == ("study", "A title", "And what it claims.")
-    assert sweep.runtime.data_root == tmp_path / "data" and sweep.runtime.runs == Path.cwd() / "kept"
-    assert (sweep.runtime.cluster.kind, sweep.runtime.cluster.workers, sweep.runtime.tracking.kind) == ("local", 1, "none")
+    assert (sweep.name, sweep.title, sweep.description) == (
+        "study",
+        "A title",
+        "And what it claims.",
+    )
+    assert (
+        sweep.runtime.data_root == tmp_path / "data" and sweep.runtime.runs == Path.cwd() / "kept"
+    )
+    assert (
+        sweep.runtime.cluster.kind,
+        sweep.runtime.cluster.workers,
+        sweep.runtime.tracking.kind,
+    ) == ("local", 1, "none")
 
 
 def test_runtime_changes_no_key() -> None:
     grid = [*GRID, "method=gptq", "scheme=w4", "evaluations=demo_perplexity"]
-    elsewhere = ["cluster=local", "tracking=none", "runs=/elsewhere", "device=cpu", "batch_size=3", "fail_fast=true", "priority=5"]
-    for one, other in zip(load_sweep(None, grid).cells, load_sweep(None, [*grid, *elsewhere]).cells, strict=True):
+    elsewhere = [
+        "cluster=local",
+        "tracking=none",
+        "runs=/elsewhere",
+        "device=cpu",
+        "batch_size=3",
+        "fail_fast=true",
+        "priority=5",
+    ]
+    for one, other in zip(
+        load_sweep(None, grid).cells, load_sweep(None, [*grid, *elsewhere]).cells, strict=True
+    ):
         assert (quantize_key(one), cell_key(one)) == (quantize_key(other), cell_key(other))
-        assert [score_key(one, e) for e in one.evaluations] == [score_key(other, e) for e in other.evaluations]
+        assert [score_key(one, e) for e in one.evaluations] == [
+            score_key(other, e) for e in other.evaluations
+        ]
     assert load_runtime(elsewhere).runs == Path("/elsewhere")
 
 
@@ -294,8 +406,17 @@ def test_keys_do_not_depend_on_where_data_lies(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         for split in ("valid", "test"):
             (folder / f"{split}.jsonl").write_text(f'{{"text": "{split}"}}\n')
-    grid = ["model=demo", "method=gptq", "scheme=w4", "calibration=wikitext2", "evaluations=wikitext2"]
-    (one, other) = (quantized(load_sweep(None, [*grid, f"data.root={tmp_path / place}"]))[0] for place in ("a", "b"))
+    grid = [
+        "model=demo",
+        "method=gptq",
+        "scheme=w4",
+        "calibration=wikitext2",
+        "evaluations=wikitext2",
+    ]
+    (one, other) = (
+        quantized(load_sweep(None, [*grid, f"data.root={tmp_path / place}"]))[0]
+        for place in ("a", "b")
+    )
     assert quantize_key(one) == quantize_key(other)
     assert score_key(one, one.evaluations[0]) == score_key(other, other.evaluations[0])
     (hub,) = quantized(load_sweep(None, grid))
@@ -306,9 +427,18 @@ def test_models_and_calibrations_may_be_paths(tmp_path: Path) -> None:
     model = PACKAGE / "data" / "demo" / "model"
     shutil.copytree(model, tmp_path / "my model")
     (tmp_path / "text.txt").write_text("some words " * 100)
-    axes = [f"model='{tmp_path}/my model'", "method=gptq", "scheme=w4", f"calibration={tmp_path}/text.txt"]
+    axes = [
+        f"model='{tmp_path}/my model'",
+        "method=gptq",
+        "scheme=w4",
+        f"calibration={tmp_path}/text.txt",
+    ]
     (cell,) = quantized(load_sweep(None, axes))
-    assert cell.model.name == "my model" and cell.calibration is not None and cell.calibration.name == "text"
+    assert (
+        cell.model.name == "my model"
+        and cell.calibration is not None
+        and cell.calibration.name == "text"
+    )
     (demo,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=w4"]))
     assert cell.model.digest == demo.model.digest
     (hub,) = load_sweep(None, ["model=owner/Some-Model-7B", "method=none"]).cells
@@ -316,7 +446,11 @@ def test_models_and_calibrations_may_be_paths(tmp_path: Path) -> None:
 
 
 def test_fields_younger_than_a_key_leave_it_as_it_was() -> None:
-    cell = Cell(Model("a", "b", digest="d"), Method("rtn", rounding=Part("rtn")), Scheme("w4g32", WeightScheme("int", 4, 32)))
+    cell = Cell(
+        Model("a", "b", digest="d"),
+        Method("rtn", rounding=Part("rtn")),
+        Scheme("w4g32", WeightScheme("int", 4, 32)),
+    )
     assert quantize_key(cell) == "0121462a424511a8690d2833397a878327d89fc49876dd89d997b13674f2621e"
     floating = Scheme("w4g32", WeightScheme("int", 4, 32, zero_point="float"))
     assert quantize_key(dataclasses.replace(cell, scheme=floating)) != quantize_key(cell)
@@ -326,9 +460,21 @@ def test_fields_younger_than_a_key_leave_it_as_it_was() -> None:
 
 
 def test_suites_expand_and_settings_can_be_edited() -> None:
-    overrides = [*GRID, "method=rtn", "scheme=w4", "evaluations=demo_perplexity,demo,demo_facts", "evaluations.limit=20"]
+    overrides = [
+        *GRID,
+        "method=rtn",
+        "scheme=w4",
+        "evaluations=demo_perplexity,demo,demo_facts",
+        "evaluations.limit=20",
+    ]
     (_, cell) = load_sweep(None, [*overrides, "evaluations.demo_perplexity.length=64"]).cells
-    assert [e.name for e in cell.evaluations] == ["demo_perplexity", "demo_facts", "demo_add", "demo_count", "demo_copy"]
+    assert [e.name for e in cell.evaluations] == [
+        "demo_perplexity",
+        "demo_facts",
+        "demo_add",
+        "demo_count",
+        "demo_copy",
+    ]
     assert {e.limit for e in cell.evaluations} == {20} and cell.evaluations[0]["length"] == 64
     (whole, _) = load_sweep(None, overrides[:-1]).cells
     assert score_key(cell, cell.evaluations[1]) != score_key(cell, whole.evaluations[1])
@@ -344,10 +490,20 @@ tables:
     columns: [demo_perplexity/perplexity, {metric: checkpoint/bits_per_weight, digits: 3}]
 """
     (table,) = sweep_file(text).tables
-    assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[1].digits == 3
+    assert [column.higher_is_better for column in table.columns] == [False, None] and table.columns[
+        1
+    ].digits == 3
     with pytest.raises(ConfigError) as caught:
-        sweep_file(text + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x, digit: 1}]")
-    for said in ('mean "demo_perplexity"', 'mean "digits"', "no sweeps/published/no/such", "two tables are called one"):
+        sweep_file(
+            text
+            + "  - name: one\n    published: no/such\n    columns: [demo_perplexty/perplexity, {metric: x, digit: 1}]"
+        )
+    for said in (
+        'mean "demo_perplexity"',
+        'mean "digits"',
+        "no sweeps/published/no/such",
+        "two tables are called one",
+    ):
         assert said in str(caught.value)
 
 
@@ -355,10 +511,16 @@ tables:
 
 
 def test_all_offenders_at_once_with_the_nearest_name() -> None:
-    said = problem("model=dmeo", "method=gtpq", "scheme=w4q8", "evaluations=demo_perplexty", "cluster=lokal")
+    said = problem(
+        "model=dmeo", "method=gtpq", "scheme=w4q8", "evaluations=demo_perplexty", "cluster=lokal"
+    )
     for near in ("demo", "gptq", "demo_perplexity", "local"):
         assert f'did you mean "{near}"' in said
-    assert 'no scheme "w4q8"' in said and said.startswith("5 problems") and "Nothing was started." in said
+    assert (
+        'no scheme "w4q8"' in said
+        and said.startswith("5 problems")
+        and "Nothing was started." in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -399,22 +561,39 @@ def test_a_wrong_override_is_answered(override: str, expected: str) -> None:
 
 def test_a_setting_that_may_be_null_takes_null_and_no_other_type() -> None:
     grid = [*GRID, "method=spqr", "scheme=w3g16"]
-    (cell,) = quantized(load_sweep(None, [*grid, "rounding.outlier_threshold=null", "rounding.scale_bits=null"]))
+    (cell,) = quantized(
+        load_sweep(None, [*grid, "rounding.outlier_threshold=null", "rounding.scale_bits=null"])
+    )
     assert cell.method.rounding is not None
-    assert (cell.method.rounding["outlier_threshold"], cell.method.rounding["scale_bits"]) == (None, None)
-    assert "damping_fraction: a number is expected, not None" in problem(*grid, "rounding.damping_fraction=null")
-    assert "outlier_threshold: a number is expected, not 'few'" in problem(*grid, "rounding.outlier_threshold=few")
-    binary = [*GRID, "method=pb_llm", "scheme=w1.7"]                   # null unless set: the annotation says what it may be
+    assert (cell.method.rounding["outlier_threshold"], cell.method.rounding["scale_bits"]) == (
+        None,
+        None,
+    )
+    assert "damping_fraction: a number is expected, not None" in problem(
+        *grid, "rounding.damping_fraction=null"
+    )
+    assert "outlier_threshold: a number is expected, not 'few'" in problem(
+        *grid, "rounding.outlier_threshold=few"
+    )
+    binary = [
+        *GRID,
+        "method=pb_llm",
+        "scheme=w1.7",
+    ]  # null unless set: the annotation says what it may be
     (cell,) = quantized(load_sweep(None, [*binary, "rounding.low_fraction=0.5"]))
     assert cell.method.rounding is not None and cell.method.rounding["low_fraction"] == 0.5
-    assert "low_fraction: a number is expected, not 'half'" in problem(*binary, "rounding.low_fraction=half")
+    assert "low_fraction: a number is expected, not 'half'" in problem(
+        *binary, "rounding.low_fraction=half"
+    )
 
 
 def test_what_a_grid_lacks_is_said() -> None:
     assert "no model; add model=<name>" in problem("method=rtn", "scheme=w4")
     assert "no method; add method=<name>" in problem("model=demo", "scheme=w4")
     assert "needs a scheme" in problem("model=demo", "method=rtn")
-    assert "gptq (hessian) needs calibration data; add calibration=<name>" in problem("model=demo", "method=gptq", "scheme=w4")
+    assert "gptq (hessian) needs calibration data; add calibration=<name>" in problem(
+        "model=demo", "method=gptq", "scheme=w4"
+    )
     assert 'did you mean "demo"' in problem(name="dmo")
 
 
@@ -423,16 +602,27 @@ def test_what_a_grid_lacks_is_said() -> None:
     [
         ("model: demo\nmethod: [rtn\n", r"study\.yaml, line 3: not valid YAML"),
         ("model: demo\nmodel: other\n", "duplicate key"),
-        ("model: !!python/object/apply:os.system ['true']\n", "line 1: not valid YAML: could not determine a constructor"),
+        (
+            "model: !!python/object/apply:os.system ['true']\n",
+            "line 1: not valid YAML: could not determine a constructor",
+        ),
         ("- a\n- b\n", "a mapping is expected"),
         ("model: demo\ngrid: {method: rtn}\n", 'no key "grid"; did you mean "grids"'),
         ("model: demo\ngrids: {metod: rtn}\n", 'did you mean "method"'),
-        ("model: demo\ngrids: {zip: {method: [rtn, gptq], scheme: [w4]}}\n", "paired axes differ in length: method 2, scheme 1"),
+        (
+            "model: demo\ngrids: {zip: {method: [rtn, gptq], scheme: [w4]}}\n",
+            "paired axes differ in length: method 2, scheme 1",
+        ),
         ("model: demo\ngrids: {method: [], scheme: [w4]}\n", "an axis without values"),
-        ("model: demo\nmethod: rtn\nscheme: w4\nskip: [{method: rtn, reason: because}]\n", "every cell is skipped"),
+        (
+            "model: demo\nmethod: rtn\nscheme: w4\nskip: [{method: rtn, reason: because}]\n",
+            "every cell is skipped",
+        ),
     ],
 )
-def test_a_wrong_sweep_file_is_answered(sweep_file: Callable[..., Sweep], text: str, expected: str) -> None:
+def test_a_wrong_sweep_file_is_answered(
+    sweep_file: Callable[..., Sweep], text: str, expected: str
+) -> None:
     with pytest.raises(ConfigError, match=expected):
         sweep_file(text)
 
@@ -440,12 +630,18 @@ def test_a_wrong_sweep_file_is_answered(sweep_file: Callable[..., Sweep], text: 
 # --- what docs/sweeps.md shows -------------------------------------------------------------------------------------------------
 
 DOCUMENT = (ROOT / "docs" / "sweeps.md").read_text()
-COMMANDS = [line.partition(" #")[0] for line in DOCUMENT.splitlines() if line.startswith("harness run ")]
+COMMANDS = [
+    line.partition(" #")[0] for line in DOCUMENT.splitlines() if line.startswith("harness run ")
+]
 
 
 def test_the_documented_sweep_resolves(sweep_file: Callable[..., Sweep]) -> None:
     sweep = sweep_file(DOCUMENT.split("```yaml\n")[1].split("```")[0])
-    assert sweep.title == "GPTQ and RTN on Llama 2 at 4 and 3 bits" and len(sweep.skips) == 2 and len(sweep.cells) > 10
+    assert (
+        sweep.title == "GPTQ and RTN on Llama 2 at 4 and 3 bits"
+        and len(sweep.skips) == 2
+        and len(sweep.cells) > 10
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -463,7 +659,9 @@ def test_configs_of_ones_own_come_first_and_compose(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("# Mine\ndefaults: [demo, _self_]\ndtype: bfloat16\n")
     (tmp_path / "here" / "sweeps").mkdir()
-    (tmp_path / "here" / "sweeps" / "study.yaml").write_text("# My study\nmodel: mine\nmethod: none\n")
+    (tmp_path / "here" / "sweeps" / "study.yaml").write_text(
+        "# My study\nmodel: mine\nmethod: none\n"
+    )
     assert ("mine", "Mine") in [(entry.name, entry.title) for entry in list_names("models")]
     assert ("study", "My study") in [(entry.name, entry.title) for entry in list_names("sweeps")]
     (cell,) = load_sweep("study").cells
@@ -476,9 +674,12 @@ def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "harness", package, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in ("conf", "sweeps"):
         shutil.copytree(ROOT / folder, package / folder)
-    code = "from harness.config.grid import load_sweep; from harness.config.locations import list_names; s = load_sweep('demo'); print(s.path, len(s.cells), len(list_names('methods')))"
+    imports = "from harness.config.grid import load_sweep; from harness.config.locations import list_names"
+        code = f"{imports}; s = load_sweep('demo'); print(s.path, len(s.cells), len(list_names('methods')))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     path, cells, methods = ran.stdout.rsplit(maxsplit=2)
     assert Path(path) == package / "sweeps" / "demo.yaml" and int(cells) >= 16 and int(methods) >= 4
@@ -489,14 +690,24 @@ def test_a_benchmark_of_ones_own_is_its_wording_and_its_code(tmp_path: Path) -> 
         folder = tmp_path / place
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "own.yaml").write_text(f"task: own\ninclude: base.yaml\ndoc_to_text: {wording}\n")
-        (folder / "base.yaml").write_text("dataset_path: json\nprocess_results: !function marks.right\n")
+        (folder / "base.yaml").write_text(
+            "dataset_path: json\nprocess_results: !function marks.right\n"
+        )
         (folder / "marks.py").write_text(code)
-        return evaluations.task_digest(task_files.members("own", str(folder)), {"include": str(folder)})
+        return evaluations.task_digest(
+            task_files.members("own", str(folder)), {"include": str(folder)}
+        )
 
     first = data_digest("Q", "right = len", "study/tasks")
     assert data_digest("Q", "right = len", "study/moved") == first
-    assert data_digest("Question", "right = len", "study/tasks") != first != data_digest("Q", "right = max", "study/tasks")
-    assert data_digest("Q", "right = len", "lm_eval/tasks") == first, "a folder of lm-eval's name is not lm-eval's"
+    assert (
+        data_digest("Question", "right = len", "study/tasks")
+        != first
+        != data_digest("Q", "right = max", "study/tasks")
+    )
+    assert data_digest("Q", "right = len", "lm_eval/tasks") == first, (
+        "a folder of lm-eval's name is not lm-eval's"
+    )
     assert data_digest("Question", "right = len", "lm_eval/tasks") != first
 
 
@@ -508,11 +719,14 @@ def test_static_scales_of_named_layers_need_calibration(tmp_path: Path) -> None:
     )
     (cell,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=down_static"]))
     assert cell.calibration is not None
-    assert "static activation scheme needs calibration" in problem("model=demo", "method=rtn", "scheme=down_static")
+    assert "static activation scheme needs calibration" in problem(
+        "model=demo", "method=rtn", "scheme=down_static"
+    )
 
 
 def test_names_are_listed_without_hydra() -> None:
-    code = "import sys; from harness.config.locations import list_names; list_names('methods'); sys.exit(bool({'hydra', 'torch'} & set(sys.modules)))"
+    code = "import sys; from harness.config.locations import list_names; list_names('methods');"
+    code += " sys.exit(bool({'hydra', 'torch'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -530,7 +744,9 @@ def test_a_thousand_cells_compose_each_value_once(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(grid_module, "compose", compose)
     monkeypatch.setattr(grid_module, "compose_with_hydra", hydra)
-    sweep = load_sweep(None, [*GRID, "method=gptq,awq", "scheme=glob(w*)", "seed=range(0,25)", "evaluations=demo"])
+    sweep = load_sweep(
+        None, [*GRID, "method=gptq,awq", "scheme=glob(w*)", "seed=range(0,25)", "evaluations=demo"]
+    )
     assert len(sweep.cells) > 1000
     assert max(composed.values()) == 1 and composed["config"] == 1
     assert len({cell_key(cell) for cell in sweep.cells}) == len(sweep.cells)
@@ -548,12 +764,20 @@ tables: [{name: t, models: [demoo], columns: [{metric: demo_perplexity/perplexit
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
         grid_module.load_sweep(str(path))
-    for part in ('no model "demoo"; did you mean "demo"', 'no model "dmo"; did you mean "demo"', "tables[0]"):
+    for part in (
+        'no model "demoo"; did you mean "demo"',
+        'no model "dmo"; did you mean "demo"',
+        "tables[0]",
+    ):
         assert part in str(error.value)
-    assert grid_module.load_sweep(str(path), ["model=demo_weight_outliers"]).tables       # narrowed: the file's table stays, with gaps
+    assert grid_module.load_sweep(
+        str(path), ["model=demo_weight_outliers"]
+    ).tables  # narrowed: the file's table stays, with gaps
 
 
 def test_two_evaluations_must_not_report_under_one_name() -> None:
     said = problem("model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,mmlu_zeroshot]")
     assert "evaluations mmlu and mmlu_zeroshot both report mmlu_" in said and "two sweeps" in said
-    assert load_sweep(None, ["model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,arc_easy]"]).cells
+    assert load_sweep(
+        None, ["model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,arc_easy]"]
+    ).cells

@@ -13,7 +13,7 @@ from harness.core.cell import quantize_key, score_key
 
 CALIBRATED = ("calibration=demo", "calibration.samples=8", "calibration.length=64")
 
-QUANTIZE_KEYS = {                               # method, scheme -> quantize_key of the demo model's cell
+QUANTIZE_KEYS = {  # method, scheme -> quantize_key of the demo model's cell
     ("none", "full"): "68b46dabd219914456353c21631884685318c654728cbe9232477fb8c3757ff2",
     ("rtn", "w4g32"): "72ce9830d8117b7097d3aa3f9e6d1a9cdcb9897ec9e45a2688a6ac2217093405",
     ("gptq", "w3g32"): "ec2ec20bbd3018750e2bdb5d0030917bd7525ad005d1bae1247a33d72c8e949d",
@@ -24,9 +24,15 @@ QUANTIZE_KEYS = {                               # method, scheme -> quantize_key
     ("omniquant", "w4g32"): "84299ae51eff57927ae652d055071a25bb00bcdf65788c14b8f4efbbacf81bbf",
     ("smoothquant", "w8a8"): "f3e55acb3096ab0ca51db2e19e3c5fb60b5480832c09f290602cd6753d0326b9",
     ("bi_smoothing", "w8a8"): "42220d3dc44cf1a7797a39ba9dacf94abbc800ecf4cd837e23c4a3f2801a1146",
-    ("llm_int8", "w8a8_llm_int8"): "e0f247250deb88a6ede517feb36acb0c25dbc2700033254e670617c81bfe020c",
+    (
+        "llm_int8",
+        "w8a8_llm_int8",
+    ): "e0f247250deb88a6ede517feb36acb0c25dbc2700033254e670617c81bfe020c",
     ("keep", "w16kv4"): "9add2e570839e90ff1d4e8a2c229916f09a1c530f04bbe0049678438e6d48aff",
-    ("quarot", "w4a4kv4_quarot"): "540e10bcabda89ea23c1a3d0e2fa44f22b178a5c2017df22d401cf454d9974fd",
+    (
+        "quarot",
+        "w4a4kv4_quarot",
+    ): "540e10bcabda89ea23c1a3d0e2fa44f22b178a5c2017df22d401cf454d9974fd",
     ("spinquant", "w4a4"): "66671ea6b198d67afa09f96679527728b4ef814c06b0c8444c5d6d6cdac3c167",
     ("qlora", "nf4g32"): "3ca8f63e73f916ca2f84f42a77bb87c3fc8da19bacc59cfd5508ca473f1990f0",
     ("peqa", "w4g32"): "0c680df2939ebde5e28479b18a382346c0dd8bc6b699277b0eaf0cf3ca59e6df",
@@ -35,7 +41,7 @@ QUANTIZE_KEYS = {                               # method, scheme -> quantize_key
     ("vptq", "w2"): "bc4e207c7270a6c408d88547de37e97c7fe55f9b6ec225af3f34e251adaa3357",
 }
 
-SCORE_KEYS = {                                  # evaluation -> score_key of the demo model, GPTQ, w4g32a8kv4
+SCORE_KEYS = {  # evaluation -> score_key of the demo model, GPTQ, w4g32a8kv4
     "demo_perplexity": "1601932b86f349df0a02ec6c2ede004724a0d6883b3ee21a7a2d90c3eb1f277e",
     "tinystories": "3a5fdd707074c6f8a4b5376b43ce4a449f525d47c363f71143fd8d6c2a7a14d9",
     "demo_divergence": "2082e38367fffc7f53c697a67bb815e56c52571220e905d5d56f679554dfcd95",
@@ -66,7 +72,13 @@ def test_checkpoints_keep_their_keys(method: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("name", SCORE_KEYS)
 def test_scores_keep_their_keys(name: str) -> None:
-    axes = ["model=demo", "method=gptq", "scheme=w4g32a8kv4", "baseline=false", f"evaluations={name}"]
+    axes = [
+        "model=demo",
+        "method=gptq",
+        "scheme=w4g32a8kv4",
+        "baseline=false",
+        f"evaluations={name}",
+    ]
     (cell,) = load_sweep(None, [*axes, *CALIBRATED]).cells
     (evaluation,) = cell.evaluations
     assert score_key(cell, evaluation) == SCORE_KEYS[name]

@@ -20,7 +20,7 @@ from harness.data.bundle import Bundle, pull, verify
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "someone/tiny"
-WIKITEXT = "hub:Salesforce/wikitext/wikitext-2-raw-v1@b08601e04326c79dfdd32d625aee71d232d685c3"     # as conf/data_sets.yaml pins it
+WIKITEXT = "hub:Salesforce/wikitext/wikitext-2-raw-v1@b08601e04326c79dfdd32d625aee71d232d685c3"  # as conf/data_sets.yaml pins it
 SWEEP = f"""
 model: {MODEL}
 calibration: wikitext2
@@ -51,7 +51,9 @@ class StandIn:
         self.asked.append(f"{source} {split}")
         return [f"row {n} of {split}: the cat sat on the mat" for n in range(40)]
 
-    def rows(self, repository: str, name: str | None, split: str, commit: str) -> Iterable[dict[str, Any]]:
+    def rows(
+        self, repository: str, name: str | None, split: str, commit: str
+    ) -> Iterable[dict[str, Any]]:
         self.asked.append(f"{repository} {split}")
         return [{"goal": "to sit", "sol1": "take a chair", "sol2": "take a fish", "label": 0}]
 
@@ -69,16 +71,23 @@ def test_a_sweep_runs_from_its_bundle_without_the_hub(sweep_file: str, tmp_path:
     hub, folder = StandIn(), tmp_path / "bundle"
     lines = list(pull(grid.load_sweep(sweep_file), folder, hub))
     assert any(line.startswith(f"model {MODEL}@0123") for line in lines)
-    assert f"{WIKITEXT} train" in hub.asked                                               # pinned, and calibration's own split
+    assert f"{WIKITEXT} train" in hub.asked  # pinned, and calibration's own split
     assert verify(folder) == []
 
     sweep = grid.load_sweep(sweep_file, [f"data.root={folder}", f"runs={tmp_path / 'runs'}"])
     cell = sweep.cells[-1]
-    assert cell.model.digest == COMMIT and model_folders.model_folder(cell.model) == folder / "models" / "someone--tiny"
+    assert (
+        cell.model.digest == COMMIT
+        and model_folders.model_folder(cell.model) == folder / "models" / "someone--tiny"
+    )
     assert cell.calibration is not None
-    assert sources.read_corpus(cell.calibration.source, cell.calibration.split)[0].startswith("row 0 of train")
+    assert sources.read_corpus(cell.calibration.source, cell.calibration.split)[0].startswith(
+        "row 0 of train"
+    )
     by_name = {evaluation.name: dict(evaluation.settings) for evaluation in cell.evaluations}
-    assert sources.read_corpus(by_name["wikitext2"]["source"], by_name["wikitext2"]["split"])[0].startswith("row 0 of test")
+    assert sources.read_corpus(by_name["wikitext2"]["source"], by_name["wikitext2"]["split"])[
+        0
+    ].startswith("row 0 of test")
     (task,) = task_files.members("piqa")
     local = task_files.local_data(task, by_name["piqa"]["data_root"])
     assert local is not None and local.rows("validation")[0]["sol2"] == "take a fish"
@@ -87,7 +96,9 @@ def test_a_sweep_runs_from_its_bundle_without_the_hub(sweep_file: str, tmp_path:
 def test_a_model_of_another_commit_is_no_substitute(sweep_file: str, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     list(pull(grid.load_sweep(sweep_file), folder, StandIn()))
-    assert (folder / "models" / "someone--tiny" / "generation_config.json").is_file(), "what ends a generated text comes too"
+    assert (folder / "models" / "someone--tiny" / "generation_config.json").is_file(), (
+        "what ends a generated text comes too"
+    )
     for revision in (COMMIT, "main"):
         grid.load_sweep(sweep_file, [f"data.root={folder}", f"model.revision={revision}"])
     with pytest.raises(ConfigError, match=f"has commit {COMMIT}"):
@@ -98,7 +109,10 @@ def test_what_is_here_is_not_fetched_again(sweep_file: str, tmp_path: Path) -> N
     sweep, folder = grid.load_sweep(sweep_file), tmp_path / "bundle"
     list(pull(sweep, folder, StandIn()))
     again = StandIn()
-    assert all(line.endswith("here already") for line in pull(sweep, folder, again)) and again.asked == []
+    assert (
+        all(line.endswith("here already") for line in pull(sweep, folder, again))
+        and again.asked == []
+    )
 
 
 def test_the_same_rows_give_the_same_bytes(sweep_file: str, tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from loopback_hub import LoopbackHub, serving
 
 ROOT = Path(__file__).parents[2]
 PINS = yaml.safe_load((ROOT / "conf" / "data_sets.yaml").read_text())
-MODEL_COMMIT, TEXT_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
+MODEL_COMMIT, TEXT_COMMIT = (
+    "0123456789abcdef0123456789abcdef01234567",
+    "89abcdef0123456789abcdef0123456789abcdef",
+)
 SWEEP = """
 model: someone/tiny
 calibration: own
@@ -56,9 +59,17 @@ def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
     piqa.mkdir()
     (text / "README.md").write_text(CARD)
     for split in ("train", "test"):
-        rows = [{"text": f"The {split} of row {number}: a cat sat on mat {number * 7}, and slept."} for number in range(60)]
-        (text / "short" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    items = [{"goal": f"to sit {n}", "sol1": "take a chair", "sol2": "take the fish", "label": n % 2} for n in range(8)]
+        rows = [
+            {"text": f"The {split} of row {number}: a cat sat on mat {number * 7}, and slept."}
+            for number in range(60)
+        ]
+        (text / "short" / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+    items = [
+        {"goal": f"to sit {n}", "sol1": "take a chair", "sol2": "take the fish", "label": n % 2}
+        for n in range(8)
+    ]
     for split in ("train", "validation"):
         (piqa / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     repositories = {
@@ -71,39 +82,88 @@ def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
         yield served
 
 
-def python(code: str, *arguments: str, folder: Path, home: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: str, folder: Path, home: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A process with an empty cache of its own; the hub's clients read their environment when they are imported."""
-    own = {"HF_HOME": str(folder / home), "HARNESS_CACHE": str(folder / home / "cache"), **environment}
+    own = {
+        "HF_HOME": str(folder / home),
+        "HARNESS_CACHE": str(folder / home / "cache"),
+        **environment,
+    }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env={**kept, **own}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env={**kept, **own},
+        capture_output=True,
+        text=True,
+    )
 
 
 def write_sweep(folder: Path) -> Path:
-    for group, split, rest in (("calibration", "train", "samples: 2\nlength: 16\n"), ("evaluation", "test", "")):
+    for group, split, rest in (
+        ("calibration", "train", "samples: 2\nlength: 16\n"),
+        ("evaluation", "test", ""),
+    ):
         (folder / "conf" / group).mkdir(parents=True)
         text = OWN_TEXT.format(split=split)
         if group == "evaluation":
-            text = "evaluator: perplexity\nsettings: {source: 'hub:someone/text/short', split: test}\n"
-        (folder / "conf" / group / f"own{'_text' if group == 'evaluation' else ''}.yaml").write_text(text + rest)
+            text = (
+                "evaluator: perplexity\nsettings: {source: 'hub:someone/text/short', split: test}\n"
+            )
+        (
+            folder / "conf" / group / f"own{'_text' if group == 'evaluation' else ''}.yaml"
+        ).write_text(text + rest)
     (folder / "small.yaml").write_text(SWEEP)
     return folder / "small.yaml"
 
 
 def test_a_run_from_a_bundle_is_the_run_with_network(hub: LoopbackHub, tmp_path: Path) -> None:
-    sweep, common = write_sweep(tmp_path), ["tracking=none", "device=cpu", "cluster=local", "cluster.workers=1"]
+    sweep, common = (
+        write_sweep(tmp_path),
+        ["tracking=none", "device=cpu", "cluster=local", "cluster.workers=1"],
+    )
 
-    def run(pull: str, runs: str, *overrides: str, **environment: str) -> tuple[str, dict[str, Any]]:
-        arguments = [str(sweep), str(tmp_path / runs), str(tmp_path / "bundle"), *common, f"runs={tmp_path / runs}", *overrides]
-        ran = python(RUN.replace("PULL", pull), *arguments, folder=tmp_path, home=f"home_{runs}", **environment)
+    def run(
+        pull: str, runs: str, *overrides: str, **environment: str
+    ) -> tuple[str, dict[str, Any]]:
+        arguments = [
+            str(sweep),
+            str(tmp_path / runs),
+            str(tmp_path / "bundle"),
+            *common,
+            f"runs={tmp_path / runs}",
+            *overrides,
+        ]
+        ran = python(
+            RUN.replace("PULL", pull),
+            *arguments,
+            folder=tmp_path,
+            home=f"home_{runs}",
+            **environment,
+        )
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout, json.loads((tmp_path / runs / "scores.json").read_text())
 
     said, online = run(PULL, "online", HF_ENDPOINT=hub.address)
-    assert f"model someone/tiny@{MODEL_COMMIT[:12]}" in said and f"text hub:someone/text/short@{TEXT_COMMIT} train: 60 rows" in said
+    assert (
+        f"model someone/tiny@{MODEL_COMMIT[:12]}" in said
+        and f"text hub:someone/text/short@{TEXT_COMMIT} train: 60 rows" in said
+    )
     known = json.loads((tmp_path / "home_online" / "cache" / "commits.json").read_text())
-    assert known == {"model someone/tiny@main": MODEL_COMMIT, "dataset someone/text@main": TEXT_COMMIT}, "baber/piqa is pinned"
+    assert known == {
+        "model someone/tiny@main": MODEL_COMMIT,
+        "dataset someone/text@main": TEXT_COMMIT,
+    }, "baber/piqa is pinned"
     asked = len(hub.asked)
-    _, offline = run("", "offline", f"data.root={tmp_path / 'bundle'}", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.address)
+    _, offline = run(
+        "",
+        "offline",
+        f"data.root={tmp_path / 'bundle'}",
+        HF_HUB_OFFLINE="1",
+        HF_ENDPOINT=hub.address,
+    )
     assert offline == online and len(online) == 4 and len(hub.asked) == asked
 
 
@@ -119,4 +179,7 @@ def test_what_the_hub_refuses_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
     gated, absent, data = ran.stdout.strip().splitlines()
     assert "the hub answered 403" in gated and "accept its licence and set HF_TOKEN" in gated
     assert "the hub answered 404: misspelt" in absent
-    assert "the commit of the data set someone/absent is not known" in data or "not in the local cache" in data
+    assert (
+        "the commit of the data set someone/absent is not known" in data
+        or "not in the local cache" in data
+    )

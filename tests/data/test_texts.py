@@ -41,16 +41,35 @@ ROWS = ["first", "", "third\nwith a line", "ünï\u2028code"]
 def test_a_generation_config_is_part_of_scores_of_written_text_alone(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folders.model_folder(Model("demo", "demo")), folder)
-    base = Model("m", str(folder), digest=model_folders.model_digest(str(folder)), generation=model_folders.generation_digest(str(folder)))
+    base = Model(
+        "m",
+        str(folder),
+        digest=model_folders.model_digest(str(folder)),
+        generation=model_folders.generation_digest(str(folder)),
+    )
     (folder / "generation_config.json").write_text('{"repetition_penalty": 1.5}')
-    other = Model("m", str(folder), digest=model_folders.model_digest(str(folder)), generation=model_folders.generation_digest(str(folder)))
+    other = Model(
+        "m",
+        str(folder),
+        digest=model_folders.model_digest(str(folder)),
+        generation=model_folders.generation_digest(str(folder)),
+    )
     assert base.digest == other.digest and base.generation != other.generation
     cells = [Cell(model, Method("none"), Scheme("full")) for model in (base, other)]
-    read, written = Evaluation("a", "lm_eval_tasks"), Evaluation("b", "lm_eval_tasks", generates=True)
-    assert quantize_key(cells[0]) == quantize_key(cells[1]) and score_key(cells[0], read) == score_key(cells[1], read)
+    read, written = (
+        Evaluation("a", "lm_eval_tasks"),
+        Evaluation("b", "lm_eval_tasks", generates=True),
+    )
+    assert quantize_key(cells[0]) == quantize_key(cells[1]) and score_key(
+        cells[0], read
+    ) == score_key(cells[1], read)
     assert score_key(cells[0], written) != score_key(cells[1], written)
     (folder / "generation_config.json").unlink()
-    assert model_folders.generation_digest(str(folder)) == "" == model_folders.generation_digest("owner/some-model")
+    assert (
+        model_folders.generation_digest(str(folder))
+        == ""
+        == model_folders.generation_digest("owner/some-model")
+    )
 
 
 @pytest.mark.parametrize("field", texts.TEXT_FIELDS)
@@ -58,7 +77,9 @@ def test_a_generation_config_is_part_of_scores_of_written_text_alone(tmp_path: P
 def test_rows_come_back_in_order(tmp_path: Path, field: str, suffix: str) -> None:
     text = "".join(json.dumps({field: row}, ensure_ascii=False) + "\n" for row in ROWS)
     content = text.encode()
-    (tmp_path / f"test{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    (tmp_path / f"test{suffix}").write_bytes(
+        gzip.compress(content) if suffix.endswith("gz") else content
+    )
     assert texts.read_corpus(str(tmp_path), "test") == ROWS
     assert texts.read_corpus(str(tmp_path / f"test{suffix}"), "any") == ROWS
 
@@ -72,7 +93,10 @@ def test_plain_text_is_one_document_verbatim(tmp_path: Path) -> None:
 def test_parquet_shards_are_joined_in_order(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for number, rows in enumerate((ROWS[:2], ROWS[2:])):
-        parquet.write_table(pyarrow.table({"text": rows, "id": [0] * len(rows)}), tmp_path / f"train-0000{number}-of-00002.parquet")
+        parquet.write_table(
+            pyarrow.table({"text": rows, "id": [0] * len(rows)}),
+            tmp_path / f"train-0000{number}-of-00002.parquet",
+        )
     assert texts.read_corpus(str(tmp_path), "train") == ROWS
 
 
@@ -91,10 +115,14 @@ def test_instructions_become_texts_in_the_words_of_alpaca(tmp_path: Path) -> Non
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n5"
     )
-    assert "### Input" not in pet and pet.endswith("### Instruction:\nName a pet.\n\n### Response:\nA newt.")
+    assert "### Input" not in pet and pet.endswith(
+        "### Instruction:\nName a pet.\n\n### Response:\nA newt."
+    )
     for prompt, answer in texts.ASKED_AND_ANSWERED[1:]:
         path = tmp_path / f"{prompt}-{answer}.parquet"
-        parquet.write_table(pyarrow.table({answer: ["A newt."], "task": [1], prompt: ["Name a pet."]}), path)
+        parquet.write_table(
+            pyarrow.table({answer: ["A newt."], "task": [1], prompt: ["Name a pet."]}), path
+        )
         assert texts.read_corpus(str(path), "") == [pet]
     (tmp_path / "both.jsonl").write_text(json.dumps({**INSTRUCTIONS[0], "text": "as it is"}) + "\n")
     assert texts.read_corpus(str(tmp_path), "both") == ["as it is"]
@@ -102,9 +130,18 @@ def test_instructions_become_texts_in_the_words_of_alpaca(tmp_path: Path) -> Non
 
 def test_questions_of_benchmarks_are_followed_by_their_right_answers(tmp_path: Path) -> None:
     """ARC's and PIQA's rows, in whatever order their fields come; an answer that is withheld is left out."""
-    arc = {"id": "1", "answerKey": "B", "question": "Which?", "choices": {"text": ["this", "that"], "label": ["A", "B"]}}
-    rows = [arc, {**arc, "answerKey": ""}, {"goal": "Close it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
-            {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": -1}]
+    arc = {
+        "id": "1",
+        "answerKey": "B",
+        "question": "Which?",
+        "choices": {"text": ["this", "that"], "label": ["A", "B"]},
+    }
+    rows = [
+        arc,
+        {**arc, "answerKey": ""},
+        {"goal": "Close it.", "sol1": "Pull.", "sol2": "Push.", "label": 1},
+        {"goal": "Open it.", "sol1": "Pull.", "sol2": "Push.", "label": -1},
+    ]
     for name, part in (("arc", rows[:2]), ("piqa", rows[2:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     assert texts.read_corpus(str(tmp_path), "arc") == ["Which? that", "Which?"]
@@ -189,10 +226,14 @@ def test_a_hub_id_is_a_commit_or_unresolved(tmp_path: Path) -> None:
     refs = tmp_path / "hub" / "hub" / "models--owner--name" / "refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text(commit)
-    assert model_folders.model_digest("owner/name") == commit, "what the hub's cache knows needs no network"
+    assert model_folders.model_digest("owner/name") == commit, (
+        "what the hub's cache knows needs no network"
+    )
 
 
-def test_paths_are_relative_to_the_sweep_then_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_sweep_then_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sweeps" / "data").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert texts.resolve_path("data", tmp_path / "sweeps") == tmp_path / "sweeps" / "data"

@@ -12,21 +12,49 @@ import numpy as np
 import pandas
 import pytest
 
-from harness.core.cell import Cell, Evaluation, Method, Model, Part, Scheme, baseline_of, freeze, score_key
+from harness.core.cell import (
+    Cell,
+    Evaluation,
+    Method,
+    Model,
+    Part,
+    Scheme,
+    baseline_of,
+    freeze,
+    score_key,
+)
 from harness.core.sweep import Column, Table
 from harness.evaluation.flips import METRICS, of_items, with_flips
 from harness.reporting import tables
 from harness.storage.store import Store
 
 ARC = Evaluation("arc", "lm_eval_tasks", freeze({"task": "arc_easy"}), data_digest="a")
-QUANTIZED = Cell(Model("m", "m", digest="d"), Method("rtn", rounding=Part("rtn")), Scheme("w4"), evaluations=(ARC,))
-BEFORE = {"log_likelihoods": [[0.0, -1.0], [0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0]], "chosen": [0, 0, 1, 1]}
-AFTER = {"log_likelihoods": [[0.0, -1.0], [-1.0, 0.0], [0.0, -1.0], [-2.0, 0.0]], "chosen": [0, 1, 0, 1]}
+QUANTIZED = Cell(
+    Model("m", "m", digest="d"),
+    Method("rtn", rounding=Part("rtn")),
+    Scheme("w4"),
+    evaluations=(ARC,),
+)
+BEFORE = {
+    "log_likelihoods": [[0.0, -1.0], [0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0]],
+    "chosen": [0, 0, 1, 1],
+}
+AFTER = {
+    "log_likelihoods": [[0.0, -1.0], [-1.0, 0.0], [0.0, -1.0], [-2.0, 0.0]],
+    "chosen": [0, 1, 0, 1],
+}
 
 
-def fill(store: Store, cell: Cell, answers: Mapping[str, Any], right: list[bool], prompts: str = "p") -> str:
+def fill(
+    store: Store, cell: Cell, answers: Mapping[str, Any], right: list[bool], prompts: str = "p"
+) -> str:
     key = store.open_cell(cell)
-    items = {"id": [f"t/{n}" for n in range(4)], "prompt_hash": [f"{prompts}{n}" for n in range(4)], "correct": right, **answers}
+    items = {
+        "id": [f"t/{n}" for n in range(4)],
+        "prompt_hash": [f"{prompts}{n}" for n in range(4)],
+        "correct": right,
+        **answers,
+    }
     score = {"metrics": {"arc/acc": sum(right) / 4}, "stderr": {}, "details": {}}
     store.write_score(key, score_key(cell, ARC), score, items)
     return key
@@ -39,26 +67,43 @@ def test_equal_accuracies_hide_what_flips_show(tmp_path: Path) -> None:
     record = with_flips(store.record(QUANTIZED), store)
     metrics = record.metrics()
     assert metrics["arc/acc"] == store.record(baseline_of(QUANTIZED)).metrics()["arc/acc"]
-    assert (metrics["arc/flips"], metrics["arc/flips_lost"], metrics["arc/flips_won"]) == (0.5, 0.25, 0.25)
-    p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))           # of two choices: a closed form
+    assert (metrics["arc/flips"], metrics["arc/flips_lost"], metrics["arc/flips_won"]) == (
+        0.5,
+        0.25,
+        0.25,
+    )
+    p, q = 1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-2))  # of two choices: a closed form
     swapped = (2 * p - 1) * 1.0
     last = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
     assert metrics["arc/choice_kl"] == pytest.approx((2 * swapped + last) / 4)
-    assert "arc/flips" not in store.record(QUANTIZED).metrics(), "the store keeps what was measured alone"
+    assert "arc/flips" not in store.record(QUANTIZED).metrics(), (
+        "the store keeps what was measured alone"
+    )
 
 
 def test_a_model_and_itself_answer_alike(tmp_path: Path) -> None:
-    items = pandas.DataFrame({**BEFORE, "correct": [True] * 4} | {f"{k}_before": v for k, v in BEFORE.items()})
+    items = pandas.DataFrame(
+        {**BEFORE, "correct": [True] * 4} | {f"{k}_before": v for k, v in BEFORE.items()}
+    )
     items["correct_before"] = True
-    items["log_likelihoods"] = [np.asarray(row) + 7.0 for row in items["log_likelihoods"]]      # a common factor says nothing
+    items["log_likelihoods"] = [
+        np.asarray(row) + 7.0 for row in items["log_likelihoods"]
+    ]  # a common factor says nothing
     assert of_items(items) == {metric: pytest.approx(0.0, abs=1e-12) for metric in METRICS}
 
 
 def test_items_may_have_unequal_numbers_of_choices_and_impossible_ones() -> None:
     before, now = [[0.0, -1.0], [0.0, -math.inf, -1.0]], [[-1.0, 0.0], [0.0, -5.0, -1.0]]
-    items = pandas.DataFrame({"log_likelihoods": now, "chosen": [1, 0], "log_likelihoods_before": before, "chosen_before": [0, 0]})
+    items = pandas.DataFrame(
+        {
+            "log_likelihoods": now,
+            "chosen": [1, 0],
+            "log_likelihoods_before": before,
+            "chosen_before": [0, 0],
+        }
+    )
     p = 1 / (1 + math.exp(-1))
-    rest = math.log(1 + math.exp(-5) / (1 + math.exp(-1)))          # an impossible choice became possible
+    rest = math.log(1 + math.exp(-5) / (1 + math.exp(-1)))  # an impossible choice became possible
     assert of_items(items)["choice_kl"] == pytest.approx((2 * p - 1 + rest) / 2)
 
 
@@ -81,5 +126,10 @@ def test_a_table_may_ask_for_them(tmp_path: Path, demo_sweep: Callable[..., Any]
         score = {"metrics": {"demo_facts/acc": 1.0}, "stderr": {}, "details": {}}
         store.write_score(store.open_cell(each), score_key(each, evaluation), score, items)
     table = Table("t", columns=(Column("demo_facts/flips", higher_is_better=False),))
-    data = tables.build(dataclasses.replace(sweep, tables=(table,)), table, [store.record(c) for c in sweep.cells], store)
+    data = tables.build(
+        dataclasses.replace(sweep, tables=(table,)),
+        table,
+        [store.record(c) for c in sweep.cells],
+        store,
+    )
     assert [row.values[0].number for row in data.rows] == [None, 0.5]

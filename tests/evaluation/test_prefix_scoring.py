@@ -14,7 +14,7 @@ from harness.core.cell import ActivationScheme, Cell, Method, Model, Override, S
 from harness.evaluation import prefix_scoring
 from harness.evaluation.protocols import depends_on_company
 
-VOCABULARY = 5                                  # few tokens, so that paths meet often
+VOCABULARY = 5  # few tokens, so that paths meet often
 MODEL = random_llama(VOCABULARY)
 
 
@@ -23,17 +23,29 @@ def pair(context: list[int], continuation: list[int]) -> tuple[np.ndarray, np.nd
 
 
 @torch.inference_mode()
-def alone(model: torch.nn.Module, context: np.ndarray, continuation: np.ndarray) -> prefix_scoring.Answer:
+def alone(
+    model: torch.nn.Module, context: np.ndarray, continuation: np.ndarray
+) -> prefix_scoring.Answer:
     """One request by itself, without padding or sharing."""
     inputs, targets = prefix_scoring.clip(context, continuation, 512)
-    logits = model(torch.from_numpy(inputs.astype(np.int64))[None]).logits[0, -len(targets) :].log_softmax(-1)
+    logits = (
+        model(torch.from_numpy(inputs.astype(np.int64))[None])
+        .logits[0, -len(targets) :]
+        .log_softmax(-1)
+    )
     wanted = torch.from_numpy(targets.astype(np.int64))
     return float(logits.gather(1, wanted[:, None]).sum()), bool((logits.argmax(-1) == wanted).all())
 
 
-def answers(model: torch.nn.Module, pairs: list[tuple[np.ndarray, np.ndarray]], batch_tokens: int = 0) -> list[prefix_scoring.Answer]:
+def answers(
+    model: torch.nn.Module, pairs: list[tuple[np.ndarray, np.ndarray]], batch_tokens: int = 0
+) -> list[prefix_scoring.Answer]:
     requests = [prefix_scoring.clip(before, after, 512) for before, after in pairs]
-    found = {i: answer for batch in prefix_scoring.scores(model, requests, "cpu", batch_tokens) for i, answer in batch.items()}
+    found = {
+        i: answer
+        for batch in prefix_scoring.scores(model, requests, "cpu", batch_tokens)
+        for i, answer in batch.items()
+    }
     assert sorted(found) == list(range(len(pairs)))
     return [found[index] for index in range(len(pairs))]
 
@@ -43,7 +55,9 @@ tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=7)
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12), st.sampled_from([0, 1, 20]))
-def test_a_path_in_company_is_the_path_alone(requests: list[tuple[list[int], list[int]]], batch_tokens: int) -> None:
+def test_a_path_in_company_is_the_path_alone(
+    requests: list[tuple[list[int], list[int]]], batch_tokens: int
+) -> None:
     pairs = [pair(*request) for request in requests]
     for found, (before, after) in zip(answers(MODEL, pairs, batch_tokens), pairs, strict=True):
         expected = alone(MODEL, before, after)
@@ -61,8 +75,12 @@ def test_both_kinds_of_attention(implementation: str) -> None:
 
 def test_shared_stems_are_computed_once() -> None:
     examples = list(range(5)) * 20
-    pairs = [pair([*examples, question, 1], [choice]) for question in range(4) for choice in range(4)]
-    rows = prefix_scoring.plan_rows([prefix_scoring.clip(before, after, 512) for before, after in pairs], 64, 10**6)
+    pairs = [
+        pair([*examples, question, 1], [choice]) for question in range(4) for choice in range(4)
+    ]
+    rows = prefix_scoring.plan_rows(
+        [prefix_scoring.clip(before, after, 512) for before, after in pairs], 64, 10**6
+    )
     assert [row.length for row in rows] == [100 + 4 * 2]
 
 
@@ -70,7 +88,9 @@ def test_strangers_get_rows_of_their_own() -> None:
     generator = np.random.default_rng(0)
     pairs = [pair(generator.integers(0, 10**6, 400).tolist(), [1]) for _ in range(4)]
     requests = [prefix_scoring.clip(before, after, 512) for before, after in pairs]
-    assert len(prefix_scoring.plan_rows(requests, 8, 10**6)) == 4          # attention over masked pairs would cost more than it saves
+    assert (
+        len(prefix_scoring.plan_rows(requests, 8, 10**6)) == 4
+    )  # attention over masked pairs would cost more than it saves
 
 
 def test_contexts_that_do_not_fit_lose_their_beginning() -> None:
@@ -81,11 +101,24 @@ def test_contexts_that_do_not_fit_lose_their_beginning() -> None:
 def test_models_that_cannot_are_told_apart() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1))
     assert "rotary" in str(prefix_scoring.unsupported(gpt2))
-    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "num_key_value_heads": 1}
-    assert "window" in str(prefix_scoring.unsupported(MistralForCausalLM(MistralConfig(**small, sliding_window=8))))
-    assert prefix_scoring.unsupported(MistralForCausalLM(MistralConfig(**small, sliding_window=None))) is None
-    dynamic = random_llama(16, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    small = {
+        "vocab_size": 16,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    assert "window" in str(
+        prefix_scoring.unsupported(MistralForCausalLM(MistralConfig(**small, sliding_window=8)))
+    )
+    assert (
+        prefix_scoring.unsupported(MistralForCausalLM(MistralConfig(**small, sliding_window=None)))
+        is None
+    )
+    dynamic = random_llama(
+        16, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    )
     assert "length" in str(prefix_scoring.unsupported(dynamic))
     dynamic.config._attn_implementation = "flash_attention_2"
     assert "mask" in str(prefix_scoring.unsupported(dynamic))
@@ -93,12 +126,18 @@ def test_models_that_cannot_are_told_apart() -> None:
 
 def test_a_layer_of_its_own_scheme_may_depend_on_company() -> None:
     def depends(*overrides: Override, **activation: object) -> bool:
-        scheme = Scheme("x", activation=ActivationScheme(**activation), overrides=overrides)       # type: ignore[arg-type]
+        scheme = Scheme("x", activation=ActivationScheme(**activation), overrides=overrides)  # type: ignore[arg-type]
         return depends_on_company(Cell(Model("demo", "demo"), Method("none"), scheme))
 
     def down(**fields: object) -> Override:
         return Override(("down_proj",), activation=freeze(fields))
 
     assert not depends() and not depends(down(bits=4))
-    assert depends(granularity="tensor") and depends(down(granularity="tensor")) and depends(down(outlier_threshold=6.0))
-    assert not depends(down(granularity="tensor", dynamic=False)), "fixed scales are the same in any company"
+    assert (
+        depends(granularity="tensor")
+        and depends(down(granularity="tensor"))
+        and depends(down(outlier_threshold=6.0))
+    )
+    assert not depends(down(granularity="tensor", dynamic=False)), (
+        "fixed scales are the same in any company"
+    )

@@ -20,7 +20,9 @@ from harness.evaluation.statistics import (
 )
 
 
-def family_wise_errors(rng: np.random.Generator, kind: str, items: int, cells: int, grids: int) -> int:
+def family_wise_errors(
+    rng: np.random.Generator, kind: str, items: int, cells: int, grids: int
+) -> int:
     """Null grids in which some cell is called different from the baseline."""
     wrong = 0
     for _ in range(grids):
@@ -32,7 +34,9 @@ def family_wise_errors(rng: np.random.Generator, kind: str, items: int, cells: i
             elif kind == "normal":
                 column = difficulty + 0.1 * rng.normal(size=items)
             else:
-                column = difficulty + 0.1 * rng.standard_t(3, size=items)       # heavy tails: a few windows move far
+                column = difficulty + 0.1 * rng.standard_t(
+                    3, size=items
+                )  # heavy tails: a few windows move far
             if cell == 0:
                 baseline = column
                 continue
@@ -45,11 +49,19 @@ def family_wise_errors(rng: np.random.Generator, kind: str, items: int, cells: i
 
 @pytest.mark.parametrize(
     ("kind", "items", "cells", "grids"),
-    [("accuracy", 200, 12, 300), ("accuracy", 30, 6, 300), ("normal", 20, 5, 120), ("heavy", 40, 5, 120), ("normal", 1200, 6, 200)],
+    [
+        ("accuracy", 200, 12, 300),
+        ("accuracy", 30, 6, 300),
+        ("normal", 20, 5, 120),
+        ("heavy", 40, 5, 120),
+        ("normal", 1200, 6, 200),
+    ],
 )
 def test_null_grids_stay_below_the_level(kind: str, items: int, cells: int, grids: int) -> None:
     wrong = family_wise_errors(np.random.default_rng(20), kind, items, cells, grids)
-    allowed = LEVEL + 2.5 * np.sqrt(LEVEL * (1 - LEVEL) / grids)                # Monte Carlo error of the simulation itself
+    allowed = LEVEL + 2.5 * np.sqrt(
+        LEVEL * (1 - LEVEL) / grids
+    )  # Monte Carlo error of the simulation itself
     assert wrong / grids <= allowed, wrong
 
 
@@ -59,22 +71,44 @@ def seeded_cell(
     """Results of one cell, [seeds, items], whose expectation over seeds and items is the baseline's."""
     effects = rng.normal(size=(seeds, 1)) * spread
     if kind == "loss":
-        return baseline + effects + rng.normal(size=baseline.shape) * 0.1 + rng.normal(size=(seeds, len(baseline))) * 0.1
+        return (
+            baseline
+            + effects
+            + rng.normal(size=baseline.shape) * 0.1
+            + rng.normal(size=(seeds, len(baseline))) * 0.1
+        )
     flips = rng.random((seeds, len(baseline))) < 0.05 + np.abs(effects) / 2
-    return np.where(flips, rng.random((seeds, len(baseline))) < 0.5 + effects, baseline).astype(float)
+    return np.where(flips, rng.random((seeds, len(baseline))) < 0.5 + effects, baseline).astype(
+        float
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "seeds", "items", "spread"),
-    [("loss", 2, 60, 0.0), ("loss", 3, 60, 0.05), ("loss", 2, 60, 0.3), ("accuracy", 3, 100, 0.0), ("accuracy", 3, 400, 0.02)],
+    [
+        ("loss", 2, 60, 0.0),
+        ("loss", 3, 60, 0.05),
+        ("loss", 2, 60, 0.3),
+        ("accuracy", 3, 100, 0.0),
+        ("accuracy", 3, 400, 0.02),
+    ],
 )
-def test_null_grids_with_seeds_stay_below_the_level(kind: str, seeds: int, items: int, spread: float) -> None:
+def test_null_grids_with_seeds_stay_below_the_level(
+    kind: str, seeds: int, items: int, spread: float
+) -> None:
     rng = np.random.default_rng(7)
     grids, wrong = 80, 0
     for _ in range(grids):
-        baseline = rng.normal(size=items) if kind == "loss" else (rng.random(items) < 0.5).astype(float)
-        found = {cell: compare_seeds(seeded_cell(rng, kind, baseline, seeds, spread), baseline) for cell in range(4)}
-        wrong += min(holm({cell: each.p_value for cell, each in found.items() if each}).values()) < LEVEL
+        baseline = (
+            rng.normal(size=items) if kind == "loss" else (rng.random(items) < 0.5).astype(float)
+        )
+        found = {
+            cell: compare_seeds(seeded_cell(rng, kind, baseline, seeds, spread), baseline)
+            for cell in range(4)
+        }
+        wrong += (
+            min(holm({cell: each.p_value for cell, each in found.items() if each}).values()) < LEVEL
+        )
     assert wrong / grids <= LEVEL + 2.5 * np.sqrt(LEVEL * (1 - LEVEL) / grids), wrong
 
 
@@ -83,18 +117,26 @@ def test_the_spread_of_seeds_counts_and_a_difference_beyond_it_is_found() -> Non
     baseline = rng.normal(size=200)
     items = rng.normal(size=200) * 0.02
     near = np.stack([baseline + items + shift for shift in (0.10, 0.12, 0.11)])
-    far = np.stack([baseline + items + shift for shift in (0.01, 0.30, 0.02)])      # one seed alone makes the mean
+    far = np.stack(
+        [baseline + items + shift for shift in (0.01, 0.30, 0.02)]
+    )  # one seed alone makes the mean
     found = [compare_seeds(cells, baseline) for cells in (near, far)]
     assert found[0] is not None and found[0].p_value < 0.02 and found[0].low < 0.11 < found[0].high
-    assert found[1] is not None and found[1].p_value > LEVEL > compare(far.mean(axis=0), baseline).p_value    # type: ignore[union-attr]
+    assert (
+        found[1] is not None
+        and found[1].p_value > LEVEL > compare(far.mean(axis=0), baseline).p_value
+    )  # type: ignore[union-attr]
     assert compare_seeds(near[:1], baseline) == compare(near[0], baseline)
-    assert compare_seeds(np.stack([baseline] * 3), baseline).p_value == 1.0         # type: ignore[union-attr]
+    assert compare_seeds(np.stack([baseline] * 3), baseline).p_value == 1.0  # type: ignore[union-attr]
 
 
 def test_the_mean_over_seeds_has_students_interval() -> None:
     mean, half = over_seeds([2.0, 3.0, 4.0])
     assert mean == 3.0 and half == pytest.approx(4.302653 / np.sqrt(3), rel=1e-6)
-    assert over_seeds([2.0]) == (2.0, None) and over_seeds([1.0, float("inf")]) == (float("inf"), None)
+    assert over_seeds([2.0]) == (2.0, None) and over_seeds([1.0, float("inf")]) == (
+        float("inf"),
+        None,
+    )
 
 
 def test_weights_are_those_of_a_ratio() -> None:
@@ -104,12 +146,16 @@ def test_weights_are_those_of_a_ratio() -> None:
     assert mean == pytest.approx(np.average(values, weights=weights))
     residuals = weights * (values - mean)
     assert error == pytest.approx(np.sqrt(50 / 49 * (residuals**2).sum()) / weights.sum())
-    assert mean_error(values, np.full(50, 7)) == pytest.approx((values.mean(), values.std(ddof=1) / np.sqrt(50)))
+    assert mean_error(values, np.full(50, 7)) == pytest.approx(
+        (values.mean(), values.std(ddof=1) / np.sqrt(50))
+    )
     ours = values + np.where(weights > 200, 0.2, -0.02) + rng.normal(0, 0.05, 50)
     weighted, plain = compare(ours, values, weights), compare(ours, values)
     assert weighted is not None and plain is not None and weighted.difference > plain.difference
-    assert weighted.difference == pytest.approx(np.average(ours, weights=weights) - np.average(values, weights=weights))
-    assert compare(ours, values, np.full(50, 3)) == plain                           # equal weights are none
+    assert weighted.difference == pytest.approx(
+        np.average(ours, weights=weights) - np.average(values, weights=weights)
+    )
+    assert compare(ours, values, np.full(50, 3)) == plain  # equal weights are none
     with pytest.raises(ValueError, match="one shape"):
         compare(ours, values, weights[:-1])
 
@@ -118,7 +164,7 @@ def test_weighted_null_grids_stay_below_the_level() -> None:
     rng = np.random.default_rng(11)
     wrong = 0
     for _ in range(60):
-        weights = rng.lognormal(4, 1, 40)                                           # documents of very unequal length
+        weights = rng.lognormal(4, 1, 40)  # documents of very unequal length
         p_values = {}
         for cell in range(4):
             found = compare(rng.normal(size=40) / np.sqrt(weights), np.zeros(40), weights)
@@ -134,7 +180,9 @@ def test_sign_flips_of_right_and_wrong_are_mcnemar() -> None:
         ours, baseline = (differences > 0).astype(float), (differences < 0).astype(float)
         assert sign_flips(differences) == pytest.approx(mcnemar(ours, baseline).p_value)
     many = np.array([1.0] * 30 + [-1.0] * 14)
-    assert sign_flips(many) == pytest.approx(mcnemar((many > 0).astype(float), (many < 0).astype(float)).p_value, abs=0.01)
+    assert sign_flips(many) == pytest.approx(
+        mcnemar((many > 0).astype(float), (many < 0).astype(float)).p_value, abs=0.01
+    )
 
 
 def test_a_planted_difference_is_found_and_only_that() -> None:
@@ -158,7 +206,7 @@ def test_mcnemar_is_the_binomial_of_the_discordant_pairs() -> None:
     ours = np.array([1] * 9 + [0] * 1 + [1] * 50 + [0] * 40, float)
     baseline = np.array([0] * 9 + [1] * 1 + [1] * 50 + [0] * 40, float)
     result = mcnemar(ours, baseline)
-    assert result.p_value == pytest.approx(2 * 11 / 1024)                       # 2 (C(10,0) + C(10,1)) / 2**10
+    assert result.p_value == pytest.approx(2 * 11 / 1024)  # 2 (C(10,0) + C(10,1)) / 2**10
     assert result.difference == pytest.approx(0.08) and result.low < 0.08 < result.high
     assert mcnemar(baseline, ours).p_value == result.p_value
     assert mcnemar(ours, ours).p_value == 1.0

@@ -27,7 +27,15 @@ from harness.execution.executors import base, processes, ray_cluster
 from harness.execution.executors.base import Exit, Message
 from harness.execution.executors.in_process import InProcess
 from harness.execution.executors.processes import Processes
-from harness.execution.tasks import EvaluateTask, QuantizeTask, Task, decode, decode_event, encode, encode_event
+from harness.execution.tasks import (
+    EvaluateTask,
+    QuantizeTask,
+    Task,
+    decode,
+    decode_event,
+    encode,
+    encode_event,
+)
 from harness.planning.plan import Plan
 from harness.planning.planner import make
 from harness.planning.render import render
@@ -96,37 +104,63 @@ def names(task: Task) -> set[str]:
     return {f"{cell.method.name} {cell.scheme.name}" for cell in task.cells}
 
 
-def test_evaluations_follow_their_checkpoints(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluations_follow_their_checkpoints(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = Script(well)
-    events = play(plan_of(demo_sweep("method=rtn,gptq", "scheme=w4,w3", *SMALL)), script, monkeypatch)
+    events = play(
+        plan_of(demo_sweep("method=rtn,gptq", "scheme=w4,w3", *SMALL)), script, monkeypatch
+    )
     assert [type(task).__name__ for task in script.tasks] == ["QuantizeTask", "EvaluateTask"] * 2
     assert names(script.tasks[0]) == names(script.tasks[1]) == {"none full", "rtn w4", "rtn w3"}
     assert sum(isinstance(event, Scored) for event in events) == 5
 
 
-def test_ready_cells_are_spread_over_free_slots(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_cells_are_spread_over_free_slots(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = Script(well, slots=2)
     play(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3", *SMALL)), script, monkeypatch)
-    assert sorted(len(task.cells) for task in script.tasks if isinstance(task, EvaluateTask)) in ([1, 1, 2], [2, 2], [1, 3])
+    assert sorted(len(task.cells) for task in script.tasks if isinstance(task, EvaluateTask)) in (
+        [1, 1, 2],
+        [2, 2],
+        [1, 3],
+    )
 
 
-def test_the_poisonous_checkpoint_of_a_pass_is_found_by_halves(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_poisonous_checkpoint_of_a_pass_is_found_by_halves(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask) and "gptq w3" in names(task):
             return [Exit("killed", "ended by SIGKILL", "last words")]
         return well(task)
 
     script = Script(act)
-    events = play(plan_of(demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL)), script, monkeypatch)
-    tried = [names(task) for task in script.tasks if isinstance(task, QuantizeTask) and "none full" not in names(task)]
-    assert tried == [{"gptq w4", "gptq w3", "gptq w2"}, {"gptq w4", "gptq w3"}, {"gptq w2"}, {"gptq w4"}, {"gptq w3"}]
+    events = play(
+        plan_of(demo_sweep("method=gptq", "scheme=w4,w3,w2", *SMALL)), script, monkeypatch
+    )
+    tried = [
+        names(task)
+        for task in script.tasks
+        if isinstance(task, QuantizeTask) and "none full" not in names(task)
+    ]
+    assert tried == [
+        {"gptq w4", "gptq w3", "gptq w2"},
+        {"gptq w4", "gptq w3"},
+        {"gptq w2"},
+        {"gptq w4"},
+        {"gptq w3"},
+    ]
     first, second, last = [event for event in events if isinstance(event, Failed)]
     assert first.retry and len(first.cell_keys) == 3 and first.kind == "killed" and second.retry
     assert not last.retry and len(last.cell_keys) == 1 and last.detail == "last words"
-    assert sum(isinstance(event, Scored) for event in events) == 3                # none, w4, w2
+    assert sum(isinstance(event, Scored) for event in events) == 3  # none, w4, w2
 
 
-def test_a_killed_evaluation_blames_the_cell_it_was_at(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_evaluation_blames_the_cell_it_was_at(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, EvaluateTask) and "rtn w4" in names(task):
             done = [event for event in well(task)[:-1] if isinstance(event, Scored)]
@@ -135,21 +169,35 @@ def test_a_killed_evaluation_blames_the_cell_it_was_at(demo_sweep: Make, monkeyp
         return well(task)
 
     script = Script(act)
-    events = play(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), script, monkeypatch)
+    events = play(
+        plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), script, monkeypatch
+    )
     failed = [event for event in events if isinstance(event, Failed)]
     assert [event.retry for event in failed] == [True, False]
     assert all(len(event.cell_keys) == 1 for event in failed)
     assert sum(isinstance(event, Scored) for event in events) == 4
-    alone = [names(task) for task in script.tasks if isinstance(task, EvaluateTask) and len(task.cells) == 1]
+    alone = [
+        names(task)
+        for task in script.tasks
+        if isinstance(task, EvaluateTask) and len(task.cells) == 1
+    ]
     assert {"rtn w4"} in alone
 
 
-def test_memory_that_ran_out_in_company_is_tried_alone(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ran_out_in_company_is_tried_alone(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask) and "gptq w3" in names(task) and len(task.cells) > 1:
             (poor,) = [cell for cell in task.cells if cell.scheme.name == "w3"]
             others = [Quantized(0.0, (cell_key(cell),)) for cell in task.cells if cell is not poor]
-            return [Failed(0.0, (cell_key(poor),), stage="block 0", kind="out_of_memory", reason="full"), *others, Exit()]
+            return [
+                Failed(
+                    0.0, (cell_key(poor),), stage="block 0", kind="out_of_memory", reason="full"
+                ),
+                *others,
+                Exit(),
+            ]
         return well(task)
 
     script = Script(act)
@@ -194,14 +242,20 @@ def test_a_checkpoint_without_memory_is_tried_with_nothing_beside_it_and_then_no
         submit(number, task)
 
     monkeypatch.setattr(script, "submit", watched)
-    events = play(one_pass(plan_of(demo_sweep("method=gptq", "scheme=w4,w3", *SMALL))), script, monkeypatch)
+    events = play(
+        one_pass(plan_of(demo_sweep("method=gptq", "scheme=w4,w3", *SMALL))), script, monkeypatch
+    )
     tried = [running for cells, running in beside if "gptq w3" in cells and "gptq w4" not in cells]
     assert len([event for event in events if isinstance(event, Failed) and not event.retry]) == 1
-    assert tried[-1] == 0 and beside[-1][0] == {"gptq w3"}                       # the last try ran by itself, after all else
+    assert tried[-1] == 0 and beside[-1][0] == {
+        "gptq w3"
+    }  # the last try ran by itself, after all else
     assert len(tried) <= 3 and sum(isinstance(event, Scored) for event in events) == 2
 
 
-def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, EvaluateTask) and task.batch_size != 1:
             return [Exit("out_of_memory", "the node ran out of memory")]
@@ -216,7 +270,9 @@ def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(demo_swee
 def wide(plan: Plan, devices: int) -> Plan:
     """The plan of models that take so many GPUs each."""
     asked = {"devices": devices, "least": devices}
-    return dataclasses.replace(plan, scorings=tuple(dataclasses.replace(each, **asked) for each in plan.scorings))
+    return dataclasses.replace(
+        plan, scorings=tuple(dataclasses.replace(each, **asked) for each in plan.scorings)
+    )
 
 
 class Cards(Script):
@@ -244,17 +300,30 @@ class Cards(Script):
         return messages
 
 
-def test_a_model_on_several_gpus_takes_as_many_slots(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_several_gpus_takes_as_many_slots(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = Cards(well, slots=4, most=4)
-    events = play(wide(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), 2), script, monkeypatch)
+    events = play(
+        wide(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), 2),
+        script,
+        monkeypatch,
+    )
     looks = [task for task in script.tasks if isinstance(task, EvaluateTask)]
-    assert {task.devices for task in looks} == {2} and sum(isinstance(event, Scored) for event in events) == 5
-    assert max(script.used) == 4 and len(looks) > 1                             # two at once, never three
+    assert {task.devices for task in looks} == {2} and sum(
+        isinstance(event, Scored) for event in events
+    ) == 5
+    assert max(script.used) == 4 and len(looks) > 1  # two at once, never three
 
 
-def test_more_gpus_than_a_node_has_are_refused_before_any_work(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Cards(well, slots=8, most=1)                                       # eight nodes of one GPU
-    with pytest.raises(ScheduleError, match=r'model "demo" takes 2 GPUs of one node .*none has more than 1\. Nothing was started'):
+def test_more_gpus_than_a_node_has_are_refused_before_any_work(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Cards(well, slots=8, most=1)  # eight nodes of one GPU
+    with pytest.raises(
+        ScheduleError,
+        match=r'model "demo" takes 2 GPUs of one node .*none has more than 1\. Nothing was started',
+    ):
         play(wide(plan_of(demo_sweep("method=rtn", "scheme=w4", *SMALL)), 2), script, monkeypatch)
     assert not script.tasks and script.closed
 
@@ -263,22 +332,37 @@ def test_memory_that_ran_out_on_a_gpu_is_tried_on_more_and_then_with_blocks_in_m
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never unchanged, and the last step is the last."""
+
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, EvaluateTask) and not (task.offload and succeeds):
-            return [Failed(0.0, (cell_key(cell),), stage="load", kind="out_of_memory") for cell in task.cells] + [Exit()]
+            return [
+                Failed(0.0, (cell_key(cell),), stage="load", kind="out_of_memory")
+                for cell in task.cells
+            ] + [Exit()]
         return well(task)
 
     for succeeds in (True, False):
         script = Cards(act, slots=4, most=4)
-        events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
-        tried = [(t.batch_size, t.devices, t.offload) for t in script.tasks if isinstance(t, EvaluateTask)]
+        events = play(
+            plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch
+        )
+        tried = [
+            (t.batch_size, t.devices, t.offload)
+            for t in script.tasks
+            if isinstance(t, EvaluateTask)
+        ]
         assert tried == [(0, 1, False), (1, 1, False), (1, 2, False), (1, 4, False), (1, 1, True)]
         assert sum(isinstance(event, Scored) for event in events) == succeeds
-        assert [e.retry for e in events if isinstance(e, Failed)] == [True] * 4 + [False] * (not succeeds)
+        assert [e.retry for e in events if isinstance(e, Failed)] == [True] * 4 + [False] * (
+            not succeeds
+        )
 
 
-def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ran_out_of_memory_is_remembered_for_its_siblings(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cell of the same method on the same or a larger model walks alone from the start; its plan says why."""
+
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask) and "gptq w4" in names(task) and len(task.cells) > 1:
             return [Exit("out_of_memory", "the node ran out of memory")]
@@ -288,13 +372,25 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make,
     Store(sweep.runtime.runs).open_cells(sweep.cells)
     play(one_pass(plan_of(sweep)), Script(act), monkeypatch)
     siblings = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
-    assert sorted(len(each.cells) for each in siblings.passes) == [1, 1, 2]             # gptq each alone, rtn together
-    assert not any(each.apart for each in siblings.passes) and not any(each.batch_size for each in siblings.scorings)
-    assert any("demo · gptq · w8 walks alone: memory ran out for demo · gptq · w" in note for note in siblings.notes)
+    assert sorted(len(each.cells) for each in siblings.passes) == [
+        1,
+        1,
+        2,
+    ]  # gptq each alone, rtn together
+    assert not any(each.apart for each in siblings.passes) and not any(
+        each.batch_size for each in siblings.scorings
+    )
+    assert any(
+        "demo · gptq · w8 walks alone: memory ran out for demo · gptq · w" in note
+        for note in siblings.notes
+    )
     store, key = Store(sweep.runtime.runs), cell_key(sweep.cells[0])
-    failures.ran_out(store, [key], "quantize", 1, 10**9)                                    # and then alone
+    failures.ran_out(store, [key], "quantize", 1, 10**9)  # and then alone
     failures.ran_out(store, [key], "evaluate", 8, 10**9)
-    assert store.record(sweep.cells[0]).provenance["out_of_memory_quantize"]["peak_memory_bytes"] == 10**9
+    assert (
+        store.record(sweep.cells[0]).provenance["out_of_memory_quantize"]["peak_memory_bytes"]
+        == 10**9
+    )
     again = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
     assert sorted(each.apart for each in again.passes) == [False, True, True]
     assert [each.batch_size for each in again.scorings] == [1]
@@ -303,12 +399,17 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(demo_sweep: Make,
     assert {task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)} == {1}
 
 
-def test_a_run_stops_before_its_store_exceeds_its_quota(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_before_its_store_exceeds_its_quota(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What others wrote meanwhile counts; what runs is finished, and nothing more is begun."""
     sweep = demo_sweep("method=rtn", "scheme=w4,w3", "baseline=false", "store.quota=1GB", *SMALL)
     plan, script = plan_of(sweep), Script(well)
     (first,) = plan.passes
-    passes = tuple(dataclasses.replace(first, cells=(cell,), disk_bytes=4 * 10**8, seconds=1.0, limit=1) for cell in first.cells)
+    passes = tuple(
+        dataclasses.replace(first, cells=(cell,), disk_bytes=4 * 10**8, seconds=1.0, limit=1)
+        for cell in first.cells
+    )
 
     def fill(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask):
@@ -322,17 +423,31 @@ def test_a_run_stops_before_its_store_exceeds_its_quota(demo_sweep: Make, monkey
     monkeypatch.setattr(dispatch, "make_executor", lambda runtime, workers: script)
     with pytest.raises(StoreError, match=r"holds 700\.0 MB of its quota of 1\.0 GB; harness gc"):
         events.extend(dispatch.run(dataclasses.replace(plan, passes=passes), "harness run test"))
-    assert [type(task).__name__ for task in script.tasks] == ["QuantizeTask", "EvaluateTask"] and script.closed
+    assert [type(task).__name__ for task in script.tasks] == [
+        "QuantizeTask",
+        "EvaluateTask",
+    ] and script.closed
 
 
-def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_has_its_device_for_itself(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside nothing where tasks share a device; with the others where each has a GPU of its own."""
-    sweep = demo_sweep("method=rtn", "scheme=w4,w3", "evaluations=[demo_perplexity,demo_efficiency]", "evaluations.limit=2")
+    sweep = demo_sweep(
+        "method=rtn",
+        "scheme=w4,w3",
+        "evaluations=[demo_perplexity,demo_efficiency]",
+        "evaluations.limit=2",
+    )
     plan, beside = plan_of(sweep), []
 
     def seen_apart(task: Task) -> set[str]:
         wanted = task.evaluations if isinstance(task, EvaluateTask) else ()
-        return {e.evaluator for each in wanted for e in each if e.evaluator == "efficiency"} if script.share < 1 else set()
+        return (
+            {e.evaluator for each in wanted for e in each if e.evaluator == "efficiency"}
+            if script.share < 1
+            else set()
+        )
 
     for share, expected in ((0.5, {0}), (1.0, set())):
         script = Script(well, slots=3)
@@ -340,7 +455,9 @@ def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: 
         beside.clear()
 
         def watched(number: int, task: Task, script: Script = script, submit: Any = submit) -> None:
-            if isinstance(task, EvaluateTask) and {e.evaluator for wanted in task.evaluations for e in wanted} == {"efficiency"}:
+            if isinstance(task, EvaluateTask) and {
+                e.evaluator for wanted in task.evaluations for e in wanted
+            } == {"efficiency"}:
                 beside.append(sum(isinstance(message.news, Exit) for message in script.queue))
             assert task.share == (1.0 if len(seen_apart(task)) else script.share)
             submit(number, task)
@@ -351,7 +468,9 @@ def test_a_measurement_has_its_device_for_itself(demo_sweep: Make, monkeypatch: 
         assert sum(isinstance(event, Scored) for event in events) == 6
 
 
-def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str | None] = []
 
     class Started(Exception):
@@ -378,15 +497,21 @@ class Ended:
     """A process that has ended well."""
 
     def __init__(self) -> None:
-        self.stdin = open(os.devnull, "w")      # closed by who writes to it
+        self.stdin = open(os.devnull, "w")  # closed by who writes to it
 
     def wait(self, seconds: float = 0.0) -> int:
         return 0
 
 
-@pytest.mark.parametrize(("workers", "devices", "expected"), [(4, 2, ["0,1", "2,3"]), (2, 3, ["0,1,2"]), (8, 2, ["0,1"])])
+@pytest.mark.parametrize(
+    ("workers", "devices", "expected"), [(4, 2, ["0,1", "2,3"]), (2, 3, ["0,1,2"]), (8, 2, ["0,1"])]
+)
 def test_workers_see_the_gpus_of_their_task(
-    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, workers: int, devices: int, expected: list[str]
+    demo_sweep: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    devices: int,
+    expected: list[str],
 ) -> None:
     seen: list[str] = []
 
@@ -397,14 +522,18 @@ def test_workers_see_the_gpus_of_their_task(
     monkeypatch.setattr(processes, "count_gpus", lambda: 4)
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    executor = Processes(workers, dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto"))
+    executor = Processes(
+        workers, dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
+    )
     assert executor.most == 4
     for number in range(workers // executor.width(devices)):
         executor.submit(number, EvaluateTask((), (), "runs", devices=devices))
     assert seen == expected
 
 
-def test_a_worker_killed_under_one_cell_is_given_it_once_more(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_killed_under_one_cell_is_given_it_once_more(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kills = [Exit("killed", "SIGKILL"), Exit("killed", "SIGKILL")]
 
     def act(task: Task) -> list[Event | Exit]:
@@ -414,7 +543,9 @@ def test_a_worker_killed_under_one_cell_is_given_it_once_more(demo_sweep: Make, 
     events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
     assert [event.retry for event in events if isinstance(event, Failed)] == [True, False]
     kills.append(Exit("killed", "SIGKILL"))
-    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), Script(act), monkeypatch)
+    events = play(
+        plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), Script(act), monkeypatch
+    )
     assert sum(isinstance(event, Scored) for event in events) == 1
 
 
@@ -432,7 +563,7 @@ class Clock:
             self.now += not messages
             return messages
 
-        script.wait = counted                                                   # type: ignore[method-assign]
+        script.wait = counted  # type: ignore[method-assign]
 
     def monotonic(self) -> float:
         return self.now
@@ -443,7 +574,9 @@ def with_limit(sweep: Sweep, seconds: float) -> Sweep:
     return dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=cluster))
 
 
-def test_a_hanging_checkpoint_is_found_and_the_others_finish(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_checkpoint_is_found_and_the_others_finish(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(task: Task) -> list[Event | Exit]:
         return [] if isinstance(task, QuantizeTask) and "gptq w3" in names(task) else well(task)
 
@@ -456,15 +589,20 @@ def test_a_hanging_checkpoint_is_found_and_the_others_finish(demo_sweep: Make, m
     assert sum(isinstance(event, Scored) for event in events) == 3
 
 
-def test_a_cancelled_cell_leaves_and_the_others_go_on(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_cell_leaves_and_the_others_go_on(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
     sweep = demo_sweep("method=gptq", "scheme=w4,w3", *SMALL)
-    store, (doomed,) = Store(sweep.runtime.runs), [cell_key(c) for c in sweep.cells if c.scheme.name == "w3"]
+    store, (doomed,) = (
+        Store(sweep.runtime.runs),
+        [cell_key(c) for c in sweep.cells if c.scheme.name == "w3"],
+    )
 
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask) and len(task.cells) == 3:
             store.cancel(doomed)
-            return []                           # still running when it is cancelled
+            return []  # still running when it is cancelled
         return well(task)
 
     script = Script(act)
@@ -487,13 +625,21 @@ def test_a_cancelled_sweep_stops(demo_sweep: Make, monkeypatch: pytest.MonkeyPat
     assert len(play(plan_of(sweep), script, monkeypatch)) == 1 and len(script.tasks) == 1
 
 
-def test_after_its_time_a_run_begins_nothing(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_its_time_a_run_begins_nothing(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, script = plan_of(demo_sweep("method=rtn", "scheme=w4", *SMALL)), Script(well)
     monkeypatch.setattr(dispatch, "make_executor", lambda runtime, workers: script)
-    assert list(dispatch.run(plan, "harness run test", seconds=0.0)) == [] and script.closed and not script.tasks
+    assert (
+        list(dispatch.run(plan, "harness run test", seconds=0.0)) == []
+        and script.closed
+        and not script.tasks
+    )
 
 
-@pytest.mark.parametrize(("slots", "order"), [(2, ["w8", "w3", "w2", "w4"]), (1, ["w8", "w4", "w2", "w3"])])
+@pytest.mark.parametrize(
+    ("slots", "order"), [(2, ["w8", "w3", "w2", "w4"]), (1, ["w8", "w4", "w2", "w3"])]
+)
 def test_the_cheapest_pass_comes_first_and_then_the_longest(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, slots: int, order: list[str]
 ) -> None:
@@ -504,19 +650,25 @@ def test_the_cheapest_pass_comes_first_and_then_the_longest(
         dataclasses.replace(first, cells=(cell,), seconds=costs[cell.scheme.name])
         for cell in first.cells
     )
-    passes = tuple(dataclasses.replace(each, limit=number + 1) for number, each in enumerate(passes))      # walks of their own
+    passes = tuple(
+        dataclasses.replace(each, limit=number + 1) for number, each in enumerate(passes)
+    )  # walks of their own
     script = Script(well, slots=slots)
     play(dataclasses.replace(plan, passes=passes, scorings=()), script, monkeypatch)
     assert [cell.scheme.name for task in script.tasks for cell in task.cells] == order
 
 
 def test_a_node_may_be_lost_three_times(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Script(lambda task: [Exit("lost", "node gone")] if isinstance(task, QuantizeTask) else well(task))
+    script = Script(
+        lambda task: [Exit("lost", "node gone")] if isinstance(task, QuantizeTask) else well(task)
+    )
     events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch)
     assert [event.retry for event in events if isinstance(event, Failed)] == [True, True, False]
 
 
-def test_a_lost_head_costs_the_work_no_try(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_head_costs_the_work_no_try(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = [Exit("head_lost", "the head no longer answers")] * 5
 
     def act(task: Task) -> list[Event | Exit]:
@@ -535,7 +687,10 @@ class FakeRay:
         self.cancelled: list[str] = []
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "NodeID": f"n{number}", "Resources": held} for number, held in enumerate(self.resources)]
+        return [
+            {"Alive": True, "NodeID": f"n{number}", "Resources": held}
+            for number, held in enumerate(self.resources)
+        ]
 
     def is_initialized(self) -> bool:
         return False
@@ -553,13 +708,30 @@ class FakeRay:
         self.cancelled.append(stream)
 
 
-def joined(ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> ray_cluster.RayCluster:
+def joined(
+    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> ray_cluster.RayCluster:
     """A `RayCluster` in the state in which its cluster was just reached."""
     cluster = object.__new__(ray_cluster.RayCluster)
-    cluster._ray, cluster._address, cluster._settings, cluster._workers = ray, "10.0.0.1:6379", {}, 1
-    cluster._asked, cluster._head, cluster._started, cluster.slots = {"CPU": 2.0, "GPU": 0.0}, "10.0.0.1:6379", False, 1
+    cluster._ray, cluster._address, cluster._settings, cluster._workers = (
+        ray,
+        "10.0.0.1:6379",
+        {},
+        1,
+    )
+    cluster._asked, cluster._head, cluster._started, cluster.slots = (
+        {"CPU": 2.0, "GPU": 0.0},
+        "10.0.0.1:6379",
+        False,
+        1,
+    )
     cluster._looked = cluster._answered = clock[0]
-    cluster._running, cluster._nodes, cluster._heard, cluster._around = {7: "stream"}, {}, {7: 0.0}, {7: {"n0", "n1"}}
+    cluster._running, cluster._nodes, cluster._heard, cluster._around = (
+        {7: "stream"},
+        {},
+        {7: 0.0},
+        {7: {"n0", "n1"}},
+    )
     cluster._alive = {"n0", "n1"}
 
     class Time:
@@ -579,32 +751,41 @@ def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPa
     cluster = joined(ray, monkeypatch, clock)
     monkeypatch.setattr(ray_cluster, "_answers", lambda address: clock[0] >= back[0])
     clock[0] = ray_cluster.HEAD_SECONDS - 1
-    assert cluster._look() == [] and not ray.shut               # a hiccup
+    assert cluster._look() == [] and not ray.shut  # a hiccup
     clock[0] = ray_cluster.HEAD_SECONDS + ray_cluster.LOOK_SECONDS
     (message,) = cluster._look()
-    assert message.number == 7 and isinstance(message.news, Exit) and message.news.kind == "head_lost"
+    assert (
+        message.number == 7 and isinstance(message.news, Exit) and message.news.kind == "head_lost"
+    )
     assert ray.joined == 1 and clock[0] >= 100 and not cluster._running
-    assert cluster.slots == 3                                   # two tasks of two CPUs on the first node, one on the second
+    assert cluster.slots == 3  # two tasks of two CPUs on the first node, one on the second
     cluster._running, back[0] = {8: "stream"}, 1e9
     clock[0] += ray_cluster.HEAD_SECONDS + 1
-    with pytest.raises(ScheduleError, match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command goes on"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command goes on",
+    ):
         cluster._look()
 
 
 @pytest.mark.parametrize(("said", "lost"), [(None, True), ("n0", False), ("n1", True)])
-def test_a_silent_task_is_lost_with_its_node(monkeypatch: pytest.MonkeyPatch, said: str | None, lost: bool) -> None:
+def test_a_silent_task_is_lost_with_its_node(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, lost: bool
+) -> None:
     """Also one whose node went before it said where it runs."""
     clock = [0.0]
     ray = FakeRay({"CPU": 2.0}, {"CPU": 2.0})
     cluster = joined(ray, monkeypatch, clock)
     cluster._nodes = {} if said is None else {7: said}
     clock[0] = ray_cluster.SILENCE_SECONDS + 1
-    assert cluster._lost() == [] and 7 in cluster._running      # silent, but nobody is gone
+    assert cluster._lost() == [] and 7 in cluster._running  # silent, but nobody is gone
     ray.resources = ({"CPU": 2.0},)
-    assert cluster._lost() == []                                # asked once per SILENCE_SECONDS
+    assert cluster._lost() == []  # asked once per SILENCE_SECONDS
     clock[0] *= 2
     found = cluster._lost()
-    assert [message.number for message in found] == [7] * lost and (7 not in cluster._running) == lost
+    assert [message.number for message in found] == [7] * lost and (
+        7 not in cluster._running
+    ) == lost
     assert ray.cancelled == ["stream"] * lost
 
 
@@ -618,9 +799,11 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert cluster._look() == [] and cluster.slots == 9
     ray.resources = ({},)
     clock[0] += ray_cluster.LOOK_SECONDS + 1
-    assert cluster._look() == [] and cluster.slots == 0         # nothing but a head
+    assert cluster._look() == [] and cluster.slots == 0  # nothing but a head
     began = clock[0]
-    assert cluster._joined(60.0) == [{}] and clock[0] > began + 60     # nothing but a head: waited for, then told
+    assert (
+        cluster._joined(60.0) == [{}] and clock[0] > began + 60
+    )  # nothing but a head: waited for, then told
     with pytest.raises(ScheduleError, match="asks for 2 CPU"):
         cluster._check([{}])
 
@@ -628,7 +811,11 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask):
-            return [Failed(0.0, (cell_key(task.cells[-1]),), stage="block 2", reason="NaN"), *well(task)[:-2], Exit()]
+            return [
+                Failed(0.0, (cell_key(task.cells[-1]),), stage="block 2", reason="NaN"),
+                *well(task)[:-2],
+                Exit(),
+            ]
         return well(task)
 
     script = Script(act)
@@ -646,26 +833,42 @@ def test_a_task_over_its_time_is_ended(demo_sweep: Make, monkeypatch: pytest.Mon
     assert isinstance(failed, Failed) and failed.kind == "timeout" and script.cancelled == [1]
 
 
-def test_an_end_without_a_word_is_a_failure(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = play(plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), Script(lambda task: [Exit()]), monkeypatch)
+def test_an_end_without_a_word_is_a_failure(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = play(
+        plan_of(demo_sweep("method=none", "scheme=full", *SMALL)),
+        Script(lambda task: [Exit()]),
+        monkeypatch,
+    )
     assert [type(event) for event in events] == [Failed] and "without a result" in str(events[0])
 
 
 def test_nothing_to_do_starts_nothing(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = dataclasses.replace(plan_of(demo_sweep("method=none", "scheme=full")), passes=(), scorings=())
-    monkeypatch.setattr(dispatch, "make_executor", lambda runtime, workers: pytest.fail("an executor was made"))
+    plan = dataclasses.replace(
+        plan_of(demo_sweep("method=none", "scheme=full")), passes=(), scorings=()
+    )
+    monkeypatch.setattr(
+        dispatch, "make_executor", lambda runtime, workers: pytest.fail("an executor was made")
+    )
     assert list(dispatch.run(plan)) == []
 
 
 def test_events_and_tasks_cross_as_json(demo_sweep: Make) -> None:
     events: list[Event] = [
-        TaskStarted(1.0, ("a",), worker="h:1", device="cpu"), Progress(1.0, ("a", "b"), "block", 1, 4),
-        Quantized(1.0, ("a",), record={"seconds": 1.0}), Scored(1.0, ("a",), "e", {"e/m": float("inf")}, {}),
-        Failed(1.0, ("a",), "s", "killed", "r", "d", True), TaskEnded(1.0, (), 2.0, 3),
+        TaskStarted(1.0, ("a",), worker="h:1", device="cpu"),
+        Progress(1.0, ("a", "b"), "block", 1, 4),
+        Quantized(1.0, ("a",), record={"seconds": 1.0}),
+        Scored(1.0, ("a",), "e", {"e/m": float("inf")}, {}),
+        Failed(1.0, ("a",), "s", "killed", "r", "d", True),
+        TaskEnded(1.0, (), 2.0, 3),
     ]
     assert [decode_event(json.loads(json.dumps(encode_event(event)))) for event in events] == events
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    for task in (QuantizeTask(sweep.cells, "r"), EvaluateTask(sweep.cells, tuple(c.evaluations for c in sweep.cells), "r")):
+    for task in (
+        QuantizeTask(sweep.cells, "r"),
+        EvaluateTask(sweep.cells, tuple(c.evaluations for c in sweep.cells), "r"),
+    ):
         assert decode(json.loads(json.dumps(encode(task)))) == task
 
 
@@ -674,7 +877,7 @@ def test_the_executor_follows_the_cluster(demo_sweep: Make) -> None:
     assert isinstance(make_executor(runtime, 1), InProcess)
     assert isinstance(make_executor(runtime, 2), Processes)
     timed = dataclasses.replace(runtime, cluster=Cluster("local", task_timeout_seconds=9))
-    assert isinstance(make_executor(timed, 1), Processes)                       # a deadline needs a process to end
+    assert isinstance(make_executor(timed, 1), Processes)  # a deadline needs a process to end
 
 
 def alive(pid: int) -> bool:
@@ -695,12 +898,20 @@ def worker(event: Event) -> int:
 
 def checkpoint_bytes(sweep: Sweep) -> dict[str, bytes]:
     store = Store(sweep.runtime.runs)
-    folders = {quantize_key(cell): store.checkpoint_folder(quantize_key(cell)) for cell in sweep.cells}
-    return {f"{key}/{path.name}": path.read_bytes() for key, folder in folders.items() for path in folder.glob("*.safetensors")}
+    folders = {
+        quantize_key(cell): store.checkpoint_folder(quantize_key(cell)) for cell in sweep.cells
+    }
+    return {
+        f"{key}/{path.name}": path.read_bytes()
+        for key, folder in folders.items()
+        for path in folder.glob("*.safetensors")
+    }
 
 
 def moved(sweep: Sweep, folder: Path, cluster: Cluster) -> Sweep:
-    return dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, runs=folder, cluster=cluster))
+    return dataclasses.replace(
+        sweep, runtime=dataclasses.replace(sweep.runtime, runs=folder, cluster=cluster)
+    )
 
 
 def test_closing_ends_the_worker_processes(demo_sweep: Make) -> None:
@@ -708,7 +919,7 @@ def test_closing_ends_the_worker_processes(demo_sweep: Make) -> None:
     events = dispatch.run(plan_of(sweep))
     pid = worker(next(event for event in events if isinstance(event, TaskStarted)))
     assert alive(pid)
-    events.close()                                                              # type: ignore[attr-defined]
+    events.close()  # type: ignore[attr-defined]
     wait_gone(pid)
 
 
@@ -734,10 +945,12 @@ def disturb(sweep: Sweep) -> list[Event]:
     """
     begun = dispatch.run(one_pass(plan_of(dataclasses.replace(sweep, runtime=here(sweep)))))
     next(event for event in begun if isinstance(event, Progress))
-    begun.close()                                                               # type: ignore[attr-defined]
+    begun.close()  # type: ignore[attr-defined]
     seen: list[Event] = []
     with contextlib.ExitStack() as held:
-        held.enter_context(Store(sweep.runtime.runs).lock(f"checkpoint-{max(map(quantize_key, sweep.cells))}"))
+        held.enter_context(
+            Store(sweep.runtime.runs).lock(f"checkpoint-{max(map(quantize_key, sweep.cells))}")
+        )
         for event in dispatch.run(one_pass(plan_of(sweep))):
             if isinstance(event, TaskStarted) and not seen:
                 os.kill(worker(event), signal.SIGKILL)
@@ -753,7 +966,9 @@ def here(sweep: Sweep) -> Runtime:
 def check_recovery(events: list[Event], disturbed: Sweep, undisturbed: Sweep) -> None:
     failed = [event for event in events if isinstance(event, Failed)]
     assert failed and all(event.retry and event.kind == "killed" for event in failed), failed
-    assert {k for e in events if isinstance(e, Quantized) for k in e.cell_keys} == set(map(cell_key, disturbed.cells))
+    assert {k for e in events if isinstance(e, Quantized) for k in e.cell_keys} == set(
+        map(cell_key, disturbed.cells)
+    )
     assert checkpoint_bytes(disturbed) == checkpoint_bytes(undisturbed)
 
 
@@ -763,7 +978,12 @@ def own_cluster() -> Iterator[Any]:
     with ray_cluster._environment(base.process_environment(1)):
         ray = ray_cluster._import_ray()
         ray.init(
-            address="local", include_dashboard=False, num_cpus=2, num_gpus=0, log_to_driver=False, logging_level=40,
+            address="local",
+            include_dashboard=False,
+            num_cpus=2,
+            num_gpus=0,
+            log_to_driver=False,
+            logging_level=40,
             _node_ip_address="127.0.0.1",
         )
     yield ray
@@ -771,7 +991,9 @@ def own_cluster() -> Iterator[Any]:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_checkpoints_and_survives_a_kill(own_cluster: Any, demo_sweep: Make, tmp_path: Path) -> None:
+def test_ray_gives_the_same_checkpoints_and_survives_a_kill(
+    own_cluster: Any, demo_sweep: Make, tmp_path: Path
+) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false")
     list(dispatch.run(plan_of(sweep)))
     on_ray = moved(sweep, tmp_path / "ray", Cluster("ray", workers=2))
@@ -784,20 +1006,28 @@ def test_ray_refuses_what_no_node_can_take(own_cluster: Any, demo_sweep: Make) -
     wanting = dataclasses.replace(sweep.runtime, device="cuda", cluster=Cluster("ray", workers=1))
     with pytest.raises(ScheduleError, match=r"1 GPU.*gpus_per_task"):
         make_executor(wanting, 1)
-    many = dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1, settings={"cpus_per_task": 64}))
+    many = dataclasses.replace(
+        sweep.runtime, cluster=Cluster("ray", workers=1, settings={"cpus_per_task": 64})
+    )
     with pytest.raises(ScheduleError, match="64 CPU"):
         make_executor(many, 1)
 
 
 @pytest.mark.slow
-def test_a_node_that_does_not_see_the_store_is_named(own_cluster: Any, demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_does_not_see_the_store_is_named(
+    own_cluster: Any, demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In seconds, before any work. Here the one node looks for a file that is not there."""
     sweep = demo_sweep("method=rtn", "scheme=w4")
     plan, store = plan_of(sweep), Store(sweep.runtime.runs)
-    executor = make_executor(dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1)), 1)
+    executor = make_executor(
+        dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1)), 1
+    )
     assert isinstance(executor, ray_cluster.RayCluster)
     with executor.shared(store, plan):
-        assert list(store.root.glob(".probe*"))                 # for the tasks, which may run on nodes that join later
+        assert list(
+            store.root.glob(".probe*")
+        )  # for the tasks, which may run on nodes that join later
     assert not list(store.root.glob(".probe*"))
 
     @contextlib.contextmanager
@@ -805,7 +1035,10 @@ def test_a_node_that_does_not_see_the_store_is_named(own_cluster: Any, demo_swee
         yield self.root / ".probe.gone"
 
     monkeypatch.setattr(Store, "probe", elsewhere)
-    with pytest.raises(ScheduleError, match=r"node .* does not see .*runs, where this process writes\. Nothing was started"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"node .* does not see .*runs, where this process writes\. Nothing was started",
+    ):
         executor.shared(store, plan).__enter__()
 
 

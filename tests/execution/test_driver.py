@@ -61,7 +61,11 @@ def test_a_sweep_from_nothing_to_done_and_once_more(demo_sweep: Make) -> None:
     assert summary.text.splitlines()[0].startswith("done    3 of 3 cells")
     store = Store(sweep.runtime.runs)
     state = store.sweep_state(sweep.name)
-    assert state is not None and state["ended"] and {cell["state"] for cell in state["cells"].values()} == {"done"}
+    assert (
+        state is not None
+        and state["ended"]
+        and {cell["state"] for cell in state["cells"].values()} == {"done"}
+    )
     files = {path: path.stat().st_mtime_ns for path in store.root.rglob("scores/*.json")}
     again = driver.run(sweep)
     assert again.exit_code == 0 and files == {path: path.stat().st_mtime_ns for path in files}
@@ -69,9 +73,15 @@ def test_a_sweep_from_nothing_to_done_and_once_more(demo_sweep: Make) -> None:
 
 def test_a_new_evaluation_of_a_finished_sweep_runs_alone(demo_sweep: Make) -> None:
     driver.run(demo_sweep("method=rtn", "scheme=w4", *SMALL))
-    more = demo_sweep("method=rtn", "scheme=w4", "evaluations=[demo_perplexity,demo_facts]", "evaluations.limit=2")
+    more = demo_sweep(
+        "method=rtn", "scheme=w4", "evaluations=[demo_perplexity,demo_facts]", "evaluations.limit=2"
+    )
     plan = make(more, Store(more.runtime.runs))
-    assert not plan.passes and [e.name for wanted in plan.scorings[0].evaluations for e in wanted] == ["demo_facts"] * 2
+    assert (
+        not plan.passes
+        and [e.name for wanted in plan.scorings[0].evaluations for e in wanted]
+        == ["demo_facts"] * 2
+    )
     assert driver.run(more).exit_code == 0
 
 
@@ -91,8 +101,12 @@ def test_failures_are_kept_and_resumed(demo_sweep: Make, monkeypatch: pytest.Mon
 
     def act(plan: Any) -> Iterator[Event]:
         keys = tuple(map(cell_key, plan.missing))
-        yield Failed(time.time(), keys[:2], stage="block 0", kind="killed", reason="gone", retry=True)
-        yield Failed(time.time(), keys[:1], stage="block 0", reason="NaN in the Hessian", detail="Traceback")
+        yield Failed(
+            time.time(), keys[:2], stage="block 0", kind="killed", reason="gone", retry=True
+        )
+        yield Failed(
+            time.time(), keys[:1], stage="block 0", reason="NaN in the Hessian", detail="Traceback"
+        )
 
     with monkeypatch.context() as patched:
         script(patched, act)
@@ -102,13 +116,17 @@ def test_failures_are_kept_and_resumed(demo_sweep: Make, monkeypatch: pytest.Mon
     assert summary.text.splitlines()[-1].startswith("resume  harness run")
     store, key = Store(sweep.runtime.runs), next(iter(summary.failed))
     assert [failure["reason"] for failure in store.failures(key)] == ["NaN in the Hessian"]
-    assert "FAIL" in status(store, sweep.name, sweep.cells) and "NaN" in status(store, sweep.name, sweep.cells)
+    assert "FAIL" in status(store, sweep.name, sweep.cells) and "NaN" in status(
+        store, sweep.name, sweep.cells
+    )
     assert sum(line.startswith("again") for line in display.lines) == 2
     assert driver.run(sweep).exit_code == 0
-    assert not store.failures(key)                                              # forgotten, as the work succeeded
+    assert not store.failures(key)  # forgotten, as the work succeeded
 
 
-def test_fail_fast_stops_at_the_first_failure(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fail_fast_stops_at_the_first_failure(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def act(plan: Any) -> Iterator[Event]:
         for cell in plan.missing:
             yield Failed(time.time(), (cell_key(cell),), reason="no")
@@ -117,7 +135,9 @@ def test_fail_fast_stops_at_the_first_failure(demo_sweep: Make, monkeypatch: pyt
     assert len(driver.run(demo_sweep("method=rtn", "scheme=w4,w3", "fail_fast=true")).failed) == 1
 
 
-def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_store_stops_the_sweep_and_is_named(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One cell fails because nothing can be written; the others are not tried on the same disk, and none is blamed."""
     sweep = demo_sweep("method=rtn", "scheme=w4,w3", *SMALL)
 
@@ -127,7 +147,12 @@ def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch
 
         monkeypatch.setattr(store_module.LocalDisk, "write", full)
         for cell in plan.missing:
-            yield Failed(time.time(), (cell_key(cell),), stage="block 0", reason="cannot write: no space left on device")
+            yield Failed(
+                time.time(),
+                (cell_key(cell),),
+                stage="block 0",
+                reason="cannot write: no space left on device",
+            )
 
     script(monkeypatch, act)
     summary = driver.run(sweep)
@@ -138,18 +163,26 @@ def test_a_full_store_stops_the_sweep_and_is_named(demo_sweep: Make, monkeypatch
     assert not any(store.failures(cell_key(cell)) for cell in sweep.cells)
 
 
-def test_a_cluster_lost_for_good_ends_the_sweep_in_words(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_lost_for_good_ends_the_sweep_in_words(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that was never there is an error as before; either way nobody takes the sweep for a running one."""
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
 
     def lost(plan: Any, before: int) -> Iterator[Event]:
         for _ in range(before):
-            yield Progress(time.time(), (cell_key(plan.missing[0]),), stage="block", step=1, steps=4)
+            yield Progress(
+                time.time(), (cell_key(plan.missing[0]),), stage="block", step=1, steps=4
+            )
         raise ScheduleError("the head of the cluster is lost")
 
     script(monkeypatch, lambda plan: lost(plan, 1))
     summary = driver.run(sweep)
-    assert summary.exit_code == 1 and summary.stopped == "the head of the cluster is lost" and "resume" in summary.text
+    assert (
+        summary.exit_code == 1
+        and summary.stopped == "the head of the cluster is lost"
+        and "resume" in summary.text
+    )
     script(monkeypatch, lambda plan: lost(plan, 0))
     with pytest.raises(ScheduleError):
         driver.run(sweep)
@@ -157,8 +190,10 @@ def test_a_cluster_lost_for_good_ends_the_sweep_in_words(demo_sweep: Make, monke
     assert state is not None and state["ended"]
 
 
-def test_a_cancelled_sweep_goes_on_when_it_is_run_again(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)            # looked for each time
+def test_a_cancelled_sweep_goes_on_when_it_is_run_again(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)  # looked for each time
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     store = Store(sweep.runtime.runs)
 
@@ -177,17 +212,29 @@ def test_a_budget_takes_the_cheapest_cells_and_names_the_others(demo_sweep: Make
     plan = make(sweep, Store(sweep.runtime.runs))
     costs = {"full": 50.0, "w4": 1.0, "w3": 2.0}
     passes = [
-        dataclasses.replace(each, cells=(cell,), seconds=costs[cell.scheme.name]) for each in plan.passes for cell in each.cells
+        dataclasses.replace(each, cells=(cell,), seconds=costs[cell.scheme.name])
+        for each in plan.passes
+        for cell in each.cells
     ]
     smaller, left = within(dataclasses.replace(plan, passes=tuple(passes), workers=1), 52.0)
-    assert [cell.scheme.name for cell in left] == ["w3"]                        # the baseline first, whatever it costs
-    assert {cell.scheme.name for cell in smaller.missing} == {"full", "w4"} and smaller.evaluations == 2
+    assert [cell.scheme.name for cell in left] == ["w3"]  # the baseline first, whatever it costs
+    assert {cell.scheme.name for cell in smaller.missing} == {
+        "full",
+        "w4",
+    } and smaller.evaluations == 2
     assert within(plan, 1e9) == (plan, ())
     summary = driver.run(sweep, display, budget_seconds=0.0)
-    assert summary.exit_code == 1 and "budget" in summary.text and not any(record.complete for record in summary.records)
+    assert (
+        summary.exit_code == 1
+        and "budget" in summary.text
+        and not any(record.complete for record in summary.records)
+    )
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("45s", 45), ("90min", 5400), ("8h", 28800), ("2d", 172800), ("1.5h", 5400)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("45s", 45), ("90min", 5400), ("8h", 28800), ("2d", 172800), ("1.5h", 5400)],
+)
 def test_times_are_written_as_people_do(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
     with pytest.raises(ConfigError, match="is no time"):
@@ -209,7 +256,9 @@ def test_an_interrupt_is_a_summary(demo_sweep: Make, monkeypatch: pytest.MonkeyP
     assert closed and summary.exit_code == 130 and "resume  harness run" in summary.text
 
 
-def test_broken_tracking_never_stops_a_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_tracking_never_stops_a_sweep(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Broken(NullTracker):
         def cell(self, record: Any, state: str) -> None:
             raise RuntimeError("database is locked")
@@ -223,7 +272,9 @@ def test_broken_tracking_never_stops_a_sweep(demo_sweep: Make, monkeypatch: pyte
     assert len(summary.warnings) == 2 and "harness publish" in summary.warnings[0]
 
 
-def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_that_comes_back_is_told_everything(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Down at the start, up later: cells of which it does not know are sent then, and an outage is not asked at every event."""
     told: dict[str, str] = {}
     tries: list[float] = []
@@ -231,7 +282,7 @@ def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypat
 
     class Patient(Silent):
         def event(self, event: Event, tally: Tally, finished: Any) -> None:
-            assert tried.wait(600)              # tracking has its own thread; the sweep may be faster
+            assert tried.wait(600)  # tracking has its own thread; the sweep may be faster
 
     class Tracker(NullTracker):
         def cell(self, record: Any, state: str) -> None:
@@ -250,8 +301,12 @@ def test_tracking_that_comes_back_is_told_everything(demo_sweep: Make, monkeypat
     monkeypatch.setattr(driver.mlflow_runs, "open_tracker", open_tracker)
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     summary = driver.run(sweep, Patient())
-    assert len(tries) == 2 and len(summary.warnings) == 1                        # at the start and at the end, not in between
-    assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told["finish"]
+    assert (
+        len(tries) == 2 and len(summary.warnings) == 1
+    )  # at the start and at the end, not in between
+    assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told[
+        "finish"
+    ]
 
 
 def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
@@ -260,7 +315,9 @@ def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
     first, second = map(cell_key, sweep.cells)
     assert tally.units == 4 and tally.fraction == 0 and tally.seconds_left is None
     assert tally.add(Quantized(0.0, (first,))) == []
-    assert tally.add(Scored(0.0, (first,), evaluation="demo_perplexity", metrics={"a": 1.0})) == [first]
+    assert tally.add(Scored(0.0, (first,), evaluation="demo_perplexity", metrics={"a": 1.0})) == [
+        first
+    ]
     assert tally.fraction == 0.5 and tally.seconds_left is not None
     tally.add(Progress(0.0, (second,), "block", 2, 4))
     assert tally.fraction == pytest.approx(0.625)
@@ -268,7 +325,9 @@ def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
     assert tally.fraction == 1.0 and tally.done == [first] and list(tally.failed) == [second]
 
 
-def test_the_live_view_draws_every_event(demo_sweep: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_live_view_draws_every_event(
+    demo_sweep: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     tally, live = Tally(make(sweep, Store(sweep.runtime.runs))), Live()
     key = cell_key(sweep.cells[0])
@@ -281,9 +340,19 @@ def test_the_live_view_draws_every_event(demo_sweep: Make, capsys: pytest.Captur
 
 def test_a_record_in_full(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w4", *SMALL)
-    (record,) = [record for record in driver.run(sweep).records if not record.cell.method.is_baseline]
+    (record,) = [
+        record for record in driver.run(sweep).records if not record.cell.method.is_baseline
+    ]
     text = record_text(record, Store(sweep.runtime.runs), "harness run again")
-    for words in (record.cell_key, "demo_perplexity/perplexity", "layer errors", "_proj", "damping", "made by", "run again"):
+    for words in (
+        record.cell_key,
+        "demo_perplexity/perplexity",
+        "layer errors",
+        "_proj",
+        "damping",
+        "made by",
+        "run again",
+    ):
         assert words in text
 
 
@@ -292,7 +361,11 @@ def harness(*words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "harness", *words]
     # What a shell starts in its background ignores interrupts; the process under test must not inherit that.
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -322,7 +395,13 @@ tables:
 """
 
 
-COMMON = ("tracking=none", "device=cpu", "cluster=local", "cluster.workers=1", "evaluations.limit=8")
+COMMON = (
+    "tracking=none",
+    "device=cpu",
+    "cluster=local",
+    "cluster.workers=1",
+    "evaluations.limit=8",
+)
 
 
 def run_here(sweep_file: Path, runs: Path) -> bytes:
@@ -342,13 +421,17 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_driver_loses_nothing(tmp_path: Path, undisturbed: bytes, how: signal.Signals) -> None:
+def test_a_killed_driver_loses_nothing(
+    tmp_path: Path, undisturbed: bytes, how: signal.Signals
+) -> None:
     """Killed after its first score and run again, a sweep repeats no finished cell and makes the same table to the byte."""
     sweep_file, killed = tmp_path / "killed.yaml", tmp_path / "killed"
     sweep_file.write_text(SWEEP_FILE)
     with contextlib.ExitStack() as held:
         last = load_sweep(str(sweep_file), [f"runs={killed}", *COMMON]).cells[-1]
-        held.enter_context(Store(killed).lock(f"cell-{cell_key(last)}"))        # it cannot end before the signal comes
+        held.enter_context(
+            Store(killed).lock(f"cell-{cell_key(last)}")
+        )  # it cannot end before the signal comes
         process = harness("run", str(sweep_file), f"runs={killed}", *COMMON)
         wait_for(lambda: any(killed.glob("cells/*/scores/*.json")), process)
         process.send_signal(how)
@@ -357,7 +440,9 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, undisturbed: bytes, how: 
         assert process.returncode == 130, out
         assert out.splitlines()[-1].startswith("resume  harness run"), out
     patterns = ("cells/*/scores/*.json", "checkpoints/*/manifest.json")
-    finished = {path: path.stat().st_mtime_ns for pattern in patterns for path in killed.glob(pattern)}
+    finished = {
+        path: path.stat().st_mtime_ns for pattern in patterns for path in killed.glob(pattern)
+    }
     assert finished
     table = run_here(sweep_file, killed)
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
@@ -376,29 +461,47 @@ def test_the_command_of_a_record_makes_the_same_cell(demo_sweep: Make) -> None:
     assert cell_key(wanted) in map(cell_key, load_sweep(None, words[2:]).cells)
 
 
-@pytest.mark.parametrize("changes", [
-    ("method=gptq", "scheme=w4", "rounding.damping_fraction=0.05,0.1", "seed=1,2"),     # names with settings in brackets
-    ("method=awq", "scheme=w3g32", "inputs=quantized"),                                 # not the method's own
-    ("method=rtn", "scheme=w8a8", "scheme.activation.dynamic=false", "calibration=demo"),
-    ("method=none", "evaluations.limit=5"),
-    ("method=rtn", "scheme=w4", "evaluations=[{demo_facts: {num_fewshot: 2}}]"),
-])
-def test_the_command_of_a_record_makes_the_same_scores(demo_sweep: Make, changes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (
+            "method=gptq",
+            "scheme=w4",
+            "rounding.damping_fraction=0.05,0.1",
+            "seed=1,2",
+        ),  # names with settings in brackets
+        ("method=awq", "scheme=w3g32", "inputs=quantized"),  # not the method's own
+        ("method=rtn", "scheme=w8a8", "scheme.activation.dynamic=false", "calibration=demo"),
+        ("method=none", "evaluations.limit=5"),
+        ("method=rtn", "scheme=w4", "evaluations=[{demo_facts: {num_fewshot: 2}}]"),
+    ],
+)
+def test_the_command_of_a_record_makes_the_same_scores(
+    demo_sweep: Make, changes: tuple[str, ...]
+) -> None:
     import shlex
 
     from harness.config.reproduce import command_for
     from harness.core.cell import score_key
 
-    own = () if any(change.startswith("evaluations=") for change in changes) else ("evaluations=demo_perplexity,demo_facts",)
+    own = (
+        ()
+        if any(change.startswith("evaluations=") for change in changes)
+        else ("evaluations=demo_perplexity,demo_facts",)
+    )
     wanted = demo_sweep(*changes, *own, "baseline=false").cells[-1]
     command = command_for(wanted)
     assert command.startswith("harness run "), command
     (made,) = load_sweep(None, [*shlex.split(command)[2:], "baseline=false"]).cells
     assert cell_key(made) == cell_key(wanted)
-    assert [score_key(made, e) for e in made.evaluations] == [score_key(wanted, e) for e in wanted.evaluations]
+    assert [score_key(made, e) for e in made.evaluations] == [
+        score_key(wanted, e) for e in wanted.evaluations
+    ]
 
 
-def test_tracking_is_told_which_answers_changed(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracking_is_told_which_answers_changed(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of a cell that was done before its baseline was scored."""
     told: list[tuple[str, dict[str, float]]] = []
 
@@ -407,9 +510,13 @@ def test_tracking_is_told_which_answers_changed(demo_sweep: Make, monkeypatch: p
             told.append((record.cell_key, record.metrics()))
 
     monkeypatch.setattr(driver.mlflow_runs, "open_tracker", lambda sweep, text: Told())
-    alone = demo_sweep("method=rtn", "scheme=w3", "baseline=false", "evaluations=demo_facts", "evaluations.limit=8")
+    alone = demo_sweep(
+        "method=rtn", "scheme=w3", "baseline=false", "evaluations=demo_facts", "evaluations.limit=8"
+    )
     driver.run(alone)
     assert told and not any("demo_facts/flips" in metrics for _, metrics in told)
-    driver.run(demo_sweep("method=rtn", "scheme=w3", "evaluations=demo_facts", "evaluations.limit=8"))
+    driver.run(
+        demo_sweep("method=rtn", "scheme=w3", "evaluations=demo_facts", "evaluations.limit=8")
+    )
     cell = next(cell for cell in alone.cells)
     assert "demo_facts/flips" in [metrics for key, metrics in told if key == cell_key(cell)][-1]

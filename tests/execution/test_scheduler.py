@@ -68,17 +68,23 @@ def planned(demo_sweep: Make, *words: str) -> Plan:
 
 def finish(on: Scheduler, cluster: Cluster, number: int) -> list[Event]:
     keys = tuple(map(cell_key, cluster.held.pop(number).cells))
-    return [event for news in (Quantized(0.0, keys), Exit()) for event in on.receive(Message(number, news))]
+    return [
+        event
+        for news in (Quantized(0.0, keys), Exit())
+        for event in on.receive(Message(number, news))
+    ]
 
 
 def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Make) -> None:
     """Whatever the plan guessed: nodes that join get a share, and what waits for nodes that left is joined again."""
     schemes = ",".join(f"w{bits}{end}" for bits in range(2, 9) for end in ("", "sym", "g32"))
-    plan = planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", "cluster.workers=4")
+    plan = planned(
+        demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", "cluster.workers=4"
+    )
     total, cluster = plan.checkpoints, Cluster(slots=21)
     on = Scheduler(plan, cluster, "")
     assert total == 21 and len(plan.passes) == 4 and on.submit() and cluster.sizes == [1] * total
-    cluster.slots = 2                                                           # nodes left before any task began
+    cluster.slots = 2  # nodes left before any task began
     on.submit()
     made: list[Event] = []
     assert len(cluster.held) == 2
@@ -86,36 +92,57 @@ def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Ma
         cluster.begun |= set(cluster.held)
         made += finish(on, cluster, min(cluster.held))
         on.submit()
-    assert sorted(key for event in made for key in event.cell_keys) == sorted(map(cell_key, plan.missing))       # each once
+    assert sorted(key for event in made for key in event.cell_keys) == sorted(
+        map(cell_key, plan.missing)
+    )  # each once
     cluster = Cluster(slots=1)
     on = Scheduler(plan, cluster, "")
     on.submit()
     cluster.begun, first = {1}, cluster.sizes[0]
-    assert first > max(len(each.cells) for each in plan.passes)                 # larger than any pass of the plan
+    assert first > max(len(each.cells) for each in plan.passes)  # larger than any pass of the plan
     cluster.slots = 5
     on.submit()
-    assert len(cluster.held) == 5 and sum(cluster.sizes) == total and max(cluster.sizes[1:]) - min(cluster.sizes[1:]) <= 1
+    assert (
+        len(cluster.held) == 5
+        and sum(cluster.sizes) == total
+        and max(cluster.sizes[1:]) - min(cluster.sizes[1:]) <= 1
+    )
 
 
 def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: Make) -> None:
     """One free slot does not take every cell that is ready: the others will be free before it is done."""
     schemes = ",".join(f"w{bits}{end}" for bits in (2, 3, 4, 8) for end in ("", "sym", "g32"))
-    plan, cluster = planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", *SMALL), Cluster(slots=2)
+    plan, cluster = (
+        planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", *SMALL),
+        Cluster(slots=2),
+    )
     on = Scheduler(plan, cluster, "")
     on.submit()
     ready = sum(cluster.sizes)
     cluster.begun = {1, 2}
     for number in (1, 2):
-        list(on.receive(Message(number, Quantized(0.0, tuple(map(cell_key, cluster.held[number].cells))))))
+        list(
+            on.receive(
+                Message(number, Quantized(0.0, tuple(map(cell_key, cluster.held[number].cells))))
+            )
+        )
     list(on.receive(Message(1, Exit())))
     del cluster.held[1]
     on.submit()
-    assert isinstance(cluster.held[3], EvaluateTask) and len(cluster.held[3].cells) == 6 < ready        # half of the twelve
+    assert (
+        isinstance(cluster.held[3], EvaluateTask) and len(cluster.held[3].cells) == 6 < ready
+    )  # half of the twelve
 
 
 def test_what_was_tried_is_not_joined_and_memory_is_kept(demo_sweep: Make) -> None:
     plan, cluster = planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"), Cluster(slots=1)
-    on = Scheduler(dataclasses.replace(plan, passes=tuple(dataclasses.replace(each, limit=2) for each in plan.passes)), cluster, "")
+    on = Scheduler(
+        dataclasses.replace(
+            plan, passes=tuple(dataclasses.replace(each, limit=2) for each in plan.passes)
+        ),
+        cluster,
+        "",
+    )
     on.submit()
     assert cluster.sizes == [2]
     del cluster.held[1]
@@ -132,19 +159,21 @@ def test_behind_another_a_driver_begins_nothing_and_takes_back_what_waits(demo_s
     on = Scheduler(planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"), cluster, "")
     on.submit()
     cluster.begun, on.behind = {1}, "sweep b"
-    assert not on.submit() and set(cluster.held) == {1} and on.waits            # what runs is finished
+    assert not on.submit() and set(cluster.held) == {1} and on.waits  # what runs is finished
     finish(on, cluster, 1)
     assert not on.submit() and not cluster.held and on.waits
     on.behind = ""
     assert on.submit() and sum(cluster.sizes) == 3 and not on.waits
 
 
-def test_drivers_tell_each_other_their_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drivers_tell_each_other_their_priority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
     store = Store(tmp_path)
     with Coordination(store, "low") as low, Coordination(store, "high", 3) as high:
         low.look()
-        assert low.behind == ""                                                 # nothing of the other waits
+        assert low.behind == ""  # nothing of the other waits
         high.wants = True
         high._write()
         low.look()
@@ -154,7 +183,9 @@ def test_drivers_tell_each_other_their_priority(tmp_path: Path, monkeypatch: pyt
         low.look()
         assert low.priority == 5 and low.behind == ""
         content = store.drivers()[high._id]
-        store.write_driver("dead", {**content, "owner": {**content["owner"], "birth": "0"}, "priority": 9})
+        store.write_driver(
+            "dead", {**content, "owner": {**content["owner"], "birth": "0"}, "priority": 9}
+        )
         low.look()
         assert "dead" not in store.drivers() and low.behind == ""
     assert not store.drivers()
@@ -166,31 +197,51 @@ def test_a_silent_driver_blocks_nobody(tmp_path: Path, monkeypatch: pytest.Monke
         content = {**Store(tmp_path).drivers()[other._id], "wants": True}
     monkeypatch.setattr(Store, "drivers", lambda self: {"other": content})
     clock = [0.0]
-    monkeypatch.setattr(coordination, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    monkeypatch.setattr(
+        coordination, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
+    )
     mine = Coordination(Store(tmp_path), "b")
-    for now, blocked in ((0.0, True), (coordination.SILENT_SECONDS - 1, True), (coordination.SILENT_SECONDS + 1, False)):
+    for now, blocked in (
+        (0.0, True),
+        (coordination.SILENT_SECONDS - 1, True),
+        (coordination.SILENT_SECONDS + 1, False),
+    ):
         clock[0] = now
         mine.look()
         assert bool(mine.behind) == blocked
 
 
-def test_what_no_node_can_take_any_more_is_given_up(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_node_can_take_any_more_is_given_up(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    monkeypatch.setattr(
+        scheduler, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
+    )
     plan = planned(demo_sweep, "method=rtn", "scheme=w4", *SMALL)
     scorings = tuple(dataclasses.replace(each, devices=4, least=4) for each in plan.scorings)
     cluster = Cluster(slots=4, most=4)
     on = Scheduler(dataclasses.replace(plan, passes=(), scorings=scorings), cluster, "")
     assert on.submit()
-    cluster.slots = cluster.most = 2                                            # the node that could take it is lost
-    assert not on.submit() and not cluster.held and not list(on.unplaced()) and on.waits and not on.wants
+    cluster.slots = cluster.most = 2  # the node that could take it is lost
+    assert (
+        not on.submit()
+        and not cluster.held
+        and not list(on.unplaced())
+        and on.waits
+        and not on.wants
+    )
     cluster.slots = cluster.most = 4
-    assert not list(on.unplaced()) and on.submit()                              # and back
+    assert not list(on.unplaced()) and on.submit()  # and back
     cluster.slots = cluster.most = 2
     assert not on.submit() and not list(on.unplaced())
     clock[0] += scheduler.RETURN_SECONDS + 1
     (failed,) = on.unplaced()
-    assert isinstance(failed, Failed) and failed.kind == "no_node" and "takes 4 GPUs of one node" in failed.reason
+    assert (
+        isinstance(failed, Failed)
+        and failed.kind == "no_node"
+        and "takes 4 GPUs of one node" in failed.reason
+    )
     assert not on.waits and not on.submit()
 
 
@@ -201,20 +252,34 @@ def test_memory_that_ran_out_on_gpus_is_remembered_with_their_number(demo_sweep:
     failures.ran_out(store, [cell_key(sweep.cells[0])], "evaluate", 1, 10**9, devices=2)
     plan = planned(demo_sweep, "method=rtn", "scheme=w3", *SMALL)
     assert [(each.batch_size, each.devices) for each in plan.scorings] == [(1, 4)]
-    assert any("is scored in batches of 1, on 4 GPUs: memory ran out for" in note for note in plan.notes)
-    for most, expected in ((4, (4, False)), (2, (1, True))):                    # more than any node has: main memory
+    assert any(
+        "is scored in batches of 1, on 4 GPUs: memory ran out for" in note for note in plan.notes
+    )
+    for most, expected in ((4, (4, False)), (2, (1, True))):  # more than any node has: main memory
         cluster = Cluster(slots=4, most=most)
         on = Scheduler(dataclasses.replace(plan, passes=()), cluster, "")
         on.submit()
         (task,) = cluster.held.values()
-        assert isinstance(task, EvaluateTask) and (task.devices, task.offload) == expected and task.batch_size == 1
+        assert (
+            isinstance(task, EvaluateTask)
+            and (task.devices, task.offload) == expected
+            and task.batch_size == 1
+        )
 
 
 def test_cells_of_an_earlier_rank_come_first(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=rtn,gptq", "scheme=w4,w3", "baseline=false")
-    keys = frozenset(cell_key(cell) for cell in sweep.cells if cell.method.name == "gptq" and cell.scheme.name == "w3")
-    plan = make(dataclasses.replace(sweep, first=(First("scheme: w3", keys),)), Store(sweep.runtime.runs))
-    assert [each.rank for each in plan.passes] == [0, 1, 1] and {cell_key(c) for c in plan.passes[0].cells} == keys
+    keys = frozenset(
+        cell_key(cell)
+        for cell in sweep.cells
+        if cell.method.name == "gptq" and cell.scheme.name == "w3"
+    )
+    plan = make(
+        dataclasses.replace(sweep, first=(First("scheme: w3", keys),)), Store(sweep.runtime.runs)
+    )
+    assert [each.rank for each in plan.passes] == [0, 1, 1] and {
+        cell_key(c) for c in plan.passes[0].cells
+    } == keys
     assert "first   1. scheme: w3: 1 cell to do" in render(plan)
     cluster = Cluster(slots=1)
     Scheduler(plan, cluster, "").submit()

@@ -34,7 +34,7 @@ def test_everything_is_to_do_in_an_empty_store(demo_sweep: Make) -> None:
     plan = plan_of(sweep)
     assert not plan.done and not plan.refused and not plan.problems
     assert plan.missing == sweep.cells
-    assert plan.checkpoints == len(sweep.cells) == 5                            # with the baseline
+    assert plan.checkpoints == len(sweep.cells) == 5  # with the baseline
     assert plan.evaluations == 5
     made = [quantize_key(cell) for each in plan.passes for cell in each.cells]
     assert sorted(made) == sorted(map(quantize_key, sweep.cells))
@@ -54,21 +54,34 @@ def test_what_is_in_the_store_is_done(demo_sweep: Make) -> None:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text('{"seconds": 2.0}')
     scored = sweep.cells[-1]
-    store.write_score(cell_key(scored), score_key(scored, scored.evaluations[0]), {"metrics": {"demo_perplexity/perplexity": 2.0}})
+    store.write_score(
+        cell_key(scored),
+        score_key(scored, scored.evaluations[0]),
+        {"metrics": {"demo_perplexity/perplexity": 2.0}},
+    )
     plan = make(sweep, store)
     assert plan.done == (scored,)
-    assert not plan.passes                                                      # checkpoints are there: an evaluation runs alone
+    assert not plan.passes  # checkpoints are there: an evaluation runs alone
     assert plan.evaluations == len(sweep.cells) - 1
 
 
 def test_all_reasons_are_given_at_once(demo_sweep: Make) -> None:
-    plan = plan_of(demo_sweep("method=rtn,gptq", "scheme=w4g96,w3g40,w4", "evaluations=demo_perplexity"))
+    plan = plan_of(
+        demo_sweep("method=rtn,gptq", "scheme=w4g96,w3g40,w4", "evaluations=demo_perplexity")
+    )
     assert {refusal.cell.scheme.name for refusal in plan.refused} == {"w4g96", "w3g40"}
     assert len(plan.refused) == 4
     with pytest.raises(PlanError) as caught:
         require(plan)
     text = str(caught.value)
-    for words in ("4 of 7 cells cannot run", "Nothing was started", "group size 96", "group size 40", "q_proj", "skip:"):
+    for words in (
+        "4 of 7 cells cannot run",
+        "Nothing was started",
+        "group size 96",
+        "group size 40",
+        "q_proj",
+        "skip:",
+    ):
         assert words in text
     assert caught.value.exit_code == 3
 
@@ -80,7 +93,9 @@ def test_a_wrong_group_is_said_once(demo_sweep: Make) -> None:
 
 def test_blocks_that_cross_rows_need_not_divide_them(demo_sweep: Make) -> None:
     """down_proj of the demo has rows of 160 weights; NF4's blocks of 64 run over the flattened matrix, as in bitsandbytes."""
-    plan = plan_of(demo_sweep("method=nf4,ir_qlora_untuned", "scheme=nf4g64", "evaluations=demo_perplexity"))
+    plan = plan_of(
+        demo_sweep("method=nf4,ir_qlora_untuned", "scheme=nf4g64", "evaluations=demo_perplexity")
+    )
     assert not plan.refused and len(plan.missing) == 3
     assert plan_of(demo_sweep("method=rtn", "scheme=nf4g64", "evaluations=demo_perplexity")).refused
 
@@ -91,7 +106,10 @@ def test_an_unreadable_model_is_a_reason(demo_sweep: Make, tmp_path: Path) -> No
     broken.mkdir()
     (broken / "config.json").write_text('{"architectures": ["LlamaForCausalLN"]}')
     (broken / "x.safetensors").write_bytes(b"")
-    cells = tuple(dataclasses.replace(c, model=dataclasses.replace(c.model, source=str(broken), digest="0")) for c in sweep.cells)
+    cells = tuple(
+        dataclasses.replace(c, model=dataclasses.replace(c.model, source=str(broken), digest="0"))
+        for c in sweep.cells
+    )
     plan = plan_of(dataclasses.replace(sweep, cells=cells))
     assert len(plan.refused) == len(cells)
     assert all("LlamaForCausal" in " ".join(refusal.reasons) for refusal in plan.refused)
@@ -102,37 +120,62 @@ def test_missing_calibration_data_is_a_reason(demo_sweep: Make) -> None:
     cells = []
     for cell in sweep.cells:
         if cell.calibration is not None:
-            cell = dataclasses.replace(cell, calibration=dataclasses.replace(cell.calibration, source="/nowhere/at/all"))
+            cell = dataclasses.replace(
+                cell, calibration=dataclasses.replace(cell.calibration, source="/nowhere/at/all")
+            )
         cells.append(cell)
     (refusal,) = plan_of(dataclasses.replace(sweep, cells=tuple(cells))).refused
     assert "/nowhere/at/all" in refusal.reasons[0]
 
 
-def test_a_model_too_large_for_this_machine_is_a_reason(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_this_machine_is_a_reason(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resources, "available_memory", lambda: 1000)
     plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))
     assert all("to evaluate" in refusal.reasons[0] for refusal in plan.refused) and plan.refused
 
 
-def test_a_model_too_large_for_one_gpu_takes_several(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_too_large_for_one_gpu_takes_several(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_perplexity", "device=auto")
     need, cards = plan_of(sweep).scorings[0].peak_memory_bytes, [4]
     monkeypatch.setattr(resources, "count_gpus", lambda: cards[0])
-    monkeypatch.setattr(resources, "free_memory", lambda runtime: (int(need * free / resources.MEMORY_SHARE) + 1, "the GPU"))
-    for free, devices in ((1.0, 1), (0.9, 2), (0.55, 3)):                       # a quarter of the blocks beside each share
+    monkeypatch.setattr(
+        resources,
+        "free_memory",
+        lambda runtime: (int(need * free / resources.MEMORY_SHARE) + 1, "the GPU"),
+    )
+    for free, devices in (
+        (1.0, 1),
+        (0.9, 2),
+        (0.55, 3),
+    ):  # a quarter of the blocks beside each share
         assert [each.devices for each in plan_of(sweep).scorings] == [devices], free
     cards[0] = 2
     (reason,) = {refusal.reasons[0] for refusal in plan_of(sweep).refused}
     assert "as float32 to evaluate: 3 GPUs; this machine has 2 GPUs" in reason
     measured = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_efficiency", "device=auto")
     cards[0] = 4
-    assert all("measures one GPU" in refusal.reasons[0] for refusal in plan_of(measured).refused) and plan_of(measured).refused
-    elsewhere = Cluster("ray", address="10.0.0.1:6379", gpu_memory=f"{need * 0.9 / resources.MEMORY_SHARE / 1e6:.3f}MB")
-    plan = plan_of(dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=elsewhere)))
+    assert (
+        all("measures one GPU" in refusal.reasons[0] for refusal in plan_of(measured).refused)
+        and plan_of(measured).refused
+    )
+    elsewhere = Cluster(
+        "ray",
+        address="10.0.0.1:6379",
+        gpu_memory=f"{need * 0.9 / resources.MEMORY_SHARE / 1e6:.3f}MB",
+    )
+    plan = plan_of(
+        dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=elsewhere))
+    )
     assert [each.devices for each in plan.scorings] == [2]
 
 
-def test_too_small_a_disk_is_a_problem_of_the_sweep(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_small_a_disk_is_a_problem_of_the_sweep(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LocalDisk, "free_bytes", lambda self, root: 10)
     plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))
     assert "larger disk" in plan.problems[0]
@@ -143,7 +186,7 @@ def test_too_small_a_disk_is_a_problem_of_the_sweep(demo_sweep: Make, monkeypatc
 def test_cells_of_one_checkpoint_share_it(demo_sweep: Make) -> None:
     """Activation bits are executed, not stored: RTN at w8 and w8a8 has one checkpoint."""
     plan = plan_of(demo_sweep("method=rtn", "scheme=w8,w8a8", "evaluations=demo_perplexity"))
-    assert plan.checkpoints == 2                                                # with the baseline
+    assert plan.checkpoints == 2  # with the baseline
     assert sum(len(each.cells) for each in plan.passes) == 3
     assert "use the checkpoint of another" in render(plan)
 
@@ -157,46 +200,76 @@ def test_data_free_and_calibrated_cells_walk_apart(demo_sweep: Make) -> None:
 def test_workers_get_a_pass_each(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w8,w4,w3,w2", "cluster=local", "cluster.workers=2")
     calibrated = [each for each in plan_of(sweep).passes if each.cells[0].method.needs]
-    assert [len(each.checkpoints) for each in calibrated] == [4]                # one walk per worker: the baseline has the other
-    sweep = dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=Cluster("local", workers=4)))
+    assert [len(each.checkpoints) for each in calibrated] == [
+        4
+    ]  # one walk per worker: the baseline has the other
+    sweep = dataclasses.replace(
+        sweep, runtime=dataclasses.replace(sweep.runtime, cluster=Cluster("local", workers=4))
+    )
     calibrated = [each for each in plan_of(sweep).passes if each.cells[0].method.needs]
     assert [len(each.checkpoints) for each in calibrated] == [2, 2]
 
 
 def test_cells_of_one_stream_stay_together(demo_sweep: Make) -> None:
-    sweep = demo_sweep("method=gptq", "scheme=w8,w4,w3,w2", "inputs=full_precision", "cluster=local", "cluster.workers=8")
+    sweep = demo_sweep(
+        "method=gptq",
+        "scheme=w8,w4,w3,w2",
+        "inputs=full_precision",
+        "cluster=local",
+        "cluster.workers=8",
+    )
     calibrated = [each for each in plan_of(sweep).passes if each.cells[0].method.needs]
     assert [len(each.checkpoints) for each in calibrated] == [4]
     assert "shared by 4" in calibrated[0].sharing
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    (("method=rtn", "scheme=w4,w3"), "4 blocks read once, data-free"),
-    (("method=gptq", "scheme=w4,w3"), "4 blocks read once, statistics of block 0 shared"),
-    (("method=gptq", "scheme=w4,w3", "inputs=full_precision"), "4 blocks read once, one input stream shared by 2"),
-    (("method=awq", "scheme=w4,w3"), "4 blocks read once, one input stream shared by 2"),
-    (("method=any_precision,squeezellm", "scheme=w4,w3", "calibration=demo"), "4 blocks read once, squared gradients shared by 4"),
-    (("method=gptq", "scheme=w4"), "4 blocks"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("method=rtn", "scheme=w4,w3"), "4 blocks read once, data-free"),
+        (("method=gptq", "scheme=w4,w3"), "4 blocks read once, statistics of block 0 shared"),
+        (
+            ("method=gptq", "scheme=w4,w3", "inputs=full_precision"),
+            "4 blocks read once, one input stream shared by 2",
+        ),
+        (("method=awq", "scheme=w4,w3"), "4 blocks read once, one input stream shared by 2"),
+        (
+            ("method=any_precision,squeezellm", "scheme=w4,w3", "calibration=demo"),
+            "4 blocks read once, squared gradients shared by 4",
+        ),
+        (("method=gptq", "scheme=w4"), "4 blocks"),
+    ],
+)
 def test_what_cells_share_is_said(demo_sweep: Make, overrides: tuple[str, ...], said: str) -> None:
-    passes = [each for each in plan_of(demo_sweep(*overrides)).passes if not all(c.method.is_baseline for c in each.cells)]
+    passes = [
+        each
+        for each in plan_of(demo_sweep(*overrides)).passes
+        if not all(c.method.is_baseline for c in each.cells)
+    ]
     assert [each.sharing for each in passes] == [said]
 
 
 def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=awq", "scheme=w4", "rounding=squeezellm")
     (refusal,) = plan_of(sweep).refused
-    assert "squared gradients are of the model's own weights, which transform awq changes" in " ".join(refusal.reasons)
+    assert (
+        "squared gradients are of the model's own weights, which transform awq changes"
+        in " ".join(refusal.reasons)
+    )
 
 
 def test_little_memory_cuts_a_pass(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = demo_sweep("method=gptq", "scheme=w8,w4,w3,w2", "calibration.samples=512", "calibration.length=256")
+    sweep = demo_sweep(
+        "method=gptq", "scheme=w8,w4,w3,w2", "calibration.samples=512", "calibration.length=256"
+    )
     from harness.data import model_folders
     from harness.quantization import models
 
     shapes = models.shapes(model_folders.model_folder(sweep.cells[0].model))
     two = [cell for cell in sweep.cells if cell.method.needs][:2]
-    monkeypatch.setattr(resources, "available_memory", lambda: int(sum(pass_memory(two, shapes)) / 0.9) + 1000)
+    monkeypatch.setattr(
+        resources, "available_memory", lambda: int(sum(pass_memory(two, shapes)) / 0.9) + 1000
+    )
     calibrated = [each for each in plan_of(sweep).passes if each.cells[0].method.needs]
     assert [len(each.checkpoints) for each in calibrated] == [2, 2]
 
@@ -222,12 +295,23 @@ def test_estimates_grow_with_the_work(demo_sweep: Make) -> None:
     from harness.data import model_folders
     from harness.quantization import models
 
-    cells = {(c.method.name, c.scheme.name): c for c in demo_sweep("method=rtn,gptq", "scheme=w8,w4,w4g32").cells}
+    cells = {
+        (c.method.name, c.scheme.name): c
+        for c in demo_sweep("method=rtn,gptq", "scheme=w8,w4,w4g32").cells
+    }
     shapes = models.shapes(model_folders.model_folder(next(iter(cells.values())).model))
-    assert checkpoint_bytes(cells["rtn", "w8"], shapes) > checkpoint_bytes(cells["rtn", "w4g32"], shapes)
-    assert checkpoint_bytes(cells["rtn", "w4g32"], shapes) > checkpoint_bytes(cells["rtn", "w4"], shapes)
-    assert quantize_flops(cells["gptq", "w4"], shapes) > quantize_flops(cells["rtn", "w4"], shapes) > 0
-    weights = shapes.blocks * sum(linear.out_features * linear.in_features for linear in shapes.linears)
+    assert checkpoint_bytes(cells["rtn", "w8"], shapes) > checkpoint_bytes(
+        cells["rtn", "w4g32"], shapes
+    )
+    assert checkpoint_bytes(cells["rtn", "w4g32"], shapes) > checkpoint_bytes(
+        cells["rtn", "w4"], shapes
+    )
+    assert (
+        quantize_flops(cells["gptq", "w4"], shapes) > quantize_flops(cells["rtn", "w4"], shapes) > 0
+    )
+    weights = shapes.blocks * sum(
+        linear.out_features * linear.in_features for linear in shapes.linears
+    )
     assert checkpoint_bytes(cells["rtn", "w8"], shapes) == pytest.approx(weights + 65536, rel=0.1)
 
 
@@ -238,8 +322,12 @@ def test_a_thousand_cells_in_seconds(demo_sweep: Make) -> None:
     for number in range(250):
         for cell in grid:
             assert cell.calibration is not None
-            cells.append(dataclasses.replace(cell, calibration=dataclasses.replace(cell.calibration, seed=number)))
-    began = time.process_time()                 # of this process alone: others on the machine do not count
+            cells.append(
+                dataclasses.replace(
+                    cell, calibration=dataclasses.replace(cell.calibration, seed=number)
+                )
+            )
+    began = time.process_time()  # of this process alone: others on the machine do not count
     plan = plan_of(dataclasses.replace(sweep, cells=tuple(cells)))
     assert len(plan.missing) == 1000 and len(plan.passes) == 250
     assert time.process_time() - began < 10
@@ -253,8 +341,14 @@ def test_the_text_names_counts_places_and_skips(demo_sweep: Make) -> None:
 
 
 def test_the_frame_has_a_row_per_cell(demo_sweep: Make) -> None:
-    frame = plan_of(demo_sweep("method=rtn", "scheme=w4,w4g96", "evaluations=demo_perplexity")).frame()
-    assert dict(zip(frame["scheme"], frame["state"], strict=True)) == {"full": "quantize", "w4": "quantize", "w4g96": "refused"}
+    frame = plan_of(
+        demo_sweep("method=rtn", "scheme=w4,w4g96", "evaluations=demo_perplexity")
+    ).frame()
+    assert dict(zip(frame["scheme"], frame["state"], strict=True)) == {
+        "full": "quantize",
+        "w4": "quantize",
+        "w4g96": "refused",
+    }
     assert "group size 96" in frame.set_index("scheme")["reasons"]["w4g96"]
 
 
@@ -281,4 +375,6 @@ def test_a_plan_says_what_a_family_leaves_alone(
     monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     sweep = demo_sweep("model=tiny:mixtral", "method=rtn", "scheme=w4g32")
     text = render(make(sweep, Store(sweep.runtime.runs)))
-    assert "note    tiny_mixtral: scales on the inputs of experts are not folded into the norm" in text
+    assert (
+        "note    tiny_mixtral: scales on the inputs of experts are not folded into the norm" in text
+    )

@@ -23,7 +23,7 @@ class Letters:
 
 
 def draw(**fields: object) -> torch.Tensor:
-    return draw_windows(dataclasses.replace(BASE, **fields), Letters(), TEXTS)        # type: ignore[arg-type]
+    return draw_windows(dataclasses.replace(BASE, **fields), Letters(), TEXTS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("packing", ["window", "document", "join"])
@@ -32,17 +32,23 @@ def test_shape_and_seed(packing: str) -> None:
     assert windows.shape == (5, 32) and windows.dtype == torch.int64
     assert torch.equal(windows, draw(packing=packing))
     assert not torch.equal(windows, draw(packing=packing, seed=1))
-    assert windows_digest(windows) == windows_digest(windows.clone()) != windows_digest(draw(packing=packing, seed=1))
+    assert (
+        windows_digest(windows)
+        == windows_digest(windows.clone())
+        != windows_digest(draw(packing=packing, seed=1))
+    )
 
 
 def test_where_windows_come_from() -> None:
     joined = "\n\n".join(TEXTS)
-    as_text = lambda row: "".join(chr(token) for token in row.tolist() if token)       # noqa: E731
+    as_text = lambda row: "".join(chr(token) for token in row.tolist() if token)  # noqa: E731
     assert all(as_text(row) in joined for row in draw(packing="window"))
     assert all(any(as_text(row) in text for text in TEXTS) for row in draw(packing="document"))
     stream = "".join(as_text(row) for row in draw(packing="join", samples=8))
     whole = [text for text in TEXTS if len(text) < 32]
-    assert sum(text in stream for text in whole) >= 5 and int((draw(packing="join") == 0).sum()) >= 3
+    assert (
+        sum(text in stream for text in whole) >= 5 and int((draw(packing="join") == 0).sum()) >= 3
+    )
 
 
 def test_windows_follow_pythons_random() -> None:
@@ -64,7 +70,10 @@ class Vocabulary:
 
 
 def test_random_tokens_are_seeded_and_never_special() -> None:
-    tokenizer, calibration = Vocabulary(), Calibration("random_tokens", "random_tokens", samples=3, length=400)
+    tokenizer, calibration = (
+        Vocabulary(),
+        Calibration("random_tokens", "random_tokens", samples=3, length=400),
+    )
     drawn = draw_windows(calibration, tokenizer)
     assert drawn.shape == (3, 400) and torch.equal(drawn, draw_windows(calibration, tokenizer))
     assert not torch.equal(drawn, draw_windows(dataclasses.replace(calibration, seed=1), tokenizer))
@@ -89,7 +98,9 @@ def test_documents_have_prompts_where_answers_follow() -> None:
     class Letters:
         bos_token_id, eos_token_id = 1, 2
 
-        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        def __call__(
+            self, text: str, add_special_tokens: bool = True, verbose: bool = True
+        ) -> dict[str, list[int]]:
             return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, text)]}
 
     calibration = Calibration("texts", "nowhere")
@@ -97,4 +108,8 @@ def test_documents_have_prompts_where_answers_follow() -> None:
     prompt = [1, *map(ord, f"Why? {RESPONSE}\n")]
     assert asked.prompt == len(prompt) and asked.tokens.tolist() == [*prompt, *map(ord, "So."), 2]
     assert plain.prompt == 0 and plain.tokens.tolist() == [1, *map(ord, "Words.")]
-    assert documents_digest([asked, plain]) != documents_digest([plain, asked]) != documents_digest([plain])
+    assert (
+        documents_digest([asked, plain])
+        != documents_digest([plain, asked])
+        != documents_digest([plain])
+    )

@@ -46,7 +46,11 @@ FACTS: dict[str, Any] = {"version": 1, "needs": (), "stochastic": False, "activa
 
 def part(name: str, slot: str = "rounding", **settings: Any) -> Part:
     facts = plugins.facts(slot, name)
-    return Part(name, freeze(settings), **{fact: facts.get(fact, default) for fact, default in FACTS.items()})
+    return Part(
+        name,
+        freeze(settings),
+        **{fact: facts.get(fact, default) for fact, default in FACTS.items()},
+    )
 
 
 def windows(samples: int, length: int) -> Tensor:
@@ -61,10 +65,18 @@ def gptq(**settings: Any) -> Method:
     return Method("gptq", rounding=part("gptq", **settings))
 
 
-def scheme(format_: str = "int", bits: int = 4, group_size: int = 32, symmetric: bool = False, scale: str = "float16") -> Scheme:
+def scheme(
+    format_: str = "int",
+    bits: int = 4,
+    group_size: int = 32,
+    symmetric: bool = False,
+    scale: str = "float16",
+) -> Scheme:
     if format_ != "int":
         fixed = FORMATS[format_]
-        weight = WeightScheme(format_, fixed.bits, fixed.block or group_size, False, fixed.scale_dtype or scale)
+        weight = WeightScheme(
+            format_, fixed.bits, fixed.block or group_size, False, fixed.scale_dtype or scale
+        )
         return Scheme(format_, weight)
     return Scheme(f"w{bits}g{group_size}", WeightScheme("int", bits, group_size, symmetric, scale))
 
@@ -81,7 +93,11 @@ class Made:
         folder = self.store.checkpoint_folder(quantize_key(cell))
         if not (folder / "manifest.json").exists() and not method.is_baseline:
             writers = {quantize_key(cell): CheckpointWriter(folder, {"key": quantize_key(cell)})}
-            failed = [event for event in run_pass([cell], self.folder, windows(6, 40), writers) if isinstance(event, Failed)]
+            failed = [
+                event
+                for event in run_pass([cell], self.folder, windows(6, 40), writers)
+                if isinstance(event, Failed)
+            ]
             assert not failed, failed
         self.store.open_cell(cell)
         return cell
@@ -133,8 +149,14 @@ CASES: list[tuple[Method, Scheme, float]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "scheme_", "tolerance"), CASES, ids=lambda each: getattr(each, "name", None) or str(each))
-def test_transformers_computes_our_logits(made: Any, tmp_path: Path, method: Method, scheme_: Scheme, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("method", "scheme_", "tolerance"),
+    CASES,
+    ids=lambda each: getattr(each, "name", None) or str(each),
+)
+def test_transformers_computes_our_logits(
+    made: Any, tmp_path: Path, method: Method, scheme_: Scheme, tolerance: float
+) -> None:
     tiny = made()
     cell = tiny.cell(method, scheme_)
     done = export(tiny.store, tiny.key(cell)[:12], "compressed_tensors", tmp_path / "out")
@@ -143,69 +165,118 @@ def test_transformers_computes_our_logits(made: Any, tmp_path: Path, method: Met
     assert AutoTokenizer.from_pretrained(done.folder)("hello")["input_ids"]
 
 
-@pytest.mark.parametrize(("weights", "activation"), [
-    (scheme(bits=8, group_size=-1, symmetric=True), ActivationScheme("int", 8, grid="compressed")),
-    (scheme("fp8_e4m3", group_size=-1, scale="float32"), ActivationScheme("fp8_e4m3", 8)),
-], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("weights", "activation"),
+    [
+        (
+            scheme(bits=8, group_size=-1, symmetric=True),
+            ActivationScheme("int", 8, grid="compressed"),
+        ),
+        (scheme("fp8_e4m3", group_size=-1, scale="float32"), ActivationScheme("fp8_e4m3", 8)),
+    ],
+    ids=["int8", "fp8"],
+)
 def test_rounded_activations_travel_with_the_weights(
     made: Any, tmp_path: Path, weights: Scheme, activation: ActivationScheme
 ) -> None:
     tiny = made()
     cell = tiny.cell(RTN, dataclasses.replace(weights, activation=activation))
-    model = loaded(export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder)
+    model = loaded(
+        export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["format"] == ("int-quantized" if activation.format == "int" else "float-quantized")
+    assert config["format"] == (
+        "int-quantized" if activation.format == "int" else "float-quantized"
+    )
     plain = tiny.cell(RTN, weights)
     theirs, ours = logits(model), logits(tiny.ours(cell))
-    assert relative(theirs, ours) < 0.2 * relative(logits(tiny.ours(plain)), ours)      # the rounding itself is seen, and is ours
+    assert relative(theirs, ours) < 0.2 * relative(
+        logits(tiny.ours(plain)), ours
+    )  # the rounding itself is seen, and is ours
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen2", "phi3", "gpt_neox", "gemma"])
-def test_biases_norms_and_fused_parts_of_other_families(made: Any, tmp_path: Path, family: str) -> None:
+def test_biases_norms_and_fused_parts_of_other_families(
+    made: Any, tmp_path: Path, family: str
+) -> None:
     tiny = made(family)
     cell = tiny.cell(RTN, scheme(bits=4, symmetric=True))
-    model = loaded(export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder)
+    model = loaded(
+        export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder
+    )
     assert relative(logits(model), logits(tiny.ours(cell))) <= 1e-5
 
 
 def test_several_schemes_layers_left_alone_and_shards(made: Any, tmp_path: Path) -> None:
     tiny = made()
-    mixed = Scheme("mixed", WeightScheme("int", 4, 32, True), overrides=(Override(("down_proj",), (1,), freeze({"bits": 8})),))
+    mixed = Scheme(
+        "mixed",
+        WeightScheme("int", 4, 32, True),
+        overrides=(Override(("down_proj",), (1,), freeze({"bits": 8})),),
+    )
     cell = tiny.cell(RTN, mixed)
-    done = export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out", shard_bytes=40_000)
+    done = export(
+        tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out", shard_bytes=40_000
+    )
     assert done.files > 2 and (tmp_path / "out" / "model.safetensors.index.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert sorted(group["weights"]["num_bits"] for group in config["config_groups"].values()) == [4, 8]
+    assert sorted(group["weights"]["num_bits"] for group in config["config_groups"].values()) == [
+        4,
+        8,
+    ]
     assert relative(logits(loaded(done.folder)), logits(tiny.ours(cell))) <= 1e-5
 
 
 def test_bfloat16_models_need_scales_that_bfloat16_holds(made: Any, tmp_path: Path) -> None:
     tiny = made(dtype="bfloat16")
     with pytest.raises(PlanError, match="float16 scales are not exact in the model's bfloat16"):
-        export(tiny.store, tiny.key(tiny.cell(RTN, scheme(bits=4))), "compressed_tensors", tmp_path / "out")
+        export(
+            tiny.store,
+            tiny.key(tiny.cell(RTN, scheme(bits=4))),
+            "compressed_tensors",
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
     cell = tiny.cell(RTN, scheme(bits=4, scale="bfloat16"))
-    model = loaded(export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder)
+    model = loaded(
+        export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out").folder
+    )
     assert model.dtype == torch.bfloat16
     assert relative(logits(model), logits(tiny.ours(cell))) <= 1e-5
 
 
 def test_bits_per_weight_are_the_bytes_of_the_folder(made: Any, tmp_path: Path) -> None:
-    tiny = made(dtype="float32", hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4)
+    tiny = made(
+        dtype="float32",
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     cell = tiny.cell(RTN, scheme(bits=4, group_size=64, symmetric=True, scale="float32"))
     done = export(tiny.store, tiny.key(cell), "compressed_tensors", tmp_path / "out")
     manifest = Checkpoint.open(tiny.store.checkpoint_folder(quantize_key(cell))).manifest
     assert done.bytes == pytest.approx(manifest["stored_bytes"], rel=0.02)
-    native = sum(path.stat().st_size for path in tiny.store.checkpoint_folder(quantize_key(cell)).glob("*.safetensors"))
+    native = sum(
+        path.stat().st_size
+        for path in tiny.store.checkpoint_folder(quantize_key(cell)).glob("*.safetensors")
+    )
     assert native == pytest.approx(sum(entry["bytes"] for entry in manifest["linears"]), rel=0.02)
 
 
 # --- GPTQ ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "method", "group_size", "symmetric"), [
-    (4, gptq(), 32, False), (3, gptq(), 32, False), (4, gptq(act_order=True), 32, True), (2, RTN, -1, True), (8, RTN, -1, True),
-])
+@pytest.mark.parametrize(
+    ("bits", "method", "group_size", "symmetric"),
+    [
+        (4, gptq(), 32, False),
+        (3, gptq(), 32, False),
+        (4, gptq(act_order=True), 32, True),
+        (2, RTN, -1, True),
+        (8, RTN, -1, True),
+    ],
+)
 def test_gptq_tensors_mean_our_weights(
     made: Any, tmp_path: Path, bits: int, method: Method, group_size: int, symmetric: bool
 ) -> None:
@@ -214,17 +285,29 @@ def test_gptq_tensors_mean_our_weights(
     done = export(tiny.store, tiny.key(cell), "gptq", tmp_path / "out")
     described = json.loads((done.folder / "quantize_config.json").read_text())
     assert described == json.loads((done.folder / "config.json").read_text())["quantization_config"]
-    assert (described["bits"], described["group_size"], described["sym"]) == (bits, group_size, symmetric)
-    assert described["desc_act"] == (method.rounding is not None and method.rounding.settings == (("act_order", True),))
+    assert (described["bits"], described["group_size"], described["sym"]) == (
+        bits,
+        group_size,
+        symmetric,
+    )
+    assert described["desc_act"] == (
+        method.rounding is not None and method.rounding.settings == (("act_order", True),)
+    )
     stored = Checkpoint.open(tiny.store.checkpoint_folder(quantize_key(cell)))
     with safe_open(done.folder / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
         for index in range(2):
             for linear, weight in stored.block(index).weights.items():
                 prefix = f"model.layers.{index}.{linear}"
-                parts = {name: file.get_tensor(f"{prefix}.{name}") for name in ("qweight", "qzeros", "scales", "g_idx")}
+                parts = {
+                    name: file.get_tensor(f"{prefix}.{name}")
+                    for name in ("qweight", "qzeros", "scales", "g_idx")
+                }
                 rows, columns = weight.shape
-                assert parts["qweight"].shape == (columns * bits // 32, rows) and parts["qweight"].dtype == torch.int32
+                assert (
+                    parts["qweight"].shape == (columns * bits // 32, rows)
+                    and parts["qweight"].dtype == torch.int32
+                )
                 assert parts["qzeros"].shape == (parts["scales"].shape[0], rows * bits // 32)
                 assert torch.equal(unpack_linear(parts, bits), weight.dequantize())
                 assert f"{prefix}.weight" not in names
@@ -233,8 +316,13 @@ def test_gptq_tensors_mean_our_weights(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("group_size", "symmetric", "ordered"), [(32, True, False), (32, False, True), (-1, False, False)])
-def test_gptqmodel_reads_the_same_weights(bits: int, group_size: int, symmetric: bool, ordered: bool) -> None:
+@pytest.mark.parametrize(
+    ("group_size", "symmetric", "ordered"),
+    [(32, True, False), (32, False, True), (-1, False, False)],
+)
+def test_gptqmodel_reads_the_same_weights(
+    bits: int, group_size: int, symmetric: bool, ordered: bool
+) -> None:
     """Somebody else's reader of the layout, on a CPU, where it is installed."""
     torch_linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
     from gptqmodel.quantization import FORMAT
@@ -254,8 +342,16 @@ def test_gptqmodel_reads_the_same_weights(bits: int, group_size: int, symmetric:
         found = dataclasses.replace(found, column_group=order.to(torch.int32) // group_size)
     assert Layout().weight_reasons(found, torch.float16) == []
     module = torch_linear.TorchLinear(
-        bits=bits, group_size=group_size, sym=symmetric, desc_act=ordered, in_features=128, out_features=64, bias=False,
-        pack_dtype=torch.int32, format=FORMAT.GPTQ, register_buffers=True,
+        bits=bits,
+        group_size=group_size,
+        sym=symmetric,
+        desc_act=ordered,
+        in_features=128,
+        out_features=64,
+        bias=False,
+        pack_dtype=torch.int32,
+        format=FORMAT.GPTQ,
+        register_buffers=True,
     )
     module.load_state_dict(Layout().pack_linear(found, None, torch.float16), strict=False)
     convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
@@ -279,20 +375,45 @@ def test_a_gptq_word_by_hand() -> None:
 # --- refusals ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "method", "scheme_", "part_of"), [
-    ("gptq", RTN, scheme("mxfp4"), 'holds integers, not "mxfp4"'),
-    ("compressed_tensors", RTN, scheme("nf4", scale="double_quantized"), 'no number format "nf4"'),
-    ("compressed_tensors", RTN, Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")), "zero_point=integer"),
-    ("gptq", RTN, Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")), "zero_point=integer"),
-    ("gptq", RTN, scheme(bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
-    ("compressed_tensors", RTN, scheme("nf4"), 'no number format "nf4"'),
-    ("compressed_tensors", RTN, scheme("mxint8"), 'no number format "mxint8"'),
-    ("compressed_tensors", gptq(act_order=True), scheme(bits=4), "use static_groups=true"),
-    ("compressed_tensors", RTN, dataclasses.replace(scheme(bits=8, symmetric=True), activation=ActivationScheme()), "per token"),
-    ("gptq", RTN, dataclasses.replace(scheme(bits=4), kv=KVScheme()), "KV cache"),
-    ("gptq", Method("none"), Scheme("full"), "nothing is quantized"),
-])
-def test_a_plan_knows_what_cannot_be_exported(made: Any, name: str, method: Method, scheme_: Scheme, part_of: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method", "scheme_", "part_of"),
+    [
+        ("gptq", RTN, scheme("mxfp4"), 'holds integers, not "mxfp4"'),
+        (
+            "compressed_tensors",
+            RTN,
+            scheme("nf4", scale="double_quantized"),
+            'no number format "nf4"',
+        ),
+        (
+            "compressed_tensors",
+            RTN,
+            Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")),
+            "zero_point=integer",
+        ),
+        (
+            "gptq",
+            RTN,
+            Scheme("w4", WeightScheme("int", 4, 32, zero_point="float")),
+            "zero_point=integer",
+        ),
+        ("gptq", RTN, scheme(bits=5), "codes of 2, 3, 4, 8 bits, not 5"),
+        ("compressed_tensors", RTN, scheme("nf4"), 'no number format "nf4"'),
+        ("compressed_tensors", RTN, scheme("mxint8"), 'no number format "mxint8"'),
+        ("compressed_tensors", gptq(act_order=True), scheme(bits=4), "use static_groups=true"),
+        (
+            "compressed_tensors",
+            RTN,
+            dataclasses.replace(scheme(bits=8, symmetric=True), activation=ActivationScheme()),
+            "per token",
+        ),
+        ("gptq", RTN, dataclasses.replace(scheme(bits=4), kv=KVScheme()), "KV cache"),
+        ("gptq", Method("none"), Scheme("full"), "nothing is quantized"),
+    ],
+)
+def test_a_plan_knows_what_cannot_be_exported(
+    made: Any, name: str, method: Method, scheme_: Scheme, part_of: str
+) -> None:
     tiny = made()
     data = read_config(tiny.folder)
     cell = Cell(tiny.model, method, scheme_, CALIBRATION)
@@ -300,12 +421,25 @@ def test_a_plan_knows_what_cannot_be_exported(made: Any, name: str, method: Meth
     assert len(reasons) == 1 and part_of in reasons[0]
 
 
-@pytest.mark.parametrize(("name", "method", "scheme_", "part_of"), [
-    ("compressed_tensors", Method("hqq", rounding=part("hqq")), scheme(bits=4), "zero points that are not among the codes"),
-    ("gptq", Method("squeezellm", rounding=part("any_precision")), scheme(bits=4, group_size=-1), 'layout "lookup"'),
-    ("gptq", RTN, scheme(bits=4, scale="float32"), "float32 scales are not exact in float16"),
-    ("gptq", gptq(), scheme(bits=2), "zero points of 0"),
-])
+@pytest.mark.parametrize(
+    ("name", "method", "scheme_", "part_of"),
+    [
+        (
+            "compressed_tensors",
+            Method("hqq", rounding=part("hqq")),
+            scheme(bits=4),
+            "zero points that are not among the codes",
+        ),
+        (
+            "gptq",
+            Method("squeezellm", rounding=part("any_precision")),
+            scheme(bits=4, group_size=-1),
+            'layout "lookup"',
+        ),
+        ("gptq", RTN, scheme(bits=4, scale="float32"), "float32 scales are not exact in float16"),
+        ("gptq", gptq(), scheme(bits=2), "zero points of 0"),
+    ],
+)
 def test_what_only_the_checkpoint_tells_is_refused_before_writing(
     made: Any, tmp_path: Path, name: str, method: Method, scheme_: Scheme, part_of: str
 ) -> None:
@@ -321,7 +455,14 @@ def test_a_sweep_that_will_be_exported_refuses_in_its_plan(tmp_path: Path) -> No
     from harness.config.grid import load_sweep
     from harness.planning.planner import make
 
-    words = ["model=demo", "method=rtn,gptq", "scheme=w4g32,nf4g32", "calibration=demo", f"runs={tmp_path}", "tracking=none"]
+    words = [
+        "model=demo",
+        "method=rtn,gptq",
+        "scheme=w4g32,nf4g32",
+        "calibration=demo",
+        f"runs={tmp_path}",
+        "tracking=none",
+    ]
     assert not make(load_sweep(None, words), Store(tmp_path)).refused
     refused = make(load_sweep(None, [*words, "export=gptq"]), Store(tmp_path)).refused
     assert [refusal.cell.scheme.name for refusal in refused] == ["nf4g32", "nf4g32"]
@@ -337,10 +478,21 @@ def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) ->
 
     tiny = made()
     key = tiny.key(tiny.cell(RTN, scheme(bits=4, symmetric=True)))
-    words = ["export", key[:12], "--format", "gptq", "--output", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    words = [
+        "export",
+        key[:12],
+        "--format",
+        "gptq",
+        "--output",
+        str(tmp_path / "out"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0 and "as gptq, 1 weight file" in result.output
-    assert {"config.json", "quantize_config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "quantize_config.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 def test_names_and_folders_are_checked_first(made: Any, tmp_path: Path) -> None:

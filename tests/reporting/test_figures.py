@@ -51,15 +51,28 @@ def test_figures_of_a_sweep(records: list[Record], tmp_path: Path) -> None:
         "layer-errors",
     ]
     assert figures(sweep, []) == {}
-    other = [dataclasses.replace(record, cell=dataclasses.replace(record.cell, model=Model("demo", "demo"))) for record in records]
+    other = [
+        dataclasses.replace(
+            record, cell=dataclasses.replace(record.cell, model=Model("demo", "demo"))
+        )
+        for record in records
+    ]
     assert "wikitext2-perplexity-against-bits-demo" in figures(sweep, [*records, *other])
 
 
 def test_diverged_cells_stay_out_of_the_lines(records: list[Record]) -> None:
     figure = score_against_bits(records, "wikitext2/perplexity")
     assert figure is not None
-    lines = {container.get_label(): container.lines[0].get_xdata() for container in figure.axes[0].containers}
-    assert list(lines["rtn"]) == [3.25, 4.25, 8.25] and list(lines["gptq"]) == [2.25, 3.25, 4.25, 8.25]
+    lines = {
+        container.get_label(): container.lines[0].get_xdata()
+        for container in figure.axes[0].containers
+    }
+    assert list(lines["rtn"]) == [3.25, 4.25, 8.25] and list(lines["gptq"]) == [
+        2.25,
+        3.25,
+        4.25,
+        8.25,
+    ]
     assert "full precision" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
@@ -84,19 +97,41 @@ def test_names_on_the_front_do_not_overlap(records: list[Record]) -> None:
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
-def test_bits_needed_is_the_smallest_from_which_all_larger_are_near_enough(records: list[Record]) -> None:
+def test_bits_needed_is_the_smallest_from_which_all_larger_are_near_enough(
+    records: list[Record],
+) -> None:
     figure = bits_needed(records, "arc_easy/acc")
     assert figure is not None
     axes = figure.axes[0]
-    shown = dict(zip((label.get_text() for label in axes.get_yticklabels()), axes.patches, strict=True))
-    accuracy = {(r.cell.method.name, r.cell.scheme.weight.bits): r.metrics().get("arc_easy/acc") for r in records}
+    shown = dict(
+        zip((label.get_text() for label in axes.get_yticklabels()), axes.patches, strict=True)
+    )
+    accuracy = {
+        (r.cell.method.name, r.cell.scheme.weight.bits): r.metrics().get("arc_easy/acc")
+        for r in records
+    }
     full = records[0].metrics()["arc_easy/acc"]
     for method in ("rtn", "gptq"):
-        near = [bits for bits in (8, 4, 3, 2) if (a := accuracy[method, bits]) is not None and a >= full - 0.01]
-        expected = next((bits for bits in (2, 3, 4, 8) if all(more in near for more in (2, 3, 4, 8) if more >= bits)), None)
+        near = [
+            bits
+            for bits in (8, 4, 3, 2)
+            if (a := accuracy[method, bits]) is not None and a >= full - 0.01
+        ]
+        expected = next(
+            (
+                bits
+                for bits in (2, 3, 4, 8)
+                if all(more in near for more in (2, 3, 4, 8) if more >= bits)
+            ),
+            None,
+        )
         bar = shown[method]
-        assert (bar.get_width() == pytest.approx(expected + 0.25)) if expected else bar.get_x() == pytest.approx(8.25)
-    assert bits_needed(records[1:], "arc_easy/acc") is None                         # nothing to be near to
+        assert (
+            (bar.get_width() == pytest.approx(expected + 0.25))
+            if expected
+            else bar.get_x() == pytest.approx(8.25)
+        )
+    assert bits_needed(records[1:], "arc_easy/acc") is None  # nothing to be near to
     assert bits_needed(records, "checkpoint/bytes") is None
 
 
@@ -104,12 +139,18 @@ def test_accuracy_and_perplexity_stand_with_their_correlation(records: list[Reco
     figure = accuracy_against_perplexity(records, "wikitext2/perplexity", ["arc_easy/acc"])
     assert figure is not None
     known = [record.metrics() for record in records]
-    known = [metrics for metrics in known if math.isfinite(metrics.get("wikitext2/perplexity", math.nan))]
-    pairs = [(math.log(metrics["wikitext2/perplexity"]), metrics["arc_easy/acc"]) for metrics in known]
+    known = [
+        metrics for metrics in known if math.isfinite(metrics.get("wikitext2/perplexity", math.nan))
+    ]
+    pairs = [
+        (math.log(metrics["wikitext2/perplexity"]), metrics["arc_easy/acc"]) for metrics in known
+    ]
     expected = np.corrcoef(np.array(pairs).T)[0, 1]
     assert f"r = {expected:.3f} with log perplexity" in figure.axes[0].texts[0].get_text()
     assert f"{len(pairs)} cells" in figure.axes[0].texts[0].get_text()
-    assert accuracy_against_perplexity(records[:2], "wikitext2/perplexity", ["arc_easy/acc"]) is None
+    assert (
+        accuracy_against_perplexity(records[:2], "wikitext2/perplexity", ["arc_easy/acc"]) is None
+    )
 
 
 def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
@@ -120,24 +161,45 @@ def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
     made = []
     for cell, loss in zip(seeds, (6.0, 6.2, 6.4), strict=True):
         score = {**gptq.scores["wikitext2"], "metrics": {"wikitext2/perplexity": loss}}
-        made.append(dataclasses.replace(gptq, cell=cell, cell_key=cell_key(cell), scores={"wikitext2": score}))
+        made.append(
+            dataclasses.replace(
+                gptq, cell=cell, cell_key=cell_key(cell), scores={"wikitext2": score}
+            )
+        )
     (point,) = points(made, "wikitext2/perplexity")
-    assert point.score == pytest.approx(6.2) and point.interval == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
-    assert point.label == "gptq" and len(point.records) == 3                        # the seed tells nothing apart any more
-    assert points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
+    assert point.score == pytest.approx(6.2) and point.interval == pytest.approx(
+        4.302653 * 0.2 / math.sqrt(3), rel=1e-6
+    )
+    assert (
+        point.label == "gptq" and len(point.records) == 3
+    )  # the seed tells nothing apart any more
+    assert (
+        points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
+    )
 
 
 def test_layer_errors(records: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     gptq = next(record for record in records if record.cell.method.name == "gptq")
     text = layer_errors(gptq)
     assert text is not None and text == layer_errors(gptq)
-    drawn = [each.text for each in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}title")]
+    drawn = [
+        each.text for each in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}title")
+    ]
     name = "output_error"
-    assert drawn == [f"block {row['block']}, {row['linear'].rsplit('.')[-1]}: {row[name]:.4g}" for row in sorted(
-        gptq.layer_errors, key=lambda row: (list(LINEARS).index(row["linear"]), row["block"]))]
-    odd = [{"block": 0, "linear": f"experts.{n}.<w>", name: value} for n, value in enumerate((1e-3, 1e-3, 0.0, math.nan))]
+    assert drawn == [
+        f"block {row['block']}, {row['linear'].rsplit('.')[-1]}: {row[name]:.4g}"
+        for row in sorted(
+            gptq.layer_errors, key=lambda row: (list(LINEARS).index(row["linear"]), row["block"])
+        )
+    ]
+    odd = [
+        {"block": 0, "linear": f"experts.{n}.<w>", name: value}
+        for n, value in enumerate((1e-3, 1e-3, 0.0, math.nan))
+    ]
     one = layer_errors(dataclasses.replace(gptq, manifest={"layer_errors": odd}))
-    assert one is not None and "experts.1.&lt;w&gt;: 0.001" in one and "experts.2" not in one      # ends that are alike
+    assert (
+        one is not None and "experts.1.&lt;w&gt;: 0.001" in one and "experts.2" not in one
+    )  # ends that are alike
     ElementTree.fromstring(one)
     assert layer_errors(records[0]) is None and error_overview(records[:1]) is None
     whole = error_overview(records)
@@ -155,7 +217,9 @@ def test_saved_figures_are_the_same_to_the_byte(records: list[Record], tmp_path:
         assert figure is not None
         assert [path.suffix for path in save(figure, folder, "ppl")] == [".svg", ".pdf", ".png"]
     for form in ("svg", "pdf", "png"):
-        assert (tmp_path / "a" / f"ppl.{form}").read_bytes() == (tmp_path / "b" / f"ppl.{form}").read_bytes()
+        assert (tmp_path / "a" / f"ppl.{form}").read_bytes() == (
+            tmp_path / "b" / f"ppl.{form}"
+        ).read_bytes()
 
 
 def test_no_cells_no_figure() -> None:

@@ -28,7 +28,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def row(method: str, bits: str, number: float | None, published: float | None = None, model: str = "m") -> Row:
+def row(
+    method: str, bits: str, number: float | None, published: float | None = None, model: str = "m"
+) -> Row:
     cell = Cell(Model(model, "demo"), Method(method), Scheme("s", WeightScheme()))
     printed = None if published is None else Printed(str(published))
     value = Value(number, published=printed, published_number=published)
@@ -57,20 +59,38 @@ def test_an_order_holds_or_not_on_either_side() -> None:
 
 def test_lower_is_better_turns_the_order() -> None:
     assert answer(ORDER, table(FULL, GPTQ, RTN, higher=False), "ours").verdict == FAILS
-    assert answer(finding(above=ORDER.better), table(FULL, GPTQ, RTN, higher=False), "ours").verdict == HOLDS
+    assert (
+        answer(finding(above=ORDER.better), table(FULL, GPTQ, RTN, higher=False), "ours").verdict
+        == HOLDS
+    )
 
 
 def test_a_margin_must_be_exceeded() -> None:
-    assert answer(finding(better=ORDER.better, margin=19.9), table(GPTQ, RTN), "ours").verdict == HOLDS
-    assert answer(finding(better=ORDER.better, margin=20), table(GPTQ, RTN), "ours").verdict == FAILS
+    assert (
+        answer(finding(better=ORDER.better, margin=19.9), table(GPTQ, RTN), "ours").verdict == HOLDS
+    )
+    assert (
+        answer(finding(better=ORDER.better, margin=20), table(GPTQ, RTN), "ours").verdict == FAILS
+    )
 
 
 def test_what_is_missing_cannot_be_told_but_a_counterexample_can() -> None:
     gap = row("rtn", "3", None)
     assert answer(ORDER, table(GPTQ, gap), "ours").verdict == UNKNOWN
     assert answer(ORDER, table(GPTQ), "ours").verdict == UNKNOWN
-    both = {"t": TableData("t", "", ("method", "bits", "group"), table(GPTQ)["t"].columns,
-                           (row("gptq", "3", 1, model="a"), row("rtn", "3", 2, model="a"), row("gptq", "3", None, model="b")))}
+    both = {
+        "t": TableData(
+            "t",
+            "",
+            ("method", "bits", "group"),
+            table(GPTQ)["t"].columns,
+            (
+                row("gptq", "3", 1, model="a"),
+                row("rtn", "3", 2, model="a"),
+                row("gptq", "3", None, model="b"),
+            ),
+        )
+    }
     assert answer(ORDER, both, "ours").verdict == FAILS
 
 
@@ -82,34 +102,53 @@ def test_a_diverged_perplexity_is_worse_than_any() -> None:
 def test_loss_is_taken_from_the_baseline_in_the_better_direction() -> None:
     lost = finding(loss=(Term("gptq", 3),), at_most=10)
     assert answer(lost, table(FULL, GPTQ), "ours").verdict == HOLDS
-    assert answer(finding(loss=(Term("gptq", 3),), at_most=9.9), table(FULL, GPTQ), "ours").verdict == FAILS
-    assert answer(lost, table(GPTQ), "ours").verdict == UNKNOWN        # no baseline
+    assert (
+        answer(finding(loss=(Term("gptq", 3),), at_most=9.9), table(FULL, GPTQ), "ours").verdict
+        == FAILS
+    )
+    assert answer(lost, table(GPTQ), "ours").verdict == UNKNOWN  # no baseline
     worse = table(row("none", "16", 6), row("gptq", "3", math.inf), higher=False)
     assert answer(lost, worse, "ours").verdict == FAILS
     assert answer(finding(loss=(Term("gptq", 3),), at_least=5), worse, "ours").verdict == HOLDS
 
 
 def test_losses_are_compared_across_models() -> None:
-    rows = (row("none", "16", 70, model="small"), row("gptq", "3", 60, model="small"),
-            row("none", "16", 75, model="large"), row("gptq", "3", 72, model="large"))
+    rows = (
+        row("none", "16", 70, model="small"),
+        row("gptq", "3", 60, model="small"),
+        row("none", "16", 75, model="large"),
+        row("gptq", "3", 72, model="large"),
+    )
     asked = finding(excess=(Term("gptq", 3, model="sm*"), Term("gptq", 3, model="large")))
     assert answer(asked, table(*rows), "ours").verdict == HOLDS
 
 
 def test_a_term_that_fits_several_rows_is_not_guessed() -> None:
-    found = answer(finding(better=(Term("gptq"), Term("rtn"))), table(GPTQ, row("gptq", "4", 65), RTN), "ours")
+    found = answer(
+        finding(better=(Term("gptq"), Term("rtn"))), table(GPTQ, row("gptq", "4", 65), RTN), "ours"
+    )
     assert found.verdict == UNKNOWN and "2 rows" in found.missing[0]
 
 
 def test_correlation_over_rows() -> None:
     heads = tuple(ColumnHead(Column(name, name), name, True, False) for name in ("x", "y"))
     rows = tuple(
-        Row(("rtn", str(bits), ""), (Value(float(bits)), Value(10.0 - bits)), GPTQ.cell, str(bits), "m") for bits in (2, 3, 4)
+        Row(
+            ("rtn", str(bits), ""),
+            (Value(float(bits)), Value(10.0 - bits)),
+            GPTQ.cell,
+            str(bits),
+            "m",
+        )
+        for bits in (2, 3, 4)
     )
     data = {"t": TableData("t", "", ("method", "bits", "group"), heads, rows)}
     asked = finding(relate=("t/y",), over=("t/x",), value=(Term("rtn"),), at_least=0.78)
     assert answer(asked, data, "ours").verdict == HOLDS
-    assert answer(asked, {"t": TableData("t", "", data["t"].labels, heads, rows[:2])}, "ours").verdict == UNKNOWN
+    assert (
+        answer(asked, {"t": TableData("t", "", data["t"].labels, heads, rows[:2])}, "ours").verdict
+        == UNKNOWN
+    )
 
 
 def test_pearson_of_known_pairs() -> None:
@@ -118,7 +157,9 @@ def test_pearson_of_known_pairs() -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_every_sweep_prints_its_tables_and_findings_without_network(name: str, tmp_path: Path) -> None:
+def test_every_sweep_prints_its_tables_and_findings_without_network(
+    name: str, tmp_path: Path
+) -> None:
     if name == "local" and not (PROJECT / "../shared").is_dir():
         pytest.skip("needs the data beside the checkout")
     sweep = grid.load_sweep(name, [f"runs={tmp_path}"])
@@ -132,17 +173,29 @@ def test_every_sweep_prints_its_tables_and_findings_without_network(name: str, t
         is_published = any(t.published for t in sweep.tables)
         assert each.ours.verdict == UNKNOWN, each.finding.text
         assert (each.published is not None) is is_published, each.finding.text
-        assert each.published is None or each.published.verdict == HOLDS, (each.finding.text, each.published)
+        assert each.published is None or each.published.verdict == HOLDS, (
+            each.finding.text,
+            each.published,
+        )
     if checked:
         text = findings.render(checked)
         assert f"{len(checked)} finding" in text
-        assert text.count("    published  holds") == sum(each.published is not None for each in checked)
+        assert text.count("    published  holds") == sum(
+            each.published is not None for each in checked
+        )
 
 
 def test_every_published_table_stands_in_a_sweep() -> None:
-    shown = {each.published for name in SWEEPS if name != "local" for each in grid.load_sweep(name).tables}
-    known = {path.relative_to(PROJECT / "sweeps/published").with_suffix("").as_posix()
-             for path in (PROJECT / "sweeps/published").glob("*/*.yaml")}
+    shown = {
+        each.published
+        for name in SWEEPS
+        if name != "local"
+        for each in grid.load_sweep(name).tables
+    }
+    known = {
+        path.relative_to(PROJECT / "sweeps/published").with_suffix("").as_posix()
+        for path in (PROJECT / "sweeps/published").glob("*/*.yaml")
+    }
     assert known - shown == set()
 
 
@@ -162,11 +215,16 @@ findings:
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ConfigError) as error:
         grid.load_sweep(str(tmp_path / "s.yaml"))
-    for part in ('no table "tt"; did you mean "t"', 'no column "pplx"; did you mean "ppl"', "one of better", '"methode"'):
+    for part in (
+        'no table "tt"; did you mean "t"',
+        'no column "pplx"; did you mean "ppl"',
+        "one of better",
+        '"methode"',
+    ):
         assert part in str(error.value)
 
 
-STUDIES = {                                     # file name of the notes -> folder of the published numbers, tables
+STUDIES = {  # file name of the notes -> folder of the published numbers, tables
     "llama3-empirical-study": ("llama3-empirical-study", range(1, 13)),
     "llama3-70b-per-channel": ("llama3-70b-per-channel", range(1, 4)),
     "comprehensive-evaluation": ("comprehensive-evaluation", range(2, 16)),
@@ -176,10 +234,20 @@ STUDIES = {                                     # file name of the notes -> fold
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_table_of_the_studies_is_published_here(study: str, shared: Path) -> None:
     folder, numbers = STUDIES[study]
-    noted = {path.stem.rpartition("-table")[2] for path in (shared / "papers" / "tables").glob(f"{study}-table*.yaml")}
-    own = {path.stem.removeprefix("table") for path in (PROJECT / "sweeps/published" / folder).glob("table*.yaml")}
+    noted = {
+        path.stem.rpartition("-table")[2]
+        for path in (shared / "papers" / "tables").glob(f"{study}-table*.yaml")
+    }
+    own = {
+        path.stem.removeprefix("table")
+        for path in (PROJECT / "sweeps/published" / folder).glob("table*.yaml")
+    }
     assert set(map(str, numbers)) <= own and noted <= own
     for number in noted:
-        theirs = yaml.safe_load((shared / "papers" / "tables" / f"{study}-table{number}.yaml").read_text(encoding="utf-8"))
+        theirs = yaml.safe_load(
+            (shared / "papers" / "tables" / f"{study}-table{number}.yaml").read_text(
+                encoding="utf-8"
+            )
+        )
         ours = load_published(f"{folder}/table{number}")
         assert len(ours.rows) >= len(theirs["rows"]), number

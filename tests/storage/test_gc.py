@@ -38,10 +38,16 @@ def age(folder: Path) -> None:
 
 
 def test_only_what_nobody_needs_is_found_and_goes(store: Store) -> None:
-    kept = {path for path in store.root.rglob("*") if "ffff" not in str(path) and not path.name.startswith(".score")}
+    kept = {
+        path
+        for path in store.root.rglob("*")
+        if "ffff" not in str(path) and not path.name.startswith(".score")
+    }
     found = gc.find(store)
-    assert [each.path.name for each in found] == ["f" * 64, ".score.json.0123456789ab"] and found[0].bytes > 1000
-    assert store.checkpoint_folder("f" * 64).exists()                            # finding deletes nothing
+    assert [each.path.name for each in found] == ["f" * 64, ".score.json.0123456789ab"] and found[
+        0
+    ].bytes > 1000
+    assert store.checkpoint_folder("f" * 64).exists()  # finding deletes nothing
     assert gc.remove(store, found) == sum(each.bytes for each in found)
     assert kept <= set(store.root.rglob("*")) and not store.checkpoint_folder("f" * 64).exists()
     assert gc.find(store) == []
@@ -67,7 +73,11 @@ def test_an_empty_folder_is_no_store(tmp_path: Path) -> None:
     assert gc.find(Store(tmp_path / "nothing")) == []
 
 
-def test_the_checkpoint_of_every_known_cell_counts_as_used(store: Store, demo_sweep: Callable[..., Any]) -> None:
+def test_the_checkpoint_of_every_known_cell_counts_as_used(
+    store: Store, demo_sweep: Callable[..., Any]
+) -> None:
     for cell in demo_sweep("method=rtn", "scheme=w4").cells:
         assert store.cell(cell_key(cell)) is not None
-        assert all(each.path.name != quantize_key(cell) for each in gc.find(store, young_seconds=-10))
+        assert all(
+            each.path.name != quantize_key(cell) for each in gc.find(store, young_seconds=-10)
+        )

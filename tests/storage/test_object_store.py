@@ -60,7 +60,10 @@ def url() -> str:
 def sweep_at(url: str, *overrides: str) -> Sweep:
     calibration = ("calibration=demo", "calibration.samples=4", "calibration.length=64")
     where = (f"runs={url}", "tracking=none", "device=cpu", "cluster=local", "cluster.workers=1")
-    return load_sweep(None, ["model=demo", "method=gptq", "scheme=w4,w3", *calibration, *where, *SMALL, *overrides])
+    return load_sweep(
+        None,
+        ["model=demo", "method=gptq", "scheme=w4,w3", *calibration, *where, *SMALL, *overrides],
+    )
 
 
 def on_disk(sweep: Sweep, folder: Path) -> Sweep:
@@ -68,8 +71,15 @@ def on_disk(sweep: Sweep, folder: Path) -> Sweep:
 
 
 def test_places() -> None:
-    assert is_url("s3://bucket/runs") and not is_url("/runs") and not is_url("runs") and not is_url(Path("s3://x"))
-    assert place_of("s3://bucket/a b") == "s3://bucket/a b" and place_of("file:///x/runs") == Path("/x/runs")
+    assert (
+        is_url("s3://bucket/runs")
+        and not is_url("/runs")
+        and not is_url("runs")
+        and not is_url(Path("s3://x"))
+    )
+    assert place_of("s3://bucket/a b") == "s3://bucket/a b" and place_of("file:///x/runs") == Path(
+        "/x/runs"
+    )
     assert units.bytes_of("1.5 TB", "q") == 1_500_000_000_000
     with pytest.raises(StoreError, match="200GB"):
         units.bytes_of("many", "store.quota")
@@ -82,7 +92,9 @@ def test_places() -> None:
         load_sweep(None, ["model=demo", "method=rtn", "scheme=w4", "store.quota=many"])
 
 
-def test_a_sweep_over_nodes_that_share_no_disk(url: str, node: Callable[[str], None], tmp_path: Path) -> None:
+def test_a_sweep_over_nodes_that_share_no_disk(
+    url: str, node: Callable[[str], None], tmp_path: Path
+) -> None:
     """Quantized on one node, evaluated on another, read on a third: the table and the checkpoints are those of a folder."""
     sweep = sweep_at(url)
     for cell in sweep.cells:
@@ -95,20 +107,35 @@ def test_a_sweep_over_nodes_that_share_no_disk(url: str, node: Callable[[str], N
     assert driver.run(plain).exit_code == 0
     node("c")
     store, folder = Store(url), Store(plain.runtime.runs)
-    assert not any(path.is_file() for path in store.root.rglob("*"))                # nothing came by disk
+    assert not any(path.is_file() for path in store.root.rglob("*"))  # nothing came by disk
     for cell in sweep.cells:
         here, there = store.record(cell), folder.record(cell)
         assert here.complete and not here.problems
-        quality = {name: value for name, value in there.metrics().items() if not name.startswith("quantize/")}
-        assert quality == {name: value for name, value in here.metrics().items() if not name.startswith("quantize/")}
+        quality = {
+            name: value
+            for name, value in there.metrics().items()
+            if not name.startswith("quantize/")
+        }
+        assert quality == {
+            name: value
+            for name, value in here.metrics().items()
+            if not name.startswith("quantize/")
+        }
         items = store.items(cell_key(cell), score_key(cell, cell.evaluations[0]))
-        assert items is not None and items.equals(folder.items(cell_key(cell), score_key(cell, cell.evaluations[0])))
+        assert items is not None and items.equals(
+            folder.items(cell_key(cell), score_key(cell, cell.evaluations[0]))
+        )
         with store.reading(quantize_key(cell)) as place:
             blocks = {path.name: path.read_bytes() for path in place.glob("*.safetensors")}
-        same = {path.name: path.read_bytes() for path in folder.checkpoint_folder(quantize_key(cell)).glob("*.safetensors")}
+        same = {
+            path.name: path.read_bytes()
+            for path in folder.checkpoint_folder(quantize_key(cell)).glob("*.safetensors")
+        }
         assert blocks == same and same
         assert b"scored" in store.files.read(store.log_path(cell_key(cell)))
-        assert b"quantized" in store.files.read(store.log_path(cell_key(cell)))     # of another node, kept
+        assert b"quantized" in store.files.read(
+            store.log_path(cell_key(cell))
+        )  # of another node, kept
     again = make(sweep, store)
     assert not again.missing and "nothing to do" in render(again) and url in render(again)
     assert "3 of 3 cells done" in status(store.snapshot(sweep.cells), sweep.name, sweep.cells)
@@ -122,14 +149,21 @@ def test_a_pass_goes_on_where_another_node_was_lost(
     sweep = sweep_at(url, "scheme=w4", "baseline=false")
     events = run(QuantizeTask(sweep.cells, url, "cpu"))
     next(event for event in events if isinstance(event, Progress) and event.step == 2)
-    events.close()                                                              # type: ignore[attr-defined]
+    events.close()  # type: ignore[attr-defined]
     node("b")
     kept: list[str] = []
     keep = object_store.ObjectStore.keep
-    monkeypatch.setattr(object_store.ObjectStore, "keep", lambda self, path: (kept.append(path.name), keep(self, path)))
+    monkeypatch.setattr(
+        object_store.ObjectStore,
+        "keep",
+        lambda self, path: (kept.append(path.name), keep(self, path)),
+    )
     assert any(isinstance(event, Quantized) for event in run(QuantizeTask(sweep.cells, url, "cpu")))
     blocks = [name for name in kept if name.endswith(".safetensors")]
-    assert blocks == ["block-00002.safetensors", "block-00003.safetensors"]     # those of the first node came up with it
+    assert blocks == [
+        "block-00002.safetensors",
+        "block-00003.safetensors",
+    ]  # those of the first node came up with it
 
 
 def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) -> None:
@@ -139,26 +173,34 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
     path = store.checkpoint_folder(key) / "block-00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    store.files.keep(path)                                                      # damaged where it is stored
+    store.files.keep(path)  # damaged where it is stored
     node("b")
     other = Store(url)
-    with pytest.raises(StoreError, match=r"block-00001\.safetensors: is damaged.*SHA-256"), other.reading(key):
+    with (
+        pytest.raises(StoreError, match=r"block-00001\.safetensors: is damaged.*SHA-256"),
+        other.reading(key),
+    ):
         pass
     path.write_bytes(whole)
     store.files.keep(path)
     with other.reading(key) as place:
-        (place / path.name).write_bytes(b"short")                               # damaged in the mirror alone
+        (place / path.name).write_bytes(b"short")  # damaged in the mirror alone
     with other.reading(key) as place:
         assert (place / path.name).read_bytes() == whole
     report = path.with_suffix(".json")
-    report.write_bytes(report.read_bytes().replace(b'"', b"'", 1))              # as long as before
+    report.write_bytes(report.read_bytes().replace(b'"', b"'", 1))  # as long as before
     store.files.keep(report)
     node("c")
-    with pytest.raises(StoreError, match=r"block-00001\.json: is damaged.*SHA-256"), Store(url).reading(key):
+    with (
+        pytest.raises(StoreError, match=r"block-00001\.json: is damaged.*SHA-256"),
+        Store(url).reading(key),
+    ):
         pass
 
 
-def test_the_mirror_is_bounded(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mirror_is_bounded(
+    url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = sweep_at(url, "baseline=false")
     list(run(QuantizeTask(sweep.cells, url, "cpu")))
     node("b")
@@ -168,7 +210,7 @@ def test_the_mirror_is_bounded(url: str, node: Callable[[str], None], monkeypatc
     monkeypatch.setenv("HARNESS_CACHE_LIMIT", str(int(one * 1.5)))
     with store.reading(keys[1]):
         assert not store.checkpoint_folder(keys[0]).exists()
-        with store.reading(keys[0]):                                            # what is held stays, whatever the limit
+        with store.reading(keys[0]):  # what is held stays, whatever the limit
             assert store.checkpoint_folder(keys[1]).exists()
 
 
@@ -176,9 +218,13 @@ def test_what_no_cell_uses_goes(url: str, node: Callable[[str], None]) -> None:
     sweep = sweep_at(url, "scheme=w4", "baseline=false")
     list(run(QuantizeTask(sweep.cells, url, "cpu")))
     store = Store(url)
-    store.files.write(store.checkpoint_folder("f" * 64) / "manifest.json", lambda path: path.write_text("{}"))
+    store.files.write(
+        store.checkpoint_folder("f" * 64) / "manifest.json", lambda path: path.write_text("{}")
+    )
     found = gc.find(store, young_seconds=-1)
-    assert [each.path.name for each in found] == ["f" * 64] and store.where(found[0].path).startswith(url)
+    assert [each.path.name for each in found] == ["f" * 64] and store.where(
+        found[0].path
+    ).startswith(url)
     assert gc.remove(store, found) == found[0].bytes and store.manifest("f" * 64) is None
     assert store.manifest(quantize_key(sweep.cells[0])) is not None
 
@@ -210,12 +256,12 @@ def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.Monke
     third = Store(url)
     with first.lock("k"):
         with third.lock("k"):
-            (lease,) = first.files._leases                                      # type: ignore[attr-defined]
-            assert first.files._fs.exists(lease.following)                      # type: ignore[attr-defined]
-            lease.lost = True                                                   # as its next beat says
+            (lease,) = first.files._leases  # type: ignore[attr-defined]
+            assert first.files._fs.exists(lease.following)  # type: ignore[attr-defined]
+            lease.lost = True  # as its next beat says
             with pytest.raises(StoreError, match="another took over"):
                 first.write_provenance("c", {})
-        with third.lock("k", timeout=0):                                        # free again, and the late one broke nothing
+        with third.lock("k", timeout=0):  # free again, and the late one broke nothing
             pass
 
 
@@ -225,7 +271,9 @@ class ClientError(Exception):
     response: dict[str, dict[str, str]]
 
 
-@pytest.mark.parametrize("code", ["PreconditionFailed", "ConditionalRequestConflict", "AccessDenied"])
+@pytest.mark.parametrize(
+    "code", ["PreconditionFailed", "ConditionalRequestConflict", "AccessDenied"]
+)
 def test_object_stores_refuse_conditions_in_several_words(
     code: str, url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,24 +295,28 @@ def test_object_stores_refuse_conditions_in_several_words(
         assert not held._create("bucket/once", b"1")
 
 
-def test_a_lease_lives_as_long_as_its_holder(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_lives_as_long_as_its_holder(
+    url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(object_store, "BEAT_SECONDS", 0.01)
     store = Store(url)
     with store.lock("k"):
-        (lease,) = store.files._leases                                          # type: ignore[attr-defined]
+        (lease,) = store.files._leases  # type: ignore[attr-defined]
         while lease.beat < 3:
             time.sleep(0.01)
-        state = json.loads(store.files._fs.cat_file(lease.key))                 # type: ignore[attr-defined]
+        state = json.loads(store.files._fs.cat_file(lease.key))  # type: ignore[attr-defined]
         assert state["beat"] >= 2 and not state["free"]
 
 
-def test_the_lease_of_a_dead_process_of_this_host_is_free(url: str, node: Callable[[str], None]) -> None:
+def test_the_lease_of_a_dead_process_of_this_host_is_free(
+    url: str, node: Callable[[str], None]
+) -> None:
     store = Store(url)
     with store.lock("k"):
-        (lease,) = store.files._leases                                          # type: ignore[attr-defined]
+        (lease,) = store.files._leases  # type: ignore[attr-defined]
         state = json.loads(lease.body())
-        state["owner"]["birth"] = "1"                                           # its id was given to another process since
-        store.files._fs.pipe_file(lease.key, json.dumps(state).encode())        # type: ignore[attr-defined]
+        state["owner"]["birth"] = "1"  # its id was given to another process since
+        store.files._fs.pipe_file(lease.key, json.dumps(state).encode())  # type: ignore[attr-defined]
         with Store(url).lock("k", timeout=0):
             pass
 
@@ -293,7 +345,11 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if not all(importlib.util.find_spec(name) for name in ("s3fs", "moto", "flask")):
         pytest.skip("s3fs and moto[server] are not installed")
     server = subprocess.Popen(
-        [sys.executable, "-c", S3], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", S3],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     assert server.stdout is not None and server.stdin is not None
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{int(server.stdout.readline())}")
@@ -320,7 +376,10 @@ def test_worker_processes_on_s3(bucket: str, node: Callable[[str], None], tmp_pa
     node("b")
     store = Store(bucket)
     places = (store, Store(plain.runtime.runs))
-    made = [[place.record(cell).scores["demo_perplexity"]["metrics"] for cell in sweep.cells] for place in places]
+    made = [
+        [place.record(cell).scores["demo_perplexity"]["metrics"] for cell in sweep.cells]
+        for place in places
+    ]
     assert made[0] == made[1]
     held = store.files
     assert isinstance(held, object_store.ObjectStore)

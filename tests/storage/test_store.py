@@ -17,7 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from harness.core.cell import Cell, Evaluation, Method, Model, Part, Scheme, cell_key, freeze, quantize_key, score_key
+from harness.core.cell import (
+    Cell,
+    Evaluation,
+    Method,
+    Model,
+    Part,
+    Scheme,
+    cell_key,
+    freeze,
+    quantize_key,
+    score_key,
+)
 from harness.core.errors import StoreError
 from harness.storage.atomic_write import write_aside
 from harness.storage.json_files import write_json
@@ -29,9 +40,13 @@ PERPLEXITY = Evaluation("wikitext2", "perplexity", freeze({"length": 2048}), dat
 ARC = Evaluation("arc_easy", "lm_eval_tasks", freeze({"task": "arc_easy"}), data_digest="a")
 
 
-def make_cell(method: str = "gptq", evaluations: tuple[Evaluation, ...] = (PERPLEXITY, ARC)) -> Cell:
+def make_cell(
+    method: str = "gptq", evaluations: tuple[Evaluation, ...] = (PERPLEXITY, ARC)
+) -> Cell:
     rounding = Method(method, rounding=Part(method))
-    return Cell(Model("demo", "demo", digest="d"), rounding, Scheme("w4g32"), evaluations=evaluations)
+    return Cell(
+        Model("demo", "demo", digest="d"), rounding, Scheme("w4g32"), evaluations=evaluations
+    )
 
 
 @pytest.fixture
@@ -44,7 +59,9 @@ def fill(store: Store, cell: Cell) -> str:
     manifest = {"bits_per_weight": 4.5, "stored_bytes": 10, "seconds": 2}
     write_json(store.checkpoint_folder(quantize_key(cell)) / "manifest.json", manifest)
     perplexity = {"metrics": {"wikitext2/perplexity": 6.25}}
-    store.write_score(key, score_key(cell, PERPLEXITY), perplexity, {"id": [0, 1], "nll": [1.5, math.inf]})
+    store.write_score(
+        key, score_key(cell, PERPLEXITY), perplexity, {"id": [0, 1], "nll": [1.5, math.inf]}
+    )
     accuracy = {"metrics": {"arc_easy/acc": 0.5}, "stderr": {"arc_easy/acc": 0.1}, "details": {}}
     store.write_score(key, score_key(cell, ARC), accuracy)
     return key
@@ -83,10 +100,16 @@ def test_a_cell_keeps_the_evaluations_of_every_sweep(store: Store) -> None:
 def test_one_score_serves_evaluations_of_two_names(store: Store) -> None:
     cell = make_cell(evaluations=(PERPLEXITY, dataclasses.replace(PERPLEXITY, name="mine")))
     key = store.open_cell(cell)
-    numbers = {"metrics": {"wikitext2/perplexity": 6.25, "part/acc": 0.5}, "stderr": {"wikitext2/perplexity": 0.1}}
+    numbers = {
+        "metrics": {"wikitext2/perplexity": 6.25, "part/acc": 0.5},
+        "stderr": {"wikitext2/perplexity": 0.1},
+    }
     store.write_score(key, score_key(cell, PERPLEXITY), {"evaluation": "wikitext2", **numbers})
     assert store.record(cell).metrics() == {
-        "wikitext2/perplexity": 6.25, "wikitext2/perplexity_stderr": 0.1, "mine/perplexity": 6.25, "mine/perplexity_stderr": 0.1,
+        "wikitext2/perplexity": 6.25,
+        "wikitext2/perplexity_stderr": 0.1,
+        "mine/perplexity": 6.25,
+        "mine/perplexity_stderr": 0.1,
         "part/acc": 0.5,
     }
 
@@ -170,8 +193,12 @@ def test_items_need_equal_columns(store: Store) -> None:
 
 
 def test_failures_come_in_order_and_go_by_stage(store: Store) -> None:
-    store.write_failure("c", {"stage": "quantize", "kind": "error", "reason": "singular", "time": 2.0})
-    store.write_failure("c", {"stage": "evaluate wikitext2", "kind": "killed", "reason": "memory", "time": 1.0})
+    store.write_failure(
+        "c", {"stage": "quantize", "kind": "error", "reason": "singular", "time": 2.0}
+    )
+    store.write_failure(
+        "c", {"stage": "evaluate wikitext2", "kind": "killed", "reason": "memory", "time": 1.0}
+    )
     assert [f["reason"] for f in store.failures("c")] == ["memory", "singular"]
     store.clear_failures("c", "quantize")
     assert [f["reason"] for f in store.failures("c")] == ["memory"]
@@ -191,9 +218,12 @@ def test_find_names_the_candidates(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.ENOSPC, "disk is full")]
+    ("code", "words"),
+    [(errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.ENOSPC, "disk is full")],
 )
-def test_check_writable_says_why(store: Store, monkeypatch: pytest.MonkeyPatch, code: int, words: str) -> None:
+def test_check_writable_says_why(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
     store.check_writable()
     assert list(store.root.iterdir()) == []
     with pytest.raises(StoreError, match="GB free"):
@@ -226,7 +256,10 @@ def test_one_thread_works_the_other_waits(store: Store) -> None:
         thread.start()
         while not waited:
             time.sleep(0.005)
-        with pytest.raises(StoreError, match=f"process {os.getpid()}"), store.lock("k", timeout=0.05):
+        with (
+            pytest.raises(StoreError, match=f"process {os.getpid()}"),
+            store.lock("k", timeout=0.05),
+        ):
             pass
         with store.lock("another", timeout=0.05):
             order.append("first")
@@ -240,7 +273,9 @@ def test_the_lock_of_a_killed_process_is_free(store: Store) -> None:
         "import sys, time; from harness.storage.store import Store\n"
         "with Store(sys.argv[1]).lock('k'):\n    print('held', flush=True); time.sleep(100)"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE
+    )
     assert child.stdout is not None and child.stdout.readline() == b"held\n"
     with pytest.raises(StoreError, match=f"process {child.pid}"), store.lock("k", timeout=0.05):
         pass
@@ -258,7 +293,9 @@ def test_a_lock_that_outlives_its_process_in_a_child_is_broken(store: Store) -> 
         "if child == 0:\n    time.sleep(60); os._exit(0)\n"
         "print(child, flush=True); os._exit(0)"
     )
-    child = subprocess.Popen([sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE
+    )
     assert child.stdout is not None
     orphan = int(child.stdout.readline())
     child.wait()
@@ -292,19 +329,29 @@ def test_many_processes_never_hold_one_lock_together(store: Store) -> None:
 def test_an_owner_is_dead_only_when_certain() -> None:
     me = Owner.current()
     assert not me.is_dead
-    assert dataclasses.replace(me, birth="1").is_dead                    # the id was given to another process
+    assert dataclasses.replace(me, birth="1").is_dead  # the id was given to another process
     assert not dataclasses.replace(me, host="elsewhere", pid=1).is_dead
 
 
 def test_the_state_of_a_sweep(store: Store) -> None:
-    state = SweepState(store, "study", {"k1": "demo · rtn · w4", "k2": "demo · gptq · w4"}, interval_seconds=0)
+    state = SweepState(
+        store, "study", {"k1": "demo · rtn · w4", "k2": "demo · gptq · w4"}, interval_seconds=0
+    )
     state.update("k1", "quantizing", stage="block", step=1, steps=3)
     state.update("k2", "failed", reason="singular Hessian")
     read = store.sweep_state("study")
     assert read is not None and is_running(read) and store.sweep_names() == ["study"]
-    assert read["cells"]["k1"] == {"title": "demo · rtn · w4", "state": "quantizing", "stage": "block", "step": 1, "steps": 3}
+    assert read["cells"]["k1"] == {
+        "title": "demo · rtn · w4",
+        "state": "quantizing",
+        "stage": "block",
+        "step": 1,
+        "steps": 3,
+    }
     elsewhere = {**read, "owner": {**read["owner"], "host": "elsewhere"}}
-    assert is_running(elsewhere) and not is_running({**elsewhere, "updated": read["updated"] - 3600})
+    assert is_running(elsewhere) and not is_running(
+        {**elsewhere, "updated": read["updated"] - 3600}
+    )
     state.end()
     ended = store.sweep_state("study")
     assert ended is not None and not is_running(ended)
@@ -326,7 +373,9 @@ def test_loads_without_torch() -> None:
 
 
 @pytest.mark.parametrize("what", ["evaluations", "provenance"])
-def test_two_drivers_lose_nothing_of_one_record(store: Store, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_drivers_lose_nothing_of_one_record(
+    store: Store, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One driver is held between its read and its write until the other has written, or waits for it."""
     key = store.open_cell(make_cell(evaluations=()))
     second_done, first_read = threading.Event(), threading.Event()
@@ -334,10 +383,10 @@ def test_two_drivers_lose_nothing_of_one_record(store: Store, what: str, monkeyp
     read = Store._read
 
     def held(self: Store, *arguments: object, **options: object) -> object:
-        content = read(self, *arguments, **options)             # type: ignore[arg-type]
+        content = read(self, *arguments, **options)  # type: ignore[arg-type]
         if threading.current_thread() is first:
             first_read.set()
-            second_done.wait(0.3)                               # in vain where the other waits for the lock, as it should
+            second_done.wait(0.3)  # in vain where the other waits for the lock, as it should
         return content
 
     def write(at: Store, evaluation: Evaluation) -> None:
@@ -355,5 +404,9 @@ def test_two_drivers_lose_nothing_of_one_record(store: Store, what: str, monkeyp
     record = store.record(make_cell())
     cell = store.cell(key)
     assert cell is not None
-    names = {evaluation.name for evaluation in cell.evaluations} if what == "evaluations" else set(record.provenance)
+    names = (
+        {evaluation.name for evaluation in cell.evaluations}
+        if what == "evaluations"
+        else set(record.provenance)
+    )
     assert names >= {"wikitext2", "arc_easy"}

@@ -32,10 +32,19 @@ from harness.storage.store import Store
 # Settings with which a method does on a tiny model what it does on a large one: published defaults would train for hours, or make
 # codebooks that are larger than the matrices.
 SMALL: dict[str, Any] = {
-    "epochs": 1, "iterations": 4, "steps": 1, "batch": 2, "micro_batch": 2, "sequences": 1, "rank": 4, "prompt_length": 16,
-    "answer_length": 8, "vector_length": 4, "index_bits": 4,
+    "epochs": 1,
+    "iterations": 4,
+    "steps": 1,
+    "batch": 2,
+    "micro_batch": 2,
+    "sequences": 1,
+    "rank": 4,
+    "prompt_length": 16,
+    "answer_length": 8,
+    "vector_length": 4,
+    "index_bits": 4,
 }
-NARROW = ("w2g16", "w3g16")                             # four groups in a row of 64, which SliM-LLM asks for
+NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
 
@@ -44,11 +53,19 @@ def names(group: str, *left_out: str) -> list[str]:
     return [entry.name for entry in locations.list_names(group) if entry.name not in left_out]
 
 
-def product(folder: Path, methods: Sequence[str] | None = None, schemes: Sequence[str] | None = None) -> list[Cell]:
+def product(
+    folder: Path, methods: Sequence[str] | None = None, schemes: Sequence[str] | None = None
+) -> list[Cell]:
     """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline."""
     wanted = names("methods", "none") if methods is None else methods
     schemes = [*names("schemes", "full"), *NARROW] if schemes is None else schemes
-    overrides = [f"model={folder}", f"method={','.join(wanted)}", f"scheme={','.join(schemes)}", *WINDOWS, "tracking=none"]
+    overrides = [
+        f"model={folder}",
+        f"method={','.join(wanted)}",
+        f"scheme={','.join(schemes)}",
+        *WINDOWS,
+        "tracking=none",
+    ]
     cells = grid.load_sweep(None, [*overrides, "evaluations=[]"]).cells
     return [_small(cell) for cell in cells if not cell.method.is_baseline]
 
@@ -81,10 +98,12 @@ def failures(cells: Sequence[Cell], folder: Path, runs: Path) -> Iterator[str]:
             if isinstance(event, Failed):
                 yield f"{', '.join(titles[key] for key in event.cell_keys)}: {event.stage}: {event.reason}"
     tokens = (torch.arange(20) * 7 % 250)[None]
-    for cell in {(quantize_key(cell), cell.scheme.activation, cell.scheme.kv): cell for cell in cells}.values():
+    for cell in {
+        (quantize_key(cell), cell.scheme.activation, cell.scheme.kv): cell for cell in cells
+    }.values():
         key = quantize_key(cell)
         if store.manifest(key) is None:
-            continue                                    # said above
+            continue  # said above
         try:
             model, _ = load(cell, folder, store.checkpoint_folder(key), "cpu")
             with torch.no_grad():
@@ -129,7 +148,10 @@ def main() -> None:
         checkpoints = len({quantize_key(cell) for cell in accepted})
         asked, ran, failed = asked + len(cells), ran + len(accepted), failed + problems
         made = f"{len(accepted)} run from {checkpoints} checkpoints · {problems} failed · {time.monotonic() - began:.0f} s"
-        print(f"{family:12} {len(cells)} cells · {len(cells) - len(accepted)} refused by the plan · {made}", flush=True)
+        print(
+            f"{family:12} {len(cells)} cells · {len(cells) - len(accepted)} refused by the plan · {made}",
+            flush=True,
+        )
     print(f"{asked} cells · {asked - ran} refused by the plan · {ran} run · {failed} failed")
     raise SystemExit(bool(failed))
 

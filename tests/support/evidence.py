@@ -1,9 +1,9 @@
 """Stand-ins for what streaming gives a method: evidence of one layer's input, and one small decoder block.
 
-    evidence = FakeEvidence(inputs)                 # inputs [sequences, length, in]; every statistic, computed when asked for
-    evidence = FakeEvidence(inputs, needs=("hessian",))   # as in a pass: any other statistic raises KeyError
-    block = FakeBlock()                             # a LLaMA-shaped block of width 32 with calibration inputs
-    layer_error(weight, quantized, inputs)          # ||(W - W') X||² / ||W X||²
+evidence = FakeEvidence(inputs)                 # inputs [sequences, length, in]; every statistic, computed when asked for
+evidence = FakeEvidence(inputs, needs=("hessian",))   # as in a pass: any other statistic raises KeyError
+block = FakeBlock()                             # a LLaMA-shaped block of width 32 with calibration inputs
+layer_error(weight, quantized, inputs)          # ||(W - W') X||² / ||W X||²
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def correlated_inputs(width: int, *, sequences: int = 4, length: int = 64, seed: int = 0, outliers: int = 2) -> Tensor:
+def correlated_inputs(
+    width: int, *, sequences: int = 4, length: int = 64, seed: int = 0, outliers: int = 2
+) -> Tensor:
     """Inputs [sequences, length, width] as a language model's are: correlated channels, a few of them twenty times larger."""
     rng = generator(seed)
     mix = torch.eye(width) + 0.5 * torch.randn(width, width, generator=rng) / width**0.5
@@ -56,8 +58,13 @@ class FakeEvidence:
     """
 
     def __init__(
-        self, inputs: Tensor, *, basis: str = "full_precision", needs: Sequence[str] | None = None,
-        gradients: Tensor | None = None, reference: Tensor | None = None,
+        self,
+        inputs: Tensor,
+        *,
+        basis: str = "full_precision",
+        needs: Sequence[str] | None = None,
+        gradients: Tensor | None = None,
+        reference: Tensor | None = None,
     ) -> None:
         self.basis = basis
         self.tokens = inputs.shape[0] * inputs.shape[1]
@@ -153,14 +160,18 @@ class FeedForward(nn.Module):
 class DecoderBlock(nn.Module):
     """A LLaMA block without positions."""
 
-    def __init__(self, width: int, inner: int, heads: int, kv_heads: int, rng: torch.Generator) -> None:
+    def __init__(
+        self, width: int, inner: int, heads: int, kv_heads: int, rng: torch.Generator
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(width, rng)
         self.self_attn = Attention(width, heads, kv_heads)
         self.post_attention_layernorm = RMSNorm(width, rng)
         self.mlp = FeedForward(width, inner)
         for linear in (module for module in self.modules() if isinstance(module, nn.Linear)):
-            linear.weight.data = torch.randn(linear.weight.shape, generator=rng) / linear.in_features**0.5
+            linear.weight.data = (
+                torch.randn(linear.weight.shape, generator=rng) / linear.in_features**0.5
+            )
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden))
@@ -172,7 +183,13 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def llama_shapes(
-    width: int = 32, inner: int = 64, heads: int = 4, kv_heads: int = 4, *, blocks: int = 2, rotations: bool = True
+    width: int = 32,
+    inner: int = 64,
+    heads: int = 4,
+    kv_heads: int = 4,
+    *,
+    blocks: int = 2,
+    rotations: bool = True,
 ) -> Shapes:
     """The Shapes of a model of DecoderBlocks, as a family would give them."""
     kv_width = kv_heads * width // heads
@@ -191,11 +208,25 @@ def llama_shapes(
         ScalePair("post_attention_layernorm", GATE_UP, "norm", region="mlp"),
         ScalePair("mlp.up_proj", ("mlp.down_proj",), "linear"),
     )
-    parameters = blocks * (sum(s.out_features * s.in_features for s in linears) + 2 * width) + 2 * 256 * width + width
+    parameters = (
+        blocks * (sum(s.out_features * s.in_features for s in linears) + 2 * width)
+        + 2 * 256 * width
+        + width
+    )
     return Shapes(
-        family="llama", blocks=blocks, linears=linears, pairs=pairs, hidden_size=width, heads=heads, kv_heads=kv_heads,
-        head_dim=width // heads, parameters=parameters, rotations=rotations,
-        ends=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight") if rotations else None,
+        family="llama",
+        blocks=blocks,
+        linears=linears,
+        pairs=pairs,
+        hidden_size=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        parameters=parameters,
+        rotations=rotations,
+        ends=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+        if rotations
+        else None,
         query_key=("self_attn.q_proj", "self_attn.k_proj"),
     )
 
@@ -210,13 +241,25 @@ class FakeBlock:
     index: int
 
     def __init__(
-        self, width: int = 32, inner: int = 64, heads: int = 4, kv_heads: int = 4, *, seed: int = 0, sequences: int = 4,
-        length: int = 48, index: int = 0, needs: Sequence[str] | None = None, basis: str = "full_precision",
+        self,
+        width: int = 32,
+        inner: int = 64,
+        heads: int = 4,
+        kv_heads: int = 4,
+        *,
+        seed: int = 0,
+        sequences: int = 4,
+        length: int = 48,
+        index: int = 0,
+        needs: Sequence[str] | None = None,
+        basis: str = "full_precision",
     ) -> None:
         self.index = index
         self.shapes = llama_shapes(width, inner, heads, kv_heads)
         self.module: nn.Module = DecoderBlock(width, inner, heads, kv_heads, generator(seed))
-        self.calibration = correlated_inputs(width, sequences=sequences, length=length, seed=seed + 1)
+        self.calibration = correlated_inputs(
+            width, sequences=sequences, length=length, seed=seed + 1
+        )
         self._needs, self._basis = needs, basis
         self.notes: dict[str, Any] = {}
         self.change(lambda block: None)
@@ -236,7 +279,9 @@ class FakeBlock:
         gradients: dict[str, list[Tensor]] = {name: [] for name in names}
         hooks = [
             self.module.get_submodule(name).register_forward_pre_hook(
-                lambda _module, args, name=name: captured.setdefault(name, []).append(args[0].detach())
+                lambda _module, args, name=name: captured.setdefault(name, []).append(
+                    args[0].detach()
+                )
             )
             for name in (*names, *regions)
         ]
@@ -256,10 +301,15 @@ class FakeBlock:
         self.evidence: Mapping[str, FakeEvidence] = {
             shape.name: by_group.setdefault(
                 # gradients differ within a group, so a linear shares its evidence only when they are not asked for
-                shape.group if self._needs is not None and "squared_gradient" not in self._needs else shape.name,
+                shape.group
+                if self._needs is not None and "squared_gradient" not in self._needs
+                else shape.name,
                 FakeEvidence(
-                    torch.cat(captured[shape.name]), basis=self._basis, needs=self._needs,
-                    gradients=torch.stack(gradients[shape.name]), reference=torch.cat(self._references),
+                    torch.cat(captured[shape.name]),
+                    basis=self._basis,
+                    needs=self._needs,
+                    gradients=torch.stack(gradients[shape.name]),
+                    reference=torch.cat(self._references),
                 ),
             )
             for shape in self.shapes.linears
@@ -280,20 +330,31 @@ class FakeBlock:
         return self._references
 
     def run(
-        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, receive: Callable[[str, Tensor], Tensor] | None = None
+        self,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        receive: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        handles = [] if receive is None else [
-            self.linear(shape.name).register_forward_pre_hook(
-                lambda _module, args, name=shape.name: (receive(name, args[0]), *args[1:])
-            )
-            for shape in self.shapes.linears
-        ]
+        handles = (
+            []
+            if receive is None
+            else [
+                self.linear(shape.name).register_forward_pre_hook(
+                    lambda _module, args, name=shape.name: (receive(name, args[0]), *args[1:])
+                )
+                for shape in self.shapes.linears
+            ]
+        )
         try:
             return functional_call(self.module, dict(weights or {}), (hidden,))
         finally:
             for handle in handles:
                 handle.remove()
 
-    def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run_region(
+        self, region: str, index: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         inner = {name.removeprefix(f"{region}."): value for name, value in (weights or {}).items()}
-        return functional_call(self.module.get_submodule(region), inner, (self._regions[region][index],))
+        return functional_call(
+            self.module.get_submodule(region), inner, (self._regions[region][index],)
+        )

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-Answer = tuple[int, dict[str, str], bytes]     # status, headers, content
-RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+Answer = tuple[int, dict[str, str], bytes]  # status, headers, content
+RESOLVE = re.compile(
+    r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)"
+)
 INFO = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)(?:/(?P<what>revision|tree|paths-info)/(?P<revision>[^/]+))?(?P<path>/.*)?"
 )
@@ -39,12 +41,18 @@ class LoopbackHub:
         bare = unquote(urlsplit(path).path)
         match = RESOLVE.fullmatch(bare)
         if match is not None:
-            return self._file(f"{'datasets' if match['kind'] else 'models'}/{match['name']}", match["revision"], match["file"])
+            return self._file(
+                f"{'datasets' if match['kind'] else 'models'}/{match['name']}",
+                match["revision"],
+                match["file"],
+            )
         match = INFO.fullmatch(bare)
         if match is None:
             return _error(404, "EntryNotFound")
         name, query = f"{match['kind']}/{match['name']}", urlsplit(path).query.lower()
-        return self._about(name, match["what"], match["revision"] or "main", match["path"] or "", query, body)
+        return self._about(
+            name, match["what"], match["revision"] or "main", match["path"] or "", query, body
+        )
 
     def _file(self, name: str, revision: str, file: str) -> Answer:
         refusal = self._refusal(name, revision)
@@ -54,9 +62,15 @@ class LoopbackHub:
         if not (folder / file).is_file():
             return _error(404, "EntryNotFound")
         content = (folder / file).read_bytes()
-        return 200, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}, content
+        return (
+            200,
+            {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'},
+            content,
+        )
 
-    def _about(self, name: str, what: str | None, revision: str, path: str, query: str, body: bytes) -> Answer:
+    def _about(
+        self, name: str, what: str | None, revision: str, path: str, query: str, body: bytes
+    ) -> Answer:
         refusal = self._refusal(name, revision)
         if refusal is not None:
             return refusal
@@ -64,17 +78,37 @@ class LoopbackHub:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         entries = [_entry(file, file.relative_to(folder).as_posix()) for file in files]
         folders = sorted({str(file.relative_to(folder).parent) for file in files} - {"."})
-        entries += [{"type": "directory", "path": each, "oid": "0" * 40, "size": 0} for each in folders]
+        entries += [
+            {"type": "directory", "path": each, "oid": "0" * 40, "size": 0} for each in folders
+        ]
         if what == "tree":
             below = path.strip("/")
-            inside = [entry for entry in entries if str(Path(entry["path"]).parent) == (below or ".") or "recursive=true" in query]
-            return (200, {}, json.dumps(inside).encode()) if inside else _error(404, "EntryNotFound")
+            inside = [
+                entry
+                for entry in entries
+                if str(Path(entry["path"]).parent) == (below or ".") or "recursive=true" in query
+            ]
+            return (
+                (200, {}, json.dumps(inside).encode()) if inside else _error(404, "EntryNotFound")
+            )
         if what == "paths-info":
             wanted = _paths(body)
-            return 200, {}, json.dumps([entry for entry in entries if entry["path"] in wanted]).encode()
+            return (
+                200,
+                {},
+                json.dumps([entry for entry in entries if entry["path"] in wanted]).encode(),
+            )
         siblings = [{"rfilename": entry["path"]} for entry in entries if entry["type"] == "file"]
-        about = {"id": name.partition("/")[2], "sha": commit, "siblings": siblings, "private": False, "gated": False, "tags": [],
-                 "downloads": 0, "likes": 0}
+        about = {
+            "id": name.partition("/")[2],
+            "sha": commit,
+            "siblings": siblings,
+            "private": False,
+            "gated": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+        }
         return 200, {}, json.dumps(about).encode()
 
     def _refusal(self, name: str, revision: str) -> Answer | None:
@@ -82,7 +116,11 @@ class LoopbackHub:
             return _error(404, "RepoNotFound")
         if name in self.gated:
             return _error(403, "GatedRepo")
-        return None if revision in ("main", self.repositories[name][1]) else _error(404, "RevisionNotFound")
+        return (
+            None
+            if revision in ("main", self.repositories[name][1])
+            else _error(404, "RevisionNotFound")
+        )
 
 
 @contextmanager
@@ -99,7 +137,11 @@ def serving(hub: LoopbackHub) -> Iterator[LoopbackHub]:
                 first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
                 status, content = 206, content[int(first) : int(last) + 1 if last else None]
             self.send_response(status)
-            for header, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+            for header, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(content)),
+                **headers,
+            }.items():
                 self.send_header(header, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -124,7 +166,12 @@ def serving(hub: LoopbackHub) -> Iterator[LoopbackHub]:
 
 def _entry(file: Path, path: str) -> dict[str, Any]:
     content = file.read_bytes()
-    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    return {
+        "type": "file",
+        "path": path,
+        "size": len(content),
+        "oid": hashlib.sha1(content).hexdigest(),
+    }
 
 
 def _paths(body: bytes) -> set[str]:
@@ -136,4 +183,8 @@ def _paths(body: bytes) -> set[str]:
 
 
 def _error(status: int, code: str) -> Answer:
-    return status, {"X-Error-Code": code, "X-Error-Message": code}, json.dumps({"error": code}).encode()
+    return (
+        status,
+        {"X-Error-Code": code, "X-Error-Message": code},
+        json.dumps({"error": code}).encode(),
+    )

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from harness.core import plugins
-from harness.core.cell import Calibration, Cell, Method, Model, Part, Scheme, WeightScheme, freeze, quantize_key
+from harness.core.cell import (
+    Calibration,
+    Cell,
+    Method,
+    Model,
+    Part,
+    Scheme,
+    WeightScheme,
+    freeze,
+    quantize_key,
+)
 from harness.core.events import Event, Failed
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.pipeline.passes import run_pass
@@ -22,7 +32,9 @@ CALIBRATION = Calibration("tiny", "demo", samples=6, length=40, digest="tiny")
 
 
 def windows(samples: int = 6, length: int = 40, vocabulary: int = 256, seed: int = 0) -> Tensor:
-    return torch.randint(0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, vocabulary, (samples, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def part(name: str, slot: str = "rounding", **settings: Any) -> Part:
@@ -44,10 +56,17 @@ def cell(folder: Path, method: Method, bits: int = 4, group_size: int = 32, **fi
 
 
 def quantize(
-    cells: Sequence[Cell], folder: Path, store: Path, tokens: Tensor | None = None, stop_after: int | None = None
+    cells: Sequence[Cell],
+    folder: Path,
+    store: Path,
+    tokens: Tensor | None = None,
+    stop_after: int | None = None,
 ) -> list[Event]:
     """Run a pass, every checkpoint in store/<quantize_key>; stop_after: close the generator after so many blocks."""
-    writers = {quantize_key(c): CheckpointWriter(store / quantize_key(c), {"key": quantize_key(c)}) for c in cells}
+    writers = {
+        quantize_key(c): CheckpointWriter(store / quantize_key(c), {"key": quantize_key(c)})
+        for c in cells
+    }
     events: list[Event] = []
     walk = run_pass(cells, folder, windows() if tokens is None else tokens, writers)
     for event in walk:
@@ -66,5 +85,7 @@ def content(folder: Path) -> dict[str, Any]:
     """Every file of a checkpoint by name: bytes, and the manifest without its timings."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     if "manifest.json" in found:
-        found["manifest.json"] = {k: v for k, v in json.loads(found["manifest.json"]).items() if k != "seconds"}
+        found["manifest.json"] = {
+            k: v for k, v in json.loads(found["manifest.json"]).items() if k != "seconds"
+        }
     return found

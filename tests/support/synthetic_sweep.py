@@ -31,14 +31,25 @@ LINEARS = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 EVALUATIONS = (
-    Evaluation("wikitext2", "perplexity", freeze({"length": 2048, "source": "wikitext-2-raw"}), data_digest="w"),
-    Evaluation("arc_easy", "lm_eval_tasks", freeze({"task": "arc_easy", "num_fewshot": 0}), data_digest="a"),
+    Evaluation(
+        "wikitext2",
+        "perplexity",
+        freeze({"length": 2048, "source": "wikitext-2-raw"}),
+        data_digest="w",
+    ),
+    Evaluation(
+        "arc_easy", "lm_eval_tasks", freeze({"task": "arc_easy", "num_fewshot": 0}), data_digest="a"
+    ),
 )
 CALIBRATION = Calibration("c4_128x2048", "c4", samples=128, length=2048, digest="c")
 BADNESS = {"rtn": 1.0, "gptq": 0.45, "awq": 0.4}
 
 
-def cells(model: Model, methods: tuple[str, ...] = ("rtn", "gptq", "awq"), bits: tuple[float, ...] = (8, 4, 3, 2)) -> list[Cell]:
+def cells(
+    model: Model,
+    methods: tuple[str, ...] = ("rtn", "gptq", "awq"),
+    bits: tuple[float, ...] = (8, 4, 3, 2),
+) -> list[Cell]:
     made = [Cell(model, Method("none"), Scheme("full"), evaluations=EVALUATIONS)]
     for method in methods:
         needs = () if method == "rtn" else ("hessian",)
@@ -46,7 +57,15 @@ def cells(model: Model, methods: tuple[str, ...] = ("rtn", "gptq", "awq"), bits:
         for width in bits:
             scheme = Scheme(f"w{width:g}g128", WeightScheme(bits=width, group_size=128))
             calibration = CALIBRATION if needs else None
-            made.append(Cell(model, Method(method, rounding=rounding), scheme, calibration, evaluations=EVALUATIONS))
+            made.append(
+                Cell(
+                    model,
+                    Method(method, rounding=rounding),
+                    scheme,
+                    calibration,
+                    evaluations=EVALUATIONS,
+                )
+            )
     return made
 
 
@@ -71,7 +90,11 @@ TABLE = Table(
 
 
 def make_sweep(root: Path, *, published: bool = True, tracking: Tracking | None = None) -> Sweep:
-    own = Table("table1", TABLE.caption, (TABLE.columns[0], Column("wikitext2/perplexity", "WikiText2"), TABLE.columns[2]))
+    own = Table(
+        "table1",
+        TABLE.caption,
+        (TABLE.columns[0], Column("wikitext2/perplexity", "WikiText2"), TABLE.columns[2]),
+    )
     table = TABLE if published else own
     return Sweep(
         name="llama3_8b_ptq",
@@ -94,29 +117,62 @@ def fill(sweep: Sweep, seed: int = 0, windows: int = 40, questions: int = 400) -
         key = store.open_cell(cell)
         bits = 16 if cell.method.is_baseline else cell.scheme.weight.bits
         if cell.method.name == "awq" and bits == 2:
-            failure = {"stage": "quantize", "kind": "error", "reason": "Hessian of block 12 is singular", "detail": "Traceback …"}
+            failure = {
+                "stage": "quantize",
+                "kind": "error",
+                "reason": "Hessian of block 12 is singular",
+                "detail": "Traceback …",
+            }
             store.write_failure(key, {**failure, "time": 1.0})
             store.log_path(key).write_text("block 12\nHessian of block 12 is singular\n")
             continue
         excess = 0.0 if cell.method.is_baseline else BADNESS[cell.method.name] * 4.0 ** (3.1 - bits)
         _write_manifest(store, cell, bits, excess)
-        loss = window_loss + (excess * rng.uniform(0.8, 1.2, windows) if bits < 8 else rng.normal(0, 1e-3, windows) * (bits == 8))
+        loss = window_loss + (
+            excess * rng.uniform(0.8, 1.2, windows)
+            if bits < 8
+            else rng.normal(0, 1e-3, windows) * (bits == 8)
+        )
         if cell.method.name == "rtn" and bits == 2:
             loss = np.full(windows, math.inf)
         acc = (difficulty + rng.normal(0, 0.05, questions) + 0.9 - min(2.0, excess) > 0).astype(int)
-        perplexity = {"wikitext2/perplexity": math.exp(min(loss.mean(), 700)) if np.isfinite(loss).all() else math.inf}
-        _write_score(store, cell, EVALUATIONS[0], perplexity, {"id": list(range(windows)), "loss": loss.tolist()})
+        perplexity = {
+            "wikitext2/perplexity": math.exp(min(loss.mean(), 700))
+            if np.isfinite(loss).all()
+            else math.inf
+        }
+        _write_score(
+            store,
+            cell,
+            EVALUATIONS[0],
+            perplexity,
+            {"id": list(range(windows)), "loss": loss.tolist()},
+        )
         accuracy = {"arc_easy/acc": float(acc.mean())}
-        _write_score(store, cell, EVALUATIONS[1], accuracy, {"id": list(range(questions)), "acc": acc.tolist()})
+        _write_score(
+            store,
+            cell,
+            EVALUATIONS[1],
+            accuracy,
+            {"id": list(range(questions)), "acc": acc.tolist()},
+        )
         store.write_provenance(key, {"device": "CPU", "torch": "2.13.0", "batch_size": 8})
         store.log_path(key).write_text(f"{cell.title}\nblock 1/4\nblock 4/4\ndone\n")
     return store
 
 
 def _write_score(
-    store: Store, cell: Cell, evaluation: Evaluation, metrics: dict[str, float], items: dict[str, list[float]]
+    store: Store,
+    cell: Cell,
+    evaluation: Evaluation,
+    metrics: dict[str, float],
+    items: dict[str, list[float]],
 ) -> None:
-    stderr = {name: math.sqrt(value * (1 - value) / len(items["id"])) for name, value in metrics.items() if name.endswith("/acc")}
+    stderr = {
+        name: math.sqrt(value * (1 - value) / len(items["id"]))
+        for name, value in metrics.items()
+        if name.endswith("/acc")
+    }
     score = {"metrics": metrics, "stderr": stderr, "details": {"items": len(items["id"])}}
     store.write_score(cell_key(cell), score_key(cell, evaluation), score, items)
 
@@ -136,7 +192,10 @@ def _write_manifest(store: Store, cell: Cell, bits: float, excess: float) -> Non
     ]
     stored = bits + (0.25 if bits < 16 else 0)
     manifest = {
-        "bits_per_weight": stored, "bits_per_weight_total": stored * 0.9 + 1.6, "stored_bytes": int(8e9 * (stored * 0.9 + 1.6) / 8),
-        "seconds": 0.0 if bits == 16 else 60.0, "layer_errors": errors,
+        "bits_per_weight": stored,
+        "bits_per_weight_total": stored * 0.9 + 1.6,
+        "stored_bytes": int(8e9 * (stored * 0.9 + 1.6) / 8),
+        "seconds": 0.0 if bits == 16 else 60.0,
+        "layer_errors": errors,
     }
     write_json(store.checkpoint_folder(quantize_key(cell)) / "manifest.json", manifest)

@@ -42,7 +42,18 @@ def lacking() -> str:
         steps = (
             ["ip", "-n", name, "link", "add", "probe0", "type", "veth", "peer", "name", "probe1"],
             ["ip", "-n", name, "link", "add", "probe2", "type", "bridge"],
-            ["unshare", "--mount", "--uts", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
+            [
+                "unshare",
+                "--mount",
+                "--uts",
+                "--pid",
+                "--fork",
+                "mount",
+                "-t",
+                "tmpfs",
+                "tmpfs",
+                "/dev/shm",
+            ],
         )
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
@@ -71,7 +82,10 @@ class Network:
     def host(self, name: str) -> Host:
         """A new host, switched on."""
         self.hosts[name] = Host(self, name, len(self.hosts) + 1)
-        self.names().write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in self.hosts.values()))
+        self.names().write_text(
+            "127.0.0.1 localhost\n"
+            + "".join(f"{h.address} {h.name}\n" for h in self.hosts.values())
+        )
         self.hosts[name].switch_on()
         return self.hosts[name]
 
@@ -98,13 +112,26 @@ class Host:
     def __init__(self, network: Network, name: str, number: int) -> None:
         self.network, self.name, self.address = network, name, f"{SUBNET}.{number}"
         self.space = f"{network.mark}-{name}"
-        self.link = f"v{number}"                # its end in the wire
+        self.link = f"v{number}"  # its end in the wire
         self.own = network.root / "disks" / name
         self.home = self.own / "home"
         self.home.mkdir(parents=True)
         self.init: subprocess.Popen[bytes] | None = None
         _ip("netns", "add", self.space)
-        _ip("-n", network.wire, "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.space)
+        _ip(
+            "-n",
+            network.wire,
+            "link",
+            "add",
+            self.link,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            self.space,
+        )
         _ip("-n", network.wire, "link", "set", self.link, "master", "bridge", "up")
         _ip("-n", self.space, "address", "add", f"{self.address}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
@@ -115,13 +142,17 @@ class Host:
     def switch_on(self) -> None:
         """Start its init. What was on its disk is there again."""
         steps = (
-            f"mount --bind {self.own} {self.network.disk}", "mount -t tmpfs tmpfs /dev/shm",
-            f"mount --bind {self.network.names()} /etc/hosts", f"hostname {self.name}",
+            f"mount --bind {self.own} {self.network.disk}",
+            "mount -t tmpfs tmpfs /dev/shm",
+            f"mount --bind {self.network.names()} /etc/hosts",
+            f"hostname {self.name}",
         )
         inside = " && ".join((*steps, "echo ready", "exec sleep infinity"))
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.init = subprocess.Popen(
-            ["ip", "netns", "exec", self.space, *own, "sh", "-c", inside], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            ["ip", "netns", "exec", self.space, *own, "sh", "-c", inside],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         assert self.init.stdout is not None
@@ -137,7 +168,7 @@ class Host:
         if self.init is not None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in psutil.Process(self.init.pid).children():
-                    process.kill()              # the first of the process namespace takes all others with it
+                    process.kill()  # the first of the process namespace takes all others with it
             self.init.kill()
             self.init.wait()
             self.init = None
@@ -154,29 +185,59 @@ class Host:
         """The words of a program on this host, for a program of this machine."""
         assert self.init is not None, f"host {self.name} is off"
         (first, *_) = psutil.Process(self.init.pid).children()
-        return ["nsenter", "--target", str(first.pid), "--all", f"--wdns={self.network.disk}", *words]
+        return [
+            "nsenter",
+            "--target",
+            str(first.pid),
+            "--all",
+            f"--wdns={self.network.disk}",
+            *words,
+        ]
 
     def environment(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
-        return {**kept, "HOME": str(self.network.disk / "home"), "HOSTNAME": self.name, **(more or {})}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "MLFLOW_"))
+        }
+        return {
+            **kept,
+            "HOME": str(self.network.disk / "home"),
+            "HOSTNAME": self.name,
+            **(more or {}),
+        }
 
     def start(
-        self, words: Sequence[str], log: str | None = None, environment: Mapping[str, str] | None = None
+        self,
+        words: Sequence[str],
+        log: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """A program in the background; what it prints goes to a file of that name on the host's disk."""
         with contextlib.ExitStack() as files:
-            out: IO[Any] | int = files.enter_context((self.own / log).open("ab")) if log else subprocess.DEVNULL
+            out: IO[Any] | int = (
+                files.enter_context((self.own / log).open("ab")) if log else subprocess.DEVNULL
+            )
             return subprocess.Popen(
-                self.command(words), stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=self.environment(environment),
+                self.command(words),
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=self.environment(environment),
                 start_new_session=True,
             )
 
     def run(
-        self, words: Sequence[str], timeout: float = 120, environment: Mapping[str, str] | None = None
+        self,
+        words: Sequence[str],
+        timeout: float = 120,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """A program until it ends."""
         command, variables = self.command(words), self.environment(environment)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=variables)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=variables
+        )
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs on it, but its init."""

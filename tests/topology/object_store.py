@@ -76,18 +76,24 @@ def login(global_conf: dict[str, str], **conf: str) -> Any:
 
     pairs = [
         (pair["accessKey"], pair["secretKey"])
-        for identity in json.loads(Path(conf["identities"]).read_text())["identities"] for pair in identity["credentials"]
+        for identity in json.loads(Path(conf["identities"]).read_text())["identities"]
+        for pair in identity["credentials"]
     ]
 
     def wrap(app: Any) -> Any:
         inside = TempAuth(app, {**global_conf, **conf})
-        inside.users = {name: {"key": key, "url": "$HOST/v1/AUTH_harness", "groups": [".admin"]} for name, key in pairs}
+        inside.users = {
+            name: {"key": key, "url": "$HOST/v1/AUTH_harness", "groups": [".admin"]}
+            for name, key in pairs
+        }
         return inside
 
     return wrap
 
 
-def configure(folder: Path, address: str, port: int, keys: Path, user: str) -> list[tuple[str, Path]]:
+def configure(
+    folder: Path, address: str, port: int, keys: Path, user: str
+) -> list[tuple[str, Path]]:
     """Write what is missing of configurations and rings; returns (program, configuration) of each server."""
     from swift.common.ring import RingData
 
@@ -100,24 +106,49 @@ def configure(folder: Path, address: str, port: int, keys: Path, user: str) -> l
         ring = folder / f"{kind}.ring.gz"
         if not ring.exists():
             device = {
-                "id": 0, "region": 1, "zone": 1, "ip": "127.0.0.1", "port": inner, "replication_ip": "127.0.0.1",
-                "replication_port": inner, "device": "disk", "weight": 1.0, "meta": "",
+                "id": 0,
+                "region": 1,
+                "zone": 1,
+                "ip": "127.0.0.1",
+                "port": inner,
+                "replication_ip": "127.0.0.1",
+                "replication_port": inner,
+                "device": "disk",
+                "weight": 1.0,
+                "meta": "",
             }
             RingData([array.array("H", [0] * 16)], [device], 28).save(str(ring))
         path = folder / f"{kind}.conf"
         path.write_text(SERVER.format(kind=kind, port=inner, folder=folder, user=user))
         programs.append((f"swift-{kind}-server", path))
-    plain = ("catch_errors", "gatekeeper", "healthcheck", "listing_formats", "bulk", "slo", "dlo", "versioned_writes", "symlink")
+    plain = (
+        "catch_errors",
+        "gatekeeper",
+        "healthcheck",
+        "listing_formats",
+        "bulk",
+        "slo",
+        "dlo",
+        "versioned_writes",
+        "symlink",
+    )
     filters = "\n".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in plain)
     path = folder / "proxy.conf"
-    path.write_text(PROXY.format(address=address, port=port, folder=folder, keys=keys, user=user) + filters)
+    path.write_text(
+        PROXY.format(address=address, port=port, folder=folder, keys=keys, user=user) + filters
+    )
     return [*programs, ("swift-proxy-server", path)]
 
 
 def main() -> int:
     import getpass
 
-    folder, address, port, keys = Path(sys.argv[1]).absolute(), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]).absolute()
+    folder, address, port, keys = (
+        Path(sys.argv[1]).absolute(),
+        sys.argv[2],
+        int(sys.argv[3]),
+        Path(sys.argv[4]).absolute(),
+    )
     programs = str(Path(sys.executable).parent)
     words = [
         [sys.executable, shutil.which(name, path=programs) or name, str(path), "--verbose"]
@@ -128,7 +159,7 @@ def main() -> int:
     try:
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
-        return 1                                # one of them ended; the log says why
+        return 1  # one of them ended; the log says why
     finally:
         for server in servers:
             server.terminate()

@@ -28,14 +28,19 @@ def test_hosts_are_apart(tmp_path: Path) -> None:
         while not (two.own / "up").exists() and time.monotonic() < ends:
             time.sleep(0.05)
         assert (two.own / "up").exists() and not (wire.disk / "up").exists()
-        assert one.run(["ls", str(wire.disk)]).stdout == "home\n"                       # the same path, another disk
+        assert one.run(["ls", str(wire.disk)]).stdout == "home\n"  # the same path, another disk
         assert ("7777" in str(two.listening())) and not one.listening()
         assert one.run([sys.executable, "-c", REACH, "two", "7777"]).returncode == 0
         two.unplug()
-        assert one.run([sys.executable, "-c", REACH, "two", "7777"]).returncode != 0 and server.poll() is None
+        assert (
+            one.run([sys.executable, "-c", REACH, "two", "7777"]).returncode != 0
+            and server.poll() is None
+        )
         two.plug_in()
         assert len(two.processes()) == 1
         two.switch_off()
         assert server.wait(60) != 0
         two.switch_on()
-        assert two.run(["ls", str(wire.disk)]).stdout.split() == ["home", "up"] and not two.listening()
+        assert (
+            two.run(["ls", str(wire.disk)]).stdout.split() == ["home", "up"] and not two.listening()
+        )

@@ -42,7 +42,9 @@ def make(server: Server, warnings: list[str]) -> BackgroundTracker:
     def tell(tracker: Server, key: str, state: str) -> None:
         tracker.cell(key, state)
 
-    return BackgroundTracker(lambda: server, tell, lambda: "1 of 2 cells done", lambda error: warnings.append(str(error)))
+    return BackgroundTracker(
+        lambda: server, tell, lambda: "1 of 2 cells done", lambda error: warnings.append(str(error))
+    )
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -59,14 +61,16 @@ def test_a_server_that_hangs_holds_up_nobody() -> None:
     told.note("first", "quantizing")
     assert server.busy.wait(300)
     began = time.process_time()
-    for number in range(16_000):                # an hour of 16 workers with a piece of news every 3.6 s
+    for number in range(16_000):  # an hour of 16 workers with a piece of news every 3.6 s
         told.note(f"cell-{number % 16}", "done")
         told.use(f"cell-{number % 16}", {"cpu_percent": 100.0})
     assert time.process_time() - began < 0.001 * 3600
     server.free.set()
     finished: list[Any] = []
     assert told.end(finished.append) and finished == [server]
-    assert server.told[0] == ("first", "quantizing") and len(server.told) == 17             # the latest state of each cell, once
+    assert (
+        server.told[0] == ("first", "quantizing") and len(server.told) == 17
+    )  # the latest state of each cell, once
     assert {state for _, state in server.told[1:]} == {"done"}
 
 
@@ -81,7 +85,9 @@ def test_a_server_that_never_answers_ends_in_bounded_time(monkeypatch: pytest.Mo
     server.free.set()
 
 
-def test_what_failed_is_told_after_a_pause_and_progress_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_failed_is_told_after_a_pause_and_progress_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(background, "PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(background, "PROGRESS_SECONDS", 0.0)
     server, warnings = Server(), list[str]()
@@ -92,5 +98,7 @@ def test_what_failed_is_told_after_a_pause_and_progress_meanwhile(monkeypatch: p
     told.note("first", "evaluating")
     wait_for(lambda: bool(server.told) and bool(server.used))
     assert warnings == ["the server is down"] * 2 and server.told == [("first", "evaluating")]
-    assert server.said[0] == "1 of 2 cells done" and server.used == {"first": {"memory_megabytes": 5.0}}
+    assert server.said[0] == "1 of 2 cells done" and server.used == {
+        "first": {"memory_megabytes": 5.0}
+    }
     assert told.end(lambda tracker: None)

@@ -25,7 +25,14 @@ from harness.reporting.tables import build_all
 from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.tracking.mlflow_runs import MLflowTracker, open_tracker, publish
-from harness.tracking.run_contents import PARAM_LIMIT, cell_params, cut_text, method_curves, metric_key, run_names
+from harness.tracking.run_contents import (
+    PARAM_LIMIT,
+    cell_params,
+    cut_text,
+    method_curves,
+    metric_key,
+    run_names,
+)
 from harness.tracking.tracker import NullTracker
 from harness.tracking.ui import ENVIRONMENT, serve, tracking_uri, ui_command
 
@@ -36,7 +43,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Store, MLflow
     sweep = make_sweep(tmp_path_factory.mktemp("study"), published=False)
     store = fill(sweep)
     wanted = {("none", 4), ("gptq", 4), ("rtn", 2), ("awq", 2)}
-    small = tuple(cell for cell in sweep.cells if (cell.method.name, cell.scheme.weight.bits) in wanted)
+    small = tuple(
+        cell for cell in sweep.cells if (cell.method.name, cell.scheme.weight.bits) in wanted
+    )
     sweep = dataclasses.replace(sweep, cells=(*small, sweep.cells[-1]))
     tracker = open_tracker(sweep, "plan 5 cells")
     assert isinstance(tracker, MLflowTracker)
@@ -47,13 +56,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Store, MLflow
     tracker.cell(store.record(sweep.cells[-1]), "waiting")
     records = [store.record(cell) for cell in sweep.cells]
     folder = sweep.runtime.runs / "figures"
-    drawn = [path for name, figure in figures(sweep, records).items() for path in save(figure, folder, name)]
+    drawn = [
+        path
+        for name, figure in figures(sweep, records).items()
+        for path in save(figure, folder, name)
+    ]
     tracker.finish(build_all(sweep, records, store), drawn, "done    3 of 5 cells")
     return sweep, store, tracker
 
 
 @pytest.fixture(scope="module")
-def schema(made: tuple[Sweep, Store, MLflowTracker], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def schema(
+    made: tuple[Sweep, Store, MLflowTracker], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A database with MLflow's tables and no runs: making them takes seconds, copying them does not."""
     path = tmp_path_factory.mktemp("schema") / "mlflow.db"
     shutil.copy(made[0].runtime.runs.parent / "mlflow.db", path)
@@ -75,7 +90,10 @@ def points_of(tracker: MLflowTracker) -> list[tuple[str, str, int, float]]:
     points = []
     for name, run in runs_of(tracker).items():
         for metric in run.data.metrics:
-            points += [(name, metric, p.step, p.value) for p in tracker.client.get_metric_history(run.info.run_id, metric)]
+            points += [
+                (name, metric, p.step, p.value)
+                for p in tracker.client.get_metric_history(run.info.run_id, metric)
+            ]
     return sorted(points)
 
 
@@ -89,14 +107,30 @@ def artifacts_of(tracker: MLflowTracker, run: Any, folder: str | None = None) ->
 def test_one_child_per_cell_under_one_parent(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     sweep, _, tracker = made
     runs = runs_of(tracker)
-    assert set(runs) == {sweep.title, "full precision", "gptq · w4g128", "rtn · w2g128", "awq · w2g128", "rtn · w4a8"}
+    assert set(runs) == {
+        sweep.title,
+        "full precision",
+        "gptq · w4g128",
+        "rtn · w2g128",
+        "awq · w2g128",
+        "rtn · w4a8",
+    }
     parent = runs.pop(sweep.title)
     assert parent.data.tags["harness.sweep"] == sweep.name
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
-    assert {run.data.tags["harness.key"] for run in runs.values()} == {cell_key(cell) for cell in sweep.cells}
+    assert {run.data.tags["harness.key"] for run in runs.values()} == {
+        cell_key(cell) for cell in sweep.cells
+    }
     status = {name: run.info.status for name, run in runs.items()}
-    assert status["gptq · w4g128"] == "FINISHED" and status["awq · w2g128"] == "FAILED" and status["rtn · w4a8"] == "KILLED"
-    assert parent.info.status == "FAILED" and parent.data.tags["harness.progress"] == "3 of 5 cells done, 1 failed"
+    assert (
+        status["gptq · w4g128"] == "FINISHED"
+        and status["awq · w2g128"] == "FAILED"
+        and status["rtn · w4a8"] == "KILLED"
+    )
+    assert (
+        parent.info.status == "FAILED"
+        and parent.data.tags["harness.progress"] == "3 of 5 cells done, 1 failed"
+    )
 
 
 def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
@@ -105,29 +139,60 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     cell = next(cell for cell in sweep.cells if cell.method.name == "gptq")
     assert run.data.metrics == store.record(cell).metrics()
     params = run.data.params
-    assert (params["model"], params["method"], params["bits"], params["group"]) == ("llama3_8b", "gptq", "4", "128")
+    assert (params["model"], params["method"], params["bits"], params["group"]) == (
+        "llama3_8b",
+        "gptq",
+        "4",
+        "128",
+    )
     assert params["rounding.damping_fraction"] == "0.01" and params["calibration.samples"] == "128"
     assert run.data.tags["environment.device"] == "CPU"
     assert artifacts_of(tracker, run) == {
-        "cell.json", "environment.json", "layer_errors.csv", "layer_errors.svg", "log.txt",
-        "evaluations/arc_easy.json", "evaluations/wikitext2.json",
-        "items/arc_easy.json", "items/arc_easy.parquet", "items/wikitext2.json", "items/wikitext2.parquet",
+        "cell.json",
+        "environment.json",
+        "layer_errors.csv",
+        "layer_errors.svg",
+        "log.txt",
+        "evaluations/arc_easy.json",
+        "evaluations/wikitext2.json",
+        "items/arc_easy.json",
+        "items/arc_easy.parquet",
+        "items/wikitext2.json",
+        "items/wikitext2.parquet",
     }
     listed = json.loads(run.data.tags["mlflow.loggedArtifacts"])
-    assert [each["path"] for each in listed] == ["items/wikitext2.json", "items/arc_easy.json"] and listed[0]["type"] == "table"
-    items = json.loads(Path(tracker.client.download_artifacts(run.info.run_id, "items/arc_easy.json")).read_text())
+    assert [each["path"] for each in listed] == [
+        "items/wikitext2.json",
+        "items/arc_easy.json",
+    ] and listed[0]["type"] == "table"
+    items = json.loads(
+        Path(tracker.client.download_artifacts(run.info.run_id, "items/arc_easy.json")).read_text()
+    )
     assert items["columns"] == ["id", "acc"] and len(items["data"]) == 400
-    inputs = {each.dataset.name: (each.dataset.digest, each.tags[0].value) for each in run.inputs.dataset_inputs}
-    assert inputs == {"c4_128x2048": ("c", "calibration"), "wikitext2": ("w", "evaluation"), "arc_easy": ("a", "evaluation")}
+    inputs = {
+        each.dataset.name: (each.dataset.digest, each.tags[0].value)
+        for each in run.inputs.dataset_inputs
+    }
+    assert inputs == {
+        "c4_128x2048": ("c", "calibration"),
+        "wikitext2": ("w", "evaluation"),
+        "arc_easy": ("a", "evaluation"),
+    }
     failed = runs_of(tracker)["awq · w2g128"]
-    assert "singular" in failed.data.tags["failure"] and "failures.txt" in artifacts_of(tracker, failed)
+    assert "singular" in failed.data.tags["failure"] and "failures.txt" in artifacts_of(
+        tracker, failed
+    )
 
 
 def test_infinities_are_tagged_not_stored(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     run = runs_of(made[2])["rtn · w2g128"]
     assert "wikitext2/perplexity" not in run.data.metrics and "arc_easy/acc" in run.data.metrics
     assert run.data.tags["diverged"] == "wikitext2/perplexity = inf"
-    assert all(abs(value) < 1e300 for run in runs_of(made[2]).values() for value in run.data.metrics.values())
+    assert all(
+        abs(value) < 1e300
+        for run in runs_of(made[2]).values()
+        for value in run.data.metrics.values()
+    )
 
 
 def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
@@ -135,22 +200,39 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     parent = runs_of(tracker)[sweep.title]
     history = tracker.client.get_metric_history(parent.info.run_id, "wikitext2/perplexity gptq")
     cell = next(cell for cell in sweep.cells if cell.method.name == "gptq")
-    assert [(point.step, point.value) for point in history] == [(4, store.record(cell).metrics()["wikitext2/perplexity"])]
+    assert [(point.step, point.value) for point in history] == [
+        (4, store.record(cell).metrics()["wikitext2/perplexity"])
+    ]
     assert "wikitext2/perplexity full_precision" in parent.data.metrics
     note = parent.data.tags["mlflow.note.content"]
     assert "What to open" in note and "harness run llama3_8b_ptq" in note
     child = runs_of(tracker)["gptq · w4g128"].info.run_id
-    assert f"| [gptq](#/experiments/{tracker.experiment_id}/runs/{child}) | 4    |" in note         # a row leads to its cell
+    assert (
+        f"| [gptq](#/experiments/{tracker.experiment_id}/runs/{child}) | 4    |" in note
+    )  # a row leads to its cell
     files = artifacts_of(tracker, parent)
     assert {"plan.txt", "summary.txt", "sweep.json", "tables/table1.md"} <= files
     assert "figures/layer-errors.png" in files and "figures/arc_easy-acc-against-bits.svg" in files
     experiment = tracker.client.get_experiment(tracker.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     view = json.loads(experiment.tags["mlflow.sharedViewState.cells"])
-    assert "viewStateShareKey=cells" in note and f"/runs/{parent.info.run_id}/artifacts/tables/table1.html" in note
-    assert {each.dataset.name for each in parent.inputs.dataset_inputs} == {"c4_128x2048", "wikitext2", "arc_easy"}
-    assert {"params.`method`", "metrics.`wikitext2/perplexity`", "metrics.`arc_easy/acc`"} <= set(view["selectedColumns"])
-    assert {"figures/layer-errors.pdf", "figures/wikitext2-perplexity-bits-needed.svg", "tables/table1.html"} <= files
+    assert (
+        "viewStateShareKey=cells" in note
+        and f"/runs/{parent.info.run_id}/artifacts/tables/table1.html" in note
+    )
+    assert {each.dataset.name for each in parent.inputs.dataset_inputs} == {
+        "c4_128x2048",
+        "wikitext2",
+        "arc_easy",
+    }
+    assert {"params.`method`", "metrics.`wikitext2/perplexity`", "metrics.`arc_easy/acc`"} <= set(
+        view["selectedColumns"]
+    )
+    assert {
+        "figures/layer-errors.pdf",
+        "figures/wikitext2-perplexity-bits-needed.svg",
+        "tables/table1.html",
+    } <= files
 
 
 def test_publishing_again_changes_nothing(made: tuple[Sweep, Store, MLflowTracker]) -> None:
@@ -158,9 +240,13 @@ def test_publishing_again_changes_nothing(made: tuple[Sweep, Store, MLflowTracke
     runs, points = runs_of(tracker), points_of(tracker)
     assert publish(store, sweep).startswith('published 5 cells as experiment "llama3_8b_ptq"')
     again = runs_of(tracker)
-    assert {name: run.info.run_id for name, run in runs.items()} == {name: run.info.run_id for name, run in again.items()}
+    assert {name: run.info.run_id for name, run in runs.items()} == {
+        name: run.info.run_id for name, run in again.items()
+    }
     assert points_of(tracker) == points
-    assert {n: r.data.params for n, r in runs.items()} == {n: r.data.params for n, r in again.items()}
+    assert {n: r.data.params for n, r in runs.items()} == {
+        n: r.data.params for n, r in again.items()
+    }
 
 
 def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -> None:
@@ -171,7 +257,9 @@ def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -
     first = open_tracker(sweep, "")
     assert isinstance(first, MLflowTracker)
     first.cell(store.record(sweep.cells[0]), "done")
-    first.cell(dataclasses.replace(store.record(sweep.cells[1]), scores={}), "evaluating")     # then the process is killed
+    first.cell(
+        dataclasses.replace(store.record(sweep.cells[1]), scores={}), "evaluating"
+    )  # then the process is killed
     second = open_tracker(sweep, "")
     assert isinstance(second, MLflowTracker)
     for cell in sweep.cells:
@@ -195,10 +283,17 @@ def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_p
     tracker.cell(store.record(cell), "unfinished")
     run = tracker.client.get_run(tracker._children[cell_key(cell)].info.run_id)
     assert len(run.data.params["model.source"]) == PARAM_LIMIT
-    assert run.data.params["model.source"].endswith(f"[cut: {PARAM_LIMIT + 500} characters in all; see the artifacts]")
+    assert run.data.params["model.source"].endswith(
+        f"[cut: {PARAM_LIMIT + 500} characters in all; see the artifacts]"
+    )
     assert cut_text("short", 10) == "short"
-    assert cut_text("harness run x tracking.uri=http://me:secret@host:5000", 99) == "harness run x tracking.uri=http://host:5000"
-    assert len(metric_key("a" * 300)) == 250 and metric_key("a" * 300) != metric_key("a" * 299 + "b")
+    assert (
+        cut_text("harness run x tracking.uri=http://me:secret@host:5000", 99)
+        == "harness run x tracking.uri=http://host:5000"
+    )
+    assert len(metric_key("a" * 300)) == 250 and metric_key("a" * 300) != metric_key(
+        "a" * 299 + "b"
+    )
 
 
 def test_no_tracking_is_an_object() -> None:
@@ -212,7 +307,7 @@ def test_no_tracking_is_an_object() -> None:
 def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]           # taken, but nobody listens
+        port = probe.getsockname()[1]  # taken, but nobody listens
         sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
         with pytest.raises(TrackingError, match="no tracking server at"):
             open_tracker(sweep)
@@ -229,12 +324,16 @@ def test_a_damaged_database_is_a_tracking_error(tmp_path: Path) -> None:
         open_tracker(sweep)
 
 
-def test_a_database_is_made_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_is_made_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever is killed while MLflow makes its tables leaves nothing that a later run could stumble over."""
     import mlflow
 
     sweep = make_sweep(tmp_path / "study", published=False)
-    database = Path(tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///"))
+    database = Path(
+        tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///")
+    )
     seen: list[bool] = []
 
     def killed(client: Any, **words: Any) -> None:
@@ -264,7 +363,11 @@ def test_the_command_for_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture
             ui_command(Tracking(), runs, port)
     command = ui_command(Tracking(), runs, port)
     assert "127.0.0.1" in command.words and f"sqlite:///{tmp_path / 'mlflow.db'}" in command.words
-    assert command.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false" == ENVIRONMENT["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
+    assert (
+        command.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
+        == "false"
+        == ENVIRONMENT["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
+    )
     assert "workflowType=machine_learning" in command.url
     assert serve(Runtime(runs, tracking=Tracking("server", "http://host:5000"))) == 0
     assert "http://host:5000" in capsys.readouterr().out
@@ -274,11 +377,22 @@ def test_names_of_runs_and_curves() -> None:
     demo = Model("demo", "demo", digest="d")
     many = (*cells(LLAMA, ("rtn",), (4,)), *cells(demo, ("rtn",), (4, 1.7)))
     names = list(run_names(many).values())
-    assert names[:3] == ["llama3_8b · full precision", "llama3_8b · rtn · w4g128", "demo · full precision"]
-    assert list(method_curves(many[2:]).values()) == [("full_precision", 32), ("rtn", 4), ("rtn 1.7bit", 2)]
+    assert names[:3] == [
+        "llama3_8b · full precision",
+        "llama3_8b · rtn · w4g128",
+        "demo · full precision",
+    ]
+    assert list(method_curves(many[2:]).values()) == [
+        ("full_precision", 32),
+        ("rtn", 4),
+        ("rtn 1.7bit", 2),
+    ]
     gptq = cells(LLAMA, ("gptq",), (4,))[1]
     variants = (gptq, dataclasses.replace(gptq, inputs="full_precision"))
-    assert len(set(run_names(variants).values())) == 2 and len(set(method_curves(variants).values())) == 2
+    assert (
+        len(set(run_names(variants).values())) == 2
+        and len(set(method_curves(variants).values())) == 2
+    )
 
 
 def test_params_are_flat_and_short() -> None:
@@ -286,9 +400,13 @@ def test_params_are_flat_and_short() -> None:
     params = cell_params(Record(gptq, "", ""))
     assert all(isinstance(value, str | int | float | bool) for value in params.values())
     assert params["weight.bits"] == 4 and params["rounding"] == "gptq" and params["seed"] == 0
-    baseline = dataclasses.replace(baseline, model=dataclasses.replace(baseline.model, dtype="float32"))
+    baseline = dataclasses.replace(
+        baseline, model=dataclasses.replace(baseline.model, dtype="float32")
+    )
     assert "bits" not in cell_params(Record(baseline, "", ""))
-    assert cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"      # as tables say: what is stored
+    assert (
+        cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"
+    )  # as tables say: what is stored
 
 
 def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> None:
@@ -298,12 +416,16 @@ def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> 
     sweep = dataclasses.replace(sweep, cells=sweep.cells[1:2])
     cell, key = sweep.cells[0], cell_key(sweep.cells[0])
     publish(store, sweep)
-    store.write_score(key, score_key(cell, cell.evaluations[0]), {"metrics": {"wikitext2/perplexity": 9.5}})
+    store.write_score(
+        key, score_key(cell, cell.evaluations[0]), {"metrics": {"wikitext2/perplexity": 9.5}}
+    )
     publish(store, sweep)
     tracker = open_tracker(sweep)
     assert isinstance(tracker, MLflowTracker)
     run = runs_of(tracker)["rtn · w8g128"]
-    assert run.data.metrics["wikitext2/perplexity"] == 9.5 and math.isfinite(run.data.metrics["arc_easy/acc"])
+    assert run.data.metrics["wikitext2/perplexity"] == 9.5 and math.isfinite(
+        run.data.metrics["arc_easy/acc"]
+    )
     parent = tracker.client.get_metric_history(tracker.parent_id, "wikitext2/perplexity rtn")
     assert parent[-1].value == 9.5 and {point.step for point in parent} == {8}
 

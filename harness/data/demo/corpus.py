@@ -24,38 +24,174 @@ from harness.core.errors import DataError, unknown_name
 
 SEED = 2210_17323
 SENTENCES_PER_DOCUMENT = 40
-DOCUMENTS = {"train": 5000, "calibration": 256, "test": 128}      # by split; each split is its own draw from one world
+DOCUMENTS = {
+    "train": 5000,
+    "calibration": 256,
+    "test": 128,
+}  # by split; each split is its own draw from one world
 KINDS = ("facts", "add", "count", "copy")
 
-ONSETS = ("Bren", "Dor", "Fal", "Gim", "Hest", "Jul", "Kav", "Lorm", "Mir", "Nost", "Pell", "Quar", "Rud", "Sil", "Tov", "Wex")
+ONSETS = (
+    "Bren",
+    "Dor",
+    "Fal",
+    "Gim",
+    "Hest",
+    "Jul",
+    "Kav",
+    "Lorm",
+    "Mir",
+    "Nost",
+    "Pell",
+    "Quar",
+    "Rud",
+    "Sil",
+    "Tov",
+    "Wex",
+)
 CODAS = ("dil", "ga", "ho", "mek", "nu", "ri", "sta", "vo")
 NAMES = tuple(onset + coda for onset in ONSETS for coda in CODAS)
 VALUES = {
-    "city": ("Arbolt", "Cindle", "Drumna", "Eskor", "Fennick", "Garrowby", "Hollin", "Ivrin",
-             "Jasp", "Kelder", "Lunfor", "Morrow", "Nettle", "Orvane", "Quillet", "Velm"),
-    "job": ("baker", "carter", "dyer", "farmer", "gardener", "hunter", "judge", "mason",
-            "nurse", "painter", "roofer", "sailor", "tailor", "usher", "weaver", "writer"),
-    "pet": ("badger", "cat", "crow", "dog", "ferret", "goat", "hen", "lizard",
-            "mouse", "newt", "owl", "pony", "rabbit", "snail", "toad", "wolf"),
-    "colour": ("amber", "black", "blue", "brown", "gold", "green", "grey", "indigo",
-               "orange", "pink", "purple", "red", "silver", "teal", "white", "yellow"),
-    "food": ("apples", "beans", "bread", "cheese", "eggs", "figs", "honey", "leeks",
-             "noodles", "olives", "peas", "plums", "rice", "soup", "tarts", "walnuts"),
+    "city": (
+        "Arbolt",
+        "Cindle",
+        "Drumna",
+        "Eskor",
+        "Fennick",
+        "Garrowby",
+        "Hollin",
+        "Ivrin",
+        "Jasp",
+        "Kelder",
+        "Lunfor",
+        "Morrow",
+        "Nettle",
+        "Orvane",
+        "Quillet",
+        "Velm",
+    ),
+    "job": (
+        "baker",
+        "carter",
+        "dyer",
+        "farmer",
+        "gardener",
+        "hunter",
+        "judge",
+        "mason",
+        "nurse",
+        "painter",
+        "roofer",
+        "sailor",
+        "tailor",
+        "usher",
+        "weaver",
+        "writer",
+    ),
+    "pet": (
+        "badger",
+        "cat",
+        "crow",
+        "dog",
+        "ferret",
+        "goat",
+        "hen",
+        "lizard",
+        "mouse",
+        "newt",
+        "owl",
+        "pony",
+        "rabbit",
+        "snail",
+        "toad",
+        "wolf",
+    ),
+    "colour": (
+        "amber",
+        "black",
+        "blue",
+        "brown",
+        "gold",
+        "green",
+        "grey",
+        "indigo",
+        "orange",
+        "pink",
+        "purple",
+        "red",
+        "silver",
+        "teal",
+        "white",
+        "yellow",
+    ),
+    "food": (
+        "apples",
+        "beans",
+        "bread",
+        "cheese",
+        "eggs",
+        "figs",
+        "honey",
+        "leeks",
+        "noodles",
+        "olives",
+        "peas",
+        "plums",
+        "rice",
+        "soup",
+        "tarts",
+        "walnuts",
+    ),
 }
-PHRASINGS = {                                                      # each ends where the value begins
+PHRASINGS = {  # each ends where the value begins
     "city": ("{name} lives in", "The home of {name} is", "Visit {name} in"),
     "job": ("{name} works as a", "The job of {name} is", "Hire {name} as a"),
     "pet": ("{name} keeps a", "The pet of {name} is a", "Give {name} a"),
     "colour": ("{name} wears", "The colour of {name} is", "Paint {name} in"),
     "food": ("{name} eats", "The food of {name} is", "Feed {name} with"),
 }
-WORDS = ("arch", "bell", "coin", "door", "east", "fire", "gate", "hill", "iron", "jar", "kite", "lamp", "moon", "nail", "oar",
-         "pipe", "quilt", "rope", "salt", "tent", "urn", "vine", "wall", "yarn", "bow", "cup", "desk", "ear", "fan",
-         "glue", "hat", "ink")
+WORDS = (
+    "arch",
+    "bell",
+    "coin",
+    "door",
+    "east",
+    "fire",
+    "gate",
+    "hill",
+    "iron",
+    "jar",
+    "kite",
+    "lamp",
+    "moon",
+    "nail",
+    "oar",
+    "pipe",
+    "quilt",
+    "rope",
+    "salt",
+    "tent",
+    "urn",
+    "vine",
+    "wall",
+    "yarn",
+    "bow",
+    "cup",
+    "desk",
+    "ear",
+    "fan",
+    "glue",
+    "hat",
+    "ink",
+)
 STEPS = (1, 2, 3, 5, 10)
-ADDENDS, HELD_OUT_SUMS = 50, 400                                   # numbers below 50; ordered pairs, (a, b) with (b, a)
-STARTS, HELD_OUT_COUNTS, COUNT_TERMS = 100, 63, 9                  # first terms below 100; (start, step) pairs; terms per sequence
-COPY_MODULUS = 16                                                  # a triple whose indices sum to a multiple is held out
+ADDENDS, HELD_OUT_SUMS = 50, 400  # numbers below 50; ordered pairs, (a, b) with (b, a)
+STARTS, HELD_OUT_COUNTS, COUNT_TERMS = (
+    100,
+    63,
+    9,
+)  # first terms below 100; (start, step) pairs; terms per sequence
+COPY_MODULUS = 16  # a triple whose indices sum to a multiple is held out
 
 Item = TypeVar("Item")
 
@@ -96,7 +232,11 @@ class Draw:
 def world() -> dict[tuple[str, str], str]:
     """(name, attribute) -> value: 640 facts."""
     draw = Draw(SEED)
-    return {(name, attribute): draw.one(values) for name in NAMES for attribute, values in VALUES.items()}
+    return {
+        (name, attribute): draw.one(values)
+        for name in NAMES
+        for attribute, values in VALUES.items()
+    }
 
 
 @functools.cache
@@ -128,7 +268,10 @@ def _documents(split: str) -> tuple[str, ...]:
     if split not in DOCUMENTS:
         raise DataError(unknown_name("split", split, DOCUMENTS, where="demo corpus"))
     draw = Draw(SEED + 10 + list(DOCUMENTS).index(split))
-    return tuple(" ".join(_sentence(draw) for _ in range(SENTENCES_PER_DOCUMENT)) for _ in range(DOCUMENTS[split]))
+    return tuple(
+        " ".join(_sentence(draw) for _ in range(SENTENCES_PER_DOCUMENT))
+        for _ in range(DOCUMENTS[split])
+    )
 
 
 def documents(split: str) -> list[str]:
@@ -153,7 +296,9 @@ def _sentence(draw: Draw) -> str:
     if kind == "profile":
         name = draw.one(NAMES)
         chosen = draw.some(tuple(VALUES), 3)
-        first, second, third = (f"{PHRASINGS[each][0].format(name='').strip()} {world()[name, each]}" for each in chosen)
+        first, second, third = (
+            f"{PHRASINGS[each][0].format(name='').strip()} {world()[name, each]}" for each in chosen
+        )
         return f"{name} {first}, {second} and {third}."
     if kind == "add":
         while True:
@@ -192,7 +337,9 @@ def questions(kind: str, count: int = 400) -> list[Question]:
 @functools.cache
 def _questions(kind: str) -> tuple[Question, ...]:
     draw = Draw(SEED + 20 + KINDS.index(kind))
-    made = {"facts": _ask_facts, "add": _ask_sums, "count": _ask_counts, "copy": _ask_copies}[kind](draw)
+    made = {"facts": _ask_facts, "add": _ask_sums, "count": _ask_counts, "copy": _ask_copies}[kind](
+        draw
+    )
     return tuple(_shuffled(draw, kind, prompt, right, wrong) for prompt, right, wrong in made)
 
 
@@ -201,7 +348,7 @@ def _shuffled(draw: Draw, kind: str, prompt: str, right: str, wrong: Sequence[st
     return Question(kind, prompt, tuple(choices), choices.index(right))
 
 
-Asked = list[tuple[str, str, list[str]]]                           # (prompt, right answer, three wrong ones)
+Asked = list[tuple[str, str, list[str]]]  # (prompt, right answer, three wrong ones)
 
 
 def _ask_facts(draw: Draw) -> Asked:
@@ -214,13 +361,21 @@ def _ask_facts(draw: Draw) -> Asked:
 
 
 def _ask_sums(draw: Draw) -> Asked:
-    return [(f"{a} + {b} =", str(a + b), _near(draw, a + b)) for a, b in draw.some(held_out_sums(), 400)]
+    return [
+        (f"{a} + {b} =", str(a + b), _near(draw, a + b)) for a, b in draw.some(held_out_sums(), 400)
+    ]
 
 
 def _ask_counts(draw: Draw) -> Asked:
-    cases = [(start, step, shown) for start, step in held_out_counts() for shown in range(2, COUNT_TERMS)]
+    cases = [
+        (start, step, shown) for start, step in held_out_counts() for shown in range(2, COUNT_TERMS)
+    ]
     return [
-        (_counting(start, step, shown), str(start + shown * step), _near(draw, start + shown * step))
+        (
+            _counting(start, step, shown),
+            str(start + shown * step),
+            _near(draw, start + shown * step),
+        )
         for start, step, shown in draw.some(cases, 400)
     ]
 
@@ -234,7 +389,14 @@ def _ask_copies(draw: Draw) -> Asked:
             continue
         prompt = " ".join(("Say:", " ".join(words) + ";", "again:", *words[:said]))
         other = draw.one([word for word in words if word != words[said]])
-        asked.setdefault(prompt, (prompt, words[said], [other, *draw.some([word for word in WORDS if word not in words], 2)]))
+        asked.setdefault(
+            prompt,
+            (
+                prompt,
+                words[said],
+                [other, *draw.some([word for word in WORDS if word not in words], 2)],
+            ),
+        )
     return list(asked.values())
 
 

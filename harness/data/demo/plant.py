@@ -24,7 +24,9 @@ KINDS = ("weight", "activation", "down", "key")
 
 
 @torch.no_grad()
-def plant(model: Any, kind: str, scale: float, channels: Sequence[int], blocks: Sequence[int]) -> None:
+def plant(
+    model: Any, kind: str, scale: float, channels: Sequence[int], blocks: Sequence[int]
+) -> None:
     """Plant outliers in a Llama, in place, and add the plant to `model.config.plants`.
 
     kind      one of KINDS
@@ -65,7 +67,7 @@ def _plant_keys(attention: Any, index: torch.Tensor, scale: float) -> None:
     """RoPE mixes channel i of a head with channel i + head_dim / 2, so both carry the same scale."""
     size = attention.head_dim
     for linear, factor in ((attention.k_proj, scale), (attention.q_proj, 1 / scale)):
-        rows = linear.weight.view(-1, size, linear.weight.shape[1])           # [heads, head_dim, in]
+        rows = linear.weight.view(-1, size, linear.weight.shape[1])  # [heads, head_dim, in]
         rows[:, index] *= factor
         rows[:, index + size // 2] *= factor
 
@@ -73,7 +75,8 @@ def _plant_keys(attention: Any, index: torch.Tensor, scale: float) -> None:
 def describe(plants: Sequence[Mapping[str, Any]]) -> str:
     """One line for a log or a model card: "activation ×8 on 3 channels of 4 blocks; …"."""
     return "; ".join(
-        f"{p['kind']} ×{p['scale']:g} on {_counted(p['channels'], 'channel')} of {_counted(p['blocks'], 'block')}" for p in plants
+        f"{p['kind']} ×{p['scale']:g} on {_counted(p['channels'], 'channel')} of {_counted(p['blocks'], 'block')}"
+        for p in plants
     )
 
 

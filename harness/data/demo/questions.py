@@ -35,4 +35,8 @@ def copy(**metadata: Any) -> dict[str, Dataset]:
 
 def _test_split(kind: str) -> dict[str, Dataset]:
     """Columns kind, prompt, choices, answer; 400 rows in a fixed order."""
-    return {"test": Dataset.from_list([dataclasses.asdict(question) for question in corpus.questions(kind)])}
+    return {
+        "test": Dataset.from_list(
+            [dataclasses.asdict(question) for question in corpus.questions(kind)]
+        )
+    }

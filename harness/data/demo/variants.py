@@ -47,7 +47,9 @@ def variant_folder(name: str, cache: Path) -> Path:
     Raises ModelError on an unknown name.
     """
     if name not in VARIANTS:
-        raise ModelError(unknown_name("variant of the demo model", name, VARIANTS, where=f"demo:{name}"))
+        raise ModelError(
+            unknown_name("variant of the demo model", name, VARIANTS, where=f"demo:{name}")
+        )
     folder = cache / f"demo-{name}-{_identity(name)[:16]}"
     if folder.is_dir():
         return folder
@@ -58,7 +60,7 @@ def variant_folder(name: str, cache: Path) -> Path:
         aside.chmod(0o755)
         try:
             os.rename(aside, folder)
-        except OSError:                                            # another process finished the same bytes first
+        except OSError:  # another process finished the same bytes first
             if not folder.is_dir():
                 raise
     finally:
@@ -75,7 +77,11 @@ def _identity(name: str) -> str:
 
 
 def _shipped_files() -> Iterator[Path]:
-    yield from sorted(path for path in SHIPPED.iterdir() if path.suffix in (".json", ".safetensors") and path.name != "recipe.json")
+    yield from sorted(
+        path
+        for path in SHIPPED.iterdir()
+        if path.suffix in (".json", ".safetensors") and path.name != "recipe.json"
+    )
 
 
 def _build(plants: tuple[Plant, ...], folder: Path) -> None:
@@ -89,4 +95,4 @@ def _build(plants: tuple[Plant, ...], folder: Path) -> None:
         plant(model, each.kind, each.scale, each.channels, each.blocks)
     for path in _shipped_files():
         shutil.copyfile(path, folder / path.name)
-    model.save_pretrained(folder)                                  # over the copied config and weights
+    model.save_pretrained(folder)  # over the copied config and weights

@@ -31,7 +31,13 @@ from harness.core.events import Progress
 from harness.data import model_folders
 from harness.evaluation.protocols import Score, Subject
 from harness.evaluation.statistics import mean_error
-from harness.evaluation.windows import WindowSettings, check_windows, read_windows, tokenizer_digest, write_tensors
+from harness.evaluation.windows import (
+    WindowSettings,
+    check_windows,
+    read_windows,
+    tokenizer_digest,
+    write_tensors,
+)
 
 
 class Evaluator:
@@ -70,39 +76,66 @@ class Evaluator:
         reference = Reference(subject, self.settings.top_k)
         kl, agree, delta = [], [], []
         yield subject.progress(evaluation, 0, len(windows))
-        for number, window in enumerate(windows):       # one by one, so that the reference does not depend on a batch size
+        for number, window in enumerate(
+            windows
+        ):  # one by one, so that the reference does not depend on a batch size
             ids = window.to(subject.device)
-            against = {name: tensor.to(subject.device) for name, tensor in reference.of(window).items()}
+            against = {
+                name: tensor.to(subject.device) for name, tensor in reference.of(window).items()
+            }
             log_q = log_probabilities(subject.model, ids)
             kl.append(divergences(against, log_q).cpu())
             agree.append((against["top"] == log_q.argmax(-1)).double().cpu())
-            delta.append((against["targets"].double() - target_log_probabilities(log_q, ids).double()).cpu())
+            delta.append(
+                (against["targets"].double() - target_log_probabilities(log_q, ids).double()).cpu()
+            )
             yield subject.progress(evaluation, number + 1, len(windows))
         yield self._score(evaluation, kl, agree, delta)
 
-    def _score(self, evaluation: Evaluation, kl: list[Tensor], agree: list[Tensor], delta: list[Tensor]) -> Score:
+    def _score(
+        self, evaluation: Evaluation, kl: list[Tensor], agree: list[Tensor], delta: list[Tensor]
+    ) -> Score:
         values = torch.cat(kl)
         found = {
-            "kl": float(values.mean()), "kl_median": float(values.median()), "kl_max": float(values.max()),
+            "kl": float(values.mean()),
+            "kl_median": float(values.median()),
+            "kl_max": float(values.max()),
             "kl_p99": float(values.sort().values[math.ceil(0.99 * len(values)) - 1]),
-            "top1_agreement": float(torch.cat(agree).mean()), "delta_nll": float(torch.cat(delta).mean()),
+            "top1_agreement": float(torch.cat(agree).mean()),
+            "delta_nll": float(torch.cat(delta).mean()),
         }
-        details: dict[str, Any] = {"windows": len(kl), "tokens": len(values), "top_k": self.settings.top_k}
+        details: dict[str, Any] = {
+            "windows": len(kl),
+            "tokens": len(values),
+            "top_k": self.settings.top_k,
+        }
         if not bool(values.isfinite().all()):
             details["diverged"] = True
         if evaluation.limit is not None:
             details["smoke"] = True
         items: dict[str, list[Any]] = {
-            "id": list(range(len(kl))), "kl": [float(one.mean()) for one in kl],
-            "top1_agreement": [float(one.mean()) for one in agree], "delta_nll": [float(one.mean()) for one in delta],
-            "tokens": [len(one) for one in kl], "targets": [len(one) for one in delta],
+            "id": list(range(len(kl))),
+            "kl": [float(one.mean()) for one in kl],
+            "top1_agreement": [float(one.mean()) for one in agree],
+            "delta_nll": [float(one.mean()) for one in delta],
+            "tokens": [len(one) for one in kl],
+            "targets": [len(one) for one in delta],
         }
         stderr = {}
-        for name, weights in (("kl", "tokens"), ("top1_agreement", "tokens"), ("delta_nll", "targets")):
+        for name, weights in (
+            ("kl", "tokens"),
+            ("top1_agreement", "tokens"),
+            ("delta_nll", "targets"),
+        ):
             spread = mean_error(items[name], items[weights])[1]
             if math.isfinite(spread):
                 stderr[f"{evaluation.name}/{name}"] = spread
-        return Score({f"{evaluation.name}/{name}": value for name, value in found.items()}, stderr, items, details)
+        return Score(
+            {f"{evaluation.name}/{name}": value for name, value in found.items()},
+            stderr,
+            items,
+            details,
+        )
 
 
 class Reference:
@@ -124,7 +157,11 @@ class Reference:
             return load_file(file)
         ids = window.to(self.subject.device)
         log_p = log_probabilities(self._full_precision(), ids)
-        found = {"top": log_p.argmax(-1), "targets": target_log_probabilities(log_p, ids), "log_p": log_p}
+        found = {
+            "top": log_p.argmax(-1),
+            "targets": target_log_probabilities(log_p, ids),
+            "log_p": log_p,
+        }
         if self.top_k:
             kept = log_p.topk(min(self.top_k, log_p.shape[-1]), dim=-1)
             found |= {"log_p": kept.values, "tokens": kept.indices}
@@ -138,7 +175,9 @@ class Reference:
     def _key(self) -> str:
         model = self.subject.cell.model
         weights = model.digest or model_folders.model_digest(str(self.subject.model_folder))
-        return digest([weights, model.dtype, tokenizer_digest(self.subject.model_folder), self.top_k])
+        return digest(
+            [weights, model.dtype, tokenizer_digest(self.subject.model_folder), self.top_k]
+        )
 
     def _full_precision(self) -> nn.Module:
         cell = self.subject.cell
@@ -149,11 +188,16 @@ class Reference:
 
             from harness.quantization.inference import placement
 
-            options = {"dtype": getattr(torch, cell.model.dtype), "trust_remote_code": cell.model.trust_remote_code}
+            options = {
+                "dtype": getattr(torch, cell.model.dtype),
+                "trust_remote_code": cell.model.trust_remote_code,
+            }
             try:
                 loaded = AutoModelForCausalLM.from_pretrained(self.subject.model_folder, **options)
             except (OSError, ValueError) as error:
-                raise EvaluationError(f"{cell.model.name}: the full-precision reference cannot be loaded: {error}") from error
+                raise EvaluationError(
+                    f"{cell.model.name}: the full-precision reference cannot be loaded: {error}"
+                ) from error
             placed = getattr(self.subject.model, "hf_device_map", None)
             if placed:
                 placement.spread(loaded, placed)
@@ -183,4 +227,6 @@ def divergences(reference: dict[str, Tensor], log_q: Tensor) -> Tensor:
         return kl
     rest_p = (1 - p.sum(-1)).clamp_min(0)
     rest_q = (1 - known.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
-    return kl + torch.where(rest_p > 0, rest_p * (rest_p.clamp_min(1e-300).log() - rest_q.log()), 0.0)
+    return kl + torch.where(
+        rest_p > 0, rest_p * (rest_p.clamp_min(1e-300).log() - rest_q.log()), 0.0
+    )

@@ -32,7 +32,7 @@ from harness.core.events import Progress
 from harness.evaluation import meters
 from harness.evaluation.protocols import Score, Subject, model_context_length
 
-MOST_OTHERS = 0.1                               # of a processor's time that other processes may have had
+MOST_OTHERS = 0.1  # of a processor's time that other processes may have had
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,24 @@ class Evaluator:
     """Size and speed of one model."""
 
     version = 1
-    exclusive = True                            # of its device: nothing else may run there meanwhile
+    exclusive = True  # of its device: nothing else may run there meanwhile
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "prefill_seconds": {"higher_is_better": False, "unit": "seconds to the first token"},
-        "decode_tokens_per_second": {"higher_is_better": True, "unit": "tokens per second, all sequences"},
-        "tokens_per_second": {"higher_is_better": True, "unit": "new tokens per second, prefill included"},
+        "decode_tokens_per_second": {
+            "higher_is_better": True,
+            "unit": "tokens per second, all sequences",
+        },
+        "tokens_per_second": {
+            "higher_is_better": True,
+            "unit": "new tokens per second, prefill included",
+        },
         "peak_memory_bytes": {"higher_is_better": False, "unit": "bytes"},
         "loaded_bytes": {"higher_is_better": False, "unit": "bytes"},
         "stored_bytes": {"higher_is_better": False, "unit": "bytes"},
-        "joules_per_token": {"higher_is_better": False, "unit": "joules per new token, prefill included"},
+        "joules_per_token": {
+            "higher_is_better": False,
+            "unit": "joules per new token, prefill included",
+        },
     }
 
     @dataclass(frozen=True)
@@ -70,7 +79,11 @@ class Evaluator:
 
         def __post_init__(self) -> None:
             least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "repeats": 3, "warmup": 1}
-            problems = [f"{name}={getattr(self, name)}: at least {low}" for name, low in least.items() if getattr(self, name) < low]
+            problems = [
+                f"{name}={getattr(self, name)}: at least {low}"
+                for name, low in least.items()
+                if getattr(self, name) < low
+            ]
             if problems:
                 raise ValueError("; ".join(problems))
 
@@ -93,7 +106,9 @@ class Evaluator:
         generator = torch.Generator().manual_seed(0)
         model: Any = subject.model
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        prompts = torch.randint(0, vocabulary, (settings.batch, settings.prompt_tokens), generator=generator).to(subject.device)
+        prompts = torch.randint(
+            0, vocabulary, (settings.batch, settings.prompt_tokens), generator=generator
+        ).to(subject.device)
         if torch.device(subject.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(subject.device)
         timings, joules = [], []
@@ -106,38 +121,70 @@ class Evaluator:
             after = meters.energy_joules(subject.device)
             if run >= settings.warmup:
                 timings.append(timing)
-                joules.append(after - before if before is not None and after is not None and after > before else None)
+                joules.append(
+                    after - before
+                    if before is not None and after is not None and after > before
+                    else None
+                )
             yield subject.progress(evaluation, run + 1, runs)
         check_alone(subject.device)
         on_processor = torch.device(subject.device).type == "cpu"
-        others = meters.ProcessorTime.now().others_share(began) if on_processor else meters.other_processes(subject.device)
+        others = (
+            meters.ProcessorTime.now().others_share(began)
+            if on_processor
+            else meters.other_processes(subject.device)
+        )
         yield self._score(subject, evaluation, timings, joules, others)
 
     def _score(
-        self, subject: Subject, evaluation: Evaluation, timings: list[Timing], joules: list[float | None], others: float | None
+        self,
+        subject: Subject,
+        evaluation: Evaluation,
+        timings: list[Timing],
+        joules: list[float | None],
+        others: float | None,
     ) -> Score:
         settings = self.settings
         runs = {
             "prefill_seconds": [timing.prefill for timing in timings],
-            "decode_tokens_per_second": [settings.batch * (settings.new_tokens - 1) / timing.decode for timing in timings],
-            "tokens_per_second": [settings.batch * settings.new_tokens / (timing.prefill + timing.decode) for timing in timings],
+            "decode_tokens_per_second": [
+                settings.batch * (settings.new_tokens - 1) / timing.decode for timing in timings
+            ],
+            "tokens_per_second": [
+                settings.batch * settings.new_tokens / (timing.prefill + timing.decode)
+                for timing in timings
+            ],
         }
         used = [energy for energy in joules if energy is not None]
-        if len(used) == len(timings):           # a counter that began anew meanwhile says nothing
-            runs["joules_per_token"] = [energy / (settings.batch * settings.new_tokens) for energy in used]
+        if len(used) == len(timings):  # a counter that began anew meanwhile says nothing
+            runs["joules_per_token"] = [
+                energy / (settings.batch * settings.new_tokens) for energy in used
+            ]
         values = {name: statistics.median(measured) for name, measured in runs.items()}
         values["peak_memory_bytes"] = float(peak_memory_bytes(subject.device))
         values["loaded_bytes"] = float(loaded_bytes(subject.model))
         if "stored_bytes" in subject.manifest:
             values["stored_bytes"] = float(subject.manifest["stored_bytes"])
         details = {
-            "execution": "real" if is_full_precision(subject.cell) else "simulated", "device": device_name(subject.device),
-            "prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens, "batch": settings.batch,
-            "repeats": settings.repeats, "range": {name: [min(measured), max(measured)] for name, measured in runs.items()},
-            "alone": None if others is None else others <= MOST_OTHERS, "others": others,
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda,
+            "execution": "real" if is_full_precision(subject.cell) else "simulated",
+            "device": device_name(subject.device),
+            "prompt_tokens": settings.prompt_tokens,
+            "new_tokens": settings.new_tokens,
+            "batch": settings.batch,
+            "repeats": settings.repeats,
+            "range": {name: [min(measured), max(measured)] for name, measured in runs.items()},
+            "alone": None if others is None else others <= MOST_OTHERS,
+            "others": others,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
         }
-        return Score({f"{evaluation.name}/{name}": value for name, value in values.items()}, {}, None, details)
+        return Score(
+            {f"{evaluation.name}/{name}": value for name, value in values.items()},
+            {},
+            None,
+            details,
+        )
 
 
 def check_alone(device: str) -> None:
@@ -145,8 +192,10 @@ def check_alone(device: str) -> None:
     others = meters.other_processes(device)
     if others:
         count = f"{others} other process{'es' if others > 1 else ''}"
-        raise EvaluationError(f"{count} on {device_name(device)} ({device}): speed and memory are measured alone on a device; "
-                              "end them, or leave the evaluation out")
+        raise EvaluationError(
+            f"{count} on {device_name(device)} ({device}): speed and memory are measured alone on a device; "
+            "end them, or leave the evaluation out"
+        )
 
 
 @torch.inference_mode()

@@ -36,7 +36,7 @@ from harness.evaluation.protocols import Score, Subject
 
 TASK = "followbench"
 LEVELS = range(1, 6)
-ATTEMPTS = 3                                    # per question to the judge; an endpoint under load answers 429 or 503
+ATTEMPTS = 3  # per question to the judge; an endpoint under load answers 429 or 503
 REQUEST_SECONDS = 120
 Row = Mapping[str, Any]
 
@@ -78,7 +78,9 @@ class Evaluator:
             if bool(self.judge_url) != bool(self.judge_model):
                 raise ValueError("judge_url and judge_model belong together: give both or neither")
             if self.judge_url and not self.judge_url.startswith(("http://", "https://")):
-                raise ValueError(f"judge_url={self.judge_url}: an address http://… or https://… is expected")
+                raise ValueError(
+                    f"judge_url={self.judge_url}: an address http://… or https://… is expected"
+                )
             if self.new_tokens < 1:
                 raise ValueError(f"new_tokens={self.new_tokens}: at least 1")
 
@@ -99,19 +101,28 @@ class Evaluator:
         asked = asked[: evaluation.limit] if evaluation.limit is not None else asked
         judged = [row for row in asked if self.settings.judge_url or row.get("target")]
         if not judged:
-            raise EvaluationError("followbench: no judge is configured and none of the items has a reference answer")
+            raise EvaluationError(
+                "followbench: no judge is configured and none of the items has a reference answer"
+            )
         yield subject.progress(evaluation, 0, len(judged))
         answers: list[str] = []
         met: list[list[bool]] = []
         for row in judged:
-            answer = complete(subject, str(row["instruction"]), self.settings.new_tokens, self.settings.chat)
+            answer = complete(
+                subject, str(row["instruction"]), self.settings.new_tokens, self.settings.chat
+            )
             answers.append(answer)
             met.append(self._verdicts(row, series[_series_of(row)], answer))
             yield subject.progress(evaluation, len(answers), len(judged))
         yield self._score(evaluation, judged, answers, met, len(asked) - len(judged))
 
     def _score(
-        self, evaluation: Evaluation, rows: Sequence[Row], answers: list[str], met: list[list[bool]], not_run: int
+        self,
+        evaluation: Evaluation,
+        rows: Sequence[Row],
+        answers: list[str],
+        met: list[list[bool]],
+        not_run: int,
     ) -> Score:
         by_rule = [all(own) for row, own in zip(rows, met, strict=True) if row.get("target")]
         metrics = {"rules": sum(by_rule) / len(by_rule)} if by_rule else {}
@@ -119,22 +130,34 @@ class Evaluator:
             metrics |= rates(rows, met)
         items: dict[str, list[Any]] = {
             "id": [f"{row['group']}/{row['example_id']}/{row['level']}" for row in rows],
-            "hsr": [float(all(own)) for own in met], "ssr": [sum(own) / len(own) for own in met],
-            "by_rule": [bool(row.get("target")) for row in rows], "response": answers,
+            "hsr": [float(all(own)) for own in met],
+            "ssr": [sum(own) / len(own) for own in met],
+            "by_rule": [bool(row.get("target")) for row in rows],
+            "response": answers,
         }
         details: dict[str, Any] = {
-            "judge": self.settings.judge_model or "none", "not_run": not_run, "rule_checked": len(by_rule),
-            "new_tokens": self.settings.new_tokens, "chat": self.settings.chat,
+            "judge": self.settings.judge_model or "none",
+            "not_run": not_run,
+            "rule_checked": len(by_rule),
+            "new_tokens": self.settings.new_tokens,
+            "chat": self.settings.chat,
         }
         if evaluation.limit is not None:
             details["smoke"] = True
-        return Score({f"{evaluation.name}/{name}": value for name, value in metrics.items()}, {}, items, details)
+        return Score(
+            {f"{evaluation.name}/{name}": value for name, value in metrics.items()},
+            {},
+            items,
+            details,
+        )
 
     def _rows(self) -> list[dict[str, Any]]:
         (task,) = task_files.members(TASK)
         local = task_files.local_data(task, self.settings.data_root)
         if local is None or "test" not in local.splits:
-            raise EvaluationError(f"{TASK} has no public data set; give data.root=DIR with DIR/tasks/{TASK}/test.jsonl")
+            raise EvaluationError(
+                f"{TASK} has no public data set; give data.root=DIR with DIR/tasks/{TASK}/test.jsonl"
+            )
         return local.rows("test")
 
     def _verdicts(self, row: Row, series: Mapping[int, str], answer: str) -> list[bool]:
@@ -144,13 +167,21 @@ class Evaluator:
             return [meets(str(row["target"]), answer)] * level
         absent = [step for step in range(level + 1) if step not in series]
         if absent:
-            raise EvaluationError(f"followbench {row['group']}/{row['example_id']}: the data lack its level {absent[0]}")
+            raise EvaluationError(
+                f"followbench {row['group']}/{row['example_id']}: the data lack its level {absent[0]}"
+            )
         question = judge_question([series[step] for step in range(level + 1)], answer)
-        return read_verdicts(self._ask(question), level, f"{row['group']}/{row['example_id']}/{level}")
+        return read_verdicts(
+            self._ask(question), level, f"{row['group']}/{row['example_id']}/{level}"
+        )
 
     def _ask(self, question: str) -> str:
         settings = self.settings
-        body = {"model": settings.judge_model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
+        body = {
+            "model": settings.judge_model,
+            "temperature": 0,
+            "messages": [{"role": "user", "content": question}],
+        }
         headers = {"Content-Type": "application/json"}
         key = os.environ.get(settings.judge_key_name)
         if key:
@@ -169,7 +200,9 @@ class Evaluator:
             except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"{type(error).__name__}: {error}"
             time.sleep(attempt)
-        raise EvaluationError(f"the judge at {address} did not answer ({reason}); the evaluation can be run again")
+        raise EvaluationError(
+            f"the judge at {address} did not answer ({reason}); the evaluation can be run again"
+        )
 
 
 def rates(rows: Sequence[Row], met: Sequence[Sequence[bool]]) -> dict[str, float]:
@@ -184,7 +217,10 @@ def rates(rows: Sequence[Row], met: Sequence[Sequence[bool]]) -> dict[str, float
         levels = passed.setdefault(_series_of(row), set())
         if all(own):
             levels.add(level)
-    consistent = [next(level for level in (*LEVELS, LEVELS.stop) if level not in levels) - 1 for levels in passed.values()]
+    consistent = [
+        next(level for level in (*LEVELS, LEVELS.stop) if level not in levels) - 1
+        for levels in passed.values()
+    ]
     return {
         "hsr": sum(sum(own) / len(own) for own in hard.values()) / len(hard),
         "ssr": sum(sum(own) / len(own) for own in soft.values()) / len(soft),

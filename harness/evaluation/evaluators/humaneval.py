@@ -34,9 +34,9 @@ from harness.evaluation.statistics import mean_error
 TASK = "humaneval_completion"
 FOLDER = "humaneval"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-FILE_BYTES = 2**20                              # the largest file that a program may write
-PROCESSES = 64                                  # of its user, those of other programs included
-FINISHED = 77                                   # exit status of a program that came to its end
+FILE_BYTES = 2**20  # the largest file that a program may write
+PROCESSES = 64  # of its user, those of other programs included
+FINISHED = 77  # exit status of a program that came to its end
 
 
 class Evaluator:
@@ -44,7 +44,9 @@ class Evaluator:
 
     version = 2
     generates = True
-    metrics: ClassVar[dict[str, dict[str, Any]]] = {"pass_at_1": {"higher_is_better": True, "unit": "share of problems"}}
+    metrics: ClassVar[dict[str, dict[str, Any]]] = {
+        "pass_at_1": {"higher_is_better": True, "unit": "share of problems"}
+    }
 
     @dataclass(frozen=True)
     class Settings:
@@ -68,7 +70,9 @@ class Evaluator:
             if self.task != TASK:
                 raise ValueError(f"task={self.task}: the task of this evaluator is {TASK}")
             if self.new_tokens < 1 or self.timeout_seconds <= 0 or self.memory_bytes < 2**26:
-                raise ValueError("new_tokens from 1, timeout_seconds above 0 and memory_bytes from 64 MiB are expected")
+                raise ValueError(
+                    "new_tokens from 1, timeout_seconds above 0 and memory_bytes from 64 MiB are expected"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -82,13 +86,25 @@ class Evaluator:
             )
         task, local = self._task()
         if local is not None:
-            return reasons if "test" in local.splits else [*reasons, f"humaneval: no test.jsonl in {local.folder}"]
-        missing = hub.missing_data_set(str(task.data_set), (self.settings.revisions or {}).get(str(task.data_set)))
-        return [*reasons, f"{missing}; give data.root=DIR with DIR/tasks/{FOLDER}/test.jsonl"] if missing else reasons
+            return (
+                reasons
+                if "test" in local.splits
+                else [*reasons, f"humaneval: no test.jsonl in {local.folder}"]
+            )
+        missing = hub.missing_data_set(
+            str(task.data_set), (self.settings.revisions or {}).get(str(task.data_set))
+        )
+        return (
+            [*reasons, f"{missing}; give data.root=DIR with DIR/tasks/{FOLDER}/test.jsonl"]
+            if missing
+            else reasons
+        )
 
     def score(self, subject: Subject, evaluation: Evaluation) -> Iterator[Progress | Score]:
         if not self.settings.run_generated_code:
-            raise EvaluationError("humaneval runs code that the model writes; set run_generated_code=true where that is acceptable")
+            raise EvaluationError(
+                "humaneval runs code that the model writes; set run_generated_code=true where that is acceptable"
+            )
         rows = self._rows()[: evaluation.limit]
         completions: list[str] = []
         outcomes: list[str] = []
@@ -96,19 +112,25 @@ class Evaluator:
         for row in rows:
             completion = complete(subject, str(row["prompt"]), self.settings.new_tokens, stop=STOP)
             completions.append(completion)
-            outcomes.append(run_program(
-                f"{row['prompt']}{completion}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
-                self.settings.timeout_seconds, self.settings.memory_bytes,
-            ))
+            outcomes.append(
+                run_program(
+                    f"{row['prompt']}{completion}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
+                    self.settings.timeout_seconds,
+                    self.settings.memory_bytes,
+                )
+            )
             yield subject.progress(evaluation, len(outcomes), len(rows))
         passed = [float(outcome == "passed") for outcome in outcomes]
         rate, error = mean_error(passed)
         items: dict[str, list[Any]] = {
-            "id": [str(row["task_id"]) for row in rows], "pass_at_1": passed, "outcome": outcomes,
+            "id": [str(row["task_id"]) for row in rows],
+            "pass_at_1": passed,
+            "outcome": outcomes,
             "response": completions,
         }
         details: dict[str, Any] = {
-            "new_tokens": self.settings.new_tokens, "timeout_seconds": self.settings.timeout_seconds,
+            "new_tokens": self.settings.new_tokens,
+            "timeout_seconds": self.settings.timeout_seconds,
             "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
         }
         if evaluation.limit is not None:
@@ -121,7 +143,12 @@ class Evaluator:
         if local is not None:
             return local.rows("test")
         data_set = str(task.data_set)
-        return [dict(row) for row in hub.hub_rows(data_set, None, "test", (self.settings.revisions or {}).get(data_set))]
+        return [
+            dict(row)
+            for row in hub.hub_rows(
+                data_set, None, "test", (self.settings.revisions or {}).get(data_set)
+            )
+        ]
 
     def _task(self) -> tuple[TaskFile, LocalData | None]:
         (task,) = task_files.members(TASK)
@@ -138,8 +165,11 @@ def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:
         os.setsid()
         seconds = math.ceil(timeout_seconds) + 1
         for what, amount in (
-            (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_FSIZE, FILE_BYTES),
-            (resource.RLIMIT_NPROC, PROCESSES), (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CPU, seconds),
+            (resource.RLIMIT_AS, memory_bytes),
+            (resource.RLIMIT_FSIZE, FILE_BYTES),
+            (resource.RLIMIT_NPROC, PROCESSES),
+            (resource.RLIMIT_CORE, 0),
         ):
             _, most = resource.getrlimit(what)
             value = amount if most == resource.RLIM_INFINITY else min(amount, most)
@@ -149,8 +179,13 @@ def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:
         path = Path(folder) / "program.py"
         path.write_text(f"{program}\nraise SystemExit({FINISHED})\n", encoding="utf-8")
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(path)], cwd=folder, env={"PATH": os.defpath, "LANG": "C.UTF-8"},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=limit,
+            [sys.executable, "-I", "-S", "-B", str(path)],
+            cwd=folder,
+            env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=limit,
         )
         try:
             return "passed" if process.wait(timeout_seconds) == FINISHED else "failed"
@@ -158,7 +193,7 @@ def run_program(program: str, timeout_seconds: float, memory_bytes: int) -> str:
             return "timed out"
         finally:
             try:
-                os.killpg(process.pid, signal.SIGKILL)     # whatever it left running goes with it
+                os.killpg(process.pid, signal.SIGKILL)  # whatever it left running goes with it
             except (ProcessLookupError, PermissionError):
                 pass
             process.wait()

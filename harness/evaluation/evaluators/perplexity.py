@@ -37,7 +37,9 @@ class Evaluator:
     """Perplexity of one text."""
 
     version = 2
-    metrics: ClassVar[dict[str, dict[str, Any]]] = {"perplexity": {"higher_is_better": False, "unit": "per token"}}
+    metrics: ClassVar[dict[str, dict[str, Any]]] = {
+        "perplexity": {"higher_is_better": False, "unit": "per token"}
+    }
 
     @dataclass(frozen=True)
     class Settings(WindowSettings):
@@ -56,26 +58,37 @@ class Evaluator:
         done = 0
         yield subject.progress(evaluation, 0, len(windows))
         for indices, ids in window_batches(windows, subject):
-            losses[indices] = window_losses(subject.model, ids, [len(windows[index]) for index in indices])
+            losses[indices] = window_losses(
+                subject.model, ids, [len(windows[index]) for index in indices]
+            )
             done += len(indices)
             yield subject.progress(evaluation, done, len(windows))
         yield self._score(evaluation, windows, losses, targets)
 
-    def _score(self, evaluation: Evaluation, windows: Sequence[Tensor], losses: Tensor, targets: Tensor) -> Score:
+    def _score(
+        self, evaluation: Evaluation, windows: Sequence[Tensor], losses: Tensor, targets: Tensor
+    ) -> Score:
         mean = float((losses * targets).sum() / targets.sum())
         perplexity = exponential(mean)
         name = f"{evaluation.name}/perplexity"
         spread = mean_error(losses.numpy(), targets.numpy())[1]
         details: dict[str, Any] = {
-            "length": max(len(window) for window in windows), "windows": len(windows), "tokens": int(targets.sum()),
-            "recipe": self.settings.windows, "mean_loss": finite(mean),
+            "length": max(len(window) for window in windows),
+            "windows": len(windows),
+            "tokens": int(targets.sum()),
+            "recipe": self.settings.windows,
+            "mean_loss": finite(mean),
         }
         if not math.isfinite(perplexity):
             details["diverged"] = True
             details["diverged_windows"] = (~losses.isfinite()).nonzero().flatten().tolist()
         if evaluation.limit is not None:
             details["smoke"] = True
-        items = {"id": list(range(len(windows))), "loss": losses.tolist(), "tokens": [int(count) for count in targets]}
+        items = {
+            "id": list(range(len(windows))),
+            "loss": losses.tolist(),
+            "tokens": [int(count) for count in targets],
+        }
         stderr = {name: perplexity * spread} if math.isfinite(perplexity * spread) else {}
         return Score({name: perplexity}, stderr, items, details)
 
@@ -88,10 +101,16 @@ def window_losses(model: torch.nn.Module, ids: Tensor, lengths: Sequence[int]) -
     """
     logits = model(input_ids=ids, use_cache=False).logits
     if logits.shape[:2] != ids.shape:
-        raise EvaluationError(f"the model gave logits {list(logits.shape)} for token ids {list(ids.shape)}")
+        raise EvaluationError(
+            f"the model gave logits {list(logits.shape)} for token ids {list(ids.shape)}"
+        )
     rows = []
-    for window, row, length in zip(ids, logits, lengths, strict=True):      # row by row: one float32 copy of [length, vocabulary]
-        losses = functional.cross_entropy(row[: length - 1].float(), window[1:length], reduction="none")
+    for window, row, length in zip(
+        ids, logits, lengths, strict=True
+    ):  # row by row: one float32 copy of [length, vocabulary]
+        losses = functional.cross_entropy(
+            row[: length - 1].float(), window[1:length], reduction="none"
+        )
         rows.append(losses.double().mean())
     return torch.stack(rows).cpu()
 

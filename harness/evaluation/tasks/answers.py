@@ -15,4 +15,8 @@ def number_occurs(document: dict[str, Any], results: list[str]) -> dict[str, flo
     """GSM8K: right if the reference number occurs in the answer, delimited by blanks or punctuation (18.5 counts for 18)."""
     reference = document["answer"].rpartition("####")[2].replace(",", "").replace("$", "").strip()
     answer = results[0].replace(",", "").replace("$", "")
-    return {"exact_match": float(re.search(rf"(?<![\w.]){re.escape(reference)}(?!\w)", answer) is not None)}
+    return {
+        "exact_match": float(
+            re.search(rf"(?<![\w.]){re.escape(reference)}(?!\w)", answer) is not None
+        )
+    }

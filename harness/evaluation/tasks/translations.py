@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-Pair = tuple[str, str]                          # reference, translation
+Pair = tuple[str, str]  # reference, translation
 
 
 def to_chinese(document: dict[str, Any], results: list[str]) -> dict[str, Pair]:
@@ -19,7 +19,10 @@ def to_english(document: dict[str, Any], results: list[str]) -> dict[str, Pair]:
 
 
 def _both(reference: str, answer: str) -> dict[str, Pair]:
-    pair = (reference, " ".join(answer.split()))           # line breaks of an answer become blanks, as in the study
+    pair = (
+        reference,
+        " ".join(answer.split()),
+    )  # line breaks of an answer become blanks, as in the study
     return {"bleu": pair, "chrf": pair}
 
 

@@ -61,8 +61,10 @@ class Executor(Protocol):
         ...
 
 
-POLL_SECONDS = 1.0                              # how long an executor waits for events before deadlines are looked at
-RETURN_SECONDS = 600.0                          # for a lost head, or for nodes that could take what no node can, to come back
+POLL_SECONDS = 1.0  # how long an executor waits for events before deadlines are looked at
+RETURN_SECONDS = (
+    600.0  # for a lost head, or for nodes that could take what no node can, to come back
+)
 
 
 def gpus_of(task: Task) -> float:
@@ -74,7 +76,10 @@ def gpus_of(task: Task) -> float:
 def process_environment(threads: int) -> dict[str, str]:
     """Environment of a worker process; must be set before torch is loaded."""
     return {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",          # a task without a GPU must not see all of them
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task without a GPU must not see all of them
     }

@@ -18,12 +18,18 @@ from typing import IO
 
 from harness.core.sweep import Runtime
 from harness.execution import worker
-from harness.execution.executors.base import POLL_SECONDS, Exit, Message, gpus_of, process_environment
+from harness.execution.executors.base import (
+    POLL_SECONDS,
+    Exit,
+    Message,
+    gpus_of,
+    process_environment,
+)
 from harness.execution.tasks import Task, decode, decode_event, encode, encode_event
 from harness.planning.resources import count_cores, count_gpus
 
-STOP_SECONDS = 5.0                              # between asking a process to end and ending it
-PRINTED_BYTES = 4000                            # of what a worker printed last, kept with its failure
+STOP_SECONDS = 5.0  # between asking a process to end and ending it
+PRINTED_BYTES = 4000  # of what a worker printed last, kept with its failure
 
 
 class Processes:
@@ -46,7 +52,9 @@ class Processes:
         """Where tasks share GPUs, one that needs more than its share has the machine to itself."""
         if gpus <= self.share or not self._gpus:
             return 1
-        return self.slots if self._gpus < self.slots else math.ceil(gpus / (self._gpus // self.slots))
+        return (
+            self.slots if self._gpus < self.slots else math.ceil(gpus / (self._gpus // self.slots))
+        )
 
     def waits(self, number: int) -> bool:
         return False
@@ -54,23 +62,44 @@ class Processes:
     def submit(self, number: int, task: Task) -> None:
         devices = getattr(task, "devices", 1)
         taken = {place for _, places in self._running.values() for place in places}
-        places = [place for place in range(self.slots) if place not in taken][: self.width(gpus_of(task))]
+        places = [place for place in range(self.slots) if place not in taken][
+            : self.width(gpus_of(task))
+        ]
         environment = {**os.environ, **process_environment(self.threads)}
         if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpu(index) for index in self._gpus_of(places)[:devices])
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                _visible_gpu(index) for index in self._gpus_of(places)[:devices]
+            )
         elif self._hidden:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         ours, theirs = os.pipe()
         printed = tempfile.TemporaryFile("w+", errors="replace")
-        command = [sys.executable, "-c", "from harness.execution.executors.processes import serve; serve()", str(theirs), str(os.getpid())]
+        command = [
+            sys.executable,
+            "-c",
+            "from harness.execution.executors.processes import serve; serve()",
+            str(theirs),
+            str(os.getpid()),
+        ]
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=(theirs,), text=True,
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=printed,
+            stderr=printed,
+            pass_fds=(theirs,),
+            text=True,
         )
         os.close(theirs)
         self._running[number] = process, places
-        threading.Thread(target=self._listen, args=(number, process, ours, printed), daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(number, process, ours, printed), daemon=True
+        ).start()
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:          # one that died at once is told of by its exit
+        with (
+            contextlib.suppress(BrokenPipeError),
+            process.stdin,
+        ):  # one that died at once is told of by its exit
             json.dump(encode(task), process.stdin)
 
     def _gpus_of(self, places: Sequence[int]) -> list[int]:
@@ -78,12 +107,18 @@ class Processes:
         each = max(1, self._gpus // self.slots)
         if len(places) == self.slots:
             return list(range(self._gpus))
-        return [index % self._gpus for place in places for index in range(place * each, (place + 1) * each)]
+        return [
+            index % self._gpus
+            for place in places
+            for index in range(place * each, (place + 1) * each)
+        ]
 
-    def _listen(self, number: int, process: subprocess.Popen[str], pipe: int, printed: IO[str]) -> None:
+    def _listen(
+        self, number: int, process: subprocess.Popen[str], pipe: int, printed: IO[str]
+    ) -> None:
         with open(pipe, encoding="utf-8") as lines, printed:
             for line in lines:
-                if line.endswith("\n"):                                    # a killed worker may leave half a line
+                if line.endswith("\n"):  # a killed worker may leave half a line
                     self._news.put(Message(number, decode_event(json.loads(line))))
             code = process.wait()
             printed.seek(0, os.SEEK_END)
@@ -98,7 +133,9 @@ class Processes:
                 messages.append(self._news.get_nowait())
         except queue.Empty:
             pass
-        known = [message for message in messages if message.number in self._running]       # a cancelled task has no more news
+        known = [
+            message for message in messages if message.number in self._running
+        ]  # a cancelled task has no more news
         for message in known:
             if isinstance(message.news, Exit):
                 del self._running[message.number]
@@ -116,7 +153,7 @@ class Processes:
 def serve() -> None:
     """The main function of a worker process. Arguments: the pipe for events, the driver's process id."""
     pipe, driver = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the driver decides what an interrupt ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt ends
     threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
     with open(pipe, "w", encoding="utf-8") as out:
         for event in worker.run(decode(json.load(sys.stdin))):
@@ -135,10 +172,16 @@ def _exit_of(code: int, printed: str) -> Exit:
     if code == 0:
         return Exit()
     if code < 0:
-        name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+        name = (
+            signal.Signals(-code).name
+            if -code in {s.value for s in signal.Signals}
+            else f"signal {-code}"
+        )
         hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
         return Exit("killed", f"the worker process was ended by {name}{hint}", printed)
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing")
+    last = next(
+        (line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing"
+    )
     return Exit("error", f"the worker process ended with code {code}: {last}", printed)
 
 

@@ -18,7 +18,14 @@ from harness.core.sweep import Runtime
 from harness.core.text import first_line
 from harness.data import model_folders
 from harness.execution import worker
-from harness.execution.executors.base import POLL_SECONDS, RETURN_SECONDS, Exit, Message, gpus_of, process_environment
+from harness.execution.executors.base import (
+    POLL_SECONDS,
+    RETURN_SECONDS,
+    Exit,
+    Message,
+    gpus_of,
+    process_environment,
+)
 from harness.execution.tasks import Task, decode, encode
 from harness.planning.plan import Plan
 from harness.planning.resources import count_cores
@@ -26,11 +33,11 @@ from harness.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 90.0                          # after which Ray is asked whether a task's node still lives
-PROBE_SECONDS = 60.0                            # for every node of a cluster to say what it sees
-LOOK_SECONDS = 5.0                              # between two looks at a cluster's head and nodes
-HEAD_SECONDS = 20.0                             # of silence after which the head counts as lost; Ray ends the driver after 60
-JOIN_SECONDS = 60.0                             # for the first node that takes tasks to join a cluster
+SILENCE_SECONDS = 90.0  # after which Ray is asked whether a task's node still lives
+PROBE_SECONDS = 60.0  # for every node of a cluster to say what it sees
+LOOK_SECONDS = 5.0  # between two looks at a cluster's head and nodes
+HEAD_SECONDS = 20.0  # of silence after which the head counts as lost; Ray ends the driver after 60
+JOIN_SECONDS = 60.0  # for the first node that takes tasks to join a cluster
 
 
 @contextlib.contextmanager
@@ -58,7 +65,11 @@ class RayCluster:
     def __init__(self, runtime: Runtime, workers: int) -> None:
         cluster = runtime.cluster
         self._ray = _import_ray(own=not cluster.address)
-        self._address, self._settings, self._workers = cluster.address, dict(cluster.settings), workers
+        self._address, self._settings, self._workers = (
+            cluster.address,
+            dict(cluster.settings),
+            workers,
+        )
         cpus = self._settings.pop("cpus_per_task", None)
         self.threads = int(cpus or (max(1, count_cores() // workers) if not cluster.address else 1))
         self.dashboard = ""
@@ -66,7 +77,11 @@ class RayCluster:
         self._alive: set[str] = set()
         nodes = self._joined(JOIN_SECONDS)
         has_gpu = any(node.get("GPU", 0) for node in nodes)
-        gpus = cluster.gpus_per_task if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda") else 0.0
+        gpus = (
+            cluster.gpus_per_task
+            if runtime.device != "cpu" and (has_gpu or runtime.device == "cuda")
+            else 0.0
+        )
         self._asked = {"CPU": float(self.threads), "GPU": gpus}
         self.share = min(1.0, gpus)
         self.most = self._count_most(nodes)
@@ -74,16 +89,24 @@ class RayCluster:
         self.slots = self._count_slots(nodes)
         self._head = "" if self._started else str(self._ray.get_runtime_context().gcs_address)
         self._looked = self._answered = time.monotonic()
-        self._shared: list[str] = []            # what tasks look for first: the store, its probe, folders of models
+        self._shared: list[
+            str
+        ] = []  # what tasks look for first: the store, its probe, folders of models
         # Workers of an own cluster inherit the environment; a runtime_env would keep Ray from using those it started ahead.
-        options: dict[str, Any] = {} if self._started else {"runtime_env": {"env_vars": process_environment(self.threads)}}
+        options: dict[str, Any] = (
+            {}
+            if self._started
+            else {"runtime_env": {"env_vars": process_environment(self.threads)}}
+        )
         if gpus:
-            options["max_calls"] = 1            # a fresh process per task; on the CPU a process keeps its imports (5 s) and no more
+            options["max_calls"] = (
+                1  # a fresh process per task; on the CPU a process keeps its imports (5 s) and no more
+            )
         self._remote = self._ray.remote(
             num_cpus=self.threads, num_gpus=gpus, max_retries=0, num_returns="streaming", **options
         )(_stream)
         self._running: dict[int, Any] = {}
-        self._nodes: dict[int, str] = {}        # where a task said that it runs
+        self._nodes: dict[int, str] = {}  # where a task said that it runs
         self._around: dict[int, set[str]] = {}  # the nodes of the time when it was submitted
         self._heard: dict[int, float] = {}
 
@@ -105,9 +128,17 @@ class RayCluster:
             # "local", because a stale cluster file makes a plain init join what no longer runs.
             with _environment(process_environment(self.threads)):
                 self._ray.init(address="local", **{**own, **quiet, **settings})
-        except Exception as error:              # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
-            where = f"the Ray cluster at {address} cannot be reached" if address else "Ray cannot start on this machine"
-            way_out = "check `ray status` there" if address else "run with cluster=local to do without it"
+        except (
+            Exception
+        ) as error:  # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
+            where = (
+                f"the Ray cluster at {address} cannot be reached"
+                if address
+                else "Ray cannot start on this machine"
+            )
+            way_out = (
+                "check `ray status` there" if address else "run with cluster=local to do without it"
+            )
             raise ScheduleError(f"{where}: {first_line(error)}; {way_out}") from error
         return True
 
@@ -133,7 +164,9 @@ class RayCluster:
         return fit if self._address else max(1, min(self._workers, fit))
 
     def _count_most(self, nodes: Sequence[Mapping[str, float]]) -> int:
-        return int(max((node.get("GPU", 0) for node in nodes), default=0)) if self._asked["GPU"] else 0
+        return (
+            int(max((node.get("GPU", 0) for node in nodes), default=0)) if self._asked["GPU"] else 0
+        )
 
     def width(self, gpus: float) -> int:
         return max(1, math.ceil(gpus / self._asked["GPU"])) if self._asked["GPU"] else 1
@@ -145,10 +178,17 @@ class RayCluster:
     def _check(self, nodes: Sequence[Mapping[str, float]]) -> None:
         """A request that no node can meet would wait in silence."""
         wanted = self._asked
-        if any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes):
+        if any(
+            all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes
+        ):
             return
         asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
-        have = "; ".join(", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes) or "none"
+        have = (
+            "; ".join(
+                ", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes
+            )
+            or "none"
+        )
         total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
         raise ScheduleError(
             f"no node of the cluster can take a task, which asks for {asked}. Nodes have: {have} (in all {total}). "
@@ -162,21 +202,35 @@ class RayCluster:
         Each node is asked for a file that was written just now: a folder of the same name on a disk of its own has none. The file
         stays for the tasks, which look for it too: they may run on nodes that join later.
         """
-        cells = [cell for each in plan.passes for cell in each.cells] + [cell for each in plan.scorings for cell in each.cells]
+        cells = [cell for each in plan.passes for cell in each.cells] + [
+            cell for each in plan.scorings for cell in each.cells
+        ]
         folders = {folder for cell in cells if (folder := _local(cell.model))}
         with store.probe() as probe:
             self._shared = [str(store.place), probe.name, *sorted(folders)]
             asked = {}
             for node in self._ray.nodes():
                 if node["Alive"] and node["Resources"].get("CPU", 0) > 0:
-                    place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    look = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_missing_paths)
-                    asked[look.remote(self._shared)] = node.get("NodeManagerHostname") or node["NodeManagerAddress"]
-            answered, silent = self._ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
-            problems = [f"node {asked[each]} did not answer within {PROBE_SECONDS:g} s" for each in silent]
+                    place = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                        node["NodeID"], soft=False
+                    )
+                    look = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(
+                        _missing_paths
+                    )
+                    asked[look.remote(self._shared)] = (
+                        node.get("NodeManagerHostname") or node["NodeManagerAddress"]
+                    )
+            answered, silent = self._ray.wait(
+                list(asked), num_returns=len(asked), timeout=PROBE_SECONDS
+            )
+            problems = [
+                f"node {asked[each]} did not answer within {PROBE_SECONDS:g} s" for each in silent
+            ]
             for each in answered:
                 try:
-                    problems += [f"node {asked[each]} does not see {what}" for what in self._ray.get(each)]
+                    problems += [
+                        f"node {asked[each]} does not see {what}" for what in self._ray.get(each)
+                    ]
                 except self._ray.exceptions.RayError as error:
                     problems.append(f"node {asked[each]}: {first_line(error)}")
             if problems:
@@ -203,8 +257,12 @@ class RayCluster:
         numbers = {stream: number for number, stream in self._running.items()}
         if not numbers:
             return []
-        ready, _ = self._ray.wait(list(numbers), num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
-        messages = [message for stream in ready if (message := self._read(numbers[stream])) is not None]
+        ready, _ = self._ray.wait(
+            list(numbers), num_returns=1, timeout=POLL_SECONDS, fetch_local=False
+        )
+        messages = [
+            message for stream in ready if (message := self._read(numbers[stream])) is not None
+        ]
         return messages + self._lost()
 
     def _read(self, number: int) -> Message | None:
@@ -214,14 +272,24 @@ class RayCluster:
         except StopIteration:
             return self._forget(number, Exit())
         except self._ray.exceptions.OutOfMemoryError as error:
-            return self._forget(number, Exit("out_of_memory", f"the node ran out of memory: {first_line(error)}"))
+            return self._forget(
+                number, Exit("out_of_memory", f"the node ran out of memory: {first_line(error)}")
+            )
         except (self._ray.exceptions.NodeDiedError, self._ray.exceptions.ObjectLostError) as error:
-            return self._forget(number, Exit("lost", f"the node of the task was lost: {first_line(error)}"))
+            return self._forget(
+                number, Exit("lost", f"the node of the task was lost: {first_line(error)}")
+            )
         except self._ray.exceptions.RayTaskError as error:
-            return self._forget(number, Exit("error", f"the task broke off: {first_line(error.cause or error)}"))
+            return self._forget(
+                number, Exit("error", f"the task broke off: {first_line(error.cause or error)}")
+            )
         except self._ray.exceptions.RayError as error:
-            return self._forget(number, Exit("killed", f"the worker process was ended: {first_line(error)}"))
-        if isinstance(news, tuple):             # a task's first word is where it runs, and what it does not see there
+            return self._forget(
+                number, Exit("killed", f"the worker process was ended: {first_line(error)}")
+            )
+        if isinstance(
+            news, tuple
+        ):  # a task's first word is where it runs, and what it does not see there
             self._nodes[number], name, missing = news
             if missing:
                 raise self._not_shared([f"node {name} does not see {what}" for what in missing])
@@ -243,19 +311,23 @@ class RayCluster:
             return []
         end = Exit("head_lost", f"the head of the cluster at {self._head} no longer answers")
         lost = [self._forget(number, end) for number in list(self._running)]
-        self._ray.shutdown()                    # before Ray ends this process
+        self._ray.shutdown()  # before Ray ends this process
         self._rejoin()
         return lost
 
     def _rejoin(self) -> None:
         """Join the cluster that takes the lost one's place. Raises ScheduleError where none does."""
-        log.warning("the head of the cluster at %s no longer answers; waiting %g s for it", self._head, RETURN_SECONDS)
+        log.warning(
+            "the head of the cluster at %s no longer answers; waiting %g s for it",
+            self._head,
+            RETURN_SECONDS,
+        )
         ends = time.monotonic() + RETURN_SECONDS
         while time.monotonic() < ends:
             time.sleep(POLL_SECONDS)
             if not _answers(self._head):
                 continue
-            with contextlib.suppress(ScheduleError):                           # it is only just starting
+            with contextlib.suppress(ScheduleError):  # it is only just starting
                 self._connect(self._address, self._settings)
                 nodes = self._joined(ends - time.monotonic())
                 self._check(nodes)
@@ -281,7 +353,9 @@ class RayCluster:
         alive, lost = self._alive, []
         for number in silent:
             self._heard[number] = now
-            gone = ({self._nodes[number]} if number in self._nodes else self._around[number]) - alive
+            gone = (
+                {self._nodes[number]} if number in self._nodes else self._around[number]
+            ) - alive
             if gone:
                 names = ", ".join(sorted(node[:12] for node in gone))
                 self.cancel(number)
@@ -296,7 +370,7 @@ class RayCluster:
     def cancel(self, number: int) -> None:
         stream = self._running[number]
         self._forget(number, Exit())
-        with contextlib.suppress(Exception):    # a task that ended meanwhile
+        with contextlib.suppress(Exception):  # a task that ended meanwhile
             self._ray.cancel(stream, force=True)
 
     def close(self) -> None:
@@ -334,20 +408,28 @@ def _missing_paths(shared: Sequence[str]) -> list[str]:
     runs, probe, *paths = shared
     try:
         store = Store(runs)
-        found = [] if store.files.exists(store.root / probe) else [f"{runs}, where this process writes"]
-    except StoreError as error:                 # no package, no credentials, no way there; it names the store
+        found = (
+            [] if store.files.exists(store.root / probe) else [f"{runs}, where this process writes"]
+        )
+    except StoreError as error:  # no package, no credentials, no way there; it names the store
         found = [str(error)]
     return found + [path for path in paths if not os.path.exists(path)]
 
 
 def _local(model: Model) -> str | None:
     """The folder that a model's source names, or None for the embedded model and for a hub id."""
-    return str(model_folders.model_folder(model)) if os.path.isabs(os.path.expanduser(model.source)) else None
+    return (
+        str(model_folders.model_folder(model))
+        if os.path.isabs(os.path.expanduser(model.source))
+        else None
+    )
 
 
 def _import_ray(own: bool = True) -> Any:
     """Ray, set up before it is loaded. own: for a cluster that is started here, and must not be reached from elsewhere."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")    # a task without a GPU must not see all of them
+    os.environ.setdefault(
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1"
+    )  # a task without a GPU must not see all of them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if own:
         # Else Ray replaces 127.0.0.1 by the machine's address and listens on every interface.
@@ -357,5 +439,7 @@ def _import_ray(own: bool = True) -> Any:
         import ray.exceptions
         import ray.util.scheduling_strategies
     except ImportError as error:
-        raise ScheduleError(f"Ray cannot be imported ({error}); install it, or run with cluster=local to do without it") from error
+        raise ScheduleError(
+            f"Ray cannot be imported ({error}); install it, or run with cluster=local to do without it"
+        ) from error
     return ray

@@ -25,20 +25,26 @@ from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 WIDTHS = (2, 3, 4, 8)
-MULTIPLE = 32                                   # kernels ask it of both features; words of 3 bits need it
+MULTIPLE = 32  # kernels ask it of both features; words of 3 bits need it
 
 
 class Layout:
     """GPTQ, version 1."""
 
-    def scheme_reasons(self, weight: WeightScheme, activation: ActivationScheme | None) -> list[str]:
+    def scheme_reasons(
+        self, weight: WeightScheme, activation: ActivationScheme | None
+    ) -> list[str]:
         reasons = []
         if weight.format != "int":
             reasons.append(f'GPTQ\'s layout holds integers, not "{weight.format}"')
         elif weight.bits not in WIDTHS:
-            reasons.append(f"GPTQ's layout has codes of {', '.join(map(str, WIDTHS))} bits, not {weight.bits:g}")
+            reasons.append(
+                f"GPTQ's layout has codes of {', '.join(map(str, WIDTHS))} bits, not {weight.bits:g}"
+            )
         if weight.zero_point != "integer":
-            reasons.append("GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer")
+            reasons.append(
+                "GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer"
+            )
         if activation is not None:
             reasons.append("GPTQ's layout is of weights alone; the scheme rounds activations too")
         return reasons
@@ -55,37 +61,65 @@ class Layout:
             if not bool(((zero == zero.round()) & (zero < 2**weight.bits)).all()):
                 reasons.append("zero points that are not among the codes, or no integers")
             elif not bool((zero >= 1).all()):
-                reasons.append("zero points of 0, which the layout (it stores zero - 1) cannot hold; use a symmetric scheme")
+                reasons.append(
+                    "zero points of 0, which the layout (it stores zero - 1) cannot hold; use a symmetric scheme"
+                )
         if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale):
-            reasons.append(f"{weight.scale_dtype} scales are not exact in float16; use scheme.weight.scale_dtype=float16")
+            reasons.append(
+                f"{weight.scale_dtype} scales are not exact in float16; use scheme.weight.scale_dtype=float16"
+            )
         return reasons
 
-    def describe(self, weight: QuantizedWeight, activation: ActivationScheme | None) -> Description | None:
+    def describe(
+        self, weight: QuantizedWeight, activation: ActivationScheme | None
+    ) -> Description | None:
         if not isinstance(weight, UniformWeight):
             return None
         size = weight.group_size if weight.scale.shape[1] > 1 else -1
         ordered = weight.column_group is not None
-        return {"bits": weight.bits, "group_size": size, "sym": weight.zero is None, "desc_act": ordered}
+        return {
+            "bits": weight.bits,
+            "group_size": size,
+            "sym": weight.zero is None,
+            "desc_act": ordered,
+        }
 
     def model_reasons(self, described: Mapping[str, Description | None]) -> list[str]:
         different = {tuple(sorted(d.items())) for d in described.values() if d is not None}
         reasons = []
-        for key, title in (("bits", "bit widths"), ("group_size", "group sizes"), ("sym", "kinds of zero points")):
+        for key, title in (
+            ("bits", "bit widths"),
+            ("group_size", "group sizes"),
+            ("sym", "kinds of zero points"),
+        ):
             values = sorted({dict(d)[key] for d in different})
             if len(values) > 1:
-                reasons.append(f"GPTQ's layout has one description for all linears; here {title} are {', '.join(map(str, values))}")
+                reasons.append(
+                    f"GPTQ's layout has one description for all linears; here {title} are {', '.join(map(str, values))}"
+                )
         kept = [name for name, description in described.items() if description is None]
         if kept:
-            reasons.append(f"GPTQ's layout quantizes every linear of a block; here {', '.join(kept[:4])} … are not")
+            reasons.append(
+                f"GPTQ's layout quantizes every linear of a block; here {', '.join(kept[:4])} … are not"
+            )
         return reasons
 
-    def pack_linear(self, weight: QuantizedWeight, activation: ActivationScheme | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack_linear(
+        self, weight: QuantizedWeight, activation: ActivationScheme | None, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         assert isinstance(weight, UniformWeight), weight.kind
         columns = weight.shape[1]
-        zero = torch.full_like(weight.scale, 2 ** (weight.bits - 1)) if weight.zero is None else weight.zero
+        zero = (
+            torch.full_like(weight.scale, 2 ** (weight.bits - 1))
+            if weight.zero is None
+            else weight.zero
+        )
         group = weight.column_group
         if group is None:
-            group = torch.arange(columns, dtype=torch.int32, device=weight.codes.device) // weight.group_size
+            group = (
+                torch.arange(columns, dtype=torch.int32, device=weight.codes.device)
+                // weight.group_size
+            )
         return {
             "qweight": _words(weight.codes, weight.bits).T.contiguous(),
             "qzeros": _words((zero - 1).T.to(torch.uint8), weight.bits),
@@ -93,10 +127,18 @@ class Layout:
             "g_idx": group.to(torch.int32),
         }
 
-    def quantization_config(self, described: Mapping[str, Description | None], others: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, described: Mapping[str, Description | None], others: Sequence[str]
+    ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         ordered = any(d["desc_act"] for d in described.values() if d is not None)
-        return {**first, "desc_act": ordered, "quant_method": "gptq", "checkpoint_format": "gptq", "lm_head": False}
+        return {
+            **first,
+            "desc_act": ordered,
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "lm_head": False,
+        }
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         return {"quantize_config.json": dict(quantization_config)}
@@ -106,8 +148,8 @@ def unpack_linear(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     """The matrix [out, in] float32 of qweight, qzeros, scales and g_idx."""
     groups, rows = tensors["scales"].shape
     columns = tensors["g_idx"].numel()
-    codes = _codes(tensors["qweight"].T.contiguous(), bits, columns).float()               # [out, in]
-    zero = (_codes(tensors["qzeros"], bits, rows).float() + 1).T                           # [out, groups]
+    codes = _codes(tensors["qweight"].T.contiguous(), bits, columns).float()  # [out, in]
+    zero = (_codes(tensors["qzeros"], bits, rows).float() + 1).T  # [out, groups]
     assert zero.shape == (rows, groups)
     group = tensors["g_idx"].long()
     return tensors["scales"].T.float()[:, group] * (codes - zero[:, group])
@@ -121,4 +163,6 @@ def _words(codes: Tensor, bits: int) -> Tensor:
 def _codes(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `_words`: [n, count] uint8."""
     rows = words.shape[0]
-    return unpack(words.contiguous().view(torch.uint8).reshape(-1), bits, rows * count).reshape(rows, count)
+    return unpack(words.contiguous().view(torch.uint8).reshape(-1), bits, rows * count).reshape(
+        rows, count
+    )

@@ -56,7 +56,10 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], keep: Callable[[Path], None] = lambda path: None
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        keep: Callable[[Path], None] = lambda path: None,
     ) -> None:
         """keep: told of every file that was written or removed, in that order; a store elsewhere follows."""
         self.folder, self._keep = folder, keep
@@ -69,9 +72,18 @@ class CheckpointWriter:
         if path.exists():
             held = _read_json(path)
             if held != self.fingerprint:
-                names = sorted(k for k in held.keys() | self.fingerprint.keys() if held.get(k) != self.fingerprint.get(k))
-                differences = "; ".join(f"{k}: {held.get(k)!r} there, {self.fingerprint.get(k)!r} asked for" for k in names)
-                raise StoreError(f"{folder}: holds another checkpoint ({differences}); use another folder, or delete this one")
+                names = sorted(
+                    k
+                    for k in held.keys() | self.fingerprint.keys()
+                    if held.get(k) != self.fingerprint.get(k)
+                )
+                differences = "; ".join(
+                    f"{k}: {held.get(k)!r} there, {self.fingerprint.get(k)!r} asked for"
+                    for k in names
+                )
+                raise StoreError(
+                    f"{folder}: holds another checkpoint ({differences}); use another folder, or delete this one"
+                )
         else:
             self._write(path, _json(self.fingerprint))
 
@@ -83,7 +95,11 @@ class CheckpointWriter:
         return count
 
     def write_block(
-        self, index: int, weights: Mapping[str, QuantizedWeight], dense: Mapping[str, Tensor], report: Mapping[str, Any]
+        self,
+        index: int,
+        weights: Mapping[str, QuantizedWeight],
+        dense: Mapping[str, Tensor],
+        report: Mapping[str, Any],
     ) -> None:
         """Store one block. dense: changed parameters besides the quantized matrices; report: JSON values, the same on every run."""
         tensors: dict[str, Tensor] = {DENSE + name: tensor for name, tensor in dense.items()}
@@ -93,10 +109,16 @@ class CheckpointWriter:
             size = sum(part.numel() * part.element_size() for part in parts.values())
             tensors |= {f"{name}:{part}": tensor for part, tensor in parts.items()}
             entries[name] = {
-                "kind": weight.kind, "defined_in": _home(weight), "shape": list(weight.shape), "bytes": size, "meta": meta,
+                "kind": weight.kind,
+                "defined_in": _home(weight),
+                "shape": list(weight.shape),
+                "bytes": size,
+                "meta": meta,
             }
             if weight.contained:
-                entries[name]["contains"] = [[inner.kind, _home(inner)] for inner in weight.contained]
+                entries[name]["contains"] = [
+                    [inner.kind, _home(inner)] for inner in weight.contained
+                ]
         self._store(_block(index), tensors, {"linears": entries, "report": dict(report)})
 
     def read_block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
@@ -114,7 +136,11 @@ class CheckpointWriter:
     def learned(self) -> dict[str, Tensor] | None:
         """What the transform of an earlier pass learned, verified; None where it has not."""
         path = self.folder / "learned.json"
-        return _read_tensors(path.with_suffix(".safetensors"), _read_json(path)["file"]) if path.exists() else None
+        return (
+            _read_tensors(path.with_suffix(".safetensors"), _read_json(path)["file"])
+            if path.exists()
+            else None
+        )
 
     def seconds(self) -> float:
         """Time that earlier passes spent on this checkpoint."""
@@ -140,9 +166,17 @@ class CheckpointWriter:
         report: JSON values for the manifest; of them `parameters` (of the whole model) and `unquantized_bits` (bits that the
         parameters outside the quantized matrices take as the model stores them) give the sizes.
         """
-        texts = [_read(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())]
-        blocks = [_parsed(text, self.folder / f"{_block(index)}.json") for index, text in enumerate(texts)]
-        linears = [{"block": i, "linear": name, **e} for i, block in enumerate(blocks) for name, e in block["linears"].items()]
+        texts = [
+            _read(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())
+        ]
+        blocks = [
+            _parsed(text, self.folder / f"{_block(index)}.json") for index, text in enumerate(texts)
+        ]
+        linears = [
+            {"block": i, "linear": name, **e}
+            for i, block in enumerate(blocks)
+            for name, e in block["linears"].items()
+        ]
         quantized_bytes = sum(entry["bytes"] for entry in linears)
         quantized_weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
         total_bits = 8 * quantized_bytes + report["unquantized_bits"]
@@ -155,9 +189,14 @@ class CheckpointWriter:
             "version": VERSION,
             "fingerprint": self.fingerprint,
             "blocks": len(blocks),
-            "linears": [{key: entry[key] for key in ("block", "linear", "kind", "shape", "bytes")} for entry in linears],
+            "linears": [
+                {key: entry[key] for key in ("block", "linear", "kind", "shape", "bytes")}
+                for entry in linears
+            ],
             "files": files,
-            "bits_per_weight": (8 * quantized_bytes / quantized_weights) if linears else total_bits / report["parameters"],
+            "bits_per_weight": (8 * quantized_bytes / quantized_weights)
+            if linears
+            else total_bits / report["parameters"],
             "bits_per_weight_total": total_bits / report["parameters"],
             "stored_bytes": -(-total_bits // 8),
             "layer_errors": [
@@ -165,7 +204,11 @@ class CheckpointWriter:
                 for i, block in enumerate(blocks)
                 for name, errors in block["report"].get("linears", {}).items()
             ],
-            "notes": {str(i): block["report"]["notes"] for i, block in enumerate(blocks) if block["report"].get("notes")},
+            "notes": {
+                str(i): block["report"]["notes"]
+                for i, block in enumerate(blocks)
+                if block["report"].get("notes")
+            },
             **report,
         }
         self._write(self.folder / "manifest.json", _json(manifest))
@@ -196,10 +239,14 @@ class Checkpoint:
         """Raises StoreError when the checkpoint is incomplete, or written by a newer harness."""
         path = folder / "manifest.json"
         if not path.exists():
-            raise StoreError(f"{folder}: has no manifest.json, so the checkpoint is not complete; run the sweep again to finish it")
+            raise StoreError(
+                f"{folder}: has no manifest.json, so the checkpoint is not complete; run the sweep again to finish it"
+            )
         manifest = _read_json(path)
         if manifest.get("version") != VERSION:
-            raise StoreError(f"{path}: version {manifest.get('version')!r} of the format; this harness reads version {VERSION}")
+            raise StoreError(
+                f"{path}: version {manifest.get('version')!r} of the format; this harness reads version {VERSION}"
+            )
         return cls(folder, manifest)
 
     def block(self, index: int, device: str | torch.device = "cpu") -> BlockContent:
@@ -213,21 +260,36 @@ class Checkpoint:
 
 
 def _read_block(
-    folder: Path, index: int, device: str | torch.device = "cpu", files: Mapping[str, Any] | None = None
+    folder: Path,
+    index: int,
+    device: str | torch.device = "cpu",
+    files: Mapping[str, Any] | None = None,
 ) -> BlockContent:
     """files: of the manifest; None while there is none."""
     path, known = folder / f"{_block(index)}.json", files or {}
     description = _parsed(_read(path, known.get(path.name)), path)
     tensors_path = path.with_suffix(".safetensors")
-    stored = _read_tensors(tensors_path, description["file"] if files is None else files[tensors_path.name])
-    tensors = {name: tensor.to(device) for name, tensor in stored.items()}      # layouts dequantize where a pass would
+    stored = _read_tensors(
+        tensors_path, description["file"] if files is None else files[tensors_path.name]
+    )
+    tensors = {
+        name: tensor.to(device) for name, tensor in stored.items()
+    }  # layouts dequantize where a pass would
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
-        parts = {key.removeprefix(f"{name}:"): tensor for key, tensor in tensors.items() if key.startswith(f"{name}:")}
+        parts = {
+            key.removeprefix(f"{name}:"): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(f"{name}:")
+        }
         for kind, defined_in in linear.get("contains", ()):
             _kind(kind, defined_in, folder)
-        weights[name] = _kind(linear["kind"], linear["defined_in"], folder).unpack(parts, linear["meta"])
-    dense = {key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)}
+        weights[name] = _kind(linear["kind"], linear["defined_in"], folder).unpack(
+            parts, linear["meta"]
+        )
+    dense = {
+        key.removeprefix(DENSE): tensor for key, tensor in tensors.items() if key.startswith(DENSE)
+    }
     return BlockContent(weights, dense, description["report"])
 
 
@@ -245,7 +307,9 @@ def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
             if defined_in in plugins.find(slot):
                 plugins.load(slot, defined_in)
     if kind not in QuantizedWeight.kinds:
-        raise StoreError(f'{folder}: the layout "{kind}" is defined in "{defined_in}", which is not installed here')
+        raise StoreError(
+            f'{folder}: the layout "{kind}" is defined in "{defined_in}", which is not installed here'
+        )
     return QuantizedWeight.kinds[kind]
 
 
@@ -274,8 +338,13 @@ def _read(path: Path, entry: Mapping[str, Any] | None = None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error}; delete {path.parent} and run the sweep again") from error
-    if entry is not None and _identity(data) != {"bytes": entry["bytes"], "sha256": entry["sha256"]}:
+        raise StoreError(
+            f"{path}: cannot be read: {error}; delete {path.parent} and run the sweep again"
+        ) from error
+    if entry is not None and _identity(data) != {
+        "bytes": entry["bytes"],
+        "sha256": entry["sha256"],
+    }:
         raise StoreError(
             f"{path}: is damaged ({len(data)} bytes, {entry['bytes']} written; or another SHA-256); "
             f"delete {path.parent} and run the sweep again"
@@ -287,7 +356,9 @@ def _parsed(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise StoreError(f"{path}: is damaged: {error}; delete {path.parent} and run the sweep again") from error
+        raise StoreError(
+            f"{path}: is damaged: {error}; delete {path.parent} and run the sweep again"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

@@ -20,20 +20,32 @@ from harness.quantization.numerics.grids import SCALE_DTYPES
 class Layout:
     """PEFT's LoRA."""
 
-    def scheme_reasons(self, weight: WeightScheme, activation: ActivationScheme | None) -> list[str]:
+    def scheme_reasons(
+        self, weight: WeightScheme, activation: ActivationScheme | None
+    ) -> list[str]:
         """The base is not part of the folder, so its scheme does not matter."""
         return []
 
-    def write_adapters(self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float) -> None:
+    def write_adapters(
+        self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float
+    ) -> None:
         """adapters: by module name in the model, one rank and one scaling.   base: where the unquantized model lies."""
         first = next(iter(adapters.values()))
         rank = first.down.shape[0]
         LoraConfig(
-            r=rank, lora_alpha=first.scaling * rank, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", inference_mode=True,
-            base_model_name_or_path=base, target_modules=sorted({name.rpartition(".")[2] for name in adapters}),
+            r=rank,
+            lora_alpha=first.scaling * rank,
+            lora_dropout=dropout,
+            bias="none",
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=base,
+            target_modules=sorted({name.rpartition(".")[2] for name in adapters}),
         ).save_pretrained(str(folder))
         tensors = {}
         for name, adapter in adapters.items():
             for part, factor in (("lora_A", adapter.down), ("lora_B", adapter.up)):
-                tensors[f"base_model.model.{name}.{part}.weight"] = factor.to(SCALE_DTYPES[adapter.dtype]).contiguous()
+                tensors[f"base_model.model.{name}.{part}.weight"] = factor.to(
+                    SCALE_DTYPES[adapter.dtype]
+                ).contiguous()
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

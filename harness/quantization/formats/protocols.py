@@ -1,4 +1,6 @@
-"""What an export asks of a checkpoint layout that other libraries load: `harness/quantization/formats/<name>.py` defines `class Layout`.
+"""What an export asks of a checkpoint layout that other libraries load.
+
+`harness/quantization/formats/<name>.py` defines `class Layout`.
 
 Native checkpoints are read block by block; a layout says which of their matrices it can express, and how.
 """
@@ -16,13 +18,15 @@ from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
 from harness.quantization.numerics.weights import QuantizedWeight
 
-Description = dict[str, Any]                    # of a linear in the layout's own words: JSON values
+Description = dict[str, Any]  # of a linear in the layout's own words: JSON values
 
 
 class Layout(Protocol):
     """dtype is always that of the model: of what is not quantized, and of the weights once they are read back."""
 
-    def scheme_reasons(self, weight: WeightScheme, activation: ActivationScheme | None) -> list[str]:
+    def scheme_reasons(
+        self, weight: WeightScheme, activation: ActivationScheme | None
+    ) -> list[str]:
         """Why a linear of this scheme cannot be expressed, as far as the scheme tells; empty when it can."""
         ...
 
@@ -30,7 +34,9 @@ class Layout(Protocol):
         """Why this matrix cannot be expressed exactly; empty when it can."""
         ...
 
-    def describe(self, weight: QuantizedWeight, activation: ActivationScheme | None) -> Description | None:
+    def describe(
+        self, weight: QuantizedWeight, activation: ActivationScheme | None
+    ) -> Description | None:
         """What `quantization_config` says of the linear; None: it is stored as an ordinary weight."""
         ...
 
@@ -38,11 +44,15 @@ class Layout(Protocol):
         """Why these linears, by module name, cannot be in one checkpoint."""
         ...
 
-    def pack_linear(self, weight: QuantizedWeight, activation: ActivationScheme | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack_linear(
+        self, weight: QuantizedWeight, activation: ActivationScheme | None, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """The linear's tensors by their names within its module, the bias apart."""
         ...
 
-    def quantization_config(self, described: Mapping[str, Description | None], others: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, described: Mapping[str, Description | None], others: Sequence[str]
+    ) -> dict[str, Any]:
         """The entry of config.json. others: names of linear modules outside the blocks, which stay as they are."""
         ...
 
@@ -55,8 +65,12 @@ class Layout(Protocol):
 class AdapterLayout(Protocol):
     """A layout of adapters alone: `class Layout` with these methods instead."""
 
-    def scheme_reasons(self, weight: WeightScheme, activation: ActivationScheme | None) -> list[str]: ...
+    def scheme_reasons(
+        self, weight: WeightScheme, activation: ActivationScheme | None
+    ) -> list[str]: ...
 
-    def write_adapters(self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float) -> None:
+    def write_adapters(
+        self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float
+    ) -> None:
         """Write the folder. adapters: by module name in the model; base: source of the unquantized model."""
         ...

@@ -39,7 +39,9 @@ class WeightReader:
         """One tensor, a copy in memory of its own. Floating tensors are cast to dtype, others keep theirs."""
         return self.read_many([name], dtype, device)[name]
 
-    def read_many(self, names: Iterable[str], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    def read_many(
+        self, names: Iterable[str], dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
         """Several tensors; each file is opened once."""
         wanted = list(names)
         unknown = [name for name in wanted if name not in self._file_of]
@@ -86,18 +88,28 @@ class WeightReader:
             except (ValueError, KeyError) as error:
                 raise ModelError(f"{index}: is not an index of weight files: {error}") from error
             if not isinstance(listed, dict):
-                raise ModelError(f"{index}: is not an index of weight files: weight_map is no mapping")
+                raise ModelError(
+                    f"{index}: is not an index of weight files: weight_map is no mapping"
+                )
             # Somebody else wrote this file: a name with a folder in it could point anywhere on this machine.
             foreign = sorted({str(file) for file in listed.values() if not _is_own(file)})
             if foreign:
-                raise ModelError(f"{index}: names what is no safetensors file of this folder: {', '.join(foreign[:3])}; refused")
+                raise ModelError(
+                    f"{index}: names what is no safetensors file of this folder: {', '.join(foreign[:3])}; refused"
+                )
             missing = sorted({file for file in listed.values() if not (folder / file).exists()})
             if missing:
-                raise ModelError(f"{folder}: weight files are missing: {', '.join(missing)}; download the model again")
+                raise ModelError(
+                    f"{folder}: weight files are missing: {', '.join(missing)}; download the model again"
+                )
             return {name: folder / file for name, file in listed.items()}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
+            pickles = [
+                path.name
+                for kind in ("*.bin", "*.pt", "*.pth")
+                for path in sorted(folder.glob(kind))
+            ]
             if pickles:
                 raise ModelError(
                     f"{folder}: only pickled weights ({', '.join(pickles[:3])}), which can run code when read; "

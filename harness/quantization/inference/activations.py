@@ -13,7 +13,13 @@ from torch import Tensor
 from harness.core.cell import ActivationScheme, Scheme
 from harness.core.errors import MethodError, unknown_name
 from harness.core.shapes import Shapes
-from harness.quantization.numerics.activations import FLOATS, GRANULARITIES, GRIDS, round_dynamic, round_to_range
+from harness.quantization.numerics.activations import (
+    FLOATS,
+    GRANULARITIES,
+    GRIDS,
+    round_dynamic,
+    round_to_range,
+)
 
 
 def check(scheme: Scheme, shapes: Shapes) -> list[str]:
@@ -29,15 +35,21 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
             problems += _problems(activation)
             if linear.expert and (not activation.dynamic or activation.granularity == "tensor"):
                 experts[linear.name] = None
-            if activation.granularity == "group" and (activation.group_size < 1 or linear.in_features % activation.group_size):
+            if activation.granularity == "group" and (
+                activation.group_size < 1 or linear.in_features % activation.group_size
+            ):
                 names = ungrouped.setdefault(activation.group_size, [])
                 entry = f"{linear.name} ({linear.in_features})"
                 if entry not in names:
                     names.append(entry)
     for size, names in ungrouped.items():
-        problems.append(f"activation group size {size} does not divide in_features of {', '.join(names)}")
+        problems.append(
+            f"activation group size {size} does not divide in_features of {', '.join(names)}"
+        )
     if experts:
-        first = ", ".join(list(experts)[:2]) + (f" and {len(experts) - 2} more" if len(experts) > 2 else "")
+        first = ", ".join(list(experts)[:2]) + (
+            f" and {len(experts) - 2} more" if len(experts) > 2 else ""
+        )
         problems.append(
             f"experts ({first}) see tokens of several sequences at once, or none: their activations need dynamic scales per token "
             "or per group; use granularity token"
@@ -52,17 +64,27 @@ def _problems(scheme: ActivationScheme) -> list[str]:
     if scheme.format == "int" and scheme.grid not in GRIDS:
         problems.append(unknown_name("activation grid", scheme.grid, GRIDS))
     if scheme.format == "int" and scheme.grid == "omniquant" and scheme.symmetric:
-        problems.append('activation grid "omniquant" is asymmetric only; use activation.symmetric=false')
+        problems.append(
+            'activation grid "omniquant" is asymmetric only; use activation.symmetric=false'
+        )
     if scheme.granularity not in GRANULARITIES:
         problems.append(unknown_name("activation granularity", scheme.granularity, GRANULARITIES))
     if scheme.format == "int" and not 2 <= scheme.bits <= 16:
         problems.append(f"activations of {scheme.bits} bits: 2 to 16 are possible")
-    if scheme.outlier_threshold and (scheme.granularity != "token" or not scheme.dynamic or scheme.format != "int"):
-        problems.append("activation outliers are kept apart with dynamic integer scales per token only (LLM.int8())")
+    if scheme.outlier_threshold and (
+        scheme.granularity != "token" or not scheme.dynamic or scheme.format != "int"
+    ):
+        problems.append(
+            "activation outliers are kept apart with dynamic integer scales per token only (LLM.int8())"
+        )
     if scheme.outlier_threshold < 0:
-        problems.append(f"activation outlier_threshold {scheme.outlier_threshold:g} is negative; 0 keeps no channel apart")
+        problems.append(
+            f"activation outlier_threshold {scheme.outlier_threshold:g} is negative; 0 keeps no channel apart"
+        )
     if not scheme.dynamic and scheme.granularity != "tensor":
-        problems.append(f"static activation scales are one number per linear; granularity {scheme.granularity} needs dynamic: true")
+        problems.append(
+            f"static activation scales are one number per linear; granularity {scheme.granularity} needs dynamic: true"
+        )
     return problems
 
 
@@ -88,12 +110,18 @@ class ActivationQuantizer:
             self.lo = lo if self.lo is None else torch.minimum(self.lo, lo)
             self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
             return x
-        if x.numel() == 0:                              # an expert that no token chose
+        if x.numel() == 0:  # an expert that no token chose
             return x
         if not scheme.dynamic:
             if self.lo is None or self.hi is None:
-                raise MethodError(f"{self.name}: static activation scales need calibration data before the model runs")
+                raise MethodError(
+                    f"{self.name}: static activation scales need calibration data before the model runs"
+                )
             return round_to_range(x, self.lo, self.hi, scheme)
-        if scheme.granularity == "group" and (scheme.group_size < 1 or x.shape[-1] % scheme.group_size):
-            raise MethodError(f"{self.name}: activation group size {scheme.group_size} does not divide {x.shape[-1]} inputs")
+        if scheme.granularity == "group" and (
+            scheme.group_size < 1 or x.shape[-1] % scheme.group_size
+        ):
+            raise MethodError(
+                f"{self.name}: activation group size {scheme.group_size} does not divide {x.shape[-1]} inputs"
+            )
         return round_dynamic(x, scheme)

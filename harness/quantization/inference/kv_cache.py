@@ -46,17 +46,29 @@ def check(scheme: KVScheme, shapes: Shapes) -> list[str]:
     if scheme.group_size < 1:
         problems.append(f"kv.group_size {scheme.group_size} must be positive")
     elif "token" in (scheme.key_axis, scheme.value_axis) and shapes.head_dim % scheme.group_size:
-        problems.append(f"kv.group_size {scheme.group_size} does not divide head_dim {shapes.head_dim}")
-    if scheme.group_size > 0 and "channel" in (scheme.key_axis, scheme.value_axis) and scheme.residual % scheme.group_size:
-        problems.append(f"kv.residual {scheme.residual} is no multiple of kv.group_size {scheme.group_size}")
+        problems.append(
+            f"kv.group_size {scheme.group_size} does not divide head_dim {shapes.head_dim}"
+        )
+    if (
+        scheme.group_size > 0
+        and "channel" in (scheme.key_axis, scheme.value_axis)
+        and scheme.residual % scheme.group_size
+    ):
+        problems.append(
+            f"kv.residual {scheme.residual} is no multiple of kv.group_size {scheme.group_size}"
+        )
     if scheme.hadamard and not hadamard.exists(shapes.head_dim):
         problems.append(f"kv.hadamard: no Hadamard matrix is known for head_dim {shapes.head_dim}")
     if scheme.residual < 1 and "channel" in (scheme.key_axis, scheme.value_axis):
-        problems.append("kv.residual 0 with groups of tokens would round a token with ones that come after it; use axis token")
+        problems.append(
+            "kv.residual 0 with groups of tokens would round a token with ones that come after it; use axis token"
+        )
     return problems
 
 
-def round_cache(x: Tensor, bits: int, group_size: int, axis: str, to_integers: Round = torch.round) -> Tensor:
+def round_cache(
+    x: Tensor, bits: int, group_size: int, axis: str, to_integers: Round = torch.round
+) -> Tensor:
     """x [batch, heads, tokens, head_dim] rounded. axis "channel": groups of tokens, the last may be short; "token": of channels.
 
     to_integers: torch.round, or a rounding that lets gradients through (`numerics.learning.round_through`).
@@ -67,10 +79,14 @@ def round_cache(x: Tensor, bits: int, group_size: int, axis: str, to_integers: R
     whole = tokens - tokens % group_size
     parts = []
     if whole:
-        groups = x[:, :, :whole].unflatten(2, (-1, group_size)).transpose(-1, -2)      # [batch, heads, groups, head_dim, g]
+        groups = (
+            x[:, :, :whole].unflatten(2, (-1, group_size)).transpose(-1, -2)
+        )  # [batch, heads, groups, head_dim, g]
         parts.append(_round_groups(groups, bits, to_integers).transpose(-1, -2).flatten(2, 3))
     if whole < tokens:
-        parts.append(_round_groups(x[:, :, whole:].transpose(-1, -2), bits, to_integers).transpose(-1, -2))
+        parts.append(
+            _round_groups(x[:, :, whole:].transpose(-1, -2), bits, to_integers).transpose(-1, -2)
+        )
     return torch.cat(parts, dim=2)
 
 
@@ -80,38 +96,75 @@ def simulate(model: PreTrainedModel, scheme: KVScheme, differentiable: bool = Fa
     differentiable: gradients pass the rounding straight through; the numbers are the same.
     """
     name = f"harness_kv_{scheme.bits}_{scheme.group_size}_{scheme.residual}_{scheme.key_axis}_{scheme.value_axis}_{scheme.hadamard}"
-    name, to_integers = (f"{name}_learning", round_through) if differentiable else (name, torch.round)
+    name, to_integers = (
+        (f"{name}_learning", round_through) if differentiable else (name, torch.round)
+    )
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, dropout: float = 0.0, **more: Any,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **more: Any,
     ) -> tuple[Tensor, None]:
-        return attend(module, query, key, value, attention_mask, scaling, scheme, to_integers=to_integers, **more), None
+        return attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            scheme,
+            to_integers=to_integers,
+            **more,
+        ), None
 
-    if not getattr(model, "_supports_attention_backend", False) and not getattr(model, "_supports_sdpa", False):
-        raise MethodError(f"{type(model).__name__} does not let its attention be replaced; a rounded KV cache cannot be simulated")
+    if not getattr(model, "_supports_attention_backend", False) and not getattr(
+        model, "_supports_sdpa", False
+    ):
+        raise MethodError(
+            f"{type(model).__name__} does not let its attention be replaced; a rounded KV cache cannot be simulated"
+        )
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, eager_mask)
     model.set_attn_implementation(name)
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None,
-    scheme: KVScheme, softcap: float | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None,
-    to_integers: Round = torch.round, **_: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    scheme: KVScheme,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    to_integers: Round = torch.round,
+    **_: Any,
 ) -> Tensor:
     """Attention [batch, queries, heads, head_dim] over a rounded cache.
 
     query [batch, heads, queries, head_dim], key and value [batch, kv_heads, tokens, head_dim], the queries being the last tokens.
     """
     if s_aux is not None or position_bias is not None:
-        raise MethodError("a rounded KV cache is not simulated for attention with sinks or position biases; drop scheme.kv")
+        raise MethodError(
+            "a rounded KV cache is not simulated for attention with sinks or position biases; drop scheme.kv"
+        )
     repeats = query.shape[1] // key.shape[1]
-    if scheme.hadamard:                                 # orthogonal: scores stay, outlying key channels are spread
+    if scheme.hadamard:  # orthogonal: scores stay, outlying key channels are spread
         query, key = hadamard.transform(query), hadamard.transform(key)
     rounded_key = round_cache(key, scheme.bits, scheme.group_size, scheme.key_axis, to_integers)
-    rounded_value = round_cache(value, scheme.bits, scheme.group_size, scheme.value_axis, to_integers)
-    key, rounded_key, value, rounded_value = (t.repeat_interleave(repeats, dim=1) for t in (key, rounded_key, value, rounded_value))
+    rounded_value = round_cache(
+        value, scheme.bits, scheme.group_size, scheme.value_axis, to_integers
+    )
+    key, rounded_key, value, rounded_value = (
+        t.repeat_interleave(repeats, dim=1) for t in (key, rounded_key, value, rounded_value)
+    )
     tokens, queries, residual = key.shape[2], query.shape[2], scheme.residual
     t = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
     j = torch.arange(tokens, device=query.device)[None]
@@ -119,7 +172,10 @@ def attend(
     old_key = j < (by_block if scheme.key_axis == "channel" else by_token)
     old_value = j < (by_block if scheme.value_axis == "channel" else by_token)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.where(old_key, query @ rounded_key.transpose(2, 3), query @ key.transpose(2, 3)) * scale
+    scores = (
+        torch.where(old_key, query @ rounded_key.transpose(2, 3), query @ key.transpose(2, 3))
+        * scale
+    )
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
@@ -127,7 +183,10 @@ def attend(
     elif queries > 1:
         scores = scores.masked_fill(j > t, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed = weights.masked_fill(~old_value, 0) @ rounded_value + weights.masked_fill(old_value, 0) @ value
+    mixed = (
+        weights.masked_fill(~old_value, 0) @ rounded_value
+        + weights.masked_fill(old_value, 0) @ value
+    )
     return mixed.transpose(1, 2).contiguous()
 
 

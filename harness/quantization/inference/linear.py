@@ -30,19 +30,33 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device,
-        activation: Callable[[Tensor], Tensor] | None = None, mode: str = "dense", inputs: Mapping[str, Tensor] | None = None,
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        mode: str = "dense",
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         assert mode in MODES, mode
         self.out_features, self.in_features = weight.shape
         self.mode, self.kind, self.activation = mode, weight.kind, activation
         self._dtype = dtype
-        self._threshold = float(getattr(getattr(activation, "scheme", None), "outlier_threshold", 0.0))
+        self._threshold = float(
+            getattr(getattr(activation, "scheme", None), "outlier_threshold", 0.0)
+        )
         self._inputs = tuple(inputs or ())
         for name, tensor in (inputs or {}).items():
-            self.register_buffer(name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype), persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+            self.register_buffer(
+                name,
+                tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype),
+                persistent=False,
+            )
+        self.bias = (
+            None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        )
         self._scaling: float | None = None
         if isinstance(weight, AdaptedWeight):
             self._scaling = weight.scaling
@@ -57,7 +71,9 @@ class QuantizedLinear(nn.Module):
         elif mode == "dense":
             self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
             beside = weight.beside_outliers() if self._threshold else None
-            self.register_buffer("beside", None if beside is None else beside.to(device, dtype), persistent=False)
+            self.register_buffer(
+                "beside", None if beside is None else beside.to(device, dtype), persistent=False
+            )
         else:
             parts, self._meta = weight.pack()
             self._layout = type(weight)
@@ -70,18 +86,24 @@ class QuantizedLinear(nn.Module):
         """The dequantized matrix [out, in] in the model's dtype; with an adapter, their sum."""
         if self._scaling is None:
             return self._matrix()
-        change = self._scaling * (self.get_buffer("adapter_up").float() @ self.get_buffer("adapter_down").float())
+        change = self._scaling * (
+            self.get_buffer("adapter_up").float() @ self.get_buffer("adapter_down").float()
+        )
         return (self._matrix() + change).to(self._dtype)
 
     def _matrix(self) -> Tensor:
         if self._product is not None:
-            return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(self._dtype)
+            return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(
+                self._dtype
+            )
         if self.mode == "dense":
             return self.get_buffer("dense")
         return self._unpacked().dequantize().to(self._dtype)
 
     def _unpacked(self) -> QuantizedWeight:
-        return self._layout.unpack({name: self.get_buffer(f"packed_{name}") for name in self._parts}, self._meta)
+        return self._layout.unpack(
+            {name: self.get_buffer(f"packed_{name}") for name in self._parts}, self._meta
+        )
 
     def _beside_outliers(self) -> Tensor | None:
         """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
@@ -102,7 +124,9 @@ class QuantizedLinear(nn.Module):
             y = self._multiplied(x)
         if self._scaling is None:
             return y
-        return y + low_rank(x, self.get_buffer("adapter_down"), self.get_buffer("adapter_up"), self._scaling)
+        return y + low_rank(
+            x, self.get_buffer("adapter_down"), self.get_buffer("adapter_up"), self._scaling
+        )
 
     def _multiplied(self, x: Tensor) -> Tensor:
         """x, rounded, times the matrix without an adapter; bias added."""

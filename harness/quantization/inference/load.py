@@ -26,14 +26,25 @@ from harness.quantization.inference import activations, kv_cache, placement
 from harness.quantization.inference.activations import ActivationQuantizer
 from harness.quantization.inference.linear import QuantizedLinear
 from harness.quantization.models import family_of, read_config
-from harness.quantization.models.protocols import DecoderFamily, WeightLocation, get_tensor, set_tensor, tied
+from harness.quantization.models.protocols import (
+    DecoderFamily,
+    WeightLocation,
+    get_tensor,
+    set_tensor,
+    tied,
+)
 from harness.quantization.numerics.inputs import attach_all, of_module
 from harness.quantization.numerics.weights import DenseWeight
 
 
 def load(
-    cell: Cell, model_folder: Path, checkpoint: Path | None, device: str = "cpu", mode: str = "dense",
-    devices: Sequence[str] = (), offload: bool = False,
+    cell: Cell,
+    model_folder: Path,
+    checkpoint: Path | None,
+    device: str = "cpu",
+    mode: str = "dense",
+    devices: Sequence[str] = (),
+    offload: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """The model of a cell and its tokenizer, in eval mode on the device.
 
@@ -57,16 +68,22 @@ def load(
     count = len(family.blocks(model))
     quantized = stored is not None and stored.manifest["blocks"] > 0
     if stored is not None and quantized and stored.manifest["blocks"] != count:
-        raise StoreError(f"{checkpoint}: has {stored.manifest['blocks']} blocks, the model {count}; it is of another model")
+        raise StoreError(
+            f"{checkpoint}: has {stored.manifest['blocks']} blocks, the model {count}; it is of another model"
+        )
     if not quantized and not cell.method.is_baseline:
-        raise StoreError(f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given")
+        raise StoreError(
+            f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given"
+        )
 
     _load_ends(model, family, reader, stored, dtype, where)
     quantizers: list[ActivationQuantizer] = []
     for index in range(count):
         target = where(family.block_prefix(index))
         content = stored.block(index, target) if stored is not None and quantized else None
-        quantizers += _load_block(cell, model, family, config, reader, index, content, dtype, target, mode)
+        quantizers += _load_block(
+            cell, model, family, config, reader, index, content, dtype, target, mode
+        )
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(where(name)))
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -80,7 +97,9 @@ def load(
 
     if (model_folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=cell.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_folder, trust_remote_code=cell.model.trust_remote_code
+    )
     if cell.scheme.kv is not None:
         kv_cache.simulate(model, cell.scheme.kv)
     static = [quantizer for quantizer in quantizers if not quantizer.scheme.dynamic]
@@ -98,7 +117,11 @@ def _check(cell: Cell, shapes: Shapes) -> None:
 
 
 def _load_ends(
-    model: PreTrainedModel, family: DecoderFamily, reader: WeightReader, stored: Checkpoint | None, dtype: torch.dtype,
+    model: PreTrainedModel,
+    family: DecoderFamily,
+    reader: WeightReader,
+    stored: Checkpoint | None,
+    dtype: torch.dtype,
     where: Callable[[str], torch.device],
 ) -> None:
     """Everything outside the blocks. A tied head stays one tensor, unless the checkpoint holds a head of its own."""
@@ -110,21 +133,34 @@ def _load_ends(
         if name in changed:
             set_tensor(model, name, changed[name].to(where(name), dtype))
         elif name not in same:
-            source = next((alias for alias, of in same.items() if of == name and family.has(reader, alias)), name)
+            source = next(
+                (alias for alias, of in same.items() if of == name and family.has(reader, alias)),
+                name,
+            )
             held = name if family.has(reader, name) else source
             set_tensor(model, name, family.read(reader, held, dtype, where(name)))
     for name, of in same.items():
         if name in outside and name not in changed:
             parent, _, leaf = name.rpartition(".")
             owner, _, owner_leaf = of.rpartition(".")
-            model.get_submodule(parent)._parameters[leaf] = model.get_submodule(owner)._parameters[owner_leaf]
+            model.get_submodule(parent)._parameters[leaf] = model.get_submodule(owner)._parameters[
+                owner_leaf
+            ]
     if any(name in changed for name in same):
         model.config.tie_word_embeddings = False
 
 
 def _load_block(
-    cell: Cell, model: PreTrainedModel, family: DecoderFamily, config: PretrainedConfig, reader: WeightReader, index: int,
-    content: BlockContent | None, dtype: torch.dtype, device: torch.device, mode: str,
+    cell: Cell,
+    model: PreTrainedModel,
+    family: DecoderFamily,
+    config: PretrainedConfig,
+    reader: WeightReader,
+    index: int,
+    content: BlockContent | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    mode: str,
 ) -> list[ActivationQuantizer]:
     """Fill one block; return the quantizers that round its inputs."""
     block = family.blocks(model)[index]
@@ -136,7 +172,11 @@ def _load_block(
             set_tensor(block, name, family.read(reader, prefix + name, dtype, device))
     if content is not None:
         for name, tensor in content.dense.items():
-            set_tensor(block, name, tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype))
+            set_tensor(
+                block,
+                name,
+                tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype),
+            )
         attach_all(block)
     owners: dict[str, list[WeightLocation]] = {}
     for slot in slots:
@@ -148,17 +188,25 @@ def _load_block(
         quantizers += rounded.values()
         if len(members) == 1 and members[0].is_whole and isinstance(module, nn.Linear):
             slot = members[0]
-            weight = content.weights[slot.name] if content is not None else DenseWeight(get_tensor(block, slot.parameter))
+            weight = (
+                content.weights[slot.name]
+                if content is not None
+                else DenseWeight(get_tensor(block, slot.parameter))
+            )
             quantizer = rounded.get(slot.name)
             if content is not None or quantizer is not None:
                 bias = None if module.bias is None else get_tensor(block, f"{owner}.bias")
                 parent, _, leaf = owner.rpartition(".")
-                made = QuantizedLinear(weight, bias, dtype, device, quantizer, mode, of_module(module))
+                made = QuantizedLinear(
+                    weight, bias, dtype, device, quantizer, mode, of_module(module)
+                )
                 setattr(block.get_submodule(parent), leaf, made)
             continue
         if mode == "native":
             names = ", ".join(slot.name for slot in members)
-            raise MethodError(f"{cell.title}: {names} are one fused matrix, whose codes are not multiplied as such; use mode dense")
+            raise MethodError(
+                f"{cell.title}: {names} are one fused matrix, whose codes are not multiplied as such; use mode dense"
+            )
         if content is not None:
             for slot in members:
                 value = content.weights[slot.name].dequantize().to(device, dtype)
@@ -171,7 +219,9 @@ def _load_block(
     return quantizers
 
 
-def _quantizers(cell: Cell, index: int, members: list[WeightLocation]) -> dict[str, ActivationQuantizer]:
+def _quantizers(
+    cell: Cell, index: int, members: list[WeightLocation]
+) -> dict[str, ActivationQuantizer]:
     """What rounds the inputs of a module that holds these matrices, by the first matrix of each input.
 
     Matrices of one input must have one activation scheme.
@@ -184,24 +234,34 @@ def _quantizers(cell: Cell, index: int, members: list[WeightLocation]) -> dict[s
         schemes = {cell.scheme.activation_for(index, name) for name in names}
         if len(schemes) > 1:
             listed = ", ".join(names)
-            raise MethodError(f"{cell.title}: {listed} of block {index} share a fused parameter: they need one activation scheme")
+            raise MethodError(
+                f"{cell.title}: {listed} of block {index} share a fused parameter: they need one activation scheme"
+            )
         (scheme,) = schemes
         if scheme is not None:
             found[names[0]] = ActivationQuantizer(scheme, f"block {index}, {names[0]}")
     return found
 
 
-def _round_inputs(quantizers: Mapping[str, ActivationQuantizer], name: str, inputs: Tensor) -> Tensor:
+def _round_inputs(
+    quantizers: Mapping[str, ActivationQuantizer], name: str, inputs: Tensor
+) -> Tensor:
     return quantizers[name](inputs) if name in quantizers else inputs
 
 
 @torch.no_grad()
 def _calibrate(
-    cell: Cell, model: PreTrainedModel, tokenizer: Any, quantizers: list[ActivationQuantizer], static: list[ActivationQuantizer]
+    cell: Cell,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    quantizers: list[ActivationQuantizer],
+    static: list[ActivationQuantizer],
 ) -> None:
     """Run the calibration windows through the quantized model with no activation rounded, and keep each input's range."""
     if cell.calibration is None:
-        raise MethodError(f"{cell.title}: static activation scales need calibration data; name a calibration, or use dynamic: true")
+        raise MethodError(
+            f"{cell.title}: static activation scales need calibration data; name a calibration, or use dynamic: true"
+        )
     windows = draw_windows(cell.calibration, tokenizer)
     for quantizer in quantizers:
         quantizer.observing = True

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from harness.quantization.models.protocols import DecoderFamily, tied
 
 
-def device_map(model: PreTrainedModel, family: DecoderFamily, devices: Sequence[str]) -> dict[str, str]:
+def device_map(
+    model: PreTrainedModel, family: DecoderFamily, devices: Sequence[str]
+) -> dict[str, str]:
     """The device of every part: consecutive blocks in shares of about equal bytes, to within one block.
 
     model: its tensors may be on the meta device. What comes before the blocks, and a head that is tied to it, stand on the first
@@ -25,7 +27,9 @@ def device_map(model: PreTrainedModel, family: DecoderFamily, devices: Sequence[
     sizes: dict[str, int] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         part = _part(name, root)
-        sizes[part] = sizes.get(part, 0) + (0 if name in same else tensor.numel() * tensor.element_size())
+        sizes[part] = sizes.get(part, 0) + (
+            0 if name in same else tensor.numel() * tensor.element_size()
+        )
     inside = f"{family.blocks_name}."
     blocks = [name for name in sizes if name.startswith(inside)]
     pinned = {_part(name, root) for name in same}
@@ -49,7 +53,9 @@ def spread(model: nn.Module, placed: dict[str, str]) -> None:
     """Make a model run whose parts are placed: inputs go to the first device, and logits come back there."""
     from accelerate import dispatch_model
 
-    dispatch_model(model, device_map=placed, skip_keys=getattr(model, "_skip_keys_device_placement", None))
+    dispatch_model(
+        model, device_map=placed, skip_keys=getattr(model, "_skip_keys_device_placement", None)
+    )
 
 
 def offload(blocks: Sequence[nn.Module], device: torch.device) -> None:

@@ -27,7 +27,7 @@ from harness.quantization.methods.protocols import Evidence, Scheme, WeightSchem
 from harness.quantization.numerics.codebooks import nested_tables
 from harness.quantization.numerics.weights import QuantizedWeight
 
-MOST_BITS = 8                                   # of the nested model; every cell is a prefix of it
+MOST_BITS = 8  # of the nested model; every cell is a prefix of it
 
 
 class Rounding:
@@ -63,7 +63,12 @@ class Rounding:
         return check_tables(scheme, shapes, bits=range(self.settings.seed_bits, MOST_BITS + 1))
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Memory: that of `nested_tables`, and one byte per weight of the block, which stays
         for the cells of other widths."""

@@ -61,10 +61,14 @@ class Transform:
         notes: dict[str, Any] = {}
         for pair in (pair for pair in block.shapes.pairs if pair.kind == "norm"):
             inputs = block.evidence[pair.consumers[0]]["abs_max"].float().clamp(min=FLOOR)
-            weights = torch.stack([block.linear(name).weight.float().abs().amax(0) for name in pair.consumers]).amax(0)
+            weights = torch.stack(
+                [block.linear(name).weight.float().abs().amax(0) for name in pair.consumers]
+            ).amax(0)
             scales = (inputs / weights.clamp(min=FLOOR)).sqrt()
             if not bool(torch.isfinite(scales).all()):
-                raise MethodError(f"block {block.index}: scales behind {pair.producer} are not finite; use model.dtype=float32")
+                raise MethodError(
+                    f"block {block.index}: scales behind {pair.producer} are not finite; use model.dtype=float32"
+                )
             fold_scales(block, pair, scales)
             notes[pair.producer] = {"smallest": float(scales.min()), "largest": float(scales.max())}
         return {"scales": notes}
@@ -99,13 +103,19 @@ class Rounding:
         """Integer grids, linears of their own that can take a bias, and activation scales that need no calibration."""
         reasons = check_uniform(scheme, shapes, convention=self.settings.grid)
         if any(linear.fused for linear in shapes.linears) or shapes.experts:
-            reasons.append("biases are corrected in linears of their own, not in parts of a fused parameter or in experts")
+            reasons.append(
+                "biases are corrected in linears of their own, not in parts of a fused parameter or in experts"
+            )
         if scheme.activation is not None and not scheme.activation.dynamic:
-            reasons.append("biases are corrected for dynamic activation scales; use activation.dynamic=true")
+            reasons.append(
+                "biases are corrected for dynamic activation scales; use activation.dynamic=true"
+            )
         return reasons
 
     @torch.no_grad()
-    def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
+    def round_block(
+        self, block: BlockView, scheme: Scheme, rng: Generator
+    ) -> dict[str, QuantizedWeight]:
         """Round every linear and correct its bias in place; notes: by linear, the largest correction."""
         rounded: dict[str, QuantizedWeight] = {}
         notes: dict[str, float] = {}
@@ -121,14 +131,19 @@ class Rounding:
             names = [linear.name for linear in members]
             for name, (mean, rounded_mean) in _means(block, names, placed, scheme).items():
                 weight = block.linear(name).weight.double()
-                shift = rounded[name].dequantize().to(weight.device).double() @ rounded_mean - weight @ mean
+                shift = (
+                    rounded[name].dequantize().to(weight.device).double() @ rounded_mean
+                    - weight @ mean
+                )
                 corrections[name] = shift
                 if self.settings.sequential:
                     _correct(block.linear(name), shift)
             if self.settings.sequential:
                 for name in names:
                     weight = block.linear(name).weight
-                    placed[f"{name}.weight"] = rounded[name].dequantize().to(weight.device, weight.dtype)
+                    placed[f"{name}.weight"] = (
+                        rounded[name].dequantize().to(weight.device, weight.dtype)
+                    )
         for name, shift in corrections.items():
             if not self.settings.sequential:
                 _correct(block.linear(name), shift)
@@ -141,7 +156,9 @@ class Rounding:
         size = weight.shape[1] if own.group_size == -1 else own.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)
         grid = fit(grouped, int(own.bits), own.symmetric, self.settings.grid, own.scale_dtype)
-        return UniformWeight.from_grid(grid.quantize(grouped), grid, symmetric=own.symmetric, scale_dtype=own.scale_dtype)
+        return UniformWeight.from_grid(
+            grid.quantize(grouped), grid, symmetric=own.symmetric, scale_dtype=own.scale_dtype
+        )
 
 
 def _means(
@@ -166,7 +183,10 @@ def _means(
 
     for hidden in block.inputs():
         block.run(hidden, placed, receive)
-    return {name: (total / tokens[name], rounded / tokens[name]) for name, (total, rounded) in sums.items()}
+    return {
+        name: (total / tokens[name], rounded / tokens[name])
+        for name, (total, rounded) in sums.items()
+    }
 
 
 def _correct(linear: nn.Linear, shift: Tensor) -> None:

@@ -28,7 +28,13 @@ from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
 from harness.quantization.methods.checks import check_grid
 from harness.quantization.methods.folding import fold_scales, repeat_scales
-from harness.quantization.methods.protocols import BlockView, Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.protocols import (
+    BlockView,
+    Evidence,
+    Scheme,
+    WeightScheme,
+    require_finite,
+)
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
 
@@ -88,7 +94,11 @@ class Transform:
         left_out: list[str] = []
         for pair in block.shapes.pairs:
             title = f"{pair.producer} → {', '.join(pair.consumers)}"
-            if _is_value_pair(pair) and not self.settings.scale_grouped_values and not _same_shape(block, pair):
+            if (
+                _is_value_pair(pair)
+                and not self.settings.scale_grouped_values
+                and not _same_shape(block, pair)
+            ):
                 left_out.append(title)
                 continue
             scales, notes[title] = self._search(block, pair, scheme)
@@ -97,12 +107,14 @@ class Transform:
             fold_scales(block, pair, scales)
         return {"scales": notes, "left_out": left_out}
 
-    def _search(self, block: BlockView, pair: ScalePair, scheme: Scheme) -> tuple[Tensor, dict[str, float]]:
+    def _search(
+        self, block: BlockView, pair: ScalePair, scheme: Scheme
+    ) -> tuple[Tensor, dict[str, float]]:
         """The scales of the producer's channels [in / repeats] with the least loss, and what the record should hold."""
         weights = {name: block.linear(name).weight.float() for name in pair.consumers}
         schemes = {name: scheme.weight_for(block.index, name) for name in pair.consumers}
         activity = block.evidence[pair.consumers[0]]["abs_mean"].float()
-        if pair.repeats > 1:                                        # [kv heads, repeats, head_dim] -> one per kv channel
+        if pair.repeats > 1:  # [kv heads, repeats, head_dim] -> one per kv channel
             activity = activity.reshape(-1, pair.repeats, block.shapes.head_dim).mean(1).reshape(-1)
         compared = _OutputLoss(block, pair, weights) if pair.region else None
 
@@ -113,7 +125,8 @@ class Transform:
             scales = scales / (scales.max() * scales.min()).sqrt()
             columns = repeat_scales(scales, pair, block.shapes)
             rounded = {
-                name: _nearest(weight * columns, schemes[name], self.settings.grid) / columns for name, weight in weights.items()
+                name: _nearest(weight * columns, schemes[name], self.settings.grid) / columns
+                for name, weight in weights.items()
             }
             loss = compared(rounded) if compared else _hessian_loss(block, weights, rounded)
             unscaled = loss if step == 0 else unscaled
@@ -134,7 +147,9 @@ class _OutputLoss:
     def __init__(self, block: BlockView, pair: ScalePair, weights: Mapping[str, Tensor]) -> None:
         self.block, self.region = block, pair.region
         self.dtypes = {name: block.linear(name).weight.dtype for name in weights}
-        self.originals = [block.run_region(pair.region, index) for index in range(len(block.inputs()))]
+        self.originals = [
+            block.run_region(pair.region, index) for index in range(len(block.inputs()))
+        ]
 
     def __call__(self, rounded: Mapping[str, Tensor]) -> float:
         named = {f"{name}.weight": weight.to(self.dtypes[name]) for name, weight in rounded.items()}
@@ -146,12 +161,16 @@ class _OutputLoss:
         return total / count
 
 
-def _hessian_loss(block: BlockView, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> float:
+def _hessian_loss(
+    block: BlockView, weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor]
+) -> float:
     """Mean over tokens and outputs of ((W' - W) x)², from the second moment of x."""
     total, outputs = 0.0, 0
     for name, weight in weights.items():
         change = rounded[name] - weight
-        total += float(((change @ block.evidence[name]["hessian"]) * change).sum(dtype=torch.float64))
+        total += float(
+            ((change @ block.evidence[name]["hessian"]) * change).sum(dtype=torch.float64)
+        )
         outputs += weight.shape[0]
     return total / outputs
 
@@ -162,7 +181,10 @@ def _is_value_pair(pair: ScalePair) -> bool:
 
 
 def _same_shape(block: BlockView, pair: ScalePair) -> bool:
-    return all(block.linear(name).weight.shape == block.linear(pair.producer).weight.shape for name in pair.consumers)
+    return all(
+        block.linear(name).weight.shape == block.linear(pair.producer).weight.shape
+        for name in pair.consumers
+    )
 
 
 class Rounding:
@@ -204,14 +226,19 @@ class Rounding:
         return check_grid(scheme, shapes, convention=self.settings.grid)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, and the inputs of the search in float32."""
         assert evidence is not None, "awq needs the layer's inputs"
         require_finite(weight)
         settings = self.settings
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-        grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
+        grouped = weight.reshape(weight.shape[0], -1, size)  # [out, groups, g]
         fitting = Fitting.of(weight, scheme, settings.grid)
         is_query_or_key = any(part in name.rpartition(".")[2] for part in QUERY_AND_KEY)
         if settings.clip and scheme.group_size != -1 and not is_query_or_key:
@@ -236,7 +263,9 @@ class Rounding:
         for step in range(self.settings.clip_steps):
             bound = largest * (1 - step / 20)
             clipped = grouped.clamp(-bound, bound)
-            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(0, 1)         # [groups, out, g]
+            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(
+                0, 1
+            )  # [groups, out, g]
             error = (torch.bmm(change, moments) * change).sum(-1, keepdim=True).transpose(0, 1)
             better = error < lowest
             lowest = torch.where(better, error, lowest)
@@ -247,6 +276,6 @@ class Rounding:
 def group_moments(inputs: Tensor, group_size: int, tokens: int) -> Tensor:
     """Mean of x xᵀ within every group, [groups, g, g] float32, over about `tokens` of the inputs [..., in] at equal distances."""
     x = inputs.reshape(-1, inputs.shape[-1])
-    x = x[::max(1, x.shape[0] // tokens)].float()
-    x = x.reshape(x.shape[0], -1, group_size).transpose(0, 1)                  # [groups, tokens, g]
+    x = x[:: max(1, x.shape[0] // tokens)].float()
+    x = x.reshape(x.shape[0], -1, group_size).transpose(0, 1)  # [groups, tokens, g]
     return torch.bmm(x.transpose(1, 2), x) / x.shape[1]

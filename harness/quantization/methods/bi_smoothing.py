@@ -27,7 +27,7 @@ from harness.quantization.methods.folding import fold_scales
 from harness.quantization.methods.protocols import BlockView, Scheme
 
 STATISTICS = ("max_med", "max_max")
-SMALLEST = 1e-8                         # added to weights; the floor of activations, which the author leaves free to be 0
+SMALLEST = 1e-8  # added to weights; the floor of activations, which the author leaves free to be 0
 
 
 class Transform:
@@ -56,7 +56,9 @@ class Transform:
             if self.statistic not in STATISTICS:
                 raise ValueError(f'no statistic "{self.statistic}"; known: {", ".join(STATISTICS)}')
             if not self.divisor > 0:
-                raise ValueError(f"divisor is {self.divisor}; it must be positive (leave the transform out to switch it off)")
+                raise ValueError(
+                    f"divisor is {self.divisor}; it must be positive (leave the transform out to switch it off)"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -66,11 +68,15 @@ class Transform:
         reasons = []
         beyond = [index for index in self.settings.blocks if not 0 <= index < shapes.blocks]
         if beyond:
-            reasons.append(f"the model has {shapes.blocks} blocks, so none of index {', '.join(map(str, beyond))}")
+            reasons.append(
+                f"the model has {shapes.blocks} blocks, so none of index {', '.join(map(str, beyond))}"
+            )
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if fused and not self.settings.fold:
             names = ", ".join(dict.fromkeys(fused))
-            reasons.append(f"run-time scales need linears of their own; fused here: {names}; use fold=true")
+            reasons.append(
+                f"run-time scales need linears of their own; fused here: {names}; use fold=true"
+            )
         if self.settings.fold and not any(pair.kind == "norm" for pair in shapes.pairs):
             reasons.append(f'family "{shapes.family}" states no norm whose output can be scaled')
         return reasons
@@ -85,11 +91,16 @@ class Transform:
             for pair in (pair for pair in block.shapes.pairs if pair.kind == "norm"):
                 scales = self._scales(block, pair.consumers)
                 fold_scales(block, pair, scales)
-                notes[pair.producer] = {"smallest": float(scales.min()), "largest": float(scales.max())}
+                notes[pair.producer] = {
+                    "smallest": float(scales.min()),
+                    "largest": float(scales.max()),
+                }
             return {"scales": notes}
         for linear in block.shapes.linears:
             weight = block.linear(linear.name).weight
-            scales = self._scales(block, (linear.name,)).to(weight.dtype).float()      # as it will be divided by
+            scales = (
+                self._scales(block, (linear.name,)).to(weight.dtype).float()
+            )  # as it will be divided by
             weight.copy_(weight.float() * scales)
             block.set_input(linear.name, "input_scale", scales)
             notes[linear.name] = {"smallest": float(scales.min()), "largest": float(scales.max())}
@@ -98,9 +109,15 @@ class Transform:
     def _scales(self, block: BlockView, names: tuple[str, ...]) -> Tensor:
         """s [in] of linears with one input."""
         maxima = block.evidence[names[0]]["abs_max_per_sequence"].float()
-        activations = maxima.median(0).values if self.settings.statistic == "max_med" else maxima.amax(0)
-        weights = torch.stack([block.linear(name).weight.float().abs().amax(0) for name in names]).amax(0)
-        scales = (activations.clamp(min=SMALLEST) / (weights + SMALLEST)).sqrt() / self.settings.divisor
+        activations = (
+            maxima.median(0).values if self.settings.statistic == "max_med" else maxima.amax(0)
+        )
+        weights = torch.stack(
+            [block.linear(name).weight.float().abs().amax(0) for name in names]
+        ).amax(0)
+        scales = (
+            activations.clamp(min=SMALLEST) / (weights + SMALLEST)
+        ).sqrt() / self.settings.divisor
         if not bool(torch.isfinite(scales).all()):
             raise MethodError(
                 f"block {block.index}: the scales of {', '.join(names)} are not finite; load the model in a wider dtype "

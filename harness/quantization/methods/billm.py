@@ -29,14 +29,20 @@ from torch import Generator, Tensor
 
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite, shared_factor
+from harness.quantization.methods.protocols import (
+    Evidence,
+    Scheme,
+    WeightScheme,
+    require_finite,
+    shared_factor,
+)
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight
 
-LEVELS = ("below", "above", "salient", "residual")     # the four binarizations of a block
+LEVELS = ("below", "above", "salient", "residual")  # the four binarizations of a block
 QUANTILES = torch.linspace(0.10, 0.90, 81)
 
 
@@ -73,7 +79,9 @@ class SplitBinaryWeight(QuantizedWeight):
         size = self.shape[1] // self.mean.shape[2]
 
         def pair(level: int, plus: Tensor) -> Tensor:
-            mean, scale = (part[level].repeat_interleave(size, 1) for part in (self.mean, self.scale))
+            mean, scale = (
+                part[level].repeat_interleave(size, 1) for part in (self.mean, self.scale)
+            )
             return mean + torch.where(plus, scale, -scale)
 
         split = torch.where(self.above, pair(1, self.signs), pair(0, self.signs))
@@ -82,11 +90,16 @@ class SplitBinaryWeight(QuantizedWeight):
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         target = SCALE_DTYPES[self.scale_dtype]
         bitmaps = {
-            "salient": self.salient, "above": self.above[:, ~self.salient], "signs": self.signs,
+            "salient": self.salient,
+            "above": self.above[:, ~self.salient],
+            "signs": self.signs,
             "second_signs": self.second_signs[:, self.salient],
         }
         tensors = {name: pack(bitmap.to(torch.uint8), 1) for name, bitmap in bitmaps.items()}
-        tensors |= {"mean": self.mean.to(target).contiguous(), "scale": self.scale.to(target).contiguous()}
+        tensors |= {
+            "mean": self.mean.to(target).contiguous(),
+            "scale": self.scale.to(target).contiguous(),
+        }
         return tensors, {"shape": list(self.shape), "scale_dtype": self.scale_dtype}
 
     @classmethod
@@ -95,10 +108,22 @@ class SplitBinaryWeight(QuantizedWeight):
         salient = unpack(tensors["salient"], 1, columns).bool()
         above, second = torch.zeros(2, rows, columns, dtype=torch.bool, device=salient.device)
         few = int(salient.sum())
-        above[:, ~salient] = unpack(tensors["above"], 1, rows * (columns - few)).reshape(rows, -1).bool()
-        second[:, salient] = unpack(tensors["second_signs"], 1, rows * few).reshape(rows, few).bool()
+        above[:, ~salient] = (
+            unpack(tensors["above"], 1, rows * (columns - few)).reshape(rows, -1).bool()
+        )
+        second[:, salient] = (
+            unpack(tensors["second_signs"], 1, rows * few).reshape(rows, few).bool()
+        )
         signs = unpack(tensors["signs"], 1, rows * columns).reshape(rows, columns).bool()
-        return cls(salient, above, signs, second, tensors["mean"].float(), tensors["scale"].float(), meta["scale_dtype"])
+        return cls(
+            salient,
+            above,
+            signs,
+            second,
+            tensors["mean"].float(),
+            tensors["scale"].float(),
+            meta["scale_dtype"],
+        )
 
 
 class Rounding:
@@ -129,7 +154,9 @@ class Rounding:
             if self.salience not in ("hessian", "magnitude"):
                 raise ValueError(f'no salience "{self.salience}"; known: hessian, magnitude')
             if self.salient_columns < 1:
-                raise ValueError(f"salient_columns is {self.salient_columns}; it must be at least 1")
+                raise ValueError(
+                    f"salient_columns is {self.salient_columns}; it must be at least 1"
+                )
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
 
@@ -158,29 +185,50 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32; some 260 binarizations of every block. Peak memory: four copies of weight."""
-        return _round(weight, shared_factor(weight, evidence, self.settings.damping_fraction), scheme, self.settings)
+        return _round(
+            weight,
+            shared_factor(weight, evidence, self.settings.damping_fraction),
+            scheme,
+            self.settings,
+        )
 
-    def round_unseen(self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator) -> QuantizedWeight:
+    def round_unseen(
+        self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
         """A matrix that too few tokens reached, such as an expert's: salience by magnitude, and no feedback."""
         require_finite(weight)
-        return _round(weight, Factor.uncalibrated(weight), scheme, replace(self.settings, salience="magnitude", feedback=False))
+        return _round(
+            weight,
+            Factor.uncalibrated(weight),
+            scheme,
+            replace(self.settings, salience="magnitude", feedback=False),
+        )
 
 
-def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings) -> QuantizedWeight:
+def _round(
+    weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings
+) -> QuantizedWeight:
     weight = weight.masked_fill(factor.dead, 0)
     rows, columns = weight.shape
     size, blocks = scheme.group_size, columns // scheme.group_size
     diagonal = factor.upper.diagonal()
     salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
-    above, signs, second_signs = torch.zeros(3, rows, columns, dtype=torch.bool, device=weight.device)
+    above, signs, second_signs = torch.zeros(
+        3, rows, columns, dtype=torch.bool, device=weight.device
+    )
     mean, scale = torch.zeros(2, 4, rows, blocks, device=weight.device)
     values = torch.empty_like(weight)
 
     def round_block(start: int, block: Tensor) -> None:
-        block = block.contiguous()                            # one memory layout, so that sums over it have one order
+        block = block.contiguous()  # one memory layout, so that sums over it have one order
         here, number = slice(start, start + size), start // size
         target = block if settings.salience == "magnitude" else (block / diagonal[here]).square()
         columns_kept = choose_columns(target, settings.salient_columns)
@@ -190,12 +238,15 @@ def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Round
         above[:, here] = (target.abs() >= split) & ~everywhere
         below = ~above[:, here] & ~everywhere
         parts = (
-            *binarize(block, below, 1, scheme.scale_dtype), *binarize(block, above[:, here], 1, scheme.scale_dtype),
+            *binarize(block, below, 1, scheme.scale_dtype),
+            *binarize(block, above[:, here], 1, scheme.scale_dtype),
             *binarize(block, everywhere, 2, scheme.scale_dtype),
         )
         for level, part in enumerate(parts):
             mean[level, :, number], scale[level, :, number] = part.mean[:, 0], part.scale[:, 0]
-        signs[:, here] = torch.where(everywhere, parts[2].plus, torch.where(above[:, here], parts[1].plus, parts[0].plus))
+        signs[:, here] = torch.where(
+            everywhere, parts[2].plus, torch.where(above[:, here], parts[1].plus, parts[0].plus)
+        )
         second_signs[:, here] = parts[3].plus & everywhere
         values[:, here] = sum(part.values for part in parts)
 
@@ -258,7 +309,7 @@ def choose_columns(target: Tensor, most: int) -> Tensor:
         mask = torch.zeros_like(target, dtype=torch.bool)
         mask[:, ranked[:count]] = True
         errors.append(_error(target, binarize(target, mask, 2), binarize(target, ~mask, 2)))
-    best = int(torch.stack(errors).argmin())                      # the first of equal ones
+    best = int(torch.stack(errors).argmin())  # the first of equal ones
     chosen = torch.zeros(target.shape[1], dtype=torch.bool, device=target.device)
     chosen[ranked[: best + 1]] = True
     return chosen
@@ -272,5 +323,7 @@ def choose_split(target: Tensor, salient: Tensor) -> Tensor:
     errors = []
     for level in levels:
         above = (magnitude >= level) & ~salient
-        errors.append(_error(target, binarize(target, ~above & ~salient, 1), binarize(target, above, 1), kept))
+        errors.append(
+            _error(target, binarize(target, ~above & ~salient, 1), binarize(target, above, 1), kept)
+        )
     return levels[int(torch.stack(errors).argmin())]

@@ -24,7 +24,11 @@ def check_rotations(shapes: Shapes) -> list[str]:
 
 
 def check_uniform(
-    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9), convention: str | None = None,
+    scheme: Scheme,
+    shapes: Shapes,
+    *,
+    bits: Collection[int] = range(2, 9),
+    convention: str | None = None,
     never_symmetric: str | None = None,
 ) -> list[str]:
     """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
@@ -33,12 +37,16 @@ def check_uniform(
     never_symmetric: the reason to refuse symmetric schemes for, where the method does.
     """
     reasons = _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
-    if never_symmetric is not None and any(weight.symmetric for weight, _ in _weight_schemes(scheme, shapes)):
+    if never_symmetric is not None and any(
+        weight.symmetric for weight, _ in _weight_schemes(scheme, shapes)
+    ):
         reasons.append(f"{never_symmetric}; use symmetric=false")
     return reasons
 
 
-def check_tables(scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9)) -> list[str]:
+def check_tables(
+    scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = range(2, 9)
+) -> list[str]:
     """Reasons why some linear cannot have one table of 2^bits values per output row."""
 
     def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
@@ -52,15 +60,22 @@ def check_tables(scheme: Scheme, shapes: Shapes, *, bits: Collection[int] = rang
 
 def check_grid(scheme: Scheme, shapes: Shapes, *, convention: str) -> list[str]:
     """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
-    return _check_grids(scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES)
+    return _check_grids(
+        scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES
+    )
 
 
 def _check_grids(
-    scheme: Scheme, shapes: Shapes, bits: Collection[int], convention: str | None, formats: Collection[str], scales: Collection[str]
+    scheme: Scheme,
+    shapes: Shapes,
+    bits: Collection[int],
+    convention: str | None,
+    formats: Collection[str],
+    scales: Collection[str],
 ) -> list[str]:
     widths = f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
     reasons: list[str] = []
-    undivided: dict[int, dict[str, None]] = {}                    # group size -> layers, in order, each once
+    undivided: dict[int, dict[str, None]] = {}  # group size -> layers, in order, each once
     for weight, linears in _weight_schemes(scheme, shapes):
         if weight.format in formats:
             reasons += _check_format(weight, scales)
@@ -68,29 +83,44 @@ def _check_grids(
             reasons.append(unknown_name("number format", weight.format, ("int", *formats)))
             continue
         elif weight.format != "int":
-            reasons.append(f'format "{weight.format}" is not an integer grid; use scheme.weight.format=int or a method made for it')
+            reasons.append(
+                f'format "{weight.format}" is not an integer grid; use scheme.weight.format=int or a method made for it'
+            )
             continue
         else:
             if weight.zero_point != "integer" and not formats:
-                reasons.append("this method chooses zero points in its own way; leave scheme.weight.zero_point=integer")
+                reasons.append(
+                    "this method chooses zero points in its own way; leave scheme.weight.zero_point=integer"
+                )
             elif weight.zero_point != "integer" and weight.symmetric:
-                reasons.append("symmetric grids have no zero point to be float; use symmetric=false or zero_point=integer")
+                reasons.append(
+                    "symmetric grids have no zero point to be float; use symmetric=false or zero_point=integer"
+                )
             if weight.bits not in bits:
-                reasons.append(f"{weight.bits:g} bits; this method rounds to whole widths of {widths}")
+                reasons.append(
+                    f"{weight.bits:g} bits; this method rounds to whole widths of {widths}"
+                )
             if weight.scale_dtype not in scales:
                 reasons.append(f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(scales)}')
         if convention is not None and convention not in CONVENTIONS:
             reasons.append(f'no grid "{convention}"; known: {", ".join(CONVENTIONS)}')
         elif convention == "compressed" and weight.format == "int" and not weight.symmetric:
-            reasons.append('grid "compressed" is symmetric only; use a symmetric scheme or another grid')
+            reasons.append(
+                'grid "compressed" is symmetric only; use a symmetric scheme or another grid'
+            )
         size = weight.group_size
         if size != -1 and size < 2:
-            reasons.append(f"group size {size}; use -1 for one scale per output channel, or 2 and more")
+            reasons.append(
+                f"group size {size}; use -1 for one scale per output channel, or 2 and more"
+            )
         elif size != -1:
             for linear in linears:
                 if linear.in_features % size:
                     undivided.setdefault(size, {})[f"{linear.name} ({linear.in_features})"] = None
-    reasons += [f"group size {size} does not divide in_features of {', '.join(layers)}" for size, layers in undivided.items()]
+    reasons += [
+        f"group size {size} does not divide in_features of {', '.join(layers)}"
+        for size, layers in undivided.items()
+    ]
     return list(dict.fromkeys(reasons))
 
 
@@ -109,7 +139,9 @@ def _check_format(weight: WeightScheme, scales: Collection[str]) -> Iterator[str
         yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join((*scales, *fixed.more_scales))}'
 
 
-def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:
+def _weight_schemes(
+    scheme: Scheme, shapes: Shapes
+) -> Iterator[tuple[WeightScheme, list[LinearShape]]]:
     """Every distinct weight scheme of the model with the linears that have it in some block."""
     per_block = any(override.blocks is not None for override in scheme.overrides)
     found: dict[WeightScheme, dict[str, LinearShape]] = {}
@@ -120,7 +152,9 @@ def _weight_schemes(scheme: Scheme, shapes: Shapes) -> Iterator[tuple[WeightSche
         yield weight, list(linears.values())
 
 
-def refusals(scheme: Scheme, shapes: Shapes, reasons: Callable[[LinearShape, WeightScheme], Iterable[str]]) -> list[str]:
+def refusals(
+    scheme: Scheme, shapes: Shapes, reasons: Callable[[LinearShape, WeightScheme], Iterable[str]]
+) -> list[str]:
     """Every reason that reasons(linear, its weight scheme) gives, once, with all the layers that it concerns.
 
     "group_size 48 does not divide the inputs: self_attn.q_proj [32 × 32], mlp.down_proj [32 × 64] (blocks 0, 3)"; blocks are
@@ -135,7 +169,9 @@ def refusals(scheme: Scheme, shapes: Shapes, reasons: Callable[[LinearShape, Wei
     for reason, layers in found.items():
         parts = []
         for linear, blocks in layers.items():
-            some = "" if len(blocks) == shapes.blocks else f" (blocks {', '.join(map(str, blocks))})"
+            some = (
+                "" if len(blocks) == shapes.blocks else f" (blocks {', '.join(map(str, blocks))})"
+            )
             parts.append(f"{linear.name} [{linear.out_features} × {linear.in_features}]{some}")
         listed.append(f"{reason}: {', '.join(parts)}")
     return listed

@@ -25,8 +25,20 @@ from torch import Generator, Tensor, nn
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import Evidence, Network, Scheme, WeightScheme, require_finite
-from harness.quantization.numerics.dual_binary import LEVELS, DualBinaryWeight, TrainedScales, assemble, initial_step
+from harness.quantization.methods.protocols import (
+    Evidence,
+    Network,
+    Scheme,
+    WeightScheme,
+    require_finite,
+)
+from harness.quantization.numerics.dual_binary import (
+    LEVELS,
+    DualBinaryWeight,
+    TrainedScales,
+    assemble,
+    initial_step,
+)
 from harness.quantization.numerics.grids import as_stored
 from harness.quantization.numerics.training import steps_of
 from harness.quantization.numerics.weights import QuantizedWeight
@@ -55,7 +67,12 @@ class Rounding:
         return _check(scheme, shapes)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight, five with range_search."""
         require_finite(weight)
@@ -104,16 +121,27 @@ class Tuning:
         """As the rounding: 2 bits, in groups that divide every layer."""
         return _check(scheme, shapes)
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+    def linear(
+        self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None
+    ) -> nn.Module:
         """A linear that trains its two scales per group."""
         if not isinstance(weight, DualBinaryWeight):
-            raise MethodError(f'DB-LLM trains the scales of its own rounding, not those of "{weight.kind}"; use rounding=db_llm')
+            raise MethodError(
+                f'DB-LLM trains the scales of its own rounding, not those of "{weight.kind}"; use rounding=db_llm'
+            )
         if original is None:
-            raise MethodError("DB-LLM needs the weights before rounding, and a transform changed them; use no transform")
+            raise MethodError(
+                "DB-LLM needs the weights before rounding, and a transform changed them; use no transform"
+            )
         return _Linear(weight, bias, original, self.settings.through_thresholds)
 
     def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Tensor, rng: Generator
+        self,
+        student: Network,
+        teacher: Network | None,
+        parameters: Sequence[nn.Parameter],
+        windows: Tensor,
+        rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Distil the teacher; notes: the mean loss of every epoch."""
         assert teacher is not None, "needs the teacher"
@@ -126,24 +154,36 @@ class Tuning:
 
         def loss_of(sample: int) -> Tensor:
             sequence = tokens[sample : sample + 1]
-            return distillation_loss(student.logits(sequence), teacher.logits(sequence), settings.gamma)
+            return distillation_loss(
+                student.logits(sequence), teacher.logits(sequence), settings.gamma
+            )
 
         groups = [{"params": list(parameters), "lr": settings.rate}]
-        losses = yield from steps_of(loss_of, tokens.shape[0], groups, settings.epochs, "distillation")
+        losses = yield from steps_of(
+            loss_of, tokens.shape[0], groups, settings.epochs, "distillation"
+        )
         return {"loss": losses}
 
 
 class _Linear(nn.Module):
     """x W'ᵀ + b with W' = a1 b1 + a2 b2 as the scales stand."""
 
-    def __init__(self, weight: DualBinaryWeight, bias: Tensor | None, original: Tensor, through_thresholds: bool) -> None:
+    def __init__(
+        self,
+        weight: DualBinaryWeight,
+        bias: Tensor | None,
+        original: Tensor,
+        through_thresholds: bool,
+    ) -> None:
         super().__init__()
-        self.trained = TrainedScales(original, weight.first_scale, weight.second_scale, through_thresholds)
+        self.trained = TrainedScales(
+            original, weight.first_scale, weight.second_scale, through_thresholds
+        )
         self.scale_dtype = weight.scale_dtype
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.trained.weight().to(x.dtype), self.bias)      # type: ignore[arg-type]
+        return nn.functional.linear(x, self.trained.weight().to(x.dtype), self.bias)  # type: ignore[arg-type]
 
     def stored(self) -> DualBinaryWeight:
         return self.trained.stored(self.scale_dtype)
@@ -158,7 +198,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, gamma: float) -> Tensor:
         return loss.mean()
     with torch.no_grad():
         ambiguity = -(taught * log_teacher + log_student.exp() * log_student).sum(-1) / 2
-        weight = (ambiguity / ambiguity.mean().clamp(min=torch.finfo(torch.float32).tiny)).pow(gamma)
+        weight = (ambiguity / ambiguity.mean().clamp(min=torch.finfo(torch.float32).tiny)).pow(
+            gamma
+        )
     return (weight * loss).mean()
 
 

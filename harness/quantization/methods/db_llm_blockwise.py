@@ -56,7 +56,9 @@ class Rounding:
         """2 bits, in groups that divide every layer."""
         return check_uniform(scheme, shapes, bits=(2,), never_symmetric=LEVELS)
 
-    def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
+    def round_block(
+        self, block: BlockView, scheme: Scheme, rng: Generator
+    ) -> dict[str, QuantizedWeight]:
         """Quantize the block's linears. Peak memory: the block in float32 four times, and one sequence's activations."""
         trained: dict[str, TrainedScales] = {}
         for shape in block.shapes.linears:
@@ -65,19 +67,29 @@ class Rounding:
             size = scheme.weight_for(block.index, shape.name).group_size
             groups = weight.reshape(weight.shape[0], -1, weight.shape[1] if size == -1 else size)
             step = initial_step(groups, self.settings.range_search)[..., 0]
-            trained[shape.name] = TrainedScales(weight, 2 * step, -step, self.settings.through_thresholds)
+            trained[shape.name] = TrainedScales(
+                weight, 2 * step, -step, self.settings.through_thresholds
+            )
         dtypes = {name: block.linear(name).weight.dtype for name in trained}
         inputs, references = block.inputs(), block.references()
 
         def loss_of(sample: int) -> Tensor:
-            weights = {f"{name}.weight": scales.weight().to(dtypes[name]) for name, scales in trained.items()}
+            weights = {
+                f"{name}.weight": scales.weight().to(dtypes[name])
+                for name, scales in trained.items()
+            }
             output = block.run(inputs[sample], weights).float()
             return (output - references[sample].to(output.device).float()).square().mean()
 
-        groups_of = [{"params": [scales.growth for scales in trained.values()], "lr": self.settings.rate}]
-        losses = train(loss_of, len(inputs), groups_of, self.settings.epochs, f"block {block.index}")
+        groups_of = [
+            {"params": [scales.growth for scales in trained.values()], "lr": self.settings.rate}
+        ]
+        losses = train(
+            loss_of, len(inputs), groups_of, self.settings.epochs, f"block {block.index}"
+        )
         if losses:
             block.notes["db_llm_blockwise"] = {"loss": losses}
         return {
-            name: scales.stored(scheme.weight_for(block.index, name).scale_dtype) for name, scales in trained.items()
+            name: scales.stored(scheme.weight_for(block.index, name).scale_dtype)
+            for name, scales in trained.items()
         }

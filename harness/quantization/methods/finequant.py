@@ -59,13 +59,20 @@ class Rounding:
             if not weight.symmetric:
                 problems.append("FineQuant has no zero points; use symmetric=true")
             if weight.group_size != -1:
-                problems.append(f"FineQuant chooses its groups; leave group_size at -1 instead of {weight.group_size}")
+                problems.append(
+                    f"FineQuant chooses its groups; leave group_size at -1 instead of {weight.group_size}"
+                )
             return problems
 
         return check_uniform(scheme, shapes, bits=(3, 4, 8)) + refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight."""
         require_finite(weight)
@@ -73,7 +80,14 @@ class Rounding:
         bits = int(scheme.bits)
         grouped = weight.reshape(weight.shape[0], -1, size)
         largest = grouped.abs().amax(-1, keepdim=True)
-        grid = from_range(-largest, largest, bits, symmetric=True, convention="awq", scale_dtype=scheme.scale_dtype)
+        grid = from_range(
+            -largest,
+            largest,
+            bits,
+            symmetric=True,
+            convention="awq",
+            scale_dtype=scheme.scale_dtype,
+        )
         codes = grid.quantize(grouped).clamp_(min=1)
         return UniformWeight.from_grid(codes, grid, symmetric=True, scale_dtype=scheme.scale_dtype)
 
@@ -82,7 +96,7 @@ def choose_group_size(weight: Tensor, alpha: float, minimum_group: int) -> int:
     """The group size of one matrix [out, in]; in · 2^-i, never below minimum_group. It does not depend on the bits."""
     size = weight.shape[1]
     magnitude = weight.abs()
-    spread = magnitude.amax(1)                                    # R_g, [out]
+    spread = magnitude.amax(1)  # R_g, [out]
     while size % 2 == 0 and size // 2 >= minimum_group:
         finer = magnitude.reshape(weight.shape[0], -1, size // 2).amax(-1).mean(1)
         shrink = torch.where(spread > 0, 1 - finer / spread, 0.0)

@@ -23,13 +23,15 @@ def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
     if pair.kind == "norm":
         norm = block.module.get_submodule(pair.producer)
         weight, bias = norm.weight, getattr(norm, "bias", None)
-        weight.copy_((weight.float() + pair.offset) / scales - pair.offset)    # type: ignore[operator]
+        weight.copy_((weight.float() + pair.offset) / scales - pair.offset)  # type: ignore[operator]
         if bias is not None:
             bias.copy_(bias.float() / scales)
     else:
         linear = block.linear(pair.producer)
-        rows = scales.numel()                                                  # of a fused q, k, v: the last ones, the values
-        linear.weight[-rows:] = (linear.weight[-rows:].float() / scales[:, None]).to(linear.weight.dtype)
+        rows = scales.numel()  # of a fused q, k, v: the last ones, the values
+        linear.weight[-rows:] = (linear.weight[-rows:].float() / scales[:, None]).to(
+            linear.weight.dtype
+        )
         if linear.bias is not None:
             linear.bias[-rows:] = (linear.bias[-rows:].float() / scales).to(linear.bias.dtype)
     columns = repeat_scales(scales, pair, block.shapes)
@@ -50,7 +52,10 @@ def writes_residual(shapes: Shapes) -> list[str]:
 
 
 def rotate_block(
-    block: BlockView, residual: Tensor, heads: Callable[[Tensor, int], Tensor], outputs: Callable[[Tensor, int], Tensor],
+    block: BlockView,
+    residual: Tensor,
+    heads: Callable[[Tensor, int], Tensor],
+    outputs: Callable[[Tensor, int], Tensor],
 ) -> dict[str, Tensor]:
     """Parameters of a block behind x -> x Q of the residual stream and a rotation of its values, by name; computed in Q's dtype.
 
@@ -82,12 +87,18 @@ def rotate_block(
         put(f"{name}.weight", residual.T @ linear.weight.to(dtype), linear.weight)
         if linear.bias is not None:
             put(f"{name}.bias", residual.T @ linear.bias.to(dtype), linear.bias)
-    for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)):
-        rows = shapes.kv_heads * shapes.head_dim                                # of a fused q, k, v: the last ones, the values
+    for pair in (
+        pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)
+    ):
+        rows = shapes.kv_heads * shapes.head_dim  # of a fused q, k, v: the last ones, the values
         for name in (f"{pair.producer}.weight", f"{pair.producer}.bias"):
             if (values := take(name)) is not None:
                 by_head = values[-rows:].to(dtype).unflatten(0, (shapes.kv_heads, shapes.head_dim))
-                put(name, torch.cat((values[:-rows].to(dtype), heads(by_head, 1).flatten(0, 1))), values)
+                put(
+                    name,
+                    torch.cat((values[:-rows].to(dtype), heads(by_head, 1).flatten(0, 1))),
+                    values,
+                )
         for consumer in pair.consumers:
             reader = take(f"{consumer}.weight")
             assert reader is not None
@@ -114,5 +125,9 @@ def put_parameters(block: BlockView, values: Mapping[str, Tensor]) -> None:
     linears = {linear.name for linear in block.shapes.linears}
     for name, value in values.items():
         owner, _, kind = name.rpartition(".")
-        parameter = getattr(block.linear(owner), kind) if owner in linears else block.module.get_parameter(name)
+        parameter = (
+            getattr(block.linear(owner), kind)
+            if owner in linears
+            else block.module.get_parameter(name)
+        )
         parameter.copy_(value)

@@ -89,11 +89,20 @@ class Rounding:
         return reasons
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, or four [in, in] while H is factored."""
         settings = self.settings
-        return self._round(weight, shared_factor(weight, evidence, settings.damping_fraction, settings.act_order), scheme)
+        return self._round(
+            weight,
+            shared_factor(weight, evidence, settings.damping_fraction, settings.act_order),
+            scheme,
+        )
 
     def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
         rows, columns = weight.shape
@@ -103,7 +112,9 @@ class Rounding:
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
         fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
-        form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])        # of all grids; one per channel: the grid
+        form = fitting.fit(
+            weight if scheme.group_size == -1 else weight[:, :size]
+        )  # of all grids; one per channel: the grid
         w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)
@@ -121,12 +132,18 @@ class Rounding:
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
 
         def round_column(column: int, matrix: Columns) -> Tensor:
-            if dynamic and column == matrix.start:                             # fit all groups that begin in this block
+            if dynamic and column == matrix.start:  # fit all groups that begin in this block
                 first, last = -(-column // size), -(-(column + matrix.block.shape[1]) // size)
                 if first < last:
-                    grid = fitting.fit(matrix.weight[:, first * size:last * size].reshape(rows, last - first, size))
+                    grid = fitting.fit(
+                        matrix.weight[:, first * size : last * size].reshape(
+                            rows, last - first, size
+                        )
+                    )
                     scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
-            grid = dataclasses.replace(form, scale=scale[group_of[column]], zero=zero[group_of[column]])
+            grid = dataclasses.replace(
+                form, scale=scale[group_of[column]], zero=zero[group_of[column]]
+            )
             code = grid.quantize(matrix[column])
             codes[column] = code
             return grid.dequantize(code)
@@ -142,7 +159,9 @@ class Rounding:
             codes = restored.T.contiguous()
             if dynamic and groups > 1:
                 column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
-                column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
+                column_group[order] = (torch.arange(columns, device=w.device) // size).to(
+                    torch.int32
+                )
         grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
         return on_grid(codes, grid, scheme, column_group)
 

@@ -38,7 +38,7 @@ class AcrossRowsWeight(QuantizedWeight):
     """Groups of g weights that lie out · in / g apart in the row-major matrix (axis 0): a uniform matrix with one row per group."""
 
     kind = "uniform_across_rows"
-    grouped: UniformWeight                      # [out · in / g, g]
+    grouped: UniformWeight  # [out · in / g, g]
     rows: int
 
     @property
@@ -92,7 +92,9 @@ class Rounding:
             if not 0 < self.norm <= 1:
                 raise ValueError(f"norm is {self.norm}; it must be in (0, 1]")
             if self.iterations < 0 or not self.beta > 0 or not self.kappa > 0:
-                raise ValueError(f"iterations={self.iterations}, beta={self.beta}, kappa={self.kappa}: all must be positive")
+                raise ValueError(
+                    f"iterations={self.iterations}, beta={self.beta}, kappa={self.kappa}: all must be positive"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -106,10 +108,17 @@ class Rounding:
             elif self.settings.axis == 0 and linear.out_features % weight.group_size:
                 yield f"group_size {weight.group_size} does not divide the output rows, across which axis=0 groups"
 
-        return check_uniform(scheme, shapes, never_symmetric="HQQ optimizes zero points") + refusals(scheme, shapes, reasons)
+        return check_uniform(
+            scheme, shapes, never_symmetric="HQQ optimizes zero points"
+        ) + refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight."""
         require_finite(weight)
@@ -123,7 +132,9 @@ class Rounding:
         scale = as_stored(1 / inverse_scale, scheme.scale_dtype)
         zero = as_stored(zero, scheme.scale_dtype)
         if across:
-            return AcrossRowsWeight(UniformWeight(codes, scale, zero, bits, scheme.scale_dtype), rows)
+            return AcrossRowsWeight(
+                UniformWeight(codes, scale, zero, bits, scheme.scale_dtype), rows
+            )
         scale, zero = scale.reshape(rows, -1), zero.reshape(rows, -1)
         return UniformWeight(codes.reshape(rows, columns), scale, zero, bits, scheme.scale_dtype)
 
@@ -132,7 +143,9 @@ class Rounding:
         settings, top = self.settings, 2**bits - 1
         lo, hi = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
         spread = hi - lo
-        inverse_scale = torch.where(spread > SMALLEST_RANGE, top / spread, 1.0).clamp(max=LARGEST_INVERSE_SCALE)
+        inverse_scale = torch.where(spread > SMALLEST_RANGE, top / spread, 1.0).clamp(
+            max=LARGEST_INVERSE_SCALE
+        )
         zero = -lo * inverse_scale
         if bits == 4 if settings.round_initial is None else settings.round_initial:
             zero = torch.round(zero)
@@ -143,7 +156,7 @@ class Rounding:
             size = error.abs()
             kept = error.sign() * (size - size.pow(settings.norm - 1) / beta).clamp_(min=0)
             zero = (codes - (values - kept) * inverse_scale).mean(1, keepdim=True)
-            mean_error = float(size.mean())                       # of the zero points before this update
+            mean_error = float(size.mean())  # of the zero points before this update
             if settings.early_stop and not mean_error < lowest:
                 break
             lowest = min(lowest, mean_error)

@@ -32,7 +32,12 @@ from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_uniform, refusals
 from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
-from harness.quantization.numerics.adapters import AdapterTuning, LowRankLinear, StoredSettings, Student
+from harness.quantization.numerics.adapters import (
+    AdapterTuning,
+    LowRankLinear,
+    StoredSettings,
+    Student,
+)
 from harness.quantization.numerics.block_maxima import (
     SECOND_BLOCK,
     SMALLEST,
@@ -46,7 +51,7 @@ from harness.quantization.numerics.grids import Grid, encode, from_range
 from harness.quantization.numerics.training import Document
 from harness.quantization.numerics.weights import NormalFloatWeight, QuantizedWeight, UniformWeight
 
-SIGMA = 1 / 1.848130637                         # of NF4: its outermost quantile, Φ⁻¹(0.9677083), is the largest magnitude
+SIGMA = 1 / 1.848130637  # of NF4: its outermost quantile, Φ⁻¹(0.9677083), is the largest magnitude
 BLOCKS_AT_ONCE = 2**16
 INTEGER_RANGE, INTEGER_STEPS = 0.1, 50
 
@@ -75,17 +80,29 @@ class ShiftedWeight(QuantizedWeight):
         values = self.base.dequantize()
         scale = self.shift_scale.repeat_interleave(SECOND_BLOCK)[: self.shift_codes.numel()]
         shift = dynamic_table().to(scale.device)[self.shift_codes.long()] * scale
-        return values + shift.repeat_interleave(self.base.block)[: values.numel()].reshape(values.shape)
+        return values + shift.repeat_interleave(self.base.block)[: values.numel()].reshape(
+            values.shape
+        )
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inner, meta = self.base.pack()
         tensors = {f"base_{name}": tensor for name, tensor in inner.items()}
-        return {**tensors, "shift_codes": self.shift_codes, "shift_scale": self.shift_scale}, {"base": meta}
+        return {**tensors, "shift_codes": self.shift_codes, "shift_scale": self.shift_scale}, {
+            "base": meta
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
-        inner = {name.removeprefix("base_"): tensor for name, tensor in tensors.items() if name.startswith("base_")}
-        return cls(NormalFloatWeight.unpack(inner, meta["base"]), tensors["shift_codes"], tensors["shift_scale"])
+        inner = {
+            name.removeprefix("base_"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("base_")
+        }
+        return cls(
+            NormalFloatWeight.unpack(inner, meta["base"]),
+            tensors["shift_codes"],
+            tensors["shift_scale"],
+        )
 
 
 class Rounding:
@@ -106,7 +123,9 @@ class Rounding:
 
         def __post_init__(self) -> None:
             if not self.shift_range >= 0 or self.shift_steps < 0:
-                raise ValueError(f"shift_range {self.shift_range} and shift_steps {self.shift_steps} must not be negative")
+                raise ValueError(
+                    f"shift_range {self.shift_range} and shift_steps {self.shift_steps} must not be negative"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -124,7 +143,12 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: four copies of weight, and 2^16 blocks in the search."""
         require_finite(weight)
@@ -132,14 +156,23 @@ class Rounding:
             size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
             groups = weight.reshape(weight.shape[0], -1, size)
             grid = widest_codes(groups, int(scheme.bits), scheme.symmetric, scheme.scale_dtype)
-            return UniformWeight.from_grid(grid.quantize(groups), grid, symmetric=scheme.symmetric, scale_dtype=scheme.scale_dtype)
+            return UniformWeight.from_grid(
+                grid.quantize(groups),
+                grid,
+                symmetric=scheme.symmetric,
+                scale_dtype=scheme.scale_dtype,
+            )
         size, flat = scheme.group_size, weight.reshape(-1)
         whole = flat.numel() - flat.numel() % size
         parts = [*flat[:whole].reshape(-1, size).split(BLOCKS_AT_ONCE), flat[whole:].unsqueeze(0)]
         shift = torch.cat([self._shifts(part) for part in parts if part.numel()])
         scaled, values = unit_blocks(flat - shift.repeat_interleave(size)[: flat.numel()], size)
         codes = encode(scaled, FORMATS["nf4"].element).reshape(weight.shape)
-        maxima = BlockMaxima.double_quantized(values) if scheme.scale_dtype == DOUBLE_QUANTIZED else BlockMaxima(values)
+        maxima = (
+            BlockMaxima.double_quantized(values)
+            if scheme.scale_dtype == DOUBLE_QUANTIZED
+            else BlockMaxima(values)
+        )
         base = NormalFloatWeight(codes, maxima, size)
         largest = torch.stack([group.abs().max() for group in shift.split(SECOND_BLOCK)])
         divisor = largest.clamp(min=SMALLEST).repeat_interleave(SECOND_BLOCK)[: shift.numel()]
@@ -156,7 +189,9 @@ class Rounding:
         element, size = FORMATS["nf4"].element, blocks.shape[1]
 
         def codes(shift: Tensor) -> Tensor:
-            return encode(unit_blocks((blocks - shift).reshape(-1), size)[0], element).reshape(blocks.shape)
+            return encode(unit_blocks((blocks - shift).reshape(-1), size)[0], element).reshape(
+                blocks.shape
+            )
 
         return _most_entropy(shifts, codes, 16).squeeze(1)
 
@@ -169,21 +204,38 @@ def widest_codes(groups: Tensor, bits: int, symmetric: bool, scale_dtype: str) -
     flat = groups.reshape(-1, groups.shape[-1])
 
     def grid(factor: Tensor) -> Grid:
-        return from_range(lo * factor.reshape(lo.shape), hi * factor.reshape(lo.shape), bits, symmetric, "gptq", scale_dtype)
+        return from_range(
+            lo * factor.reshape(lo.shape),
+            hi * factor.reshape(lo.shape),
+            bits,
+            symmetric,
+            "gptq",
+            scale_dtype,
+        )
 
-    factors = (torch.full((flat.shape[0], 1), factor, device=groups.device) for factor in [1.0, *grow, *shrink])
-    best = _most_entropy(factors, lambda factor: grid(factor).quantize(groups).reshape(flat.shape), 2**bits)
+    factors = (
+        torch.full((flat.shape[0], 1), factor, device=groups.device)
+        for factor in [1.0, *grow, *shrink]
+    )
+    best = _most_entropy(
+        factors, lambda factor: grid(factor).quantize(groups).reshape(flat.shape), 2**bits
+    )
     return grid(best)
 
 
-def _most_entropy(candidates: Iterator[Tensor], codes: Callable[[Tensor], Tensor], count: int) -> Tensor:
+def _most_entropy(
+    candidates: Iterator[Tensor], codes: Callable[[Tensor], Tensor], count: int
+) -> Tensor:
     """Of candidates [n, 1] for n blocks, each block's first whose codes [n, size] have the largest entropy, [n, 1]."""
     best = next(candidates)
     highest = entropy(codes(best), count)
     for candidate in candidates:
         found = entropy(codes(candidate), count)
         better = found > highest
-        best, highest = torch.where(better.unsqueeze(1), candidate, best), torch.where(better, found, highest)
+        best, highest = (
+            torch.where(better.unsqueeze(1), candidate, best),
+            torch.where(better, found, highest),
+        )
     return best
 
 
@@ -191,7 +243,9 @@ def entropy(codes: Tensor, count: int) -> Tensor:
     """Entropy in bits of each row's codes [n, size] among `count` values, [n] float32."""
     size = codes.shape[1]
     share = torch.arange(size + 1, device=codes.device) / size
-    terms = torch.where(share > 0, -share * torch.log2(share.clamp(min=torch.finfo(share.dtype).tiny)), 0)
+    terms = torch.where(
+        share > 0, -share * torch.log2(share.clamp(min=torch.finfo(share.dtype).tiny)), 0
+    )
     return torch.stack([terms[(codes == value).sum(1)] for value in range(count)]).sum(0)
 
 
@@ -217,28 +271,41 @@ class Tuning(AdapterTuning):
         return _ElasticLinear(weight, bias, self.settings)
 
     def tune(
-        self, student: Student, teacher: Student | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
+        self,
+        student: Student,
+        teacher: Student | None,
+        parameters: Sequence[nn.Parameter],
+        windows: Sequence[Document],
         rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Train on the documents; notes: mean losses of equal stretches of the steps, the documents, the largest |β1| and |β2|."""
         notes = yield from super().tune(student, teacher, parameters, windows, rng)
         elastic = [linear for linear in self._linears if isinstance(linear, _ElasticLinear)]
         scalars = [(linear.before, linear.after) for linear in elastic]
-        largest = [max((float(each.detach().abs()) for each in kind), default=0.0) for kind in zip(*scalars, strict=True)]
+        largest = [
+            max((float(each.detach().abs()) for each in kind), default=0.0)
+            for kind in zip(*scalars, strict=True)
+        ]
         return {**notes, "largest_connections": largest}
 
 
 class _ElasticLinear(LowRankLinear):
     """A frozen linear with factors and the paths around them; β1 is `before`, β2 `after`."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, settings: Tuning.Settings) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, settings: Tuning.Settings
+    ) -> None:
         super().__init__(weight, bias, settings, weight.shape[1], settings.adapter_dtype)
         self.before, self.after = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
 
     def change(self, x: Tensor) -> Tensor:
-        down, up, before, after = (part.to(x.dtype) for part in (self.down, self.up, self.before, self.after))
+        down, up, before, after = (
+            part.to(x.dtype) for part in (self.down, self.up, self.before, self.after)
+        )
         hidden = nn.functional.linear(self.drop(x), down) + before * resized(x, down.shape[0])
-        return (nn.functional.linear(hidden, up) + after * resized(hidden, up.shape[0])) * self.scaling
+        return (
+            nn.functional.linear(hidden, up) + after * resized(hidden, up.shape[0])
+        ) * self.scaling
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A + β1 P and B + β2 R."""

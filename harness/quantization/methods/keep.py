@@ -53,10 +53,17 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """The weight [out, in] in scheme.scale_dtype. Raises MethodError where that cannot hold it."""
         kept = weight.to(DTYPES[scheme.scale_dtype])
         if not bool(torch.isfinite(kept).all()):
-            raise MethodError(f"weights that {scheme.scale_dtype} cannot hold (NaN, or too large); use bfloat16 or float32")
+            raise MethodError(
+                f"weights that {scheme.scale_dtype} cannot hold (NaN, or too large); use bfloat16 or float32"
+            )
         return DenseWeight(kept)

@@ -47,7 +47,9 @@ class Rounding:
 
         def __post_init__(self) -> None:
             if self.outlier_weights not in OUTLIER_WEIGHTS:
-                raise ValueError(f'no outlier_weights "{self.outlier_weights}"; known: {", ".join(OUTLIER_WEIGHTS)}')
+                raise ValueError(
+                    f'no outlier_weights "{self.outlier_weights}"; known: {", ".join(OUTLIER_WEIGHTS)}'
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -55,12 +57,20 @@ class Rounding:
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """8 symmetric bits per output row; with float16 outlier weights, an activation scheme that keeps outliers apart."""
         sixteen, refused = self.settings.outlier_weights == "fp16", []
-        apart = [activation for linear in shapes.linears if (activation := scheme.activation_for(0, linear.name)) is not None]
+        apart = [
+            activation
+            for linear in shapes.linears
+            if (activation := scheme.activation_for(0, linear.name)) is not None
+        ]
         if sixteen and not any(activation.outlier_threshold for activation in apart):
-            refused.append("outlier_weights=fp16 needs outliers: set scheme.activation.outlier_threshold, as w8a8_llm_int8 does")
+            refused.append(
+                "outlier_weights=fp16 needs outliers: set scheme.activation.outlier_threshold, as w8a8_llm_int8 does"
+            )
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if sixteen and fused:
-            refused.append(f"outlier_weights=fp16 needs linears of their own; fused here: {', '.join(dict.fromkeys(fused))}")
+            refused.append(
+                f"outlier_weights=fp16 needs linears of their own; fused here: {', '.join(dict.fromkeys(fused))}"
+            )
 
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
             if weight.format != "int" or weight.bits != 8:
@@ -73,12 +83,19 @@ class Rounding:
         return refused + refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: two copies of weight. Raises MethodError beyond float16's range."""
         half = weight.half()
         if not bool(torch.isfinite(half).all()):
-            raise MethodError("weights that float16 cannot hold (NaN, or beyond 65504); LLM.int8() is defined on float16")
+            raise MethodError(
+                "weights that float16 cannot hold (NaN, or beyond 65504); LLM.int8() is defined on float16"
+            )
         return Int8OfFloat16(half) if self.settings.outlier_weights == "fp16" else _rounded(half)
 
 

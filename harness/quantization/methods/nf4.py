@@ -63,7 +63,12 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: three copies of weight."""
         require_finite(weight)

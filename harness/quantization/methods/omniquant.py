@@ -35,12 +35,17 @@ from harness.quantization.methods.folding import repeat_scales
 from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, require_finite
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Grid
-from harness.quantization.numerics.training import clipped_grid, nearest_through, round_through, train
+from harness.quantization.numerics.training import (
+    clipped_grid,
+    nearest_through,
+    round_through,
+    train,
+)
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 INITIAL_STRENGTH = 4.0
 SMALLEST_SCALE = 1e-2
-FLOOR = 1e-5                            # of the maxima that start the scales
+FLOOR = 1e-5  # of the maxima that start the scales
 
 
 class Rounding:
@@ -86,7 +91,9 @@ class Rounding:
             if not 0 <= self.exponent <= 1:
                 raise ValueError(f"exponent is {self.exponent}; it must be from 0 to 1")
             if not (self.clip_rate > 0 and self.scale_rate > 0):
-                raise ValueError(f"clip_rate is {self.clip_rate} and scale_rate {self.scale_rate}; both must be above 0")
+                raise ValueError(
+                    f"clip_rate is {self.clip_rate} and scale_rate {self.scale_rate}; both must be above 0"
+                )
             if self.shift and not self.transform:
                 raise ValueError("shift is part of the transformation; set transform=true")
 
@@ -98,25 +105,37 @@ class Rounding:
         reasons = check_uniform(scheme, shapes, convention=self.settings.grid)
         activation = scheme.activation
         if activation is not None and not activation.dynamic:
-            reasons.append("static activation scales are found after rounding and cannot be trained against; use dynamic: true")
+            reasons.append(
+                "static activation scales are found after rounding and cannot be trained against; use dynamic: true"
+            )
         if activation is not None and activation.format != "int":
             reasons.append(f"no gradient passes activations in {activation.format}; use integers")
         if not self.settings.transform:
             return reasons
         if not shapes.pairs or shapes.query_key is None:
-            reasons.append(f'family "{shapes.family}" states no scales between norms, queries and keys; use transform=false')
+            reasons.append(
+                f'family "{shapes.family}" states no scales between norms, queries and keys; use transform=false'
+            )
         if shapes.kv_heads != shapes.heads and not self.settings.grouped_heads:
             heads = f"{shapes.heads} query heads share {shapes.kv_heads} key-value heads"
-            reasons.append(f"{heads}, which the authors' transformation does not allow; use transform=false, or grouped_heads=true")
+            reasons.append(
+                f"{heads}, which the authors' transformation does not allow; use transform=false, or grouped_heads=true"
+            )
         if self.settings.shift:
             used = [pair for pair in shapes.pairs if pair.kind == "norm" or _makes_values(pair)]
             moved = {name for pair in used for name in (pair.producer, *pair.consumers)}
-            bare = [linear.name for linear in shapes.linears if linear.name in moved and not linear.bias]
+            bare = [
+                linear.name for linear in shapes.linears if linear.name in moved and not linear.bias
+            ]
             if bare:
-                reasons.append(f"shift needs biases, and {', '.join(bare)} have none; use shift=false")
+                reasons.append(
+                    f"shift needs biases, and {', '.join(bare)} have none; use shift=false"
+                )
         return reasons
 
-    def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
+    def round_block(
+        self, block: BlockView, scheme: Scheme, rng: Generator
+    ) -> dict[str, QuantizedWeight]:
         """Quantize the block's linears; norms and biases are rewritten in place where scales were learned.
 
         Peak memory: the block in float32 four times (weights, scaled, rounded, gradients), and one sequence's activations.
@@ -131,7 +150,10 @@ class Rounding:
             if scales is not None:
                 scales.keep_from_zero()
             scaled = linears.originals if scales is None else scales.apply(linears.originals)
-            return {name: linears.nearest(name, value) if name in linears.grouped else value for name, value in scaled.items()}
+            return {
+                name: linears.nearest(name, value) if name in linears.grouped else value
+                for name, value in scaled.items()
+            }
 
         inputs, references = block.inputs(), block.references()
         again: list[Tensor] = []
@@ -146,7 +168,9 @@ class Rounding:
                 loss = loss + (output - again[sample].to(output.device).float()).square().mean()
             return loss
 
-        groups = [{"params": linears.strengths(), "lr": settings.clip_rate}] if settings.clip else []
+        groups = (
+            [{"params": linears.strengths(), "lr": settings.clip_rate}] if settings.clip else []
+        )
         if scales is not None:
             groups.append({"params": scales.parameters(), "lr": settings.scale_rate})
         losses = train(loss_of, len(inputs), groups, settings.epochs, f"block {block.index}")
@@ -160,7 +184,10 @@ class Rounding:
                 for name, value in scaled.items():
                     parameter = linears.parameters[name]
                     parameter.copy_(value.to(parameter.dtype))
-            return {name.removesuffix(".weight"): linears.quantize(name, scaled[name]) for name in linears.grouped}
+            return {
+                name.removesuffix(".weight"): linears.quantize(name, scaled[name])
+                for name in linears.grouped
+            }
 
 
 class _Linears:
@@ -169,17 +196,27 @@ class _Linears:
     def __init__(self, block: BlockView, scheme: Scheme, settings: Rounding.Settings) -> None:
         self.settings = settings
         self.parameters: dict[str, Tensor] = {}
-        self.grouped: dict[str, WeightScheme] = {}                # matrices, by "self_attn.q_proj.weight"
+        self.grouped: dict[str, WeightScheme] = {}  # matrices, by "self_attn.q_proj.weight"
         self.upper: dict[str, nn.Parameter] = {}
         self.lower: dict[str, nn.Parameter] = {}
         for shape in block.shapes.linears:
             name, weight = f"{shape.name}.weight", block.linear(shape.name).weight
             require_finite(weight, shape.name)
-            self.parameters[name], self.grouped[name] = weight.detach(), scheme.weight_for(block.index, shape.name)
+            self.parameters[name], self.grouped[name] = (
+                weight.detach(),
+                scheme.weight_for(block.index, shape.name),
+            )
             if settings.clip:
                 size = self._size(name)
-                start = torch.full((weight.shape[0], weight.shape[1] // size, 1), INITIAL_STRENGTH, device=weight.device)
-                self.upper[name], self.lower[name] = nn.Parameter(start), nn.Parameter(start.clone())
+                start = torch.full(
+                    (weight.shape[0], weight.shape[1] // size, 1),
+                    INITIAL_STRENGTH,
+                    device=weight.device,
+                )
+                self.upper[name], self.lower[name] = (
+                    nn.Parameter(start),
+                    nn.Parameter(start.clone()),
+                )
         if settings.transform:
             self.parameters |= _biases_and_norms(block)
         self.originals = {name: value.float().clone() for name, value in self.parameters.items()}
@@ -198,7 +235,9 @@ class _Linears:
         groups = weight.reshape(weight.shape[0], -1, self._size(name))
         grid = self._grid(name, groups)
         codes = grid.quantize(groups)
-        return UniformWeight.from_grid(codes, grid, symmetric=scheme.symmetric, scale_dtype=scheme.scale_dtype)
+        return UniformWeight.from_grid(
+            codes, grid, symmetric=scheme.symmetric, scale_dtype=scheme.scale_dtype
+        )
 
     def cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In the model's dtype, as the block runs."""
@@ -209,9 +248,17 @@ class _Linears:
         return self.parameters[name].shape[1] if size == -1 else size
 
     def _grid(self, name: str, groups: Tensor) -> Grid:
-        scheme, whole = self.grouped[name], groups.new_full((1,), math.inf)            # sigmoid(inf) is 1
+        scheme, whole = self.grouped[name], groups.new_full((1,), math.inf)  # sigmoid(inf) is 1
         upper, lower = self.upper.get(name, whole), self.lower.get(name, whole)
-        return clipped_grid(groups, upper, lower, int(scheme.bits), scheme.symmetric, self.settings.grid, scheme.scale_dtype)
+        return clipped_grid(
+            groups,
+            upper,
+            lower,
+            int(scheme.bits),
+            scheme.symmetric,
+            self.settings.grid,
+            scheme.scale_dtype,
+        )
 
 
 class _Scales:
@@ -228,14 +275,22 @@ class _Scales:
         self.shifts: list[nn.Parameter | None] = []
         for pair in self.pairs:
             # as in the authors' code, one of the readers stands for all: queries, and of gate and up the latter
-            reader = next((name for name in pair.consumers if "up" in name.rpartition(".")[2]), pair.consumers[0])
+            reader = next(
+                (name for name in pair.consumers if "up" in name.rpartition(".")[2]),
+                pair.consumers[0],
+            )
             largest, centre = ranges[groups[reader]]
             columns = block.linear(reader).weight.detach().float().abs().amax(0)
-            if pair.repeats > 1:                                  # [kv heads, repeats, head_dim] -> one per kv channel
-                largest, columns = (v.reshape(-1, pair.repeats, shapes.head_dim).amax(1).reshape(-1) for v in (largest, columns))
+            if pair.repeats > 1:  # [kv heads, repeats, head_dim] -> one per kv channel
+                largest, columns = (
+                    v.reshape(-1, pair.repeats, shapes.head_dim).amax(1).reshape(-1)
+                    for v in (largest, columns)
+                )
                 centre = centre.reshape(-1, pair.repeats, shapes.head_dim).mean(1).reshape(-1)
             a = settings.exponent
-            start = (largest.clamp(min=FLOOR).pow(a) / columns.clamp(min=FLOOR).pow(1 - a)).clamp(min=FLOOR)
+            start = (largest.clamp(min=FLOOR).pow(a) / columns.clamp(min=FLOOR).pow(1 - a)).clamp(
+                min=FLOOR
+            )
             self.scales.append(nn.Parameter(start))
             self.shifts.append(nn.Parameter(centre) if settings.shift else None)
         device = block.linear(self.query_key[0]).weight.device
@@ -255,7 +310,7 @@ class _Scales:
         """The block's parameters with every scale divided out where it is made and multiplied in where it is read."""
         tensors = dict(originals)
         for pair, parameter, shift in zip(self.pairs, self.scales, self.shifts, strict=True):
-            if shift is not None:                                 # of values too: attention's weights sum to 1
+            if shift is not None:  # of values too: attention's weights sum to 1
                 tensors[f"{pair.producer}.bias"] = tensors[f"{pair.producer}.bias"] - shift
                 for name in pair.consumers:
                     moved = tensors[f"{name}.weight"] @ repeat_scales(shift, pair, self.shapes)
@@ -264,7 +319,9 @@ class _Scales:
             columns = repeat_scales(parameter, pair, self.shapes)
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
-        keys = torch.cat((self.turned, self.turned), dim=-1)      # rotary positions mix channel i with i + head_dim / 2
+        keys = torch.cat(
+            (self.turned, self.turned), dim=-1
+        )  # rotary positions mix channel i with i + head_dim / 2
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
         _scale_rows(tensors, self.query_key[1], keys.reshape(-1))
@@ -298,7 +355,10 @@ def _input_ranges(block: BlockView) -> dict[str, tuple[Tensor, Tensor]]:
         if name in first:
             if groups[name] in found:
                 before = found[groups[name]]
-                largest, centre = torch.maximum(before[0], largest), 0.99 * before[1] + 0.01 * centre
+                largest, centre = (
+                    torch.maximum(before[0], largest),
+                    0.99 * before[1] + 0.01 * centre,
+                )
             found[groups[name]] = largest, centre
         return inputs
 
@@ -315,7 +375,11 @@ def _biases_and_norms(block: BlockView) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for pair in block.shapes.pairs:
         if pair.kind == "norm":
-            found |= {name: own[name].detach() for name in (f"{pair.producer}.weight", f"{pair.producer}.bias") if name in own}
+            found |= {
+                name: own[name].detach()
+                for name in (f"{pair.producer}.weight", f"{pair.producer}.bias")
+                if name in own
+            }
     for linear in block.shapes.linears:
         if block.linear(linear.name).bias is None:
             continue
@@ -326,7 +390,9 @@ def _biases_and_norms(block: BlockView) -> dict[str, Tensor]:
     return found
 
 
-def _activation_rounding(block: BlockView, scheme: Scheme) -> Callable[[str, Tensor], Tensor] | None:
+def _activation_rounding(
+    block: BlockView, scheme: Scheme
+) -> Callable[[str, Tensor], Tensor] | None:
     """What rounds the inputs of the linears as the scheme will at run time, with gradients; None where inputs stay as they are."""
     if scheme.activation is None:
         return None

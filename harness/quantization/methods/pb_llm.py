@@ -28,7 +28,13 @@ from torch import Generator, Tensor
 
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite, shared_factor
+from harness.quantization.methods.protocols import (
+    Evidence,
+    Scheme,
+    WeightScheme,
+    require_finite,
+    shared_factor,
+)
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, Grid, as_stored, fit
 from harness.quantization.numerics.hessians import Factor
@@ -71,15 +77,22 @@ class PartlyBinaryWeight(QuantizedWeight):
         size = self.shape[1] // self.mean.shape[1]
         mean, scale = self.mean.repeat_interleave(size, 1), self.scale.repeat_interleave(size, 1)
         codes = self.codes.float()
-        return torch.where(self.low, mean + scale * (2 * codes - 1), self.high_scale * (codes - self.high_zero))
+        return torch.where(
+            self.low, mean + scale * (2 * codes - 1), self.high_scale * (codes - self.high_zero)
+        )
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         target = SCALE_DTYPES[self.scale_dtype]
         tensors = {
-            "low": pack(self.low.to(torch.uint8), 1), "signs": pack(self.codes[self.low], 1),
-            "codes": self.codes[~self.low].contiguous(), "high_zero": self.high_zero.to(torch.uint8).contiguous(),
+            "low": pack(self.low.to(torch.uint8), 1),
+            "signs": pack(self.codes[self.low], 1),
+            "codes": self.codes[~self.low].contiguous(),
+            "high_zero": self.high_zero.to(torch.uint8).contiguous(),
         }
-        tensors |= {name: getattr(self, name).to(target).contiguous() for name in ("mean", "scale", "high_scale")}
+        tensors |= {
+            name: getattr(self, name).to(target).contiguous()
+            for name in ("mean", "scale", "high_scale")
+        }
         return tensors, {"shape": list(self.shape), "scale_dtype": self.scale_dtype}
 
     @classmethod
@@ -89,7 +102,9 @@ class PartlyBinaryWeight(QuantizedWeight):
         codes = torch.empty(rows, columns, dtype=torch.uint8, device=low.device)
         codes[low] = unpack(tensors["signs"], 1, int(low.sum()))
         codes[~low] = tensors["codes"]
-        mean, scale, high_scale, high_zero = (tensors[name].float() for name in ("mean", "scale", "high_scale", "high_zero"))
+        mean, scale, high_scale, high_zero = (
+            tensors[name].float() for name in ("mean", "scale", "high_scale", "high_zero")
+        )
         return cls(low, codes, mean, scale, high_scale, high_zero, meta["scale_dtype"])
 
 
@@ -125,7 +140,9 @@ class Rounding:
             if self.salience not in ("hessian", "magnitude"):
                 raise ValueError(f'no salience "{self.salience}"; known: hessian, magnitude')
             if not self.damping_fraction > 0 or self.block_size < 1:
-                raise ValueError(f"damping_fraction={self.damping_fraction}, block_size={self.block_size}; both must be positive")
+                raise ValueError(
+                    f"damping_fraction={self.damping_fraction}, block_size={self.block_size}; both must be positive"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -158,18 +175,37 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight, and four [in, in] while H is factored."""
-        return _round(weight, shared_factor(weight, evidence, self.settings.damping_fraction), scheme, self.settings)
+        return _round(
+            weight,
+            shared_factor(weight, evidence, self.settings.damping_fraction),
+            scheme,
+            self.settings,
+        )
 
-    def round_unseen(self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator) -> QuantizedWeight:
+    def round_unseen(
+        self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator
+    ) -> QuantizedWeight:
         """A matrix that too few tokens reached, such as an expert's: salience by magnitude, and no feedback."""
         require_finite(weight)
-        return _round(weight, Factor.uncalibrated(weight), scheme, replace(self.settings, salience="magnitude", feedback=False))
+        return _round(
+            weight,
+            Factor.uncalibrated(weight),
+            scheme,
+            replace(self.settings, salience="magnitude", feedback=False),
+        )
 
 
-def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings) -> QuantizedWeight:
+def _round(
+    weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Rounding.Settings
+) -> QuantizedWeight:
     high = fit(weight, HIGH_BITS, False, "gptq", scheme.scale_dtype)
     weight = weight.masked_fill(factor.dead, 0)
     rows, columns = weight.shape
@@ -177,11 +213,15 @@ def _round(weight: Tensor, factor: Factor, scheme: WeightScheme, settings: Round
     fraction = settings.low_fraction
     if fraction is None:
         fraction = (HIGH_BITS - float(scheme.bits)) / (HIGH_BITS - 1)
-    salience = weight.abs() if settings.salience == "magnitude" else (weight / factor.upper.diagonal()).square()
+    salience = (
+        weight.abs()
+        if settings.salience == "magnitude"
+        else (weight / factor.upper.diagonal()).square()
+    )
     low = torch.cat([least(part, fraction) for part in salience.split(size, dim=1)], dim=1)
 
     masked = (weight * low).reshape(rows, -1, size)
-    mean = as_stored(masked.mean(-1), scheme.scale_dtype)                  # [out, groups]
+    mean = as_stored(masked.mean(-1), scheme.scale_dtype)  # [out, groups]
     scale = as_stored((masked - mean.unsqueeze(-1)).abs().mean(-1), scheme.scale_dtype)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
 

@@ -55,7 +55,9 @@ class Tuning:
             if not self.rate > 0:
                 raise ValueError(f"rate is {self.rate}; it must be above 0")
             if self.scale_dtype not in SCALE_DTYPES:
-                raise ValueError(f'no scale_dtype "{self.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}')
+                raise ValueError(
+                    f'no scale_dtype "{self.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}'
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -65,16 +67,25 @@ class Tuning:
         """Integer grids of 2 to 8 bits whose groups divide every layer."""
         return check_uniform(scheme, shapes)
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+    def linear(
+        self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None
+    ) -> nn.Module:
         """A linear that trains its scales."""
         if not isinstance(weight, UniformWeight):
-            raise MethodError(f'PEQA trains the scales of integer grids, not those of "{weight.kind}"; use rounding=rtn or gptq')
+            raise MethodError(
+                f'PEQA trains the scales of integer grids, not those of "{weight.kind}"; use rounding=rtn or gptq'
+            )
         linear = _Linear(weight, bias, self.settings.scale_dtype)
         self._linears.append(linear)
         return linear
 
     def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Tensor, rng: Generator
+        self,
+        student: Network,
+        teacher: Network | None,
+        parameters: Sequence[nn.Parameter],
+        windows: Tensor,
+        rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Train on the windows; notes: the mean loss of every epoch, how many scales became negative (legal: signs flip)."""
 
@@ -83,7 +94,9 @@ class Tuning:
             return nn.functional.cross_entropy(logits, windows[sample, 1:].to(logits.device))
 
         groups = [{"params": list(parameters), "lr": self.settings.rate}]
-        losses = yield from steps_of(loss_of, windows.shape[0], groups, self.settings.epochs, "fine-tuning of scales")
+        losses = yield from steps_of(
+            loss_of, windows.shape[0], groups, self.settings.epochs, "fine-tuning of scales"
+        )
         negative = sum(int((linear.scale() < 0).sum()) for linear in self._linears)
         return {"loss": losses, "negative_scales": negative}
 
@@ -109,7 +122,7 @@ class _Linear(nn.Module):
         return self._with(self.scale(), self.scale_dtype).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)      # type: ignore[arg-type]
+        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def stored(self) -> UniformWeight:
@@ -117,4 +130,6 @@ class _Linear(nn.Module):
         return self._with(as_stored(self.scale(), self.scale_dtype), self.scale_dtype)
 
     def _with(self, scale: Tensor, scale_dtype: str) -> UniformWeight:
-        return UniformWeight(self.get_buffer("codes"), scale, self.zero, self.bits, scale_dtype, self.column_group)   # type: ignore[arg-type]
+        return UniformWeight(
+            self.get_buffer("codes"), scale, self.zero, self.bits, scale_dtype, self.column_group
+        )  # type: ignore[arg-type]

@@ -52,8 +52,8 @@ class Evidence(Protocol):
     A statistic that the method did not name in `needs` raises KeyError. Values are shared between cells: never write to them.
     """
 
-    basis: str                                  # "quantized" or "full_precision": what ran before this block
-    tokens: int                                 # calibration tokens seen
+    basis: str  # "quantized" or "full_precision": what ran before this block
+    tokens: int  # calibration tokens seen
 
     def __getitem__(self, statistic: str) -> Tensor: ...
 
@@ -68,11 +68,13 @@ class Evidence(Protocol):
 class BlockView(Protocol):
     """One decoder block in the hands of a transform or a block-wise rounding; its weights are float, on the device."""
 
-    index: int                                  # position in the model, from 0
+    index: int  # position in the model, from 0
     module: nn.Module
     shapes: Shapes
-    evidence: Mapping[str, Evidence]            # by linear name
-    notes: dict[str, Any]                       # a block-wise rounding writes here what the record should hold: JSON values
+    evidence: Mapping[str, Evidence]  # by linear name
+    notes: dict[
+        str, Any
+    ]  # a block-wise rounding writes here what the record should hold: JSON values
 
     def linear(self, name: str) -> nn.Linear: ...
 
@@ -90,7 +92,9 @@ class BlockView(Protocol):
         ...
 
     def run(
-        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None,
+        self,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
         receive: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The block's output [1, length, hidden] for one sequence, with `weights` in place of named parameters
@@ -101,7 +105,9 @@ class BlockView(Protocol):
         """
         ...
 
-    def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run_region(
+        self, region: str, index: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Output of one submodule (a ScalePair's region) on the input it received for calibration sequence `index`."""
         ...
 
@@ -110,11 +116,15 @@ class WholeModel(Protocol):
     """The unrounded model in the hands of a transform that learns from its loss: one block at a time, in both directions."""
 
     shapes: Shapes
-    sequences: int                              # calibration sequences
+    sequences: int  # calibration sequences
 
     def gradients(
-        self, parameters: Sequence[Tensor], sequences: Sequence[int], enter: Callable[[Tensor], Tensor],
-        run: Callable[[BlockView, Sequence[Tensor]], Sequence[Tensor]], leave: Callable[[Tensor], Tensor],
+        self,
+        parameters: Sequence[Tensor],
+        sequences: Sequence[int],
+        enter: Callable[[Tensor], Tensor],
+        run: Callable[[BlockView, Sequence[Tensor]], Sequence[Tensor]],
+        leave: Callable[[Tensor], Tensor],
     ) -> float:
         """Add the gradients of the mean next-token cross-entropy over `sequences` to the .grad of parameters; return the loss.
 
@@ -164,7 +174,12 @@ class Rounding(Protocol):
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize one matrix.
 
@@ -209,13 +224,20 @@ class Tuning(Protocol):
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> TrainedLinear:
+    def linear(
+        self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None
+    ) -> TrainedLinear:
         """The trainable form of one linear. original: the model's matrix before rounding, [out, in] float32; None where a
         transform rescaled its block. Raises MethodError for a layout that this tuning cannot train."""
         ...
 
     def tune(
-        self, student: Network, teacher: Network | None, parameters: Sequence[nn.Parameter], windows: Any, rng: Generator
+        self,
+        student: Network,
+        teacher: Network | None,
+        parameters: Sequence[nn.Parameter],
+        windows: Any,
+        rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Train `parameters`, all of the linears', in place. Yields (step, steps) and returns notes for the record, JSON values.
 
@@ -229,10 +251,14 @@ class Tuning(Protocol):
 def require_finite(weight: Tensor, name: str = "") -> None:
     """Raise MethodError when a matrix [out, in] holds NaN or infinity; name: of its linear, where the caller has several."""
     if not bool(torch.isfinite(weight).all()):
-        raise MethodError(f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged")
+        raise MethodError(
+            f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged"
+        )
 
 
-def shared_factor(weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False) -> Factor:
+def shared_factor(
+    weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False
+) -> Factor:
     """What a column-by-column rounding of weight [out, in] starts from: its Hessian, damped, inverted and factored.
 
     Computed once for all matrices with one input and all cells of one stream. Raises MethodError when the weight or the Hessian
@@ -241,7 +267,8 @@ def shared_factor(weight: Tensor, evidence: Evidence | None, damping_fraction: f
     assert evidence is not None, "a method that needs the Hessian is given evidence"
     require_finite(weight)
     return evidence.once(
-        ("factor", damping_fraction, act_order), lambda: factored(evidence["hessian"], damping_fraction, act_order)
+        ("factor", damping_fraction, act_order),
+        lambda: factored(evidence["hessian"], damping_fraction, act_order),
     )
 
 
@@ -252,5 +279,7 @@ def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:
     require_finite(weight)
     sensitivity = evidence["squared_gradient"]
     if not bool(torch.isfinite(sensitivity).all()):
-        raise MethodError("squared gradients hold NaN or infinity; load the model with model.dtype=float32")
+        raise MethodError(
+            "squared gradients hold NaN or infinity; load the model with model.dtype=float32"
+        )
     return sensitivity

@@ -27,7 +27,13 @@ from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform
 from harness.quantization.methods.protocols import Scheme
-from harness.quantization.numerics.adapters import AdapterTuning, LowRankLinear, LowRankSettings, check_dtype, low_rank
+from harness.quantization.numerics.adapters import (
+    AdapterTuning,
+    LowRankLinear,
+    LowRankSettings,
+    check_dtype,
+    low_rank,
+)
 from harness.quantization.numerics.grids import as_stored
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
@@ -53,12 +59,18 @@ class Tuning(AdapterTuning):
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Integer grids of 2 to 8 bits whose groups divide every layer; `linears` must name linears of the model."""
-        return check_uniform(scheme, shapes) + self.unknown_linears([linear.name for linear in shapes.linears])
+        return check_uniform(scheme, shapes) + self.unknown_linears(
+            [linear.name for linear in shapes.linears]
+        )
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+    def linear(
+        self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None
+    ) -> nn.Module:
         """The quantized linear with an adapter of its groups' means, or frozen where it gets none. Only of integer grids."""
         if not isinstance(weight, UniformWeight):
-            raise MethodError(f'QA-LoRA merges into zero points of integer grids; "{weight.kind}" has none; use rounding=gptq')
+            raise MethodError(
+                f'QA-LoRA merges into zero points of integer grids; "{weight.kind}" has none; use rounding=gptq'
+            )
         return super().linear(name, weight, bias, original)
 
     def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
@@ -70,10 +82,14 @@ class Tuning(AdapterTuning):
 class _PooledLinear(LowRankLinear):
     """x W'ᵀ + b + α/r · (p Aᵀ) Bᵀ with p the mean of x over each group of columns."""
 
-    def __init__(self, weight: UniformWeight, bias: Tensor | None, settings: Tuning.Settings) -> None:
+    def __init__(
+        self, weight: UniformWeight, bias: Tensor | None, settings: Tuning.Settings
+    ) -> None:
         super().__init__(weight, bias, settings, weight.scale.shape[1])
         self.grid, self.zero_dtype = weight, settings.zero_dtype
-        order = None if weight.column_group is None else torch.argsort(weight.column_group, stable=True)
+        order = (
+            None if weight.column_group is None else torch.argsort(weight.column_group, stable=True)
+        )
         self.register_buffer("order", order, persistent=False)
 
     def start(self, rng: Generator) -> None:
@@ -85,7 +101,7 @@ class _PooledLinear(LowRankLinear):
 
     def pool(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., groups]"""
-        ordered = x if self.order is None else x[..., self.order]              # type: ignore[index]
+        ordered = x if self.order is None else x[..., self.order]  # type: ignore[index]
         return ordered.unflatten(-1, (self.grid.scale.shape[1], -1)).mean(-1)
 
     def change(self, x: Tensor) -> Tensor:

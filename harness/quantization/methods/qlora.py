@@ -46,4 +46,6 @@ class Tuning(AdapterTuning):
 
     def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
         """Factors as wide as the matrix."""
-        return LowRankLinear(weight, bias, self.settings, weight.shape[1], self.settings.adapter_dtype)
+        return LowRankLinear(
+            weight, bias, self.settings, weight.shape[1], self.settings.adapter_dtype
+        )

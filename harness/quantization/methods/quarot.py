@@ -27,7 +27,13 @@ from torch import Generator, Tensor
 
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations
-from harness.quantization.methods.folding import in_attention, put_parameters, rotate_block, rotate_ends, writes_residual
+from harness.quantization.methods.folding import (
+    in_attention,
+    put_parameters,
+    rotate_block,
+    rotate_ends,
+    writes_residual,
+)
 from harness.quantization.methods.protocols import BlockView, Scheme
 from harness.quantization.numerics import hadamard
 
@@ -64,15 +70,27 @@ class Transform:
             return reasons
         sizes = {"the residual stream": shapes.hidden_size, "a head": shapes.head_dim}
         if self.settings.online:
-            inner = {linear.name: linear.in_features for linear in shapes.linears if linear.name in _down(shapes)}
+            inner = {
+                linear.name: linear.in_features
+                for linear in shapes.linears
+                if linear.name in _down(shapes)
+            }
             sizes |= {"the heads": shapes.heads, **inner}
-            fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in writes_residual(shapes)]
+            fused = [
+                linear.name
+                for linear in shapes.linears
+                if linear.fused and linear.name in writes_residual(shapes)
+            ]
             if fused:
-                reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
+                reasons.append(
+                    f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false"
+                )
         return reasons + hadamard.unknown_sizes(sizes)
 
     @torch.no_grad()
-    def rewrite_ends(self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator) -> dict[str, Tensor]:
+    def rewrite_ends(
+        self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator
+    ) -> dict[str, Tensor]:
         """Embeddings, final norm and head of the turned residual stream."""
         return rotate_ends(ends, shapes, self._rotation(shapes, torch.device("cpu")))
 
@@ -88,9 +106,15 @@ class Transform:
 
         put_parameters(block, rotate_block(block, turn, hadamard.transform, outputs))
         if online:
-            for pair in (pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)):
+            for pair in (
+                pair
+                for pair in shapes.pairs
+                if pair.kind == "linear" and in_attention(pair.producer)
+            ):
                 for name in pair.consumers:
-                    block.set_input(name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]]))
+                    block.set_input(
+                        name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]])
+                    )
             for name in _down(shapes):
                 weight = block.linear(name).weight
                 weight.copy_(hadamard.transform(weight.double()))

@@ -36,7 +36,7 @@ from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.rotations import Butterfly
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
-SPREAD = 2.4                                    # half the range of the grid, in root mean squares of the rotated matrix
+SPREAD = 2.4  # half the range of the grid, in root mean squares of the rotated matrix
 TRACE_DAMPING = 0.01
 
 
@@ -72,10 +72,16 @@ class RotatedWeight(QuantizedWeight):
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"codes": pack(self.codes, self.bits), "step": self.step.contiguous()}
         if self.column_scale is not None:
-            tensors["column_scale"] = self.column_scale.to(SCALE_DTYPES[self.scale_dtype]).contiguous()
+            tensors["column_scale"] = self.column_scale.to(
+                SCALE_DTYPES[self.scale_dtype]
+            ).contiguous()
         if self.seed is not None:
             tensors["seed"] = torch.tensor([self.seed])
-        return tensors, {"shape": list(self.shape), "bits": self.bits, "scale_dtype": self.scale_dtype}
+        return tensors, {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "scale_dtype": self.scale_dtype,
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
@@ -115,7 +121,9 @@ class Rounding:
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
             if self.greedy_passes < 0 or self.block_size < 1:
-                raise ValueError(f"greedy_passes={self.greedy_passes}, block_size={self.block_size}: both count from 0 and 1 up")
+                raise ValueError(
+                    f"greedy_passes={self.greedy_passes}, block_size={self.block_size}: both count from 0 and 1 up"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -127,10 +135,17 @@ class Rounding:
             if weight.group_size != -1:
                 yield f"groups have no meaning after a rotation; use group_size=-1 instead of {weight.group_size}"
 
-        return check_uniform(scheme, shapes, never_symmetric="QuIP's grid is not symmetric") + refusals(scheme, shapes, reasons)
+        return check_uniform(
+            scheme, shapes, never_symmetric="QuIP's grid is not symmetric"
+        ) + refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight and four [in, in]."""
         assert evidence is not None, "quip needs the Hessian"
@@ -142,15 +157,24 @@ class Rounding:
             grid = fit(weight, bits, False, "gptq", scheme.scale_dtype)
             target = (weight.masked_fill(dead, 0) / grid.scale + grid.zero).clamp_(0, top)
             codes = self._round(target, hessian, top)
-            return UniformWeight.from_grid(codes, grid, symmetric=False, scale_dtype=scheme.scale_dtype)
+            return UniformWeight.from_grid(
+                codes, grid, symmetric=False, scale_dtype=scheme.scale_dtype
+            )
         seed = int(torch.randint(2**62, (1,), generator=rng, device=rng.device))
-        rotated, hessian, column_scale = incoherent(weight, evidence["hessian"], settings.rescale, seed, scheme.scale_dtype)
+        rotated, hessian, column_scale = incoherent(
+            weight, evidence["hessian"], settings.rescale, seed, scheme.scale_dtype
+        )
         hessian, dead = damped(hessian, settings.damping_fraction)
         largest = SPREAD * rotated.square().mean().sqrt() + 1e-16
         target = ((rotated / largest + 1) * (top / 2)).clamp_(0, top)
         codes = self._round(target, hessian, top)
         return RotatedWeight(
-            codes.to(torch.uint8), (2 * largest / top).reshape(1), column_scale, seed, bits, scheme.scale_dtype
+            codes.to(torch.uint8),
+            (2 * largest / top).reshape(1),
+            column_scale,
+            seed,
+            bits,
+            scheme.scale_dtype,
         )
 
     def _round(self, target: Tensor, hessian: Tensor, top: int) -> Tensor:
@@ -173,8 +197,13 @@ class Rounding:
             ) from error
         if order is not None:
             codes = descend(
-                codes, target, hessian, torch.round, lambda values: values.clamp(0, top),
-                passes=settings.greedy_passes, block_size=settings.block_size,
+                codes,
+                target,
+                hessian,
+                torch.round,
+                lambda values: values.clamp(0, top),
+                passes=settings.greedy_passes,
+                block_size=settings.block_size,
             )
             restored = torch.empty_like(codes)
             restored[:, order] = codes
@@ -182,9 +211,13 @@ class Rounding:
         return codes
 
 
-def rotations(shape: tuple[int, int], seed: int, device: torch.device | str) -> tuple[Butterfly, Butterfly]:
+def rotations(
+    shape: tuple[int, int], seed: int, device: torch.device | str
+) -> tuple[Butterfly, Butterfly]:
     """U over output and V over input channels."""
-    return Butterfly.from_seed(shape[0], 2 * seed, device), Butterfly.from_seed(shape[1], 2 * seed + 1, device)
+    return Butterfly.from_seed(shape[0], 2 * seed, device), Butterfly.from_seed(
+        shape[1], 2 * seed + 1, device
+    )
 
 
 def incoherent(
@@ -195,11 +228,19 @@ def incoherent(
     if rescale:
         hessian = hessian / hessian.abs().max().clamp(min=1e-30)
         ratio = hessian.diagonal().clamp(min=1e-8) / weight.square().sum(0).clamp(min=1e-8)
-        column_scale = as_stored(ratio.pow(0.25).clamp(min=1e-8), scale_dtype).clamp(min=torch.finfo(torch.float16).tiny)
+        column_scale = as_stored(ratio.pow(0.25).clamp(min=1e-8), scale_dtype).clamp(
+            min=torch.finfo(torch.float16).tiny
+        )
         weight = weight * column_scale
         hessian = hessian / column_scale / column_scale.unsqueeze(1)
     left, right = rotations((weight.shape[0], weight.shape[1]), seed, weight.device)
     columns = hessian.shape[0]
     hessian = hessian * (columns / (hessian.diagonal().sum() + 1e-8))
-    hessian = hessian + TRACE_DAMPING * torch.eye(columns, dtype=hessian.dtype, device=hessian.device)
-    return left.apply(right.apply(weight).T).T.contiguous(), right.apply(right.apply(hessian).T).T.contiguous(), column_scale
+    hessian = hessian + TRACE_DAMPING * torch.eye(
+        columns, dtype=hessian.dtype, device=hessian.device
+    )
+    return (
+        left.apply(right.apply(weight).T).T.contiguous(),
+        right.apply(right.apply(hessian).T).T.contiguous(),
+        column_scale,
+    )

@@ -51,11 +51,18 @@ class Rounding:
         return check_grid(scheme, shapes, convention=self.settings.grid)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: two copies of weight, four with range_search."""
         require_finite(weight)
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-        grouped = weight.reshape(weight.shape[0], -1, size)                    # [out, groups, g]
-        grid = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search).fit(grouped)
+        grouped = weight.reshape(weight.shape[0], -1, size)  # [out, groups, g]
+        grid = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search).fit(
+            grouped
+        )
         return on_grid(grid.quantize(grouped), grid, scheme)

@@ -34,10 +34,16 @@ from harness.quantization.methods.protocols import Evidence, Scheme, WeightSchem
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import from_range
 from harness.quantization.numerics.hessians import damped, inverse_factor
-from harness.quantization.numerics.mixed_width import MixedWidthWeight, binarize, group_salience, search_moved, widths_of
+from harness.quantization.numerics.mixed_width import (
+    MixedWidthWeight,
+    binarize,
+    group_salience,
+    search_moved,
+    widths_of,
+)
 from harness.quantization.numerics.weights import QuantizedWeight
 
-ADDED = 0.01                            # to the diagonal before the search, in the authors' unit
+ADDED = 0.01  # to the diagonal before the search, in the authors' unit
 EXPONENT = 2.4
 
 
@@ -70,38 +76,54 @@ class Rounding:
             if not 0 <= self.range_steps < 500:
                 raise ValueError(f"range_steps is {self.range_steps}; it must be from 0 to 499")
             if not self.salient_weight >= 0:
-                raise ValueError(f"salient_weight is {self.salient_weight}; it must not be negative")
+                raise ValueError(
+                    f"salient_weight is {self.salient_weight}; it must not be negative"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Asymmetric integers of 2 to 4 bits in groups, four or more of them in some layer."""
-        return check_uniform(scheme, shapes, bits=(2, 3, 4), never_symmetric="SliM-LLM's grids have zero points") + check_groups(
-            scheme, shapes
-        )
+        return check_uniform(
+            scheme, shapes, bits=(2, 3, 4), never_symmetric="SliM-LLM's grids have zero points"
+        ) + check_groups(scheme, shapes)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: six copies of weight, or four [in, in] while H is factored."""
         assert evidence is not None, "slim_llm needs the Hessian and the inputs"
         require_finite(weight)
         bits, size, settings = int(scheme.bits), scheme.group_size, self.settings
         inputs = evidence["inputs"]
-        unit = 2.0 * inputs.shape[-2]                             # the authors' Hessian over ours
+        unit = 2.0 * inputs.shape[-2]  # the authors' Hessian over ours
         before, dead, factor = evidence.once(
             ("slim_llm factors", settings.damping_fraction),
             lambda: factors(evidence["hessian"] * unit, settings.damping_fraction),
         )
         moved = 0
         if settings.search_widths:
-            moved = search_moved(weight, list(inputs), group_salience(weight, before, size), bits, size, scheme.scale_dtype)
+            moved = search_moved(
+                weight,
+                list(inputs),
+                group_salience(weight, before, size),
+                bits,
+                size,
+                scheme.scale_dtype,
+            )
         weight = weight.masked_fill(dead, 0)
         widths = widths_of(group_salience(weight, factor, size), bits, moved)
         return self._round(weight, factor, widths, scheme)
 
-    def _round(self, weight: Tensor, factor: Tensor, widths: tuple[int, ...], scheme: WeightScheme) -> MixedWidthWeight:
+    def _round(
+        self, weight: Tensor, factor: Tensor, widths: tuple[int, ...], scheme: WeightScheme
+    ) -> MixedWidthWeight:
         rows, columns = weight.shape
         size = scheme.group_size
         scale = torch.empty(len(widths), rows, device=weight.device)
@@ -124,9 +146,17 @@ class Rounding:
             return s * (code - o)
 
         feed_forward(weight, factor, round_column, block_size=size)
-        return MixedWidthWeight(codes.T.contiguous(), scale.T.contiguous(), offset.T.contiguous(), widths, scheme.scale_dtype)
+        return MixedWidthWeight(
+            codes.T.contiguous(),
+            scale.T.contiguous(),
+            offset.T.contiguous(),
+            widths,
+            scheme.scale_dtype,
+        )
 
-    def _fit(self, values: Tensor, diagonal: Tensor, bits: int, scale_dtype: str) -> tuple[Tensor, Tensor]:
+    def _fit(
+        self, values: Tensor, diagonal: Tensor, bits: int, scale_dtype: str
+    ) -> tuple[Tensor, Tensor]:
         """Scale and zero point (mean, at one bit) of a group as it stands, values [out, g]: both [out, 1]."""
         if bits == 1:
             _, scale, mean = binarize(values, scale_dtype)
@@ -136,20 +166,32 @@ class Rounding:
             salience = (values / diagonal).square()
             salient = (salience - salience.mean()) > 2 * salience.std()
             importance = torch.where(salient, self.settings.salient_weight, 1.0)
-        lo, hi = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        lo, hi = (
+            values.amin(-1, keepdim=True).clamp(max=0),
+            values.amax(-1, keepdim=True).clamp(min=0),
+        )
         best: tuple[Tensor, Tensor] | None = None
         lowest = torch.full_like(lo, torch.inf)
-        steps = [0, *range(1, self.settings.range_steps + 1), *range(-1, -self.settings.range_steps - 1, -1)]
+        steps = [
+            0,
+            *range(1, self.settings.range_steps + 1),
+            *range(-1, -self.settings.range_steps - 1, -1),
+        ]
         for step in steps:
             factor = 1 + 0.002 * step
             grid = from_range(factor * lo, factor * hi, bits, False, "gptq", scale_dtype)
-            error = ((grid.nearest(values) - values).abs_().pow_(EXPONENT) * importance).sum(-1, keepdim=True)
+            error = ((grid.nearest(values) - values).abs_().pow_(EXPONENT) * importance).sum(
+                -1, keepdim=True
+            )
             better = error < lowest
             lowest = torch.where(better, error, lowest)
             if best is None:
                 best = grid.scale, grid.zero
             else:
-                best = torch.where(better, grid.scale, best[0]), torch.where(better, grid.zero, best[1])
+                best = (
+                    torch.where(better, grid.scale, best[0]),
+                    torch.where(better, grid.zero, best[1]),
+                )
         assert best is not None
         return best
 
@@ -169,12 +211,16 @@ def check_groups(scheme: Scheme, shapes: Shapes) -> list[str]:
     def reasons(linear: LinearShape, weight: WeightScheme) -> list[str]:
         problems = []
         if weight.group_size < 1:
-            problems.append("SliM-LLM gives each group its own width; set a group_size (128 as published)")
+            problems.append(
+                "SliM-LLM gives each group its own width; set a group_size (128 as published)"
+            )
         else:
             counts.append(linear.in_features // weight.group_size)
         return problems
 
     found = refusals(scheme, shapes, reasons)
     if not found and counts and max(counts) < 4:
-        found.append(f"no layer has four groups (the most is {max(counts)}), so no width could be moved; use a smaller group_size")
+        found.append(
+            f"no layer has four groups (the most is {max(counts)}), so no width could be moved; use a smaller group_size"
+        )
     return found

@@ -20,10 +20,22 @@ from torch import Generator, Tensor, nn
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import BlockView, Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.protocols import (
+    BlockView,
+    Evidence,
+    Scheme,
+    WeightScheme,
+    require_finite,
+)
 from harness.quantization.numerics.grids import Grid
 from harness.quantization.numerics.hessians import damped, inverse_factor
-from harness.quantization.numerics.mixed_width import MixedWidthWeight, binarize, group_salience, search_moved, widths_of
+from harness.quantization.numerics.mixed_width import (
+    MixedWidthWeight,
+    binarize,
+    group_salience,
+    search_moved,
+    widths_of,
+)
 from harness.quantization.numerics.training import clipped_grid, nearest_through, train
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -69,12 +81,22 @@ class Rounding:
 
         def reasons(_linear: LinearShape, weight: WeightScheme) -> list[str]:
             grouped = weight.group_size > 0
-            return [] if grouped else ["SliM-LLM gives each group its own width; set a group_size (128 as published)"]
+            return (
+                []
+                if grouped
+                else [
+                    "SliM-LLM gives each group its own width; set a group_size (128 as published)"
+                ]
+            )
 
         word = "SliM-LLM's grids have zero points"
-        return check_uniform(scheme, shapes, bits=(2, 3, 4), never_symmetric=word) + refusals(scheme, shapes, reasons)
+        return check_uniform(scheme, shapes, bits=(2, 3, 4), never_symmetric=word) + refusals(
+            scheme, shapes, reasons
+        )
 
-    def round_block(self, block: BlockView, scheme: Scheme, rng: Generator) -> dict[str, QuantizedWeight]:
+    def round_block(
+        self, block: BlockView, scheme: Scheme, rng: Generator
+    ) -> dict[str, QuantizedWeight]:
         """Quantize the block's linears. Peak memory: the block in float32 four times, or one Hessian's factorisation."""
         settings = self.settings
         matrices: dict[str, _Matrix] = {}
@@ -95,14 +117,22 @@ class Rounding:
                 again = [block.run(hidden).to(hidden.device) for hidden in inputs]
 
         def loss_of(sample: int) -> Tensor:
-            weights = {f"{name}.weight": matrix.nearest().to(dtypes[name]) for name, matrix in matrices.items()}
+            weights = {
+                f"{name}.weight": matrix.nearest().to(dtypes[name])
+                for name, matrix in matrices.items()
+            }
             output = block.run(inputs[sample], weights).float()
             loss = (output - references[sample].to(output.device).float()).square().mean()
             if again:
                 loss = loss + (output - again[sample].to(output.device).float()).square().mean()
             return loss
 
-        groups = [{"params": [p for matrix in matrices.values() for p in matrix.strengths()], "lr": settings.clip_rate}]
+        groups = [
+            {
+                "params": [p for matrix in matrices.values() for p in matrix.strengths()],
+                "lr": settings.clip_rate,
+            }
+        ]
         losses = train(loss_of, len(inputs), groups, settings.epochs, f"block {block.index}")
         if losses:
             block.notes["slim_llm_plus"] = {"loss": losses}
@@ -112,10 +142,17 @@ class Rounding:
     def _widths(self, weight: Tensor, evidence: Evidence, scheme: WeightScheme) -> tuple[int, ...]:
         bits, size, fraction = int(scheme.bits), scheme.group_size, self.settings.damping_fraction
         factor = evidence.once(
-            ("factor of the original order", fraction), lambda: inverse_factor(damped(evidence["hessian"], fraction)[0])
+            ("factor of the original order", fraction),
+            lambda: inverse_factor(damped(evidence["hessian"], fraction)[0]),
         )
         salience = group_salience(weight, factor, size)
-        return widths_of(salience, bits, search_moved(weight, list(evidence["inputs"]), salience, bits, size, scheme.scale_dtype))
+        return widths_of(
+            salience,
+            bits,
+            search_moved(
+                weight, list(evidence["inputs"]), salience, bits, size, scheme.scale_dtype
+            ),
+        )
 
 
 class _Matrix:
@@ -124,11 +161,16 @@ class _Matrix:
     def __init__(self, weight: Tensor, widths: tuple[int, ...], scheme: WeightScheme) -> None:
         self.groups = weight.reshape(weight.shape[0], len(widths), -1)
         self.widths, self.scheme = widths, scheme
-        self.members = {w: [g for g, width in enumerate(widths) if width == w] for w in sorted(set(widths))}
+        self.members = {
+            w: [g for g, width in enumerate(widths) if width == w] for w in sorted(set(widths))
+        }
         self.upper, self.lower = (
             {
-                w: nn.Parameter(torch.full((weight.shape[0], len(m), 1), INITIAL_STRENGTH, device=weight.device))
-                for w, m in self.members.items() if w > 1
+                w: nn.Parameter(
+                    torch.full((weight.shape[0], len(m), 1), INITIAL_STRENGTH, device=weight.device)
+                )
+                for w, m in self.members.items()
+                if w > 1
             }
             for _ in range(2)
         )
@@ -164,7 +206,17 @@ class _Matrix:
                 grid = self._grid(width, values)
                 part, s, o = grid.quantize(values).to(torch.uint8), grid.scale, grid.zero
             codes[:, members], scale[:, members], offset[:, members] = part, s[..., 0], o[..., 0]
-        return MixedWidthWeight(codes.reshape(rows, -1), scale, offset, self.widths, self.scheme.scale_dtype)
+        return MixedWidthWeight(
+            codes.reshape(rows, -1), scale, offset, self.widths, self.scheme.scale_dtype
+        )
 
     def _grid(self, width: int, values: Tensor) -> Grid:
-        return clipped_grid(values, self.upper[width], self.lower[width], width, False, "omniquant", self.scheme.scale_dtype)
+        return clipped_grid(
+            values,
+            self.upper[width],
+            self.lower[width],
+            width,
+            False,
+            "omniquant",
+            self.scheme.scale_dtype,
+        )

@@ -69,7 +69,9 @@ class Transform:
         fused = {linear.name for linear in shapes.linears if linear.fused}
         touched = [name for pair in pairs for name in pair.consumers if name in fused]
         if self.settings.run_time and touched:
-            return [f"run_time scales need linears of their own; fused here: {', '.join(dict.fromkeys(touched))}"]
+            return [
+                f"run_time scales need linears of their own; fused here: {', '.join(dict.fromkeys(touched))}"
+            ]
         return []
 
     @torch.no_grad()
@@ -78,7 +80,9 @@ class Transform:
         notes: dict[str, Any] = {}
         for pair in self._pairs(block.shapes):
             title = f"{pair.producer} → {', '.join(pair.consumers)}"
-            weights = torch.stack([block.linear(name).weight.float().abs().amax(0) for name in pair.consumers]).amax(0)
+            weights = torch.stack(
+                [block.linear(name).weight.float().abs().amax(0) for name in pair.consumers]
+            ).amax(0)
             activations = block.evidence[pair.consumers[0]]["abs_max"].float()
             scales = smoothing_scales(activations, weights, self.settings.alpha)
             if self.settings.direction == "activation_to_weight":
@@ -102,11 +106,15 @@ class Transform:
     def _pairs(self, shapes: Shapes) -> list[ScalePair]:
         """Norm pairs, and up → down where asked for: the linear pair outside attention, which repeats nothing."""
         return [
-            pair for pair in shapes.pairs
-            if pair.kind == "norm" or (self.settings.down and "att" not in pair.producer.rpartition(".")[0])
+            pair
+            for pair in shapes.pairs
+            if pair.kind == "norm"
+            or (self.settings.down and "att" not in pair.producer.rpartition(".")[0])
         ]
 
 
 def smoothing_scales(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
     """s [in] from the largest magnitudes of activations and weights per input channel, [in] each."""
-    return (activations.clamp(min=FLOOR).pow(alpha) / weights.clamp(min=FLOOR).pow(1 - alpha)).clamp(min=FLOOR)
+    return (
+        activations.clamp(min=FLOOR).pow(alpha) / weights.clamp(min=FLOOR).pow(1 - alpha)
+    ).clamp(min=FLOOR)

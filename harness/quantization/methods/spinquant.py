@@ -37,7 +37,13 @@ from torch import Tensor
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations, check_uniform
-from harness.quantization.methods.folding import in_attention, put_parameters, rotate_block, rotate_ends, writes_residual
+from harness.quantization.methods.folding import (
+    in_attention,
+    put_parameters,
+    rotate_block,
+    rotate_ends,
+    writes_residual,
+)
 from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, WholeModel
 from harness.quantization.numerics import hadamard
 from harness.quantization.numerics.activations import round_dynamic
@@ -45,7 +51,10 @@ from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.rotations import cayley_step
 from harness.quantization.numerics.training import nearest_through, round_through
 
-RESIDUAL, VALUES = "residual", "values.{}"           # names of what is learned; a block's number in the second
+RESIDUAL, VALUES = (
+    "residual",
+    "values.{}",
+)  # names of what is learned; a block's number in the second
 
 
 class Transform:
@@ -98,17 +107,35 @@ class Transform:
             return reasons
         sizes = {"the residual stream": shapes.hidden_size, "a head": shapes.head_dim}
         if self.settings.online:
-            sizes |= {linear.name: linear.in_features for linear in shapes.linears if linear.name in _down(shapes)}
-            fused = [linear.name for linear in shapes.linears if linear.fused and linear.name in _down(shapes)]
+            sizes |= {
+                linear.name: linear.in_features
+                for linear in shapes.linears
+                if linear.name in _down(shapes)
+            }
+            fused = [
+                linear.name
+                for linear in shapes.linears
+                if linear.fused and linear.name in _down(shapes)
+            ]
             if fused:
-                reasons.append(f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false")
+                reasons.append(
+                    f"inputs of fused linears cannot be rotated at run time: {', '.join(fused)}; use online=false"
+                )
         reasons += hadamard.unknown_sizes(sizes)
-        found = {scheme.activation_for(block, linear.name) for block in range(shapes.blocks) for linear in shapes.linears}
+        found = {
+            scheme.activation_for(block, linear.name)
+            for block in range(shapes.blocks)
+            for linear in shapes.linears
+        }
         activations = [activation for activation in found if activation is not None]
         if any(not activation.dynamic for activation in activations):
-            reasons.append("static activation scales are found after rounding and cannot be learned against; use dynamic: true")
+            reasons.append(
+                "static activation scales are found after rounding and cannot be learned against; use dynamic: true"
+            )
         if any(activation.format != "int" for activation in activations):
-            reasons.append("no gradient passes activations in other formats than integers; use activation.format=int, or quarot")
+            reasons.append(
+                "no gradient passes activations in other formats than integers; use activation.format=int, or quarot"
+            )
         if self.settings.round_weights and scheme.weight.format != "dense":
             reasons += check_uniform(scheme, shapes, convention=self.settings.grid)
         return reasons
@@ -123,19 +150,28 @@ class Transform:
         settings, shapes = self.settings, model.shapes
         start = hadamard.random_hadamard(shapes.hidden_size, settings.rotation_seed)
         held = {RESIDUAL: start} | {
-            VALUES.format(index): hadamard.random_hadamard(shapes.head_dim, settings.rotation_seed + 1 + index)
+            VALUES.format(index): hadamard.random_hadamard(
+                shapes.head_dim, settings.rotation_seed + 1 + index
+            )
             for index in range(shapes.blocks)
         }
         rounded = _Rounded(settings, scheme)
         losses: list[float] = []
         for step in range(settings.steps + 1):
             last = step == settings.steps
-            begin = 0 if step in (0, settings.steps) else step * settings.sequences        # the first and last loss: of one text
-            batch = [(begin + position) % model.sequences for position in range(min(settings.sequences, model.sequences))]
+            begin = (
+                0 if step in (0, settings.steps) else step * settings.sequences
+            )  # the first and last loss: of one text
+            batch = [
+                (begin + position) % model.sequences
+                for position in range(min(settings.sequences, model.sequences))
+            ]
             leaves = {name: value.clone().requires_grad_(not last) for name, value in held.items()}
             loss = rounded.loss(model, leaves, batch)
             if not math.isfinite(loss):
-                raise MethodError(f"the loss of step {step + 1} is {loss}; lower the rate, or use more bits")
+                raise MethodError(
+                    f"the loss of step {step + 1} is {loss}; lower the rate, or use more bits"
+                )
             losses.append(loss)
             if last:
                 break
@@ -151,15 +187,21 @@ class Transform:
         self._learned = learned
 
     @torch.no_grad()
-    def rewrite_ends(self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: torch.Generator) -> dict[str, Tensor]:
+    def rewrite_ends(
+        self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: torch.Generator
+    ) -> dict[str, Tensor]:
         """Embeddings, final norm and head of the turned residual stream."""
         return rotate_ends(ends, shapes, self._learned[RESIDUAL])
 
     @torch.no_grad()
-    def rewrite_block(self, block: BlockView, scheme: Scheme, rng: torch.Generator) -> dict[str, Any]:
+    def rewrite_block(
+        self, block: BlockView, scheme: Scheme, rng: torch.Generator
+    ) -> dict[str, Any]:
         """Fold norms and rotations, in place. Notes: in the first block, the loss before and after learning."""
         device = next(block.module.parameters()).device
-        residual, values = (self._learned[name].to(device) for name in (RESIDUAL, VALUES.format(block.index)))
+        residual, values = (
+            self._learned[name].to(device) for name in (RESIDUAL, VALUES.format(block.index))
+        )
         by_head = _along(values)
         put_parameters(block, rotate_block(block, residual, by_head, by_head))
         if self.settings.online:
@@ -170,7 +212,11 @@ class Transform:
         notes: dict[str, Any] = {"online": _down(block.shapes) if self.settings.online else []}
         if block.index == 0:
             losses = self._learned["loss"].tolist()
-            notes["learned"] = {"steps": len(losses) - 1, "loss_before": losses[0], "loss_after": losses[-1]}
+            notes["learned"] = {
+                "steps": len(losses) - 1,
+                "loss_before": losses[0],
+                "loss_after": losses[-1],
+            }
         return notes
 
 
@@ -180,7 +226,9 @@ class _Rounded:
     def __init__(self, settings: Transform.Settings, scheme: Scheme) -> None:
         self.settings, self.scheme = settings, scheme
 
-    def loss(self, model: WholeModel, rotations: Mapping[str, Tensor], sequences: Sequence[int]) -> float:
+    def loss(
+        self, model: WholeModel, rotations: Mapping[str, Tensor], sequences: Sequence[int]
+    ) -> float:
         """Over these calibration sequences; gradients go to the rotations that ask for them."""
         residual = rotations[RESIDUAL]
         asking = [rotation for rotation in rotations.values() if rotation.requires_grad]
@@ -191,11 +239,15 @@ class _Rounded:
         def enter(hidden: Tensor) -> Tensor:
             return (hidden.float() @ matrix(hidden)).to(hidden.dtype)
 
-        def leave(hidden: Tensor) -> Tensor:              # the head is not rounded: the original one reads the stream turned back
+        def leave(
+            hidden: Tensor,
+        ) -> Tensor:  # the head is not rounded: the original one reads the stream turned back
             return (hidden.float() @ matrix(hidden).T).to(hidden.dtype)
 
         def run(block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
-            by_head = _along(rotations[VALUES.format(block.index)].to(hidden[0].device, torch.float32))
+            by_head = _along(
+                rotations[VALUES.format(block.index)].to(hidden[0].device, torch.float32)
+            )
             weights = self._weights(block, rotate_block(block, matrix(hidden[0]), by_head, by_head))
             down = set(_down(block.shapes)) if self.settings.online else set()
             return [block.run(one, weights, self._receive(block.index, down)) for one in hidden]
@@ -222,11 +274,14 @@ class _Rounded:
         size = wide.shape[1] if scheme.group_size == -1 else scheme.group_size
         groups = wide.reshape(wide.shape[0], -1, size)
         with torch.no_grad():
-            grid = Fitting.of(wide, scheme, self.settings.grid, self.settings.range_search).fit(groups)
+            grid = Fitting.of(wide, scheme, self.settings.grid, self.settings.range_search).fit(
+                groups
+            )
         return nearest_through(groups, grid).reshape(wide.shape).to(weight.dtype)
 
     def _receive(self, index: int, down: set[str]) -> Callable[[str, Tensor], Tensor]:
         """What a linear of block `index` sees of its input: rotated where it is rotated at run time, then rounded."""
+
         def receive(name: str, inputs: Tensor) -> Tensor:
             x = hadamard.transform(inputs) if name in down else inputs
             activation = self.scheme.activation_for(index, name)
@@ -237,6 +292,7 @@ class _Rounded:
 
 def _along(rotation: Tensor) -> Callable[[Tensor, int], Tensor]:
     """(values, axis) -> rotationᵀ applied along the axis."""
+
     def turn(values: Tensor, axis: int) -> Tensor:
         return (values.movedim(axis, -1) @ rotation).movedim(-1, axis)
 

@@ -37,8 +37,8 @@ from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.sparse import Outliers
 from harness.quantization.numerics.weights import QuantizedWeight
 
-TINY = 1e-9                                     # the least scale that is divided by
-TILE = 2**24                                    # numbers that leave-one-out fits hold at a time
+TINY = 1e-9  # the least scale that is divided by
+TILE = 2**24  # numbers that leave-one-out fits hold at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class SecondLevel:
     def read(self) -> Tensor:
         """[out, groups] float32"""
         run = self.codes.shape[0] // self.step.shape[0]
-        return self.start.repeat_interleave(run, 0) + self.step.repeat_interleave(run, 0) * self.codes
+        return (
+            self.start.repeat_interleave(run, 0) + self.step.repeat_interleave(run, 0) * self.codes
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ class BilevelWeight(QuantizedWeight):
 
     def dequantize(self) -> Tensor:
         rows, columns = self.shape
-        scale, zero = (part.read() if isinstance(part, SecondLevel) else part for part in (self.scale, self.zero))
+        scale, zero = (
+            part.read() if isinstance(part, SecondLevel) else part
+            for part in (self.scale, self.zero)
+        )
         grouped = self.codes.float().reshape(rows, scale.shape[1], -1)
         values = (scale.unsqueeze(-1) * (grouped - zero.unsqueeze(-1))).reshape(rows, columns)
         if self.order is not None:
@@ -96,9 +101,15 @@ class BilevelWeight(QuantizedWeight):
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         target = SCALE_DTYPES[self.scale_dtype]
         outliers, outliers_meta = self.outliers.pack()
-        tensors = {"codes": pack(self.codes, self.bits), **{f"outlier_{name}": tensor for name, tensor in outliers.items()}}
+        tensors = {
+            "codes": pack(self.codes, self.bits),
+            **{f"outlier_{name}": tensor for name, tensor in outliers.items()},
+        }
         meta: dict[str, Any] = {
-            "shape": list(self.shape), "bits": self.bits, "scale_dtype": self.scale_dtype, "outliers": outliers_meta,
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "scale_dtype": self.scale_dtype,
+            "outliers": outliers_meta,
         }
         for name in ("scale", "zero"):
             part = getattr(self, name)
@@ -107,13 +118,17 @@ class BilevelWeight(QuantizedWeight):
                 tensors[f"{name}_step"] = part.step.to(target).contiguous()
                 tensors[f"{name}_start"] = part.start.to(target).contiguous()
                 meta[name] = part.bits
-            elif name == "zero" and bool(((part == part.round()) & (part >= 0) & (part < 2**self.bits)).all()):
+            elif name == "zero" and bool(
+                ((part == part.round()) & (part >= 0) & (part < 2**self.bits)).all()
+            ):
                 tensors["zero_codes"], meta["zero"] = pack(part.to(torch.uint8), self.bits), "codes"
                 meta["groups"] = part.shape[1]
             else:
                 tensors[name], meta[name] = part.to(target).contiguous(), "float"
         if self.order is not None:
-            tensors["order"] = pack(self.order, 16) if self.shape[1] <= 2**16 else self.order.to(torch.int32)
+            tensors["order"] = (
+                pack(self.order, 16) if self.shape[1] <= 2**16 else self.order.to(torch.int32)
+            )
         return tensors, meta
 
     @classmethod
@@ -126,12 +141,22 @@ class BilevelWeight(QuantizedWeight):
             if how == "float":
                 parts[name] = tensors[name].float()
             elif how == "codes":
-                parts[name] = unpack(tensors["zero_codes"], bits, rows * meta["groups"]).float().reshape(rows, -1)
+                parts[name] = (
+                    unpack(tensors["zero_codes"], bits, rows * meta["groups"])
+                    .float()
+                    .reshape(rows, -1)
+                )
             else:
                 step = tensors[f"{name}_step"].float()
-                codes = unpack(tensors[f"{name}_codes"], how, rows * step.shape[1]).reshape(rows, -1)
+                codes = unpack(tensors[f"{name}_codes"], how, rows * step.shape[1]).reshape(
+                    rows, -1
+                )
                 parts[name] = SecondLevel(codes, step, tensors[f"{name}_start"].float(), how)
-        kept = {name.removeprefix("outlier_"): tensor for name, tensor in tensors.items() if name.startswith("outlier_")}
+        kept = {
+            name.removeprefix("outlier_"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("outlier_")
+        }
         outliers = Outliers.unpack(kept, meta["outliers"])
         order = tensors.get("order")
         if order is not None:
@@ -176,13 +201,22 @@ class Rounding:
 
         def __post_init__(self) -> None:
             if self.outlier_threshold is not None and self.outlier_threshold < 0:
-                raise ValueError(f"outlier_threshold is {self.outlier_threshold}; it must be 0 or more, or null for no outliers")
+                raise ValueError(
+                    f"outlier_threshold is {self.outlier_threshold}; it must be 0 or more, or null for no outliers"
+                )
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
-            if any(bits is not None and not 1 <= bits <= 8 for bits in (self.scale_bits, self.zero_bits)):
-                raise ValueError(f"scale_bits={self.scale_bits}, zero_bits={self.zero_bits}; each is 1 to 8, or null")
+            if any(
+                bits is not None and not 1 <= bits <= 8
+                for bits in (self.scale_bits, self.zero_bits)
+            ):
+                raise ValueError(
+                    f"scale_bits={self.scale_bits}, zero_bits={self.zero_bits}; each is 1 to 8, or null"
+                )
             if self.second_group < 1 or self.block_size < 1:
-                raise ValueError(f"second_group={self.second_group}, block_size={self.block_size}; both are at least 1")
+                raise ValueError(
+                    f"second_group={self.second_group}, block_size={self.block_size}; both are at least 1"
+                )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -201,10 +235,17 @@ class Rounding:
             if second_level and linear.out_features % self.settings.second_group:
                 yield f"second_group {self.settings.second_group} does not divide the output rows"
 
-        return check_uniform(scheme, shapes, never_symmetric="SpQR's grid is not symmetric") + refusals(scheme, shapes, reasons)
+        return check_uniform(
+            scheme, shapes, never_symmetric="SpQR's grid is not symmetric"
+        ) + refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, and four [in, in] while H is factored."""
         assert evidence is not None, "spqr needs the Hessian"
@@ -222,20 +263,26 @@ class Rounding:
 class _Layer:
     """One matrix while it is rounded: statistics of its groups, codes and outliers, columns in the order of rounding."""
 
-    def __init__(self, weight: Tensor, upper: Tensor, scheme: WeightScheme, settings: Rounding.Settings) -> None:
+    def __init__(
+        self, weight: Tensor, upper: Tensor, scheme: WeightScheme, settings: Rounding.Settings
+    ) -> None:
         self.weight, self.upper, self.settings = weight, upper, settings
         self.bits, self.size, self.dtype = int(scheme.bits), scheme.group_size, scheme.scale_dtype
         self.diagonal = upper.diagonal()
         self.threshold = math.inf
         if settings.outlier_threshold is not None:
-            self.threshold = settings.outlier_threshold * float((weight.var(0) / self.diagonal.square()).mean())
+            self.threshold = settings.outlier_threshold * float(
+                (weight.var(0) / self.diagonal.square()).mean()
+            )
         self.codes = torch.empty_like(weight, dtype=torch.uint8)
         self.kept = torch.zeros_like(weight, dtype=torch.bool)
         self.scales: list[_Level] = []
         self.zeros: list[_Level] = []
 
     def round(self, order: Tensor | None) -> BilevelWeight:
-        block = self.size * max(1, self.settings.block_size // self.size)      # whole groups, so that a fit sees every update
+        block = self.size * max(
+            1, self.settings.block_size // self.size
+        )  # whole groups, so that a fit sees every update
         rounded = feed_forward(self.weight, self.upper, self._round_column, block_size=block)
         kept = self.kept
         if order is not None:
@@ -243,7 +290,13 @@ class _Layer:
             rounded, kept = rounded[:, back], kept[:, back]
         outliers = Outliers.where(kept, rounded, self.dtype)
         return BilevelWeight(
-            self.codes, _gather(self.scales), _gather(self.zeros), outliers, order, self.bits, self.dtype
+            self.codes,
+            _gather(self.scales),
+            _gather(self.zeros),
+            outliers,
+            order,
+            self.bits,
+            self.dtype,
         )
 
     def _round_column(self, column: int, columns: Columns) -> Tensor:
@@ -271,8 +324,14 @@ class _Layer:
         scale, zero = asymmetric_grid(group.amin(1), group.amax(1), self.bits)
         zero = torch.round(zero) if settings.round_zero else zero
         self.scales.append(_Level.of(scale, settings.scale_bits, settings.second_group, self.dtype))
-        whole = settings.round_zero and (settings.zero_bits is None or settings.zero_bits >= self.bits)
-        self.zeros.append(_Level.of(zero, None if whole else settings.zero_bits, settings.second_group, self.dtype))
+        whole = settings.round_zero and (
+            settings.zero_bits is None or settings.zero_bits >= self.bits
+        )
+        self.zeros.append(
+            _Level.of(
+                zero, None if whole else settings.zero_bits, settings.second_group, self.dtype
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -289,7 +348,12 @@ class _Level:
         runs, top = values.reshape(-1, run), 2**bits - 1
         start = as_stored(runs.amin(1, keepdim=True), dtype)
         step = as_stored((runs.amax(1, keepdim=True) - start) / top, dtype)
-        codes = torch.round((runs - start) / step.clamp(min=TINY)).clamp_(0, top).reshape(-1, 1).to(torch.uint8)
+        codes = (
+            torch.round((runs - start) / step.clamp(min=TINY))
+            .clamp_(0, top)
+            .reshape(-1, 1)
+            .to(torch.uint8)
+        )
         second = SecondLevel(codes, step, start, bits)
         return cls(second.read()[:, 0], second)
 
@@ -298,11 +362,15 @@ def _gather(levels: list[_Level]) -> Tensor | SecondLevel:
     if levels[0].second is None:
         return torch.stack([level.values for level in levels], dim=1)
     seconds = [level.second for level in levels if level.second is not None]
-    codes, step, start = (torch.cat([getattr(s, name) for s in seconds], dim=1) for name in ("codes", "step", "start"))
+    codes, step, start = (
+        torch.cat([getattr(s, name) for s in seconds], dim=1) for name in ("codes", "step", "start")
+    )
     return SecondLevel(codes, step, start, seconds[0].bits)
 
 
-def _factor(hessian: Tensor, damping_fraction: float, act_order: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _factor(
+    hessian: Tensor, damping_fraction: float, act_order: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """U [in, in] in the order of rounding, dead columns [in] in their own, and that order."""
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else None
     ready, dead = damped(hessian, damping_fraction, dead_last=True)
@@ -334,7 +402,10 @@ def leave_one_out_gain(group: Tensor, diagonal: Tensor, bits: int) -> Tensor:
     gains = []
     for rows in group.split(max(1, TILE // (size * size))):
         whole = error(rows, rows.amin(1), rows.amax(1)).sum(1, keepdim=True)
-        others = rows.unsqueeze(1).expand(-1, size, -1)                        # [rows, left out, size]
-        lo, hi = others.masked_fill(itself, torch.inf).amin(-1), others.masked_fill(itself, -torch.inf).amax(-1)
+        others = rows.unsqueeze(1).expand(-1, size, -1)  # [rows, left out, size]
+        lo, hi = (
+            others.masked_fill(itself, torch.inf).amin(-1),
+            others.masked_fill(itself, -torch.inf).amax(-1),
+        )
         gains.append(whole - error(others, lo, hi).masked_fill_(itself, 0).sum(-1))
     return torch.cat(gains)

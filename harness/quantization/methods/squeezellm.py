@@ -49,7 +49,9 @@ class Rounding:
         def __post_init__(self) -> None:
             sensitive, outlier = self.sensitive_fraction, self.outlier_fraction
             if min(sensitive, outlier) < 0 or sensitive + outlier >= 1:
-                raise ValueError(f"sensitive_fraction={sensitive}, outlier_fraction={outlier}; from 0, together below 1")
+                raise ValueError(
+                    f"sensitive_fraction={sensitive}, outlier_fraction={outlier}; from 0, together below 1"
+                )
             if self.iterations < 1:
                 raise ValueError(f"iterations is {self.iterations}; it must be at least 1")
 
@@ -61,21 +63,30 @@ class Rounding:
         return check_tables(scheme, shapes)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Memory: that of `nested_tables`."""
         sensitivity = sensitivity_of(weight, evidence)
         sparse = largest(sensitivity, self.settings.sensitive_fraction)
-        sparse = sparse | largest(weight.abs().masked_fill(sparse, 0), self.settings.outlier_fraction)
+        sparse = sparse | largest(
+            weight.abs().masked_fill(sparse, 0), self.settings.outlier_fraction
+        )
         importance = sensitivity.masked_fill(sparse, 0) * (weight != 0)
         # A row without any gradient is clustered by its weights alone, and those in the sparse matrix must not pull at it.
         importance = torch.where(importance.sum(1, keepdim=True) > 0, importance, (~sparse).float())
         bits = int(scheme.bits)
-        outliers = Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None
-        dense, one = weight.masked_fill(sparse, 0), range(bits, bits + 1)
-        return nested_tables(dense, importance, one, rng, iterations=self.settings.iterations).served(
-            bits, scheme.scale_dtype, outliers
+        outliers = (
+            Outliers.where(sparse, weight, scheme.scale_dtype) if bool(sparse.any()) else None
         )
+        dense, one = weight.masked_fill(sparse, 0), range(bits, bits + 1)
+        return nested_tables(
+            dense, importance, one, rng, iterations=self.settings.iterations
+        ).served(bits, scheme.scale_dtype, outliers)
 
 
 def largest(values: Tensor, fraction: float) -> Tensor:

@@ -41,7 +41,7 @@ from harness.quantization.numerics.hessians import damped, inverse_factor
 from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight
 
-RELATIVE_DAMPING = 0.01                         # added to H scaled to mean diagonal 1, before the damping of its inverse
+RELATIVE_DAMPING = 0.01  # added to H scaled to mean diagonal 1, before the damping of its inverse
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,14 @@ class VectorWeight(QuantizedWeight):
         return sum(book.bits for book in self.codebooks) / self.codebooks[0].entries.shape[1]
 
     def dequantize(self) -> Tensor:
-        values = sum((book.read() for book in self.codebooks[1:]), self.codebooks[0].read())[: self.rows]
-        return values if self.scale is None or self.offset is None else values * self.scale + self.offset
+        values = sum((book.read() for book in self.codebooks[1:]), self.codebooks[0].read())[
+            : self.rows
+        ]
+        return (
+            values
+            if self.scale is None or self.offset is None
+            else values * self.scale + self.offset
+        )
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         target = SCALE_DTYPES[self.scale_dtype]
@@ -94,8 +100,15 @@ class VectorWeight(QuantizedWeight):
             tensors[f"entries_{number}"] = book.entries.to(target).contiguous()
             tensors[f"indices_{number}"] = pack(book.indices, book.bits)
         if self.scale is not None and self.offset is not None:
-            tensors |= {"scale": self.scale.to(target).contiguous(), "offset": self.offset.to(target).contiguous()}
-        return tensors, {"shape": list(self.shape), "codebooks": len(self.codebooks), "scale_dtype": self.scale_dtype}
+            tensors |= {
+                "scale": self.scale.to(target).contiguous(),
+                "offset": self.offset.to(target).contiguous(),
+            }
+        return tensors, {
+            "shape": list(self.shape),
+            "codebooks": len(self.codebooks),
+            "scale_dtype": self.scale_dtype,
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
@@ -104,9 +117,15 @@ class VectorWeight(QuantizedWeight):
         for number in range(meta["codebooks"]):
             entries = tensors[f"entries_{number}"].float()
             bits, per_column = (entries.shape[0] - 1).bit_length(), -(-rows // entries.shape[1])
-            indices = unpack(tensors[f"indices_{number}"], bits, per_column * columns).long().reshape(per_column, columns)
+            indices = (
+                unpack(tensors[f"indices_{number}"], bits, per_column * columns)
+                .long()
+                .reshape(per_column, columns)
+            )
             books.append(Codebook(entries, indices))
-        scale, offset = (tensors[name].float() if name in tensors else None for name in ("scale", "offset"))
+        scale, offset = (
+            tensors[name].float() if name in tensors else None for name in ("scale", "offset")
+        )
         return cls(tuple(books), rows, scale, offset, meta["scale_dtype"])
 
 
@@ -187,7 +206,12 @@ class Rounding:
         return refusals(scheme, shapes, reasons)
 
     def round_layer(
-        self, name: str, weight: Tensor, evidence: Evidence | None, scheme: WeightScheme, rng: Generator
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, four [in, in], 2^26 distances."""
         assert evidence is not None, "vptq needs the Hessian"
@@ -216,19 +240,35 @@ class Rounding:
                 indices, left = assign(weight, prepared.upper, books, settings.block_size, rows)
         restored = torch.empty_like(indices)
         restored[..., prepared.order] = indices
-        codebooks = tuple(Codebook(entries, index) for entries, index in zip(books, restored, strict=True))
+        codebooks = tuple(
+            Codebook(entries, index) for entries, index in zip(books, restored, strict=True)
+        )
         return VectorWeight(codebooks, rows, scale, offset, dtype)
 
-    def _learn(self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator) -> Tensor:
+    def _learn(
+        self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator
+    ) -> Tensor:
         """k entries [k, v] for the vectors of matrix [out, in], weighted by their column's importance [in].
 
         A vector with padding beyond `rows` counts by its share of real weights.
         """
-        vectors = matrix.T.reshape(matrix.shape[1], -1, self.settings.vector_length)              # [in, vectors, v]
-        real = (torch.arange(matrix.shape[0], device=matrix.device) < rows).float().reshape(-1, self.settings.vector_length).mean(1)
+        vectors = matrix.T.reshape(
+            matrix.shape[1], -1, self.settings.vector_length
+        )  # [in, vectors, v]
+        real = (
+            (torch.arange(matrix.shape[0], device=matrix.device) < rows)
+            .float()
+            .reshape(-1, self.settings.vector_length)
+            .mean(1)
+        )
         weights = (importance.unsqueeze(1) * real).flatten()
         return cluster_vectors(
-            vectors.flatten(0, 1), weights, k, rng, iterations=self.settings.iterations, tolerance=self.settings.tolerance
+            vectors.flatten(0, 1),
+            weights,
+            k,
+            rng,
+            iterations=self.settings.iterations,
+            tolerance=self.settings.tolerance,
         )
 
 
@@ -246,22 +286,33 @@ def prepare(hessian: Tensor, damping_fraction: float, act_order: bool) -> Prepar
     """Normalise, order and factor a Hessian [in, in]. Raises MethodError when that breaks down."""
     dead, mean = hessian.diagonal() == 0, hessian.diagonal().mean()
     hessian = hessian / torch.where(mean > 0, mean, 1.0)
-    hessian = hessian + RELATIVE_DAMPING * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    hessian = hessian + RELATIVE_DAMPING * torch.eye(
+        hessian.shape[0], dtype=hessian.dtype, device=hessian.device
+    )
     importance = hessian.diagonal().clone()
     order = torch.arange(hessian.shape[0], device=hessian.device)
     if act_order:
         order = torch.argsort(importance, descending=True, stable=True)
-    return Prepared(inverse_factor(damped(hessian[order][:, order], damping_fraction)[0]), order, dead, importance)
+    return Prepared(
+        inverse_factor(damped(hessian[order][:, order], damping_fraction)[0]),
+        order,
+        dead,
+        importance,
+    )
 
 
-def assign(weight: Tensor, upper: Tensor, books: list[Tensor], block_size: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def assign(
+    weight: Tensor, upper: Tensor, books: list[Tensor], block_size: int, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Indices [codebooks, vectors per column, in], and what they leave over of each column when its turn comes, [out, in].
 
     weight [out, in], out a multiple of v; columns beyond `rows` are padding and make no error. Each vector takes its nearest
     entry of the first book, then the nearest entry of the next to what is left.
     """
     length, columns = books[0].shape[1], weight.shape[1]
-    indices = torch.empty(len(books), weight.shape[0] // length, columns, dtype=torch.int64, device=weight.device)
+    indices = torch.empty(
+        len(books), weight.shape[0] // length, columns, dtype=torch.int64, device=weight.device
+    )
     left = torch.empty_like(weight)
 
     def round_column(column: int, view: Columns) -> Tensor:

@@ -1,8 +1,8 @@
 """Model families: how the blocks, matrices and ends of an architecture are found. One file per family.
 
-    family_of(config)       the family of a config.json
-    read_config(folder)     that config.json
-    shapes(folder)          what a plan knows of a model, without its weights
+family_of(config)       the family of a config.json
+read_config(folder)     that config.json
+shapes(folder)          what a plan knows of a model, without its weights
 """
 
 from __future__ import annotations
@@ -20,14 +20,20 @@ from harness.quantization.models.protocols import DecoderFamily
 
 __all__ = ["family_of", "read_config", "shapes"]
 
-ANY = "*"                                               # in `architectures`: serves what no other family names
+ANY = "*"  # in `architectures`: serves what no other family names
 
 
 def family_of(config: Mapping[str, Any]) -> DecoderFamily:
     """The family that names the config's architecture. Raises ModelError with the nearest known one when none does."""
     wanted = config.get("architectures") or ()
-    by_architecture = {a: name for name, facts in plugins.find("family").items() for a in facts.get("architectures", ())}
-    name = next((by_architecture[a] for a in wanted if a in by_architecture), by_architecture.get(ANY))
+    by_architecture = {
+        a: name
+        for name, facts in plugins.find("family").items()
+        for a in facts.get("architectures", ())
+    }
+    name = next(
+        (by_architecture[a] for a in wanted if a in by_architecture), by_architecture.get(ANY)
+    )
     if name is None:
         named = wanted[0] if wanted else "(config.json names none)"
         raise ModelError(

@@ -48,13 +48,19 @@ class Family(DecoderFamily):
         if attention == mlp:
             found = [ScalePair("input_layernorm", (*projections, WIDE), "norm")]
         else:
-            first, second = ("ln_attn", "ln_mlp") if self._norms(config) == 2 else ("input_layernorm", "post_attention_layernorm")
+            first, second = (
+                ("ln_attn", "ln_mlp")
+                if self._norms(config) == 2
+                else ("input_layernorm", "post_attention_layernorm")
+            )
             found = [
                 ScalePair(first, projections, "norm", region="self_attention"),
                 ScalePair(second, (WIDE,), "norm", region="mlp"),
             ]
         if len(projections) == 3:
-            found.append(ScalePair(SPLIT[2], (DENSE,), "linear", repeats=config.num_attention_heads))
+            found.append(
+                ScalePair(SPLIT[2], (DENSE,), "linear", repeats=config.num_attention_heads)
+            )
         return tuple(found)
 
     def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
@@ -76,14 +82,31 @@ class Family(DecoderFamily):
 
     def _inputs(self, config: PretrainedConfig) -> tuple[str, str]:
         """The groups of attention's and of the MLP's inputs: one where a single norm serves both."""
-        return ("input", "input") if self._norms(config) == 1 else ("query_key_value", "dense_h_to_4h")
+        return (
+            ("input", "input") if self._norms(config) == 1 else ("query_key_value", "dense_h_to_4h")
+        )
 
     def _fused(self, config: PretrainedConfig, group: str) -> tuple[WeightLocation, ...]:
         if not self._one_value_head(config):
             return self._linear(config, FUSED, group)
         head = config.hidden_size // config.num_attention_heads
-        return row_slots(group, FUSED, dict(zip(SPLIT, (config.hidden_size, head, head), strict=True)), biased=config.bias)
+        return row_slots(
+            group,
+            FUSED,
+            dict(zip(SPLIT, (config.hidden_size, head, head), strict=True)),
+            biased=config.bias,
+        )
 
-    def _linear(self, config: PretrainedConfig, name: str, group: str, early: bool = True) -> tuple[WeightLocation, ...]:
+    def _linear(
+        self, config: PretrainedConfig, name: str, group: str, early: bool = True
+    ) -> tuple[WeightLocation, ...]:
         """The slot of one linear; none where it has its turn elsewhere."""
-        return (WeightLocation(name, group, f"{name}.weight", bias=f"{name}.bias" if config.bias else None),) if early else ()
+        return (
+            (
+                WeightLocation(
+                    name, group, f"{name}.weight", bias=f"{name}.bias" if config.bias else None
+                ),
+            )
+            if early
+            else ()
+        )

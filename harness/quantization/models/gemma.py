@@ -11,7 +11,15 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import ATTENTION, GATED_MLP, OUTPUT, QKV, attention_pairs, gated_mlp_pairs, whole_slots
+from harness.quantization.models.parts import (
+    ATTENTION,
+    GATED_MLP,
+    OUTPUT,
+    QKV,
+    attention_pairs,
+    gated_mlp_pairs,
+    whole_slots,
+)
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 
@@ -24,8 +32,16 @@ class Family(DecoderFamily):
         return whole_slots(ATTENTION | GATED_MLP, (*QKV, OUTPUT) if config.attention_bias else ())
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
-        norm = "post_attention_layernorm" if config.model_type == "gemma" else "pre_feedforward_layernorm"
+        norm = (
+            "post_attention_layernorm"
+            if config.model_type == "gemma"
+            else "pre_feedforward_layernorm"
+        )
         return (*attention_pairs(config, offset=1.0), *gated_mlp_pairs(norm, offset=1.0))
 
     def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
-        return None if config.model_type.startswith("gemma3") else ("self_attn.q_proj", "self_attn.k_proj")
+        return (
+            None
+            if config.model_type.startswith("gemma3")
+            else ("self_attn.q_proj", "self_attn.k_proj")
+        )

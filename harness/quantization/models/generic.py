@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core.errors import ModelError
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
-TOKENS = 4                                              # of the run that is watched; no number depends on it
+TOKENS = 4  # of the run that is watched; no number depends on it
 
 
 class Family(DecoderFamily):
@@ -35,7 +35,7 @@ class Family(DecoderFamily):
 
     def __init__(self) -> None:
         self._slots: list[tuple[WeightLocation, ...]] = []
-        self._left: list[str] = []                      # matrices of blocks that no linear multiplies text with
+        self._left: list[str] = []  # matrices of blocks that no linear multiplies text with
 
     def config(self, data: Mapping[str, Any]) -> PretrainedConfig:
         """As for any family; also looks at the model. Raises ModelError when it is not built of decoder blocks with linears."""
@@ -44,9 +44,13 @@ class Family(DecoderFamily):
         try:
             with mode:
                 model = self.auto_class.from_config(copy.deepcopy(config)).eval()
-        except Exception as error:                      # ValueError for a foreign config, whatever the class raises for an odd one
+        except (
+            Exception
+        ) as error:  # ValueError for a foreign config, whatever the class raises for an odd one
             named = ", ".join(data.get("architectures") or ("no architecture",))
-            raise ModelError(f"transformers builds no causal language model from this config.json ({named}): {error}") from error
+            raise ModelError(
+                f"transformers builds no causal language model from this config.json ({named}): {error}"
+            ) from error
         self.blocks_name = _find_blocks(model, config)
         self._refuse_fused(model)
         with mode:
@@ -70,7 +74,9 @@ class Family(DecoderFamily):
             f"{name} {list(parameter.shape)}"
             for name, module in self.blocks(model)[-1].named_modules()
             if not isinstance(module, nn.modules.conv._ConvNd)
-            for name, parameter in ((f"{name}.{leaf}", p) for leaf, p in module.named_parameters(recurse=False))
+            for name, parameter in (
+                (f"{name}.{leaf}", p) for leaf, p in module.named_parameters(recurse=False)
+            )
             if parameter.ndim > 2
         ]
         if fused:
@@ -88,15 +94,21 @@ class Family(DecoderFamily):
         def note_input(index: int, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[index].setdefault(name, args[0])
 
-        handles = [blocks[0].register_forward_hook(lambda _m, _a, output: tuples.append(isinstance(output, tuple)))]
+        handles = [
+            blocks[0].register_forward_hook(
+                lambda _m, _a, output: tuples.append(isinstance(output, tuple))
+            )
+        ]
         for index, block in enumerate(blocks):
             for name, module in block.named_modules():
                 if isinstance(module, nn.Linear | Conv1D):
-                    handles.append(module.register_forward_pre_hook(partial(note_input, index, name)))
+                    handles.append(
+                        module.register_forward_pre_hook(partial(note_input, index, name))
+                    )
         try:
             with torch.no_grad():
                 model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
-        except Exception as error:                      # code that asks for values, which are not there
+        except Exception as error:  # code that asks for values, which are not there
             raise ModelError(
                 f"{type(model).__name__} cannot be run without its weights to see its linears, so it needs a family file: {error}"
             ) from error
@@ -106,20 +118,34 @@ class Family(DecoderFamily):
         if not tuples or not all(seen):
             empty = [str(index) for index, found in enumerate(seen) if not found]
             listed = ", ".join(empty)
-            raise ModelError(f"{type(model).__name__}: no linear of the blocks {listed} multiplies text; it needs a family file")
+            raise ModelError(
+                f"{type(model).__name__}: no linear of the blocks {listed} multiplies text; it needs a family file"
+            )
         self.returns_tuple = tuples[0]
-        self._slots = [self._slots_of(block, found) for block, found in zip(blocks, seen, strict=True)]
+        self._slots = [
+            self._slots_of(block, found) for block, found in zip(blocks, seen, strict=True)
+        ]
 
     def _slots_of(self, block: nn.Module, seen: Mapping[str, Tensor]) -> tuple[WeightLocation, ...]:
-        first: dict[int, str] = {}                      # the tensors are alive in `seen`, so that their ids are their own
+        first: dict[
+            int, str
+        ] = {}  # the tensors are alive in `seen`, so that their ids are their own
         slots = []
         for name, inputs in seen.items():
             module = block.get_submodule(name)
             bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
             group = first.setdefault(id(inputs), name)
-            slots.append(WeightLocation(name, group, f"{name}.weight", transposed=isinstance(module, Conv1D), bias=bias))
+            slots.append(
+                WeightLocation(
+                    name, group, f"{name}.weight", transposed=isinstance(module, Conv1D), bias=bias
+                )
+            )
         taken = {slot.parameter for slot in slots}
-        self._left += [name for name, parameter in block.named_parameters() if parameter.ndim > 1 and name not in taken]
+        self._left += [
+            name
+            for name, parameter in block.named_parameters()
+            if parameter.ndim > 1 and name not in taken
+        ]
         return tuple(slots)
 
     def _find_ends(self, model: Any) -> None:
@@ -127,8 +153,12 @@ class Family(DecoderFamily):
         head = model.get_output_embeddings()
         self.after = tuple(name for name, module in model.named_modules() if module is head)
         if head is None or not self.after:
-            raise ModelError(f"{type(model).__name__} has no output embeddings that transformers knows of; it needs a family file")
-        outside = [name for name in model.state_dict() if not name.startswith(f"{self.blocks_name}.")]
+            raise ModelError(
+                f"{type(model).__name__} has no output embeddings that transformers knows of; it needs a family file"
+            )
+        outside = [
+            name for name in model.state_dict() if not name.startswith(f"{self.blocks_name}.")
+        ]
         owners = dict.fromkeys(name.rpartition(".")[0] for name in outside)
         self.before = tuple(owner for owner in owners if owner and owner not in self.after)
 
@@ -137,12 +167,16 @@ def _find_blocks(model: nn.Module, config: PretrainedConfig) -> str:
     """The name of the list of decoder blocks: as many as the config has layers, with linears in them."""
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
     lists = [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
         and any(isinstance(part, nn.Linear | Conv1D) for part in module[0].modules())
     ]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of {count} blocks with linears in them; it needs a family file")
+        raise ModelError(
+            f"{type(model).__name__} has no list of {count} blocks with linears in them; it needs a family file"
+        )
     return min(lists, key=lambda name: name.count("."))
 
 

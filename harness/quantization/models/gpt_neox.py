@@ -44,4 +44,4 @@ class Family(DecoderFamily):
     def file_names(self, name: str) -> Iterator[str]:
         yield from super().file_names(name)
         if name == "lm_head.weight":
-            yield "embed_out.weight"                    # what the head was called when the published files were written
+            yield "embed_out.weight"  # what the head was called when the published files were written

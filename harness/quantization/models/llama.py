@@ -26,7 +26,12 @@ from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 class Family(DecoderFamily):
     """RMSNorm, rotary positions, gated MLP, separate projections."""
 
-    architectures = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    architectures = (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+    )
     rotations = True
 
     def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
@@ -41,7 +46,7 @@ class Family(DecoderFamily):
 
 def _biased(config: PretrainedConfig) -> set[str]:
     if config.model_type == "qwen2":
-        return set(QKV)                                 # built into the class, not a setting
+        return set(QKV)  # built into the class, not a setting
     attention = (*QKV, OUTPUT) if getattr(config, "attention_bias", False) else ()
     mlp = (*GATE_UP, DOWN) if getattr(config, "mlp_bias", False) else ()
     return {*attention, *mlp}

@@ -40,5 +40,5 @@ class Family(MixtureFamily):
 
     def file_names(self, name: str) -> Iterator[str]:
         yield from super().file_names(name)
-        if ".mlp.gate." in name:                        # the router
+        if ".mlp.gate." in name:  # the router
             yield name.replace(".mlp.gate.", ".block_sparse_moe.gate.")

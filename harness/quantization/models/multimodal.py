@@ -12,10 +12,22 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from harness.core.errors import ModelError
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import ATTENTION, GATED_MLP, QKV, attention_pairs, gated_mlp_pairs, whole_slots
+from harness.quantization.models.parts import (
+    ATTENTION,
+    GATED_MLP,
+    QKV,
+    attention_pairs,
+    gated_mlp_pairs,
+    whole_slots,
+)
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
-BIASED = {"llama": (), "mistral": (), "qwen2": QKV, "qwen2_vl_text": QKV}       # language part -> its linears with biases
+BIASED = {
+    "llama": (),
+    "mistral": (),
+    "qwen2": QKV,
+    "qwen2_vl_text": QKV,
+}  # language part -> its linears with biases
 LANGUAGE, HEAD, TOWER = "model.language_model.", "lm_head.", "model.vision_tower."
 
 
@@ -31,7 +43,9 @@ class Family(DecoderFamily):
     def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         text = config.get_text_config()
         if text.model_type not in BIASED:
-            raise ModelError(f'the language part "{text.model_type}" of {config.model_type} is none of {", ".join(BIASED)}')
+            raise ModelError(
+                f'the language part "{text.model_type}" of {config.model_type} is none of {", ".join(BIASED)}'
+            )
         return whole_slots(ATTENTION | GATED_MLP, BIASED[text.model_type])
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
@@ -41,13 +55,15 @@ class Family(DecoderFamily):
         return ("self_attn.q_proj", "self_attn.k_proj")
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        return ("the language part alone is quantized; vision tower and projector stay as they are",)
+        return (
+            "the language part alone is quantized; vision tower and projector stay as they are",
+        )
 
     def file_names(self, name: str) -> Iterator[str]:
         yield from super().file_names(name)
         if name.startswith(LANGUAGE):
-            yield f"language_model.model.{name.removeprefix(LANGUAGE)}"        # LLaVA-NeXT
-            yield f"model.{name.removeprefix(LANGUAGE)}"                        # Qwen2-VL
+            yield f"language_model.model.{name.removeprefix(LANGUAGE)}"  # LLaVA-NeXT
+            yield f"model.{name.removeprefix(LANGUAGE)}"  # Qwen2-VL
         elif name.startswith(HEAD):
             yield f"language_model.{name}"
         elif name.startswith(TOWER):

@@ -20,7 +20,11 @@ class Family(DecoderFamily):
 
     architectures = ("OPTForCausalLM",)
     blocks_name = "model.decoder.layers"
-    before = ("model.decoder.embed_tokens", "model.decoder.embed_positions", "model.decoder.project_in")
+    before = (
+        "model.decoder.embed_tokens",
+        "model.decoder.embed_positions",
+        "model.decoder.project_in",
+    )
     after = ("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head")
 
     def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:

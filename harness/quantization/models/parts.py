@@ -17,7 +17,13 @@ from transformers import PretrainedConfig
 
 from harness.core.errors import ModelError
 from harness.core.shapes import ScalePair
-from harness.quantization.models.protocols import DecoderFamily, Receive, Replace, TensorSource, WeightLocation
+from harness.quantization.models.protocols import (
+    DecoderFamily,
+    Receive,
+    Replace,
+    TensorSource,
+    WeightLocation,
+)
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
@@ -27,26 +33,42 @@ ATTENTION = {"qkv": QKV, "o": (OUTPUT,)}
 GATED_MLP = {"gate_up": GATE_UP, "down": (DOWN,)}
 
 
-def whole_slots(groups: Mapping[str, tuple[str, ...]], biased: Collection[str] = ()) -> tuple[WeightLocation, ...]:
+def whole_slots(
+    groups: Mapping[str, tuple[str, ...]], biased: Collection[str] = ()
+) -> tuple[WeightLocation, ...]:
     """Slots that are the weights of linears of their own; groups: {group: names}; biased: names of those with a bias."""
     return tuple(
-        WeightLocation(name, group, f"{name}.weight", bias=f"{name}.bias" if name in biased else None)
+        WeightLocation(
+            name, group, f"{name}.weight", bias=f"{name}.bias" if name in biased else None
+        )
         for group, names in groups.items()
         for name in names
     )
 
 
-def row_slots(group: str, linear: str, parts: dict[str, int], biased: bool = False) -> tuple[WeightLocation, ...]:
+def row_slots(
+    group: str, linear: str, parts: dict[str, int], biased: bool = False
+) -> tuple[WeightLocation, ...]:
     """Slots that are runs of rows of one fused linear, in order; parts: {name: rows}."""
     slots, start = [], 0
     for name, rows in parts.items():
         span = (start, start + rows)
-        slots.append(WeightLocation(name, group, f"{linear}.weight", rows=span, bias=f"{linear}.bias" if biased else None))
+        slots.append(
+            WeightLocation(
+                name,
+                group,
+                f"{linear}.weight",
+                rows=span,
+                bias=f"{linear}.bias" if biased else None,
+            )
+        )
         start += rows
     return tuple(slots)
 
 
-def attention_pairs(config: PretrainedConfig, norm: str = "input_layernorm", offset: float = 0.0) -> tuple[ScalePair, ...]:
+def attention_pairs(
+    config: PretrainedConfig, norm: str = "input_layernorm", offset: float = 0.0
+) -> tuple[ScalePair, ...]:
     """Norm → queries, keys, values; values → output."""
     repeats = config.num_attention_heads // config.num_key_value_heads
     return (
@@ -55,9 +77,14 @@ def attention_pairs(config: PretrainedConfig, norm: str = "input_layernorm", off
     )
 
 
-def gated_mlp_pairs(norm: str = "post_attention_layernorm", offset: float = 0.0) -> tuple[ScalePair, ...]:
+def gated_mlp_pairs(
+    norm: str = "post_attention_layernorm", offset: float = 0.0
+) -> tuple[ScalePair, ...]:
     """Norm → gate and up; up → down."""
-    return (ScalePair(norm, GATE_UP, "norm", region="mlp", offset=offset), ScalePair(GATE_UP[1], (DOWN,), "linear"))
+    return (
+        ScalePair(norm, GATE_UP, "norm", region="mlp", offset=offset),
+        ScalePair(GATE_UP[1], (DOWN,), "linear"),
+    )
 
 
 class MixtureFamily(DecoderFamily):
@@ -73,7 +100,8 @@ class MixtureFamily(DecoderFamily):
     experts_name: ClassVar[str] = "mlp.experts"
     # one matrix of one expert in the files of the hub, behind the block's prefix
     expert_files: ClassVar[dict[str, str]] = {
-        name: f"mlp.experts.{{expert}}.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")
+        name: f"mlp.experts.{{expert}}.{name}.weight"
+        for name in ("gate_proj", "up_proj", "down_proj")
     }
 
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
@@ -88,19 +116,45 @@ class MixtureFamily(DecoderFamily):
             name, both = f"{self.experts_name}.{expert}", f"{self.experts_name}.gate_up_proj"
             first, second = f"{name}.gate_up", f"{name}.down"
             slots += [
-                WeightLocation(f"{name}.gate_proj", first, both, rows=(0, inner), expert=expert, stage="gate_up"),
-                WeightLocation(f"{name}.up_proj", first, both, rows=(inner, 2 * inner), expert=expert, stage="gate_up"),
-                WeightLocation(f"{name}.down_proj", second, f"{self.experts_name}.down_proj", expert=expert, stage="down"),
+                WeightLocation(
+                    f"{name}.gate_proj",
+                    first,
+                    both,
+                    rows=(0, inner),
+                    expert=expert,
+                    stage="gate_up",
+                ),
+                WeightLocation(
+                    f"{name}.up_proj",
+                    first,
+                    both,
+                    rows=(inner, 2 * inner),
+                    expert=expert,
+                    stage="gate_up",
+                ),
+                WeightLocation(
+                    f"{name}.down_proj",
+                    second,
+                    f"{self.experts_name}.down_proj",
+                    expert=expert,
+                    stage="down",
+                ),
             ]
-        return tuple(sorted(slots, key=lambda slot: slot.stage != "gate_up"))           # all first halves run before the second
+        return tuple(
+            sorted(slots, key=lambda slot: slot.stage != "gate_up")
+        )  # all first halves run before the second
 
     def expert_pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         """Up → down inside each expert."""
         names = [f"{self.experts_name}.{expert}" for expert in range(self.experts(config)[0])]
-        return tuple(ScalePair(f"{name}.up_proj", (f"{name}.down_proj",), "linear") for name in names)
+        return tuple(
+            ScalePair(f"{name}.up_proj", (f"{name}.down_proj",), "linear") for name in names
+        )
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        return ("scales on the inputs of experts are not folded into the norm: the router reads the same input",)
+        return (
+            "scales on the inputs of experts are not folded into the norm: the router reads the same input",
+        )
 
     # --- files ----------------------------------------------------------------------------------------------------------------
 
@@ -111,18 +165,32 @@ class MixtureFamily(DecoderFamily):
     def has(self, source: TensorSource, name: str) -> bool:
         names = source.names()
         parts = list(self._files_of(name, 0))
-        return any(n in names for n in super().file_names(name)) or (bool(parts) and all(n in names for n in parts))
+        return any(n in names for n in super().file_names(name)) or (
+            bool(parts) and all(n in names for n in parts)
+        )
 
-    def read(self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    def read(
+        self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device
+    ) -> Tensor:
         names = source.names()
         parts = list(self._files_of(name, 0))
         if not parts or any(candidate in names for candidate in super().file_names(name)):
             return super().read(source, name, dtype, device)
-        count = next(expert for expert in range(len(names) + 1) if next(self._files_of(name, expert)) not in names)
+        count = next(
+            expert
+            for expert in range(len(names) + 1)
+            if next(self._files_of(name, expert)) not in names
+        )
         first = [source.read(part, dtype, device) for part in parts]
-        fused = torch.empty((count, sum(t.shape[0] for t in first), first[0].shape[1]), dtype=dtype, device=device)
+        fused = torch.empty(
+            (count, sum(t.shape[0] for t in first), first[0].shape[1]), dtype=dtype, device=device
+        )
         for expert in range(count):
-            matrices = first if expert == 0 else [source.read(part, dtype, device) for part in self._files_of(name, expert)]
+            matrices = (
+                first
+                if expert == 0
+                else [source.read(part, dtype, device) for part in self._files_of(name, expert)]
+            )
             torch.cat(matrices, out=fused[expert])
         return fused
 
@@ -130,14 +198,22 @@ class MixtureFamily(DecoderFamily):
         """The names in the files of one expert's share of a fused parameter; none for any other parameter."""
         blocks, experts = re.escape(self.blocks_name), re.escape(self.experts_name)
         found = re.fullmatch(rf"({blocks}\.\d+\.){experts}\.(gate_up_proj|down_proj)", name)
-        for matrix in () if found is None else ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",):
+        for matrix in (
+            ()
+            if found is None
+            else ("gate_proj", "up_proj")
+            if found[2] == "gate_up_proj"
+            else ("down_proj",)
+        ):
             assert found is not None
             yield found[1] + self.expert_files[matrix].format(expert=expert)
 
     # --- running --------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def watch(self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive) -> Iterator[None]:
+    def watch(
+        self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive
+    ) -> Iterator[None]:
         """As for any family; an expert's inputs are those of the tokens sent to it, none for an expert that was not chosen."""
         chosen = sorted({slot.expert for slot in slots if slot.expert is not None})
         with super().watch(block, [slot for slot in slots if slot.expert is None], receive):
@@ -159,7 +235,9 @@ class MixtureFamily(DecoderFamily):
             finally:
                 handle.remove()
 
-    def replace_inputs(self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace) -> Callable[[], None]:
+    def replace_inputs(
+        self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace
+    ) -> Callable[[], None]:
         """As for any family; inside the experts each expert's two inputs are replaced, by the names of gate_proj and down_proj."""
         if owner != self.experts_name:
             return super().replace_inputs(block, owner, members, replace)
@@ -173,17 +251,21 @@ class MixtureFamily(DecoderFamily):
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             return _run(module, *_routed(args, kwargs), experts, see)
 
-        module.forward = forward                        # hides the class's forward until it is deleted from the instance
+        module.forward = forward  # hides the class's forward until it is deleted from the instance
         return functools.partial(module.__dict__.pop, "forward", None)
 
 
 def _routed(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [tokens, hidden], expert of each choice [tokens, k], its weight [tokens, k]."""
-    named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    named = (
+        dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+    )
     return named["hidden_states"], named["top_k_index"], named["top_k_weights"]
 
 
-def _run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Iterable[int], see: Any) -> Tensor:
+def _run(
+    module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Iterable[int], see: Any
+) -> Tensor:
     """The mixture's output, expert by expert; see(expert, "gate_up" or "down", inputs) returns what the matrices multiply."""
     output = torch.zeros_like(hidden)
     for expert in experts:
@@ -193,6 +275,8 @@ def _run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: I
         inputs = see(expert, "gate_up", hidden[tokens])
         gate, up = nn.functional.linear(inputs, module.gate_up_proj[expert]).chunk(2, dim=-1)
         inner = see(expert, "down", module.act_fn(gate) * up)
-        result = nn.functional.linear(inner, module.down_proj[expert]) * weights[tokens, choice, None]
+        result = (
+            nn.functional.linear(inner, module.down_proj[expert]) * weights[tokens, choice, None]
+        )
         output.index_add_(0, tokens, result.to(output.dtype))
     return output

@@ -9,7 +9,16 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import DOWN, GATE_UP, OUTPUT, QKV, attention_pairs, gated_mlp_pairs, row_slots, whole_slots
+from harness.quantization.models.parts import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    attention_pairs,
+    gated_mlp_pairs,
+    row_slots,
+    whole_slots,
+)
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 
@@ -21,11 +30,17 @@ class Family(DecoderFamily):
 
     def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        rows = (head * config.num_attention_heads, head * config.num_key_value_heads, head * config.num_key_value_heads)
+        rows = (
+            head * config.num_attention_heads,
+            head * config.num_key_value_heads,
+            head * config.num_key_value_heads,
+        )
         return (
             *row_slots("qkv", "self_attn.qkv_proj", dict(zip(QKV, rows, strict=True))),
             *whole_slots({"o": (OUTPUT,)}),
-            *row_slots("gate_up", "mlp.gate_up_proj", dict.fromkeys(GATE_UP, config.intermediate_size)),
+            *row_slots(
+                "gate_up", "mlp.gate_up_proj", dict.fromkeys(GATE_UP, config.intermediate_size)
+            ),
             *whole_slots({"down": (DOWN,)}),
         )
 

@@ -1,7 +1,7 @@
 """What the pass and the runtime ask of a model family, and the answers that most decoder-only families share.
 
-A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`: `architectures` as a literal, then whatever is
-particular to it. Fused projections, transposed weights, fused experts, odd names in files are absorbed here and nowhere else:
+A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`:
+`architectures` as a literal, then whatever is particular to it. Fused projections, transposed weights, fused experts, odd names in files are absorbed here and nowhere else:
 
     slots          the quantizable matrices of a block, each [out, in], wherever the module keeps them
     watch          the input of every group of slots while the block runs
@@ -21,13 +21,21 @@ from typing import Any, ClassVar, Protocol
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from harness.core.errors import ModelError
 from harness.core.shapes import LinearShape, ScalePair, Shapes
 
-Receive = Callable[[str, Tensor], None]                 # (group, inputs [..., in])
-Replace = Callable[[str, Tensor], Tensor]               # (a slot's name, inputs [..., in]) -> what the matrix shall multiply
+Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
+Replace = Callable[
+    [str, Tensor], Tensor
+]  # (a slot's name, inputs [..., in]) -> what the matrix shall multiply
 
 
 class TensorSource(Protocol):
@@ -78,10 +86,15 @@ class DecoderFamily:
 
     architectures: ClassVar[tuple[str, ...]] = ()
     blocks_name: str = "model.layers"
-    before: tuple[str, ...] = ("model.embed_tokens",)                       # modules that make the first block's input
-    after: tuple[str, ...] = ("model.norm", "lm_head")                      # modules that make logits of the last block's output
-    returns_tuple: bool = False                                             # a block's output comes first in a tuple
-    auto_class: ClassVar[Any] = AutoModelForCausalLM                        # of transformers, builds the model from its config
+    before: tuple[str, ...] = ("model.embed_tokens",)  # modules that make the first block's input
+    after: tuple[str, ...] = (
+        "model.norm",
+        "lm_head",
+    )  # modules that make logits of the last block's output
+    returns_tuple: bool = False  # a block's output comes first in a tuple
+    auto_class: ClassVar[Any] = (
+        AutoModelForCausalLM  # of transformers, builds the model from its config
+    )
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
 
@@ -112,25 +125,38 @@ class DecoderFamily:
 
     def config(self, data: Mapping[str, Any]) -> PretrainedConfig:
         """The transformers config of a config.json. Raises ModelError when transformers does not accept it."""
-        kind, names = data.get("model_type"), ", ".join(data.get("architectures") or ["no architecture named"])
+        kind, names = (
+            data.get("model_type"),
+            ", ".join(data.get("architectures") or ["no architecture named"]),
+        )
         if kind not in CONFIG_MAPPING:
             if "auto_map" in data:
-                raise ModelError(f"{names}: this model brings code of its own, which is not run here and which transformers lacks; "
-                                 "choose a model of an architecture that transformers has")
-            raise ModelError(f'{names}: transformers {transformers.__version__} knows no model_type "{kind}"; a newer one may')
+                raise ModelError(
+                    f"{names}: this model brings code of its own, which is not run here and which transformers lacks; "
+                    "choose a model of an architecture that transformers has"
+                )
+            raise ModelError(
+                f'{names}: transformers {transformers.__version__} knows no model_type "{kind}"; a newer one may'
+            )
         try:
             return AutoConfig.for_model(**data)
-        except Exception as error:                      # validation differs by class and raises many types
-            raise ModelError(f"transformers does not accept this config.json ({names}): {error}") from error
+        except Exception as error:  # validation differs by class and raises many types
+            raise ModelError(
+                f"transformers does not accept this config.json ({names}): {error}"
+            ) from error
 
     def skeleton(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         """The model with every parameter on the meta device and every buffer computed, in eval mode; costs no memory."""
         with torch.device("meta"):
             model = self.auto_class.from_config(copy.deepcopy(config), dtype=dtype)
         model.requires_grad_(False)
-        owners: dict[str, PreTrainedModel] = {}         # a vision tower computes the buffers of its own modules
+        owners: dict[
+            str, PreTrainedModel
+        ] = {}  # a vision tower computes the buffers of its own modules
         for name, module in model.named_modules():
-            owners[name] = module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+            owners[name] = (
+                module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
+            )
             self._compute_buffers(owners[name], module)
         return model.eval()
 
@@ -152,7 +178,7 @@ class DecoderFamily:
         yield name
         base, _, rest = name.partition(".")
         if rest:
-            yield rest                                  # saved from the model without its head
+            yield rest  # saved from the model without its head
         yield f"{base}.{name}"
 
     def has(self, source: TensorSource, name: str) -> bool:
@@ -160,16 +186,22 @@ class DecoderFamily:
         names = source.names()
         return any(candidate in names for candidate in self.file_names(name))
 
-    def read(self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    def read(
+        self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device
+    ) -> Tensor:
         """A parameter of the model from its files. Raises ModelError when no file holds it."""
         names = source.names()
         for candidate in self.file_names(name):
             if candidate in names:
                 return source.read(candidate, dtype, device)
-        raise ModelError(f'no weight file holds the tensor "{name}"; is the folder complete, and of this architecture?')
+        raise ModelError(
+            f'no weight file holds the tensor "{name}"; is the folder complete, and of this architecture?'
+        )
 
     @contextmanager
-    def watch(self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive) -> Iterator[None]:
+    def watch(
+        self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive
+    ) -> Iterator[None]:
         """While the context is open, receive(group, inputs) is called for each group of `slots` whenever the block runs.
 
         Here the input is the first argument of the module that owns the parameter of the group's first slot.
@@ -189,12 +221,16 @@ class DecoderFamily:
             for handle in handles:
                 handle.remove()
 
-    def replace_inputs(self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace) -> Callable[[], None]:
+    def replace_inputs(
+        self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace
+    ) -> Callable[[], None]:
         """From now on the matrices `members`, all that the module `owner` holds, multiply replace(name, input) in place of their
         input; matrices with one input are asked for once, by the first's name. Returns what undoes it.
         """
         if len({slot.group for slot in members}) > 1:
-            raise ModelError(f"{type(self).__module__} does not say how inputs inside {owner} can be reached one by one")
+            raise ModelError(
+                f"{type(self).__module__} does not say how inputs inside {owner} can be reached one by one"
+            )
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (replace(members[0].name, args[0]), *args[1:])
@@ -207,17 +243,29 @@ class DecoderFamily:
         model = self.skeleton(config, torch.float32)
         count = len(self.blocks(model))
         linears: dict[LinearShape, None] = {}
-        for index in range(count):                      # blocks may differ (dense first blocks of a mixture); the union counts
+        for index in range(
+            count
+        ):  # blocks may differ (dense first blocks of a mixture); the union counts
             parameters = dict(self.blocks(model)[index].named_parameters())
             slots = self.slots(config, index)
             missing = sorted({slot.parameter for slot in slots} - parameters.keys())
             if missing:
-                raise ModelError(f"block {index} of {type(model).__name__} has no parameter {', '.join(missing[:3])}")
+                raise ModelError(
+                    f"block {index} of {type(model).__name__} has no parameter {', '.join(missing[:3])}"
+                )
             for slot in slots:
                 out_features, in_features = slot.view(parameters[slot.parameter]).shape
                 expert, biased = slot.expert is not None, slot.bias is not None
                 linears[
-                    LinearShape(slot.name, out_features, in_features, slot.group, biased, expert, fused=not slot.is_whole)
+                    LinearShape(
+                        slot.name,
+                        out_features,
+                        in_features,
+                        slot.group,
+                        biased,
+                        expert,
+                        fused=not slot.is_whole,
+                    )
                 ] = None
         text = config.get_text_config()
         heads = text.num_attention_heads
@@ -233,9 +281,14 @@ class DecoderFamily:
             parameters=sum(p.numel() for p in model.parameters()),
             tied_head=bool(tied(model)),
             rotations=self.rotations,
-            ends=(f"{self.before[0]}.weight", f"{self.after[0]}.weight", f"{self.after[-1]}.weight") if self.rotations else None,
+            ends=(f"{self.before[0]}.weight", f"{self.after[0]}.weight", f"{self.after[-1]}.weight")
+            if self.rotations
+            else None,
             query_key=self.query_key(config),
-            experts=max(getattr(text, key, None) or 0 for key in ("num_local_experts", "num_experts", "n_routed_experts")),
+            experts=max(
+                getattr(text, key, None) or 0
+                for key in ("num_local_experts", "num_experts", "n_routed_experts")
+            ),
             notes=self.notes(config),
         )
 
@@ -246,14 +299,20 @@ class DecoderFamily:
             return
         for name in waiting:
             buffer = module.get_buffer(name)
-            module._buffers[name] = torch.full_like(buffer, -1 if not buffer.is_floating_point() else float("nan"), device="cpu")
-        model._init_weights(module)                     # parameters are on meta: only the buffers take values
+            module._buffers[name] = torch.full_like(
+                buffer, -1 if not buffer.is_floating_point() else float("nan"), device="cpu"
+            )
+        model._init_weights(module)  # parameters are on meta: only the buffers take values
         left = [
-            name for name in waiting
-            if module.get_buffer(name).is_floating_point() and bool(module.get_buffer(name).isnan().any())
+            name
+            for name in waiting
+            if module.get_buffer(name).is_floating_point()
+            and bool(module.get_buffer(name).isnan().any())
         ]
         if left:
-            raise ModelError(f"{type(module).__name__}: transformers does not say how to compute the buffers {', '.join(left)}")
+            raise ModelError(
+                f"{type(module).__name__}: transformers does not say how to compute the buffers {', '.join(left)}"
+            )
 
 
 def tied(model: PreTrainedModel) -> dict[str, str]:
@@ -275,6 +334,8 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer `name` of a model."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    found = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+    found = (
+        module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+    )
     assert found is not None, name
     return found.data

@@ -45,11 +45,21 @@ class Family(MixtureFamily):
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         mixtures = [self._is_mixture(config, index) for index in range(config.num_hidden_layers)]
         dense = gated_mlp_pairs() if not all(mixtures) else ()
-        shared = (ScalePair("mlp.shared_expert.up_proj", SHARED["shared_down"], "linear"),) if self._has_shared(config) else ()
-        return (*attention_pairs(config), *dense, *(*shared, *self.expert_pairs(config)) * any(mixtures))
+        shared = (
+            (ScalePair("mlp.shared_expert.up_proj", SHARED["shared_down"], "linear"),)
+            if self._has_shared(config)
+            else ()
+        )
+        return (
+            *attention_pairs(config),
+            *dense,
+            *(*shared, *self.expert_pairs(config)) * any(mixtures),
+        )
 
     def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
-        return None if config.model_type == "qwen3_moe" else ("self_attn.q_proj", "self_attn.k_proj")
+        return (
+            None if config.model_type == "qwen3_moe" else ("self_attn.q_proj", "self_attn.k_proj")
+        )
 
     def _biased(self, config: PretrainedConfig) -> tuple[str, ...]:
         if config.model_type == "qwen2_moe":

@@ -42,8 +42,13 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
     to_integers: torch.round, or a rounding that lets gradients through (`learning.round_through`).
     """
     if scheme.outlier_threshold > 0:
-        large, kept = x.abs() >= scheme.outlier_threshold, outlier_channels(x, scheme.outlier_threshold)
-        rest = round_dynamic(x.masked_fill(large, 0), dataclasses.replace(scheme, outlier_threshold=0.0), to_integers)
+        large, kept = (
+            x.abs() >= scheme.outlier_threshold,
+            outlier_channels(x, scheme.outlier_threshold),
+        )
+        rest = round_dynamic(
+            x.masked_fill(large, 0), dataclasses.replace(scheme, outlier_threshold=0.0), to_integers
+        )
         return torch.where(kept, x, rest)
     if scheme.granularity == "group":
         groups = x.unflatten(-1, (-1, scheme.group_size))
@@ -54,14 +59,18 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
 
 def outlier_channels(x: Tensor, threshold: float) -> Tensor:
     """Channels of x [..., tokens, in] with some |x| >= threshold in their sequence, as a mask that broadcasts against x."""
-    return (x.abs() >= threshold).any(dim=tuple(range(1 if x.ndim > 2 else 0, x.ndim - 1)), keepdim=True)
+    return (x.abs() >= threshold).any(
+        dim=tuple(range(1 if x.ndim > 2 else 0, x.ndim - 1)), keepdim=True
+    )
 
 
 def _range(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
 
 
-def round_to_range(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, to_integers: Round = torch.round) -> Tensor:
+def round_to_range(
+    x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, to_integers: Round = torch.round
+) -> Tensor:
     """x on the grid of the range [lo, hi], which broadcasts against x."""
     magnitude = torch.maximum(lo.abs(), hi.abs())
     if scheme.format != "int":
@@ -77,7 +86,9 @@ def round_to_range(x: Tensor, lo: Tensor, hi: Tensor, scheme: ActivationScheme, 
     if not scheme.symmetric:
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         empty = (lo == 0) & (hi == 0)
-        scale = torch.where(empty, torch.ones_like(hi), (hi - lo) / top).clamp(min=torch.finfo(x.dtype).tiny)
+        scale = torch.where(empty, torch.ones_like(hi), (hi - lo) / top).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )
         zero = torch.round(-lo / scale)
         return ((to_integers(x / scale) + zero).clamp(0, top) - zero) * scale
     scale, low, high = _symmetric(magnitude, scheme)
@@ -102,7 +113,7 @@ def codes_per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor
 def _symmetric(magnitude: Tensor, scheme: ActivationScheme) -> tuple[Tensor, int, int]:
     """Scale, smallest and largest code of a symmetric grid whose largest value is `magnitude`."""
     top, m = 2**scheme.bits - 1, 2 ** (scheme.bits - 1) - 1
-    if scheme.grid == "smoothquant":                    # dynamic codes end at m by themselves
+    if scheme.grid == "smoothquant":  # dynamic codes end at m by themselves
         return magnitude.clamp(min=1e-5) / m, -m - 1, m
     if scheme.grid == "compressed":
         return (magnitude / (top / 2)).clamp(min=torch.finfo(magnitude.dtype).eps), -m - 1, m

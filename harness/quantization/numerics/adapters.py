@@ -57,14 +57,30 @@ class AdaptedWeight(QuantizedWeight):
         inner, meta = self.base.pack()
         tensors = {f"base_{name}": tensor for name, tensor in inner.items()}
         for name in ("down", "up"):
-            tensors[f"adapter_{name}"] = getattr(self, name).to(SCALE_DTYPES[self.dtype]).contiguous()
-        return tensors, {"base": {"kind": self.base.kind, "meta": meta}, "scaling": self.scaling, "dtype": self.dtype}
+            tensors[f"adapter_{name}"] = (
+                getattr(self, name).to(SCALE_DTYPES[self.dtype]).contiguous()
+            )
+        return tensors, {
+            "base": {"kind": self.base.kind, "meta": meta},
+            "scaling": self.scaling,
+            "dtype": self.dtype,
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
-        inner = {name.removeprefix("base_"): tensor for name, tensor in tensors.items() if name.startswith("base_")}
+        inner = {
+            name.removeprefix("base_"): tensor
+            for name, tensor in tensors.items()
+            if name.startswith("base_")
+        }
         base = QuantizedWeight.kinds[meta["base"]["kind"]].unpack(inner, meta["base"]["meta"])
-        return cls(base, tensors["adapter_down"].float(), tensors["adapter_up"].float(), meta["scaling"], meta["dtype"])
+        return cls(
+            base,
+            tensors["adapter_down"].float(),
+            tensors["adapter_up"].float(),
+            meta["scaling"],
+            meta["dtype"],
+        )
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -148,7 +164,7 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._dense is None or self._dense.dtype != x.dtype or self._dense.device != x.device:
             self._dense = self.weight.dequantize().to(x.device, x.dtype)
-        return nn.functional.linear(x, self._dense, self.bias)                 # type: ignore[arg-type]
+        return nn.functional.linear(x, self._dense, self.bias)  # type: ignore[arg-type]
 
     def stored(self) -> QuantizedWeight:
         """As it came."""
@@ -159,10 +175,19 @@ class LowRankLinear(FrozenLinear):
     """A frozen linear with A and B beside it. Both are zeros until `start`. features: columns of A."""
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, settings: LowRankSettings, features: int, dtype: str = "float32"
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        settings: LowRankSettings,
+        features: int,
+        dtype: str = "float32",
     ) -> None:
         super().__init__(weight, bias)
-        self.scaling, self.dropout, self.dtype = settings.alpha / settings.rank, settings.dropout, dtype
+        self.scaling, self.dropout, self.dtype = (
+            settings.alpha / settings.rank,
+            settings.dropout,
+            dtype,
+        )
         self.down = nn.Parameter(torch.zeros(settings.rank, features))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], settings.rank))
         self._rng: Generator | None = None
@@ -222,19 +247,33 @@ class AdapterTuning(ABC):
     def adapted(self, weight: QuantizedWeight, bias: Tensor | None) -> LowRankLinear:
         """A linear with its adapter, not yet started."""
 
-    def linear(self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None) -> nn.Module:
+    def linear(
+        self, name: str, weight: QuantizedWeight, bias: Tensor | None, original: Tensor | None
+    ) -> nn.Module:
         """The quantized linear with an adapter, or frozen where it gets none."""
-        linear = self.adapted(weight, bias) if self.settings.has_adapter(name) else FrozenLinear(weight, bias)
+        linear = (
+            self.adapted(weight, bias)
+            if self.settings.has_adapter(name)
+            else FrozenLinear(weight, bias)
+        )
         self._linears.append(linear)
         return linear
 
     def unknown_linears(self, names: Sequence[str]) -> list[str]:
         """Reasons for entries of `linears` that name no linear of the model."""
         known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        return [unknown_name("linear", name, known, "linears") for name in self.settings.linears if name not in known]
+        return [
+            unknown_name("linear", name, known, "linears")
+            for name in self.settings.linears
+            if name not in known
+        ]
 
     def tune(
-        self, student: Student, teacher: Student | None, parameters: Sequence[nn.Parameter], windows: Sequence[Document],
+        self,
+        student: Student,
+        teacher: Student | None,
+        parameters: Sequence[nn.Parameter],
+        windows: Sequence[Document],
         rng: Generator,
     ) -> Generating[tuple[int, int], None, dict[str, Any]]:
         """Start and train the adapters. Yields (step, steps); notes: mean losses, and how many documents were used."""
@@ -244,16 +283,37 @@ class AdapterTuning(ABC):
             linear.start(rng)
         kept = shorten(windows, settings.prompt_length, settings.answer_length)
         if not kept:
-            raise MethodError("no document has a token to learn; see the calibration's text, prompt_length and answer_length")
+            raise MethodError(
+                "no document has a token to learn; see the calibration's text, prompt_length and answer_length"
+            )
         trained = [parameter for linear in adapted for parameter in linear.parameters()]
         losses = yield from fine_tune(
-            student.logits, trained, kept, rate=settings.rate, steps=settings.steps, batch=settings.batch,
-            micro_batch=settings.micro_batch, clip=settings.clip, rng=rng, what="fine-tuning of adapters",
+            student.logits,
+            trained,
+            kept,
+            rate=settings.rate,
+            steps=settings.steps,
+            batch=settings.batch,
+            micro_batch=settings.micro_batch,
+            clip=settings.clip,
+            rng=rng,
+            what="fine-tuning of adapters",
         )
-        return {"loss": losses, "documents": len(kept), "with_prompt": sum(document.prompt > 0 for document in kept)}
+        return {
+            "loss": losses,
+            "documents": len(kept),
+            "with_prompt": sum(document.prompt > 0 for document in kept),
+        }
 
 
 __all__ = [
-    "AdaptedWeight", "AdapterTuning", "FrozenLinear", "LowRankLinear", "LowRankSettings", "StoredSettings", "Student",
-    "check_dtype", "low_rank",
+    "AdaptedWeight",
+    "AdapterTuning",
+    "FrozenLinear",
+    "LowRankLinear",
+    "LowRankSettings",
+    "StoredSettings",
+    "Student",
+    "check_dtype",
+    "low_rank",
 ]

@@ -13,8 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-SECOND_BLOCK = 256                              # block maxima that share one second-level scale
-SMALLEST = 1e-38                                # of a divisor: blocks of zeros stay zeros
+SECOND_BLOCK = 256  # block maxima that share one second-level scale
+SMALLEST = 1e-38  # of a divisor: blocks of zeros stay zeros
 
 
 def dynamic_table() -> Tensor:
@@ -69,7 +69,9 @@ class BlockMaxima:
         """8-bit codes of values [blocks] less their mean."""
         offset = values.mean().reshape(1)
         centred, scale = unit_blocks(values - offset, SECOND_BLOCK)
-        return cls(None, nearest(centred, dynamic_table().to(values.device)).to(torch.uint8), scale, offset)
+        return cls(
+            None, nearest(centred, dynamic_table().to(values.device)).to(torch.uint8), scale, offset
+        )
 
     def read(self) -> Tensor:
         """[blocks] float32"""

@@ -15,18 +15,26 @@ from harness.quantization.numerics.weights import QuantizedWeight
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
-PRODUCTS = 2**26                                # distances held at a time
+PRODUCTS = 2**26  # distances held at a time
 
 
 def nearest_vectors(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index [n] int64 of the nearest entry of codebook [k, v] for each of vectors [n, v]. Memory: PRODUCTS distances."""
     norms = codebook.square().sum(1)
     rows = max(1, PRODUCTS // codebook.shape[0])
-    return torch.cat([torch.addmm(norms, part, codebook.T, alpha=-2).argmin(1) for part in vectors.split(rows)])
+    return torch.cat(
+        [torch.addmm(norms, part, codebook.T, alpha=-2).argmin(1) for part in vectors.split(rows)]
+    )
 
 
 def cluster_vectors(
-    vectors: Tensor, weights: Tensor, k: int, rng: Generator, *, iterations: int = 100, tolerance: float = 1e-5
+    vectors: Tensor,
+    weights: Tensor,
+    k: int,
+    rng: Generator,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-5,
 ) -> Tensor:
     """k centroids [k, v] of weighted k-means (Lloyd), started from k of the vectors drawn by rng.
 
@@ -34,7 +42,9 @@ def cluster_vectors(
     mean variance of a coordinate. A cluster that loses its members keeps its centroid. Sums run in one order on every device.
     Time: n · k · v multiply-adds per iteration.
     """
-    start = torch.randperm(vectors.shape[0], generator=rng, device=rng.device)[:k].to(vectors.device)
+    start = torch.randperm(vectors.shape[0], generator=rng, device=rng.device)[:k].to(
+        vectors.device
+    )
     centroids = vectors[start].clone()
     enough = tolerance * float(vectors.var(0, unbiased=False).mean())
     weighted = torch.cat((vectors * weights.unsqueeze(1), weights.unsqueeze(1)), dim=1)
@@ -45,7 +55,9 @@ def cluster_vectors(
         # segment sums instead of scattered additions, whose order changes from run to run on a GPU
         sums = torch.segment_reduce(weighted[order], "sum", lengths=members, axis=0)
         total = sums[:, -1:]
-        moved = torch.where(total > 0, sums[:, :-1] / total.clamp(min=torch.finfo(total.dtype).tiny), centroids)
+        moved = torch.where(
+            total > 0, sums[:, :-1] / total.clamp(min=torch.finfo(total.dtype).tiny), centroids
+        )
         shift = float((moved - centroids).square().sum())
         centroids = moved
         if shift <= enough:
@@ -80,8 +92,15 @@ class LookupWeight(QuantizedWeight):
         return values if self.outliers is None else self.outliers.put_into(values)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"codes": pack(self.codes, self.bits), "table": self.table.to(SCALE_DTYPES[self.scale_dtype]).contiguous()}
-        meta: dict[str, Any] = {"shape": list(self.shape), "bits": self.bits, "scale_dtype": self.scale_dtype}
+        tensors = {
+            "codes": pack(self.codes, self.bits),
+            "table": self.table.to(SCALE_DTYPES[self.scale_dtype]).contiguous(),
+        }
+        meta: dict[str, Any] = {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "scale_dtype": self.scale_dtype,
+        }
         if self.outliers is not None:
             outliers, meta["outliers"] = self.outliers.pack()
             tensors |= {f"outlier_{name}": tensor for name, tensor in outliers.items()}
@@ -93,7 +112,11 @@ class LookupWeight(QuantizedWeight):
         codes = unpack(tensors["codes"], meta["bits"], rows * columns).reshape(rows, columns)
         outliers = None
         if "outliers" in meta:
-            kept = {name.removeprefix("outlier_"): tensor for name, tensor in tensors.items() if name.startswith("outlier_")}
+            kept = {
+                name.removeprefix("outlier_"): tensor
+                for name, tensor in tensors.items()
+                if name.startswith("outlier_")
+            }
             outliers = Outliers.unpack(kept, meta["outliers"])
         return cls(codes, tensors["table"].float(), meta["bits"], meta["scale_dtype"], outliers)
 
@@ -126,13 +149,22 @@ class SortedRows:
         def prefix(terms: Tensor) -> Tensor:
             return torch.nn.functional.pad(terms.cumsum(1), (1, 0))
 
-        return cls(order, values, prefix(weights), prefix(weights * values), prefix(values), prefix((weights > 0).double()))
+        return cls(
+            order,
+            values,
+            prefix(weights),
+            prefix(weights * values),
+            prefix(values),
+            prefix((weights > 0).double()),
+        )
 
     def mean(self, start: Tensor, end: Tensor) -> Tensor:
         """Weighted means of values start … end - 1 [rows, runs]; the plain mean where all weights are zero; NaN for empty runs."""
         weight = self._between(self.weight, start, end)
         weighted = self._between(self.weighted, start, end) / weight
-        return torch.where(weight > 0, weighted, self._between(self.plain, start, end) / (end - start))
+        return torch.where(
+            weight > 0, weighted, self._between(self.plain, start, end) / (end - start)
+        )
 
     def total(self, start: Tensor, end: Tensor) -> Tensor:
         """Sum of the weights of each run."""
@@ -149,11 +181,15 @@ class SortedRows:
     def codes(self, borders: Tensor) -> Tensor:
         """Codes [rows, n] uint8, in the original order, of clusters borders[k] … borders[k + 1] - 1; borders [rows, k + 1]."""
         places = torch.arange(self.values.shape[1]).expand(self.values.shape[0], -1).contiguous()
-        found = torch.searchsorted(borders[:, 1:-1].contiguous(), places, right=True).to(torch.uint8)
+        found = torch.searchsorted(borders[:, 1:-1].contiguous(), places, right=True).to(
+            torch.uint8
+        )
         return torch.empty_like(found).scatter_(1, self.order, found)
 
 
-def cluster_rows(rows: SortedRows, k: int, rng: Generator, *, iterations: int = 50) -> tuple[Tensor, Tensor]:
+def cluster_rows(
+    rows: SortedRows, k: int, rng: Generator, *, iterations: int = 50
+) -> tuple[Tensor, Tensor]:
     """Weighted k-means of each row on its own: tables [rows, k] float64, ascending, and borders [rows, k + 1] in the sorted row.
 
     Greedy k-means++ (2 + log k candidates per centre), then Lloyd's steps until no border moves. Empty clusters keep their centre.
@@ -169,7 +205,9 @@ def cluster_rows(rows: SortedRows, k: int, rng: Generator, *, iterations: int = 
     borders = borders_of(table)
     for _ in range(iterations):
         start, end = borders[:, :-1], borders[:, 1:]
-        table = torch.where(rows.total(start, end) > 0, rows.mean(start, end), table).sort(dim=1).values
+        table = (
+            torch.where(rows.total(start, end) > 0, rows.mean(start, end), table).sort(dim=1).values
+        )
         moved = borders_of(table)
         if torch.equal(moved, borders):
             break
@@ -177,7 +215,7 @@ def cluster_rows(rows: SortedRows, k: int, rng: Generator, *, iterations: int = 
     return table, borders
 
 
-NUMBERS = 2**24                                 # weights whose prefix sums are held at a time
+NUMBERS = 2**24  # weights whose prefix sums are held at a time
 
 
 @dataclass(frozen=True)
@@ -194,7 +232,9 @@ class NestedTables:
     def served(self, bits: int, scale_dtype: str, outliers: Outliers | None = None) -> LookupWeight:
         """The matrix at one of the widths."""
         codes = self.codes >> (max(self.tables) - bits)
-        return LookupWeight(codes, as_stored(self.tables[bits], scale_dtype), bits, scale_dtype, outliers)
+        return LookupWeight(
+            codes, as_stored(self.tables[bits], scale_dtype), bits, scale_dtype, outliers
+        )
 
 
 def nested_tables(
@@ -217,7 +257,8 @@ def nested_tables(
             tables[bits].append(table.float())
         codes.append(rows.codes(borders))
     return NestedTables(
-        torch.cat(codes).to(weight.device), {bits: torch.cat(parts).to(weight.device) for bits, parts in tables.items()}
+        torch.cat(codes).to(weight.device),
+        {bits: torch.cat(parts).to(weight.device) for bits, parts in tables.items()},
     )
 
 
@@ -228,9 +269,13 @@ def _spread_centres(rows: SortedRows, k: int, rng: Generator) -> Tensor:
     count, n = weights.shape
 
     def draw(mass: Tensor, candidates: int) -> Tensor:
-        share = torch.rand(count, candidates, generator=rng, device=rng.device, dtype=torch.float64).cpu()
+        share = torch.rand(
+            count, candidates, generator=rng, device=rng.device, dtype=torch.float64
+        ).cpu()
         sums = mass.cumsum(1)
-        return rows.values.gather(1, torch.searchsorted(sums, share * sums[:, -1:], right=True).clamp_(max=n - 1))
+        return rows.values.gather(
+            1, torch.searchsorted(sums, share * sums[:, -1:], right=True).clamp_(max=n - 1)
+        )
 
     centres = [draw(weights, 1)]
     distance = (rows.values - centres[0]).square()
@@ -242,7 +287,10 @@ def _spread_centres(rows: SortedRows, k: int, rng: Generator) -> Tensor:
             trial = torch.minimum(distance, (rows.values - candidate).square())
             cost = (weights * trial).sum(1, keepdim=True)
             better = cost < potential
-            best, potential = torch.where(better, candidate, best), torch.where(better, cost, potential)
+            best, potential = (
+                torch.where(better, candidate, best),
+                torch.where(better, cost, potential),
+            )
             closest = torch.where(better, trial, closest)
         centres.append(best)
         distance = closest
@@ -270,7 +318,9 @@ def split_clusters(rows: SortedRows, table: Tensor, borders: Tensor) -> tuple[Te
         below = rows.values.gather(1, (middle - 1).clamp(0, last)) <= centre
         above = centre <= rows.values.gather(1, middle.clamp(0, last))
         active = open_ & (floor < ceiling)
-        up = active & torch.where(unweighted, below & ~above, no_left | (~no_right & below & ~above))
+        up = active & torch.where(
+            unweighted, below & ~above, no_left | (~no_right & below & ~above)
+        )
         down = active & ~up & torch.where(unweighted, ~below, no_right | ~below)
         found = active & ~up & ~down
         floor = torch.where(up, middle + 1, torch.where(found, middle, floor))
@@ -280,8 +330,10 @@ def split_clusters(rows: SortedRows, table: Tensor, borders: Tensor) -> tuple[Te
 
     left = torch.where(border > start, rows.mean(start, border), table)
     right = torch.where(end > border, rows.mean(border, end), left)
-    whole = rows.mean(start, end)                                 # the one positive weight's value
+    whole = rows.mean(start, end)  # the one positive weight's value
     left, right = torch.where(only, whole, left), torch.where(only, whole, right)
     new_table = torch.stack((left, right), dim=2).flatten(1)
-    new_borders = torch.cat((torch.stack((start, border), dim=2).flatten(1), borders[:, -1:]), dim=1)
+    new_borders = torch.cat(
+        (torch.stack((start, border), dim=2).flatten(1), borders[:, -1:]), dim=1
+    )
     return new_table, new_borders

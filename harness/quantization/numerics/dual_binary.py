@@ -49,16 +49,27 @@ class DualBinaryWeight(QuantizedWeight):
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         target = SCALE_DTYPES[self.scale_dtype]
         tensors = {
-            "first": pack(self.first, 1), "second": pack(self.second, 1),
-            "first_scale": self.first_scale.to(target).contiguous(), "second_scale": self.second_scale.to(target).contiguous(),
+            "first": pack(self.first, 1),
+            "second": pack(self.second, 1),
+            "first_scale": self.first_scale.to(target).contiguous(),
+            "second_scale": self.second_scale.to(target).contiguous(),
         }
         return tensors, {"shape": list(self.shape), "scale_dtype": self.scale_dtype}
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         rows, columns = meta["shape"]
-        first, second = (unpack(tensors[name], 1, rows * columns).reshape(rows, columns) for name in ("first", "second"))
-        return cls(first, second, tensors["first_scale"].float(), tensors["second_scale"].float(), meta["scale_dtype"])
+        first, second = (
+            unpack(tensors[name], 1, rows * columns).reshape(rows, columns)
+            for name in ("first", "second")
+        )
+        return cls(
+            first,
+            second,
+            tensors["first_scale"].float(),
+            tensors["second_scale"].float(),
+            meta["scale_dtype"],
+        )
 
 
 def initial_step(groups: Tensor, search: bool = False) -> Tensor:
@@ -96,12 +107,18 @@ class TrainedScales(nn.Module):
     a1 d w' / d a1 + a2 d w' / d a2 = w' - w there, and w' outside.
     """
 
-    def __init__(self, weight: Tensor, first_scale: Tensor, second_scale: Tensor, through_thresholds: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        first_scale: Tensor,
+        second_scale: Tensor,
+        through_thresholds: bool = False,
+    ) -> None:
         """weight [out, in] float32; scales [out, groups]."""
         super().__init__()
         groups = weight.reshape(weight.shape[0], first_scale.shape[1], -1)
         self.register_buffer("groups", groups, persistent=False)
-        scales = torch.stack((first_scale, second_scale)).unsqueeze(-1)           # [2, out, groups, 1]
+        scales = torch.stack((first_scale, second_scale)).unsqueeze(-1)  # [2, out, groups, 1]
         self.register_buffer("start", scales, persistent=False)
         self.growth = nn.Parameter(torch.zeros(2, *first_scale.shape, 1, device=weight.device))
         self.through_thresholds = through_thresholds
@@ -117,7 +134,9 @@ class TrainedScales(nn.Module):
         with torch.no_grad():
             first, second = planes_of(groups, first_scale, second_scale)
         if self.through_thresholds:
-            width = second_scale.abs().clamp(min=torch.finfo(torch.float32).tiny)       # of a group of zeros
+            width = second_scale.abs().clamp(
+                min=torch.finfo(torch.float32).tiny
+            )  # of a group of zeros
             ratio = ((first_scale * first + second_scale / 2 - groups) / width).clamp(-1, 1)
             second = second + (ratio - ratio.detach())
         return (first_scale * first + second_scale * second).reshape(groups.shape[0], -1)
@@ -130,8 +149,15 @@ class TrainedScales(nn.Module):
         return assemble(groups, first_scale, second_scale, scale_dtype)
 
 
-def assemble(groups: Tensor, first_scale: Tensor, second_scale: Tensor, scale_dtype: str) -> DualBinaryWeight:
+def assemble(
+    groups: Tensor, first_scale: Tensor, second_scale: Tensor, scale_dtype: str
+) -> DualBinaryWeight:
     """The nearest DualBinaryWeight of groups [out, groups, g], with scales [out, groups, 1] exact in scale_dtype."""
     rows = groups.shape[0]
-    first, second = (plane.reshape(rows, -1).to(torch.uint8) for plane in planes_of(groups, first_scale, second_scale))
-    return DualBinaryWeight(first, second, first_scale.reshape(rows, -1), second_scale.reshape(rows, -1), scale_dtype)
+    first, second = (
+        plane.reshape(rows, -1).to(torch.uint8)
+        for plane in planes_of(groups, first_scale, second_scale)
+    )
+    return DualBinaryWeight(
+        first, second, first_scale.reshape(rows, -1), second_scale.reshape(rows, -1), scale_dtype
+    )

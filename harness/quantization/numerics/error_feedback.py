@@ -39,12 +39,20 @@ class Columns:
         """Columns start .. start + size, up to date as far as the block reaches: [out, size]."""
         inside = self.block[:, start - self.start : start - self.start + size]
         missing = size - inside.shape[1]
-        return inside if missing <= 0 else torch.cat((inside, self.weight[:, start + size - missing : start + size]), dim=1)
+        return (
+            inside
+            if missing <= 0
+            else torch.cat((inside, self.weight[:, start + size - missing : start + size]), dim=1)
+        )
 
 
 def feed_forward(
-    weight: Tensor, factor: Tensor, round_column: Callable[[int, Columns], Tensor],
-    *, block_size: int = 128, update_block: bool = True,
+    weight: Tensor,
+    factor: Tensor,
+    round_column: Callable[[int, Columns], Tensor],
+    *,
+    block_size: int = 128,
+    update_block: bool = True,
 ) -> Tensor:
     """The rounded matrix [out, in].
 
@@ -61,7 +69,9 @@ def feed_forward(
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         local = factor[start:end, start:end]
-        block = weight[:, start:end].T.contiguous()                # [columns of the block, out]: a column is contiguous
+        block = weight[
+            :, start:end
+        ].T.contiguous()  # [columns of the block, out]: a column is contiguous
         errors = torch.empty_like(block)
         view = Columns(weight, block.T, start)
         for i in range(end - start):
@@ -75,7 +85,13 @@ def feed_forward(
     return rounded
 
 
-def ldlq(target: Tensor, hessian: Tensor, round_values: Callable[[Tensor], Tensor], *, block_size: int = 128) -> Tensor:
+def ldlq(
+    target: Tensor,
+    hessian: Tensor,
+    round_values: Callable[[Tensor], Tensor],
+    *,
+    block_size: int = 128,
+) -> Tensor:
     """The rounded matrix [out, in], last column first.
 
     target        [out, in] in units of the grid
@@ -89,11 +105,15 @@ def ldlq(target: Tensor, hessian: Tensor, round_values: Callable[[Tensor], Tenso
     lower = torch.linalg.cholesky(hessian)
     lower = lower / lower.diagonal()
     columns = target.shape[1]
-    errors = torch.zeros(columns, target.shape[0], dtype=target.dtype, device=target.device)      # (t - q)ᵀ
+    errors = torch.zeros(
+        columns, target.shape[0], dtype=target.dtype, device=target.device
+    )  # (t - q)ᵀ
     rounded = torch.empty_like(target)
     for end in range(columns, 0, -block_size):
         start = max(0, end - block_size)
-        shifted = target[:, start:end].T + lower[end:, start:end].T @ errors[end:]                # [columns of the block, out]
+        shifted = (
+            target[:, start:end].T + lower[end:, start:end].T @ errors[end:]
+        )  # [columns of the block, out]
         local = lower[start:end, start:end]
         for i in range(end - start - 1, -1, -1):
             values = round_values(shifted[i])
@@ -104,8 +124,14 @@ def ldlq(target: Tensor, hessian: Tensor, round_values: Callable[[Tensor], Tenso
 
 
 def descend(
-    rounded: Tensor, target: Tensor, hessian: Tensor, round_values: Callable[[Tensor], Tensor], clamp: Callable[[Tensor], Tensor],
-    *, passes: int, block_size: int = 128,
+    rounded: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    round_values: Callable[[Tensor], Tensor],
+    clamp: Callable[[Tensor], Tensor],
+    *,
+    passes: int,
+    block_size: int = 128,
 ) -> Tensor:
     """Coordinate descent on tr((q - t) H (q - t)ᵀ), QuIP's greedy passes: each column, last first, takes its best grid point.
 
@@ -119,7 +145,7 @@ def descend(
         rounded = rounded.clone()
         for end in range(rounded.shape[1], 0, -block_size):
             start = max(0, end - block_size)
-            slope = (errors @ hessian[:, start:end]).T.contiguous()                               # [columns of the block, out]
+            slope = (errors @ hessian[:, start:end]).T.contiguous()  # [columns of the block, out]
             local = hessian[start:end, start:end]
             for i in range(end - start - 1, -1, -1):
                 column = start + i

@@ -36,7 +36,7 @@ from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, Element
 from harness.quantization.numerics.block_maxima import SMALLEST
 
 CONVENTIONS = ("gptq", "awq", "omniquant", "compressed")
-FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9     # of E4M3: the largest, and the smallest above zero
+FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9  # of E4M3: the largest, and the smallest above zero
 E8M0_BIAS = 127
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -69,7 +69,12 @@ class Grid:
     def quantize(self, values: Tensor) -> Tensor:
         """Nearest codes 0 .. top of values [..., g], float32 (uint8 with an element); halves round to even."""
         if self.element is not None:
-            return encode(values * (1 / self.scale.clamp(min=SMALLEST)) if self.by_inverse else values / self.scale, self.element)
+            return encode(
+                values * (1 / self.scale.clamp(min=SMALLEST))
+                if self.by_inverse
+                else values / self.scale,
+                self.element,
+            )
         if self.float_zero:
             return torch.round(values / self.scale + self.zero).clamp_(0, self.top)
         return (torch.round(values / self.scale) + self.zero).clamp_(0, self.top)
@@ -98,17 +103,25 @@ class Fitting:
     tensor_scale: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, scheme: WeightScheme, convention: str = "gptq", search: bool = False) -> Self:
+    def of(
+        cls, weight: Tensor, scheme: WeightScheme, convention: str = "gptq", search: bool = False
+    ) -> Self:
         """For a matrix [out, in], whose largest group scale becomes the largest float8 number."""
         plain = cls(scheme, convention, search)
         if scheme.scale_dtype != "float8_e4m3":
             return plain
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)
-        scale = cls(dataclasses.replace(scheme, scale_dtype="float32"), convention).fit(grouped).scale
-        scale = scale.masked_fill(grouped.abs().amax(-1, keepdim=True) == 0, 0)        # grids of zeros have a scale of their own
+        scale = (
+            cls(dataclasses.replace(scheme, scale_dtype="float32"), convention).fit(grouped).scale
+        )
+        scale = scale.masked_fill(
+            grouped.abs().amax(-1, keepdim=True) == 0, 0
+        )  # grids of zeros have a scale of their own
         largest = scale.amax().reshape(1)
-        return dataclasses.replace(plain, tensor_scale=torch.where(largest > 0, largest / FLOAT8_MAX, 1.0))
+        return dataclasses.replace(
+            plain, tensor_scale=torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
+        )
 
     def fit(self, values: Tensor) -> Grid:
         """The grid of each row of values [..., g]."""
@@ -122,13 +135,27 @@ class Fitting:
         scheme = self.scheme
         if scheme.format == "int":
             return from_range(
-                lo, hi, int(scheme.bits), scheme.symmetric, self.convention, scheme.scale_dtype, self.tensor_scale,
+                lo,
+                hi,
+                int(scheme.bits),
+                scheme.symmetric,
+                self.convention,
+                scheme.scale_dtype,
+                self.tensor_scale,
                 float_zero=scheme.zero_point == "float",
             )
         element = FORMATS[scheme.format].element
         magnitude = torch.maximum(lo.abs(), hi.abs())
-        if scheme.scale_dtype == DOUBLE_QUANTIZED:      # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
-            return Grid(magnitude / element.reach, torch.zeros_like(magnitude), element.bits, element, by_inverse=True)
+        if (
+            scheme.scale_dtype == DOUBLE_QUANTIZED
+        ):  # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
+            return Grid(
+                magnitude / element.reach,
+                torch.zeros_like(magnitude),
+                element.bits,
+                element,
+                by_inverse=True,
+            )
         if scheme.scale_dtype == "e8m0":
             exponent = (torch.frexp(magnitude).exponent - 1 - element.emax).clamp(-127, 127)
             scale = torch.ldexp(torch.ones_like(magnitude), exponent)
@@ -138,14 +165,34 @@ class Fitting:
         return Grid(scale, torch.zeros_like(scale), element.bits, element, self.tensor_scale)
 
 
-def fit(values: Tensor, bits: int, symmetric: bool, convention: str = "gptq", scale_dtype: str = "float32") -> Grid:
+def fit(
+    values: Tensor,
+    bits: int,
+    symmetric: bool,
+    convention: str = "gptq",
+    scale_dtype: str = "float32",
+) -> Grid:
     """The grid of each row of values [..., g], over its last axis. Raises ValueError for an unknown convention."""
-    return from_range(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), bits, symmetric, convention, scale_dtype)
+    return from_range(
+        values.amin(-1, keepdim=True),
+        values.amax(-1, keepdim=True),
+        bits,
+        symmetric,
+        convention,
+        scale_dtype,
+    )
 
 
 def from_range(
-    lo: Tensor, hi: Tensor, bits: int, symmetric: bool, convention: str = "gptq", scale_dtype: str = "float32",
-    tensor_scale: Tensor | None = None, *, float_zero: bool = False,
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    symmetric: bool,
+    convention: str = "gptq",
+    scale_dtype: str = "float32",
+    tensor_scale: Tensor | None = None,
+    *,
+    float_zero: bool = False,
 ) -> Grid:
     """The uniform grid over the range [lo, hi], both [..., 1] float32.
 
@@ -163,7 +210,9 @@ def from_range(
         empty = (lo == 0) & (hi == 0)
         lo, hi = torch.where(empty, -1.0, lo), torch.where(empty, 1.0, hi)
         scale = _storable((hi - lo) / top, scale_dtype, tensor_scale)
-        zero = torch.full_like(scale, middle) if symmetric else torch.round(-lo / scale).clamp_(0, top)
+        zero = (
+            torch.full_like(scale, middle) if symmetric else torch.round(-lo / scale).clamp_(0, top)
+        )
     elif convention == "awq":
         if symmetric:
             scale = _storable(magnitude.clamp(min=1e-5) / (middle - 1), scale_dtype, tensor_scale)
@@ -173,39 +222,63 @@ def from_range(
             zero = (-torch.round(lo / scale)).clamp(0, top)
     elif convention == "omniquant":
         if symmetric:
-            scale = _storable((magnitude / (middle - 1)).clamp(1e-5, 1e4), scale_dtype, tensor_scale)
+            scale = _storable(
+                (magnitude / (middle - 1)).clamp(1e-5, 1e4), scale_dtype, tensor_scale
+            )
             zero = torch.full_like(scale, middle)
         else:
             scale = _storable(((hi - lo) / top).clamp(1e-5, 1e4), scale_dtype, tensor_scale)
             zero = torch.round((-lo / scale).clamp(-1e4, 1e4))
     elif convention == "compressed" and symmetric:
-        scale = _storable((2 * magnitude / top).clamp(min=torch.finfo(torch.float32).eps), scale_dtype, tensor_scale)
+        scale = _storable(
+            (2 * magnitude / top).clamp(min=torch.finfo(torch.float32).eps),
+            scale_dtype,
+            tensor_scale,
+        )
         zero = torch.full_like(scale, middle)
     else:
         kind = "symmetric" if symmetric else "asymmetric"
-        raise ValueError(f'no {kind} grid "{convention}"; conventions: {", ".join(CONVENTIONS)} (compressed is symmetric only)')
-    if float_zero:                                                 # rows of zeros keep the zero point that is a code
+        raise ValueError(
+            f'no {kind} grid "{convention}"; conventions: {", ".join(CONVENTIONS)} (compressed is symmetric only)'
+        )
+    if float_zero:  # rows of zeros keep the zero point that is a code
         exact = as_stored(-lo / scale, scale_dtype if scale_dtype in SCALE_DTYPES else "float16")
         zero = torch.where(magnitude > 0, exact, zero)
     return Grid(scale, zero, bits, tensor_scale=tensor_scale, float_zero=float_zero)
 
 
 def shrink_range(
-    values: Tensor, bits: int, symmetric: bool, convention: str = "gptq", scale_dtype: str = "float32",
-    *, steps: int = 80, grid: int = 100, exponent: float = 2.4,
+    values: Tensor,
+    bits: int,
+    symmetric: bool,
+    convention: str = "gptq",
+    scale_dtype: str = "float32",
+    *,
+    steps: int = 80,
+    grid: int = 100,
+    exponent: float = 2.4,
 ) -> Grid:
     """The grid whose range, shrunk by p = 1 - i / grid for i = 0 .. steps - 1, minimises sum |q - w|^exponent per row.
 
     GPTQ's "mse" range search; the first strict minimum wins. values: [..., g]. Peak memory: three copies of values.
     """
     lo, hi = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    make = functools.partial(from_range, bits=bits, symmetric=symmetric, convention=convention, scale_dtype=scale_dtype)
+    make = functools.partial(
+        from_range, bits=bits, symmetric=symmetric, convention=convention, scale_dtype=scale_dtype
+    )
     return _shrink(values, lo, hi, convention, make, steps=steps, grid=grid, exponent=exponent)
 
 
 def _shrink(
-    values: Tensor, lo: Tensor, hi: Tensor, convention: str, make: Callable[[Tensor, Tensor], Grid],
-    *, steps: int = 80, grid: int = 100, exponent: float = 2.4,
+    values: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    convention: str,
+    make: Callable[[Tensor, Tensor], Grid],
+    *,
+    steps: int = 80,
+    grid: int = 100,
+    exponent: float = 2.4,
 ) -> Grid:
     if convention == "gptq":
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -217,7 +290,10 @@ def _shrink(
         error = (trial.nearest(values) - values).abs_().pow_(exponent).sum(-1, keepdim=True)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
-        scale, zero = torch.where(better, trial.scale, best.scale), torch.where(better, trial.zero, best.zero)
+        scale, zero = (
+            torch.where(better, trial.scale, best.scale),
+            torch.where(better, trial.zero, best.zero),
+        )
         best = dataclasses.replace(best, scale=scale, zero=zero)
     return best
 
@@ -229,7 +305,7 @@ def _shrink(
 def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Values by code [2^bits], borders between neighbouring values, and the code of each interval between borders."""
     codes = [code for code, value in enumerate(element.values) if math.isfinite(value)]
-    if element.signed:                                             # -0 below +0, larger magnitudes further out
+    if element.signed:  # -0 below +0, larger magnitudes further out
         sign = 2 ** (element.bits - 1)
         codes.sort(key=lambda code: -(code - sign) - 1 if code >= sign else code)
     else:
@@ -238,10 +314,19 @@ def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Ten
     values = torch.tensor(element.values)
     ordered = values[codes]
     borders = (ordered[:-1] + ordered[1:]) / 2
-    if element.signed:                                             # a border itself belongs to the interval below it
-        upper = torch.tensor([low % 2 == 1 or value == 0 for low, value in zip(codes, borders.tolist(), strict=False)])
+    if element.signed:  # a border itself belongs to the interval below it
+        upper = torch.tensor(
+            [
+                low % 2 == 1 or value == 0
+                for low, value in zip(codes, borders.tolist(), strict=False)
+            ]
+        )
         borders = torch.where(upper, torch.nextafter(borders, torch.tensor(-math.inf)), borders)
-    return values.to(device), borders.to(device), torch.tensor(codes, dtype=torch.uint8, device=device)
+    return (
+        values.to(device),
+        borders.to(device),
+        torch.tensor(codes, dtype=torch.uint8, device=device),
+    )
 
 
 def encode(values: Tensor, element: Element) -> Tensor:
@@ -295,5 +380,7 @@ def unpack_scales(tensors: dict[str, Tensor], dtype: str) -> Tensor:
     """The inverse of `pack_scales`, exact, float32."""
     stored = tensors["scale"]
     if dtype == "e8m0":
-        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.to(torch.int32) - E8M0_BIAS)
+        return torch.ldexp(
+            torch.ones_like(stored, dtype=torch.float32), stored.to(torch.int32) - E8M0_BIAS
+        )
     return stored.float() * tensors["tensor_scale"] if dtype == "float8_e4m3" else stored.float()

@@ -36,7 +36,9 @@ def matrix(size: int) -> Tensor:
 
 def random_hadamard(size: int, seed: int) -> Tensor:
     """diag(±1) H, float64: signs from a generator of the seed, the same with every library version."""
-    key = int.from_bytes(hashlib.sha256(f"hadamard signs {size} {seed}".encode()).digest()[:16], "little")
+    key = int.from_bytes(
+        hashlib.sha256(f"hadamard signs {size} {seed}".encode()).digest()[:16], "little"
+    )
     raw = np.asarray(np.random.Philox(key=key).random_raw(size), dtype=np.uint64)
     signs = torch.from_numpy((raw >> np.uint64(63)).astype(np.float64)) * 2 - 1
     return signs[:, None] * matrix(size)
@@ -53,13 +55,17 @@ def transform(x: Tensor, axis: int = -1) -> Tensor:
     rest = size // core
     values = moved.reshape(*moved.shape[:-1], core, rest)
     step = 1
-    while step < rest:                                              # H_2 ⊗ … ⊗ H_2 on the inner axis
+    while step < rest:  # H_2 ⊗ … ⊗ H_2 on the inner axis
         pairs = values.reshape(*values.shape[:-1], rest // (2 * step), 2, step)
         first, second = pairs[..., 0, :], pairs[..., 1, :]
-        values = torch.stack((first + second, first - second), dim=-2).reshape(*values.shape[:-1], rest)
+        values = torch.stack((first + second, first - second), dim=-2).reshape(
+            *values.shape[:-1], rest
+        )
         step *= 2
     if core > 1:
-        values = torch.einsum("ij,...jk->...ik", _paley(core).to(values.device, values.dtype), values)
+        values = torch.einsum(
+            "ij,...jk->...ik", _paley(core).to(values.device, values.dtype), values
+        )
     mixed = values.reshape(moved.shape) / size**0.5
     return mixed.movedim(-1, axis).to(x.dtype)
 
@@ -72,7 +78,14 @@ def _core(size: int) -> int | None:
         odd //= 2
     if size < 1:
         return None
-    return next((k for m in itertools.takewhile(lambda m: odd << m <= size, itertools.count()) if _built(k := odd << m)), None)
+    return next(
+        (
+            k
+            for m in itertools.takewhile(lambda m: odd << m <= size, itertools.count())
+            if _built(k := odd << m)
+        ),
+        None,
+    )
 
 
 def _built(size: int) -> bool:
@@ -110,8 +123,10 @@ def _paley(size: int) -> Tensor:
     border[1:, 1:] = jacobsthal
     eye = np.eye(q + 1, dtype=np.float32)
     if first:
-        return torch.from_numpy(border + eye)                       # skew conference matrix + I
-    return torch.from_numpy(np.kron(border, np.array([[1, 1], [1, -1]])) + np.kron(eye, np.array([[1, -1], [-1, -1]]))).float()
+        return torch.from_numpy(border + eye)  # skew conference matrix + I
+    return torch.from_numpy(
+        np.kron(border, np.array([[1, 1], [1, -1]])) + np.kron(eye, np.array([[1, -1], [-1, -1]]))
+    ).float()
 
 
 def _jacobsthal(q: int) -> np.ndarray:
@@ -119,7 +134,9 @@ def _jacobsthal(q: int) -> np.ndarray:
     power = _prime_power(q)
     assert power is not None
     p, k = power
-    digits = np.array(list(itertools.product(range(p), repeat=k)), dtype=np.int64)          # elements as polynomials
+    digits = np.array(
+        list(itertools.product(range(p), repeat=k)), dtype=np.int64
+    )  # elements as polynomials
     place = p ** np.arange(k - 1, -1, -1)
     reduction = _irreducible(p, k)
     character = np.full(q, -1, dtype=np.float32)
@@ -135,7 +152,9 @@ def _times(a: np.ndarray, b: np.ndarray, reduction: np.ndarray, p: int) -> np.nd
     k = len(a)
     product = np.convolve(a, b) % p
     for index in range(len(product) - k):
-        product[index + 1 : index + 1 + k] = (product[index + 1 : index + 1 + k] + product[index] * reduction) % p
+        product[index + 1 : index + 1 + k] = (
+            product[index + 1 : index + 1 + k] + product[index] * reduction
+        ) % p
     return product[len(product) - k :]
 
 
@@ -145,7 +164,9 @@ def _irreducible(p: int, k: int) -> np.ndarray:
     if k == 1:
         return np.zeros(1, dtype=np.int64)
     elements = [np.array(e, dtype=np.int64) for e in itertools.product(range(p), repeat=k)][1:]
-    divisors = [e for e in elements if not e[: k - 1 - k // 2].any()]          # one factor has at most half the degree
+    divisors = [
+        e for e in elements if not e[: k - 1 - k // 2].any()
+    ]  # one factor has at most half the degree
     for reduction in elements:
         if all(_times(a, b, reduction, p).any() for a in divisors for b in elements):
             return reduction

@@ -18,13 +18,15 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int
 
     hessian: [in, in] float32, overwritten.   inputs: [..., in], any float dtype.
     """
-    x = inputs.reshape(-1, inputs.shape[-1]).float()              # [tokens, in]
+    x = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
     total = tokens_seen + x.shape[0]
     hessian.mul_(tokens_seen / total).addmm_(x.T, x, alpha=1 / total)
     return total
 
 
-def damped(hessian: Tensor, damping_fraction: float, *, dead_last: bool = False) -> tuple[Tensor, Tensor]:
+def damped(
+    hessian: Tensor, damping_fraction: float, *, dead_last: bool = False
+) -> tuple[Tensor, Tensor]:
     """A copy of hessian [in, in] ready to factor, and its dead columns [in] bool (never active: zero diagonal).
 
     Dead columns get a unit diagonal; then damping_fraction * mean(diagonal) is added to the whole diagonal. dead_last: the
@@ -37,7 +39,7 @@ def damped(hessian: Tensor, damping_fraction: float, *, dead_last: bool = False)
             "load the model in a wider dtype (model.dtype=float32) or use other calibration text"
         )
     h = hessian.clone()
-    diagonal = h.diagonal()                                       # a view: writing to it writes to h
+    diagonal = h.diagonal()  # a view: writing to it writes to h
     dead = diagonal == 0
     if not dead_last:
         diagonal[dead] = 1
@@ -77,7 +79,11 @@ class Factor:
     def uncalibrated(cls, weight: Tensor) -> Self:
         """That of inputs of which nothing is known: all columns of weight [out, in] alike, none dead, no error to pass on."""
         columns = weight.shape[1]
-        return cls(torch.eye(columns, device=weight.device), torch.zeros(columns, dtype=torch.bool, device=weight.device), None)
+        return cls(
+            torch.eye(columns, device=weight.device),
+            torch.zeros(columns, dtype=torch.bool, device=weight.device),
+            None,
+        )
 
 
 def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) -> Factor:
@@ -89,7 +95,9 @@ def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) 
     """
     dead, order = hessian.diagonal() == 0, None
     if act_order:
-        diagonal = torch.where(dead, 1.0, hessian.diagonal())     # dead columns take the place of a unit diagonal
+        diagonal = torch.where(
+            dead, 1.0, hessian.diagonal()
+        )  # dead columns take the place of a unit diagonal
         order = torch.argsort(diagonal, descending=True, stable=True)
         hessian = hessian[order][:, order]
     return Factor(inverse_factor(damped(hessian, damping_fraction)[0]), dead, order)

@@ -48,7 +48,7 @@ def attach(module: nn.Module) -> None:
         return (apply(args[0], of_module(owner)), *args[1:])
 
     module.register_forward_pre_hook(hook)
-    module._applies_inputs = True                                             # type: ignore[assignment]
+    module._applies_inputs = True  # type: ignore[assignment]
 
 
 def attach_all(block: nn.Module) -> None:
@@ -63,6 +63,8 @@ def hold(module: nn.Module, name: str, value: Tensor) -> None:
     assert name in NAMES, name
     weight = module.weight
     assert isinstance(weight, Tensor)
-    placed = value.to(weight.device, weight.dtype if name == SCALE else torch.int32, copy=True)   # of its own: files hold no views
+    placed = value.to(
+        weight.device, weight.dtype if name == SCALE else torch.int32, copy=True
+    )  # of its own: files hold no views
     module._parameters[name] = nn.Parameter(placed, requires_grad=False)
     attach(module)

@@ -17,7 +17,7 @@ from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored, fit
 from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight
 
-FLOOR = 1e-6                                # of probabilities in the divergence
+FLOOR = 1e-6  # of probabilities in the divergence
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class MixedWidthWeight(QuantizedWeight):
         rows, columns = self.shape
         codes = self.codes.reshape(rows, len(self.bits), -1).float()
         scale, offset = self.scale.unsqueeze(-1), self.offset.unsqueeze(-1)
-        single = torch.tensor([width == 1 for width in self.bits], device=codes.device)[None, :, None]
+        single = torch.tensor([width == 1 for width in self.bits], device=codes.device)[
+            None, :, None
+        ]
         values = torch.where(single, offset + scale * (2 * codes - 1), scale * (codes - offset))
         return values.reshape(rows, columns)
 
@@ -57,7 +59,10 @@ class MixedWidthWeight(QuantizedWeight):
         lowest = min(self.bits)
         span = max(1, (max(self.bits) - lowest).bit_length())
         widths = torch.tensor(self.bits, dtype=torch.uint8)
-        tensors = {"scale": self.scale.to(target).contiguous(), "widths": pack(widths - lowest, span)}
+        tensors = {
+            "scale": self.scale.to(target).contiguous(),
+            "widths": pack(widths - lowest, span),
+        }
         for width, groups in self._members().items():
             tensors[f"codes_{width}"] = pack(grouped[:, groups], width)
             offset = self.offset[:, groups]
@@ -65,9 +70,15 @@ class MixedWidthWeight(QuantizedWeight):
                 tensors["offset_1"] = offset.to(target).contiguous()
             elif bool(((offset >= 0) & (offset < 2**width)).all()):
                 tensors[f"offset_{width}"] = pack(offset.to(torch.uint8), width)
-            else:                                       # zero points outside the codes: ranges that do not hold zero
+            else:  # zero points outside the codes: ranges that do not hold zero
                 tensors[f"offset_{width}"] = offset.to(torch.int16).contiguous()
-        meta = {"shape": [rows, columns], "groups": len(self.bits), "lowest": lowest, "span": span, "scale_dtype": self.scale_dtype}
+        meta = {
+            "shape": [rows, columns],
+            "groups": len(self.bits),
+            "lowest": lowest,
+            "span": span,
+            "scale_dtype": self.scale_dtype,
+        }
         return tensors, meta
 
     @classmethod
@@ -77,19 +88,28 @@ class MixedWidthWeight(QuantizedWeight):
         widths = unpack(tensors["widths"], meta["span"], groups).to(torch.int64) + meta["lowest"]
         codes = torch.empty(rows, groups, columns // groups, dtype=torch.uint8, device=scale.device)
         offset = torch.empty_like(scale)
-        found = cls(codes.reshape(rows, columns), scale, offset, tuple(widths.tolist()), meta["scale_dtype"])
+        found = cls(
+            codes.reshape(rows, columns), scale, offset, tuple(widths.tolist()), meta["scale_dtype"]
+        )
         for width, members in found._members().items():
             part = codes[:, members]
-            codes[:, members] = unpack(tensors[f"codes_{width}"], width, part.numel()).reshape(part.shape)
+            codes[:, members] = unpack(tensors[f"codes_{width}"], width, part.numel()).reshape(
+                part.shape
+            )
             stored = tensors[f"offset_{width}"]
             packed = stored.dtype == torch.uint8
-            plain = unpack(stored, width, rows * len(members)).reshape(rows, -1) if packed else stored
+            plain = (
+                unpack(stored, width, rows * len(members)).reshape(rows, -1) if packed else stored
+            )
             offset[:, members] = plain.float()
         return found
 
     def _members(self) -> dict[int, list[int]]:
         """The groups of every width, narrow ones first."""
-        return {width: [g for g, bits in enumerate(self.bits) if bits == width] for width in sorted(set(self.bits))}
+        return {
+            width: [g for g, bits in enumerate(self.bits) if bits == width]
+            for width in sorted(set(self.bits))
+        }
 
 
 def binarize(values: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +143,14 @@ def widths_of(salience: Tensor, bits: int, moved: int) -> tuple[int, ...]:
     return tuple(widths)
 
 
-def search_moved(weight: Tensor, inputs: Sequence[Tensor], salience: Tensor, bits: int, size: int, scale_dtype: str) -> int:
+def search_moved(
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    salience: Tensor,
+    bits: int,
+    size: int,
+    scale_dtype: str,
+) -> int:
     """How many groups to move down and up: the least divergence of the layer's output, 1 … groups // 2 - 1, the first of equals.
 
     weight [out, in]; inputs: one [length, in] per sequence. Divergence: sum of p_q (log p_q - log p_o) over softmaxes of the

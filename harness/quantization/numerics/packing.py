@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LANES_16 = 0x0001_0001_0001_0001        # one bit at the foot of each 16-bit lane; times a mask: that mask in every lane
+LANES_16 = 0x0001_0001_0001_0001  # one bit at the foot of each 16-bit lane; times a mask: that mask in every lane
 LANES_32 = 0x0000_0001_0000_0001
 
 

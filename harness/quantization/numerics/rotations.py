@@ -34,7 +34,9 @@ class Butterfly:
         Numbers come from the raw stream of Philox, whose bits numpy guarantees, not from a library's normal distribution.
         """
         p, q = split(size)
-        key = int.from_bytes(hashlib.sha256(f"butterfly {size} {seed}".encode()).digest()[:16], "little")
+        key = int.from_bytes(
+            hashlib.sha256(f"butterfly {size} {seed}".encode()).digest()[:16], "little"
+        )
         stream = np.random.Philox(key=key)
         first, last = _permutation(stream, size), _permutation(stream, size)
         columns, rows = _rotations(stream, q, p), _rotations(stream, p, q)
@@ -76,7 +78,7 @@ def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
     step = min(rate, 1.0 / (float(skew.abs().sum(0).max()) + 1e-8))
     half = skew * (step / 2)
     eye = torch.eye(r.shape[0], dtype=r.dtype, device=r.device)
-    turned = r @ torch.linalg.solve(eye + half, eye - half)                     # the two factors commute
+    turned = r @ torch.linalg.solve(eye + half, eye - half)  # the two factors commute
     return (turned @ (3 * eye - turned.T @ turned) / 2).to(rotation.dtype)
 
 
@@ -114,6 +116,8 @@ def _rotations(stream: np.random.Philox, count: int, size: int) -> Tensor:
     u = _uniform(stream, 2 * count * size * size)
     normal = np.sqrt(-2 * np.log(u[::2])) * np.cos(2 * np.pi * u[1::2])
     q, r = torch.linalg.qr(torch.from_numpy(normal.reshape(count, size, size)))
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)      # without it QR's Q is not uniform
+    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(
+        -2
+    )  # without it QR's Q is not uniform
     q[:, :, 0] *= torch.linalg.det(q).sign().unsqueeze(-1)
     return q.float()

@@ -24,7 +24,7 @@ class Outliers:
     row_start: Tensor
     columns: Tensor
     values: Tensor
-    width: int                                  # in
+    width: int  # in
     dtype: str = "float16"
 
     @classmethod
@@ -32,7 +32,9 @@ class Outliers:
         """The entries of values [out, in] that mask [out, in] marks, as they can be stored in dtype."""
         counts = mask.sum(1)
         row_start = torch.cat((counts.new_zeros(1), counts.cumsum(0))).to(torch.int32)
-        return cls(row_start, mask.nonzero()[:, 1], as_stored(values[mask], dtype), mask.shape[1], dtype)
+        return cls(
+            row_start, mask.nonzero()[:, 1], as_stored(values[mask], dtype), mask.shape[1], dtype
+        )
 
     @property
     def rows(self) -> Tensor:
@@ -47,7 +49,11 @@ class Outliers:
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         columns = pack(self.columns, 16) if self.width <= 2**16 else self.columns.to(torch.int32)
-        tensors = {"row_start": self.row_start, "columns": columns, "values": self.values.to(SCALE_DTYPES[self.dtype])}
+        tensors = {
+            "row_start": self.row_start,
+            "columns": columns,
+            "values": self.values.to(SCALE_DTYPES[self.dtype]),
+        }
         return tensors, {"width": self.width, "dtype": self.dtype}
 
     @classmethod

@@ -15,7 +15,7 @@ from harness.quantization.numerics.grids import Grid, from_range
 
 def round_through(x: Tensor) -> Tensor:
     """Nearest integers, with the gradient of x itself (straight-through estimator)."""
-    return torch.round(x).detach() + (x - x.detach())             # the second term is 0: integers stay exact
+    return torch.round(x).detach() + (x - x.detach())  # the second term is 0: integers stay exact
 
 
 def nearest_through(values: Tensor, grid: Grid) -> Tensor:
@@ -28,7 +28,13 @@ def nearest_through(values: Tensor, grid: Grid) -> Tensor:
 
 
 def clipped_grid(
-    values: Tensor, upper: Tensor, lower: Tensor, bits: int, symmetric: bool, convention: str, scale_dtype: str
+    values: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    bits: int,
+    symmetric: bool,
+    convention: str,
+    scale_dtype: str,
 ) -> Grid:
     """The grid of each row of values [..., g] over [sigmoid(lower) min, sigmoid(upper) max], differentiable in both strengths.
 
@@ -40,7 +46,11 @@ def clipped_grid(
 
 
 def steps_of(
-    loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
+    loss_of: Callable[[int], Tensor],
+    samples: int,
+    groups: Sequence[Mapping[str, Any]],
+    epochs: int,
+    what: str = "training",
 ) -> Generator[tuple[int, int], None, list[float]]:
     """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
 
@@ -66,7 +76,9 @@ def steps_of(
             yield epoch * samples + sample + 1, epochs * samples
         assert total is not None
         losses.append(float(total) / samples)
-        if not losses[-1] < float("inf"):                         # once per epoch: a check per step would wait for the device
+        if not losses[-1] < float(
+            "inf"
+        ):  # once per epoch: a check per step would wait for the device
             raise MethodError(
                 f"{what}: the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, "
                 "or load the model in a wider dtype (model.dtype=float32)"
@@ -75,7 +87,11 @@ def steps_of(
 
 
 def train(
-    loss_of: Callable[[int], Tensor], samples: int, groups: Sequence[Mapping[str, Any]], epochs: int, what: str = "training"
+    loss_of: Callable[[int], Tensor],
+    samples: int,
+    groups: Sequence[Mapping[str, Any]],
+    epochs: int,
+    what: str = "training",
 ) -> list[float]:
     """`steps_of` to its end: the mean loss of each epoch."""
     walk = steps_of(loss_of, samples, groups, epochs, what)
@@ -89,8 +105,8 @@ def train(
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
-STRETCHES = 20                                  # of the steps, for which a mean loss is reported
-IGNORED = -100                                  # in place of a token that is not learned
+STRETCHES = 20  # of the steps, for which a mean loss is reported
+IGNORED = -100  # in place of a token that is not learned
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,9 @@ class Document:
     prompt: int = 0
 
 
-def shorten(documents: Sequence[Document], prompt_length: int, answer_length: int) -> list[Document]:
+def shorten(
+    documents: Sequence[Document], prompt_length: int, answer_length: int
+) -> list[Document]:
     """The first prompt_length tokens of each prompt with the first answer_length of its answer.
 
     Texts without a prompt are cut into pieces of both lengths together. What then holds no token to learn is left out.
@@ -123,8 +141,17 @@ def _learned(document: Document) -> int:
 
 
 def fine_tune(
-    logits: Callable[[Tensor], Tensor], parameters: Sequence[torch.nn.Parameter], documents: Sequence[Document], *, rate: float,
-    steps: int, batch: int, micro_batch: int, clip: float, rng: torch.Generator, what: str = "fine-tuning",
+    logits: Callable[[Tensor], Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    documents: Sequence[Document],
+    *,
+    rate: float,
+    steps: int,
+    batch: int,
+    micro_batch: int,
+    clip: float,
+    rng: torch.Generator,
+    what: str = "fine-tuning",
 ) -> Generator[tuple[int, int], None, list[float]]:
     """AdamW without weight decay at a constant rate on the mean cross-entropy of the learned tokens of shuffled documents.
 
@@ -141,7 +168,9 @@ def fine_tune(
     draw = _shuffled(len(documents), rng)
     total, since = torch.zeros((), device=parameters[0].device), 0
     for step in range(1, steps + 1):
-        chosen = sorted((documents[next(draw)] for _ in range(batch)), key=lambda each: each.tokens.numel())
+        chosen = sorted(
+            (documents[next(draw)] for _ in range(batch)), key=lambda each: each.tokens.numel()
+        )
         learned = sum(map(_learned, chosen))
         with torch.enable_grad():
             optimizer.zero_grad(set_to_none=True)
@@ -156,7 +185,9 @@ def fine_tune(
         if step * STRETCHES // steps > (step - 1) * STRETCHES // steps:
             losses.append(float(total) / (step - since))
             total, since = torch.zeros_like(total), step
-            if not losses[-1] < float("inf"):                     # once per stretch: a check per step would wait for the device
+            if not losses[-1] < float(
+                "inf"
+            ):  # once per stretch: a check per step would wait for the device
                 raise MethodError(
                     f"{what}: the loss before step {step} of {steps} is {losses[-1]}; lower the learning rate, "
                     "or load the model in a wider dtype (model.dtype=float32)"
@@ -172,12 +203,17 @@ def _shuffled(count: int, rng: torch.Generator) -> Iterator[int]:
 
 def _summed_loss(logits: Callable[[Tensor], Tensor], documents: Sequence[Document]) -> Tensor:
     """Sum of the cross-entropies of the learned tokens."""
-    tokens = torch.nn.utils.rnn.pad_sequence([document.tokens for document in documents], batch_first=True)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [document.tokens for document in documents], batch_first=True
+    )
     places = torch.arange(tokens.shape[1])
     first = torch.tensor([[max(1, document.prompt)] for document in documents])
     last = torch.tensor([[document.tokens.numel()] for document in documents])
     targets = tokens.masked_fill((places < first) | (places >= last), IGNORED)[:, 1:]
     predicted = logits(tokens)[:, :-1]
     return torch.nn.functional.cross_entropy(
-        predicted.flatten(0, 1), targets.flatten().to(predicted.device), ignore_index=IGNORED, reduction="sum"
+        predicted.flatten(0, 1),
+        targets.flatten().to(predicted.device),
+        ignore_index=IGNORED,
+        reduction="sum",
     )

@@ -17,7 +17,13 @@ from torch import Tensor
 from harness.core.cell import WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.quantization.numerics.block_maxima import BlockMaxima
-from harness.quantization.numerics.grids import SCALE_DTYPES, Grid, decode, pack_scales, unpack_scales
+from harness.quantization.numerics.grids import (
+    SCALE_DTYPES,
+    Grid,
+    decode,
+    pack_scales,
+    unpack_scales,
+)
 from harness.quantization.numerics.packing import pack, unpack
 
 
@@ -121,7 +127,14 @@ class UniformWeight(QuantizedWeight):
         rows = codes.shape[0]
         scale = grid.scale.reshape(rows, -1)
         zero = None if symmetric else grid.zero.reshape(rows, -1)
-        return cls(codes.reshape(rows, -1).to(torch.uint8), scale, zero, grid.bits, scale_dtype, tensor_scale=grid.tensor_scale)
+        return cls(
+            codes.reshape(rows, -1).to(torch.uint8),
+            scale,
+            zero,
+            grid.bits,
+            scale_dtype,
+            tensor_scale=grid.tensor_scale,
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -144,15 +157,32 @@ class UniformWeight(QuantizedWeight):
         return (self.scale.unsqueeze(-1) * centred).reshape(rows, columns)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        target = SCALE_DTYPES.get(self.scale_dtype, torch.float16)             # of zero points that are not codes
-        tensors = {"codes": pack(self.codes, self.bits), **pack_scales(self.scale, self.scale_dtype, self.tensor_scale)}
-        meta: dict[str, Any] = {"shape": list(self.shape), "bits": self.bits, "scale_dtype": self.scale_dtype, "zero": "none"}
+        target = SCALE_DTYPES.get(
+            self.scale_dtype, torch.float16
+        )  # of zero points that are not codes
+        tensors = {
+            "codes": pack(self.codes, self.bits),
+            **pack_scales(self.scale, self.scale_dtype, self.tensor_scale),
+        }
+        meta: dict[str, Any] = {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "scale_dtype": self.scale_dtype,
+            "zero": "none",
+        }
         if self.zero is not None:
-            if bool(((self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.bits)).all()):
+            if bool(
+                (
+                    (self.zero == self.zero.round()) & (self.zero >= 0) & (self.zero < 2**self.bits)
+                ).all()
+            ):
                 tensors["zero"], meta["zero"] = pack(self.zero.to(torch.uint8), self.bits), "codes"
             else:
                 exact = torch.equal(self.zero.to(target).float(), self.zero)
-                tensors["zero"], meta["zero"] = self.zero.to(target if exact else torch.float32).contiguous(), "float"
+                tensors["zero"], meta["zero"] = (
+                    self.zero.to(target if exact else torch.float32).contiguous(),
+                    "float",
+                )
         if self.column_group is not None:
             tensors["column_group"] = _narrow(self.column_group, self.scale.shape[1])
         return tensors, meta
@@ -169,7 +199,9 @@ class UniformWeight(QuantizedWeight):
         group = tensors.get("column_group")
         codes = unpack(tensors["codes"], bits, rows * columns).reshape(rows, columns)
         column_group = None if group is None else group.to(torch.int32)
-        return cls(codes, scale, zero, bits, meta["scale_dtype"], column_group, tensors.get("tensor_scale"))
+        return cls(
+            codes, scale, zero, bits, meta["scale_dtype"], column_group, tensors.get("tensor_scale")
+        )
 
 
 @dataclass(frozen=True)
@@ -202,23 +234,38 @@ class ElementWeight(QuantizedWeight):
         values = decode(self.codes, FORMATS[self.format].element)
         if self.column_group is not None:
             return self.scale[:, self.column_group.long()] * values
-        return (self.scale.unsqueeze(-1) * values.reshape(*self.scale.shape, -1)).reshape(self.shape)
+        return (self.scale.unsqueeze(-1) * values.reshape(*self.scale.shape, -1)).reshape(
+            self.shape
+        )
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"codes": pack(self.codes, FORMATS[self.format].bits)}
         tensors |= pack_scales(self.scale, self.scale_dtype, self.tensor_scale)
         if self.column_group is not None:
             tensors["column_group"] = _narrow(self.column_group, self.scale.shape[1])
-        return tensors, {"shape": list(self.shape), "format": self.format, "scale_dtype": self.scale_dtype}
+        return tensors, {
+            "shape": list(self.shape),
+            "format": self.format,
+            "scale_dtype": self.scale_dtype,
+        }
 
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         rows, columns = meta["shape"]
-        codes = unpack(tensors["codes"], FORMATS[meta["format"]].bits, rows * columns).reshape(rows, columns)
+        codes = unpack(tensors["codes"], FORMATS[meta["format"]].bits, rows * columns).reshape(
+            rows, columns
+        )
         scale = unpack_scales(tensors, meta["scale_dtype"])
         group = tensors.get("column_group")
         column_group = None if group is None else group.to(torch.int32)
-        return cls(codes, scale, meta["format"], meta["scale_dtype"], column_group, tensors.get("tensor_scale"))
+        return cls(
+            codes,
+            scale,
+            meta["format"],
+            meta["scale_dtype"],
+            column_group,
+            tensors.get("tensor_scale"),
+        )
 
 
 @dataclass(frozen=True)
@@ -258,8 +305,12 @@ class NormalFloatWeight(QuantizedWeight):
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         rows, columns = meta["shape"]
-        both = torch.stack((tensors["codes"] >> 4, tensors["codes"] & 15), dim=1).reshape(-1)[: rows * columns]
-        maxima = BlockMaxima(*(tensors.get(f"maxima_{name}") for name in ("values", "codes", "scale", "offset")))
+        both = torch.stack((tensors["codes"] >> 4, tensors["codes"] & 15), dim=1).reshape(-1)[
+            : rows * columns
+        ]
+        maxima = BlockMaxima(
+            *(tensors.get(f"maxima_{name}") for name in ("values", "codes", "scale", "offset"))
+        )
         return cls(both.reshape(rows, columns), maxima, meta["block"], meta.get("format", "nf4"))
 
 
@@ -273,13 +324,19 @@ def on_grid(
     rows = codes.shape[0]
     flat, scale = codes.reshape(rows, -1).to(torch.uint8), grid.scale.reshape(rows, -1)
     if scheme.scale_dtype == DOUBLE_QUANTIZED:
-        assert column_group is None, "groups of columns that are not neighbours are no blocks of this layout"
+        assert column_group is None, (
+            "groups of columns that are not neighbours are no blocks of this layout"
+        )
         maxima = BlockMaxima.double_quantized(scale.reshape(-1))
         return NormalFloatWeight(flat, maxima, flat.shape[1] // scale.shape[1], scheme.format)
     if grid.element is not None:
-        return ElementWeight(flat, scale, scheme.format, scheme.scale_dtype, column_group, grid.tensor_scale)
+        return ElementWeight(
+            flat, scale, scheme.format, scheme.scale_dtype, column_group, grid.tensor_scale
+        )
     zero = None if scheme.symmetric else grid.zero.reshape(rows, -1)
-    return UniformWeight(flat, scale, zero, grid.bits, scheme.scale_dtype, column_group, grid.tensor_scale)
+    return UniformWeight(
+        flat, scale, zero, grid.bits, scheme.scale_dtype, column_group, grid.tensor_scale
+    )
 
 
 def _narrow(column_group: Tensor, groups: int) -> Tensor:

@@ -25,7 +25,7 @@ from harness.quantization.models import family_of, read_config
 from harness.quantization.models.protocols import WeightLocation, get_tensor, set_tensor, tied
 from harness.quantization.numerics.inputs import attach_all, hold
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]           # what a block receives besides its hidden state
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block receives besides its hidden state
 
 
 class _Stop(Exception):
@@ -45,9 +45,11 @@ class Blocks:
         self.shapes: Shapes = self.family.shapes(data)
         self.reader = WeightReader(folder)
         self.model = self.family.skeleton(self.config, self.dtype)
-        self.parameters = {name: p.numel() for name, p in self.model.named_parameters()}       # a tied head counts once
+        self.parameters = {
+            name: p.numel() for name, p in self.model.named_parameters()
+        }  # a tied head counts once
         self._meta = list(self.family.blocks(self.model))
-        self._calls: list[list[Call]] = []              # [block][sequence]
+        self._calls: list[list[Call]] = []  # [block][sequence]
 
     def __len__(self) -> int:
         return len(self._meta)
@@ -61,7 +63,10 @@ class Blocks:
         """Every parameter and stored buffer of a block, by its name within it, on the device in the model's dtype."""
         prefix = self.family.block_prefix(index)
         names = list(self._meta[index].state_dict())
-        return {name: self.family.read(self.reader, prefix + name, self.dtype, self.device) for name in names}
+        return {
+            name: self.family.read(self.reader, prefix + name, self.dtype, self.device)
+            for name in names
+        }
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A block that uses these tensors, without copying them."""
@@ -93,7 +98,10 @@ class Blocks:
 
         ends: tensors to use in place of the model's own outside the blocks.
         """
-        recorders = [_Recorder(block, index == len(self) - 1, self.family.returns_tuple) for index, block in enumerate(self._meta)]
+        recorders = [
+            _Recorder(block, index == len(self) - 1, self.family.returns_tuple)
+            for index, block in enumerate(self._meta)
+        ]
         hidden: list[Tensor] = []
         self._calls = [[] for _ in self._meta]
         with _Ends(self, self.family.before, recorders, ends or {}):
@@ -125,7 +133,9 @@ class Blocks:
         """The arguments of block `index` where they are the same for every sequence. Raises MethodError where they are not."""
         calls = self._calls[index]
         if any(not _same(calls[0], call) for call in calls[1:]):
-            raise MethodError(f"block {index} takes arguments that differ by sequence, and this method does not say which it runs")
+            raise MethodError(
+                f"block {index} takes arguments that differ by sequence, and this method does not say which it runs"
+            )
         return calls[0]
 
 
@@ -137,27 +147,44 @@ class StreamedBlock:
     """
 
     def __init__(
-        self, blocks: Blocks, index: int, module: nn.Module, original: Mapping[str, Tensor],
-        evidence: Mapping[str, Evidence], hidden: Sequence[Tensor] | None, references: Sequence[Tensor] | None,
+        self,
+        blocks: Blocks,
+        index: int,
+        module: nn.Module,
+        original: Mapping[str, Tensor],
+        evidence: Mapping[str, Evidence],
+        hidden: Sequence[Tensor] | None,
+        references: Sequence[Tensor] | None,
         without_evidence: Collection[str] = (),
     ) -> None:
         self.index, self.module, self.evidence = index, module, evidence
-        self._blocks, self._original, self._hidden, self._references = blocks, original, hidden, references
+        self._blocks, self._original, self._hidden, self._references = (
+            blocks,
+            original,
+            hidden,
+            references,
+        )
         self._slots = {slot.name: slot for slot in blocks.slots(index)}
         self.shapes, self.left_out = self._own(blocks.shapes, without_evidence)
         self._regions: dict[tuple[str, int], Call] = {}
         self._pristine: nn.Module | None = None
         self.notes: dict[str, Any] = {}
 
-    def _own(self, shapes: Shapes, without_evidence: Collection[str]) -> tuple[Shapes, tuple[str, ...]]:
+    def _own(
+        self, shapes: Shapes, without_evidence: Collection[str]
+    ) -> tuple[Shapes, tuple[str, ...]]:
         """What of the model's shapes is true of this block, for blocks may differ; and the pairs that lack evidence, in words."""
         linears = tuple(linear for linear in shapes.linears if linear.name in self._slots)
         here = [
-            pair for pair in shapes.pairs
-            if all(name in self._slots for name in pair.consumers) and (pair.kind == "norm" or pair.producer in self._slots)
+            pair
+            for pair in shapes.pairs
+            if all(name in self._slots for name in pair.consumers)
+            and (pair.kind == "norm" or pair.producer in self._slots)
         ]
         offered = tuple(pair for pair in here if not set(pair.consumers) & set(without_evidence))
-        left_out = tuple(f"{pair.producer} → {', '.join(pair.consumers)}" for pair in here if pair not in offered)
+        left_out = tuple(
+            f"{pair.producer} → {', '.join(pair.consumers)}" for pair in here if pair not in offered
+        )
         return dataclasses.replace(shapes, linears=linears, pairs=offered), left_out
 
     def linear(self, name: str) -> nn.Linear:
@@ -172,7 +199,10 @@ class StreamedBlock:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if slot.bias is not None:
             bias = get_tensor(self.module, slot.bias)
-            linear.bias = nn.Parameter(bias if slot.rows is None else bias[slot.rows[0] : slot.rows[1]], requires_grad=False)
+            linear.bias = nn.Parameter(
+                bias if slot.rows is None else bias[slot.rows[0] : slot.rows[1]],
+                requires_grad=False,
+            )
         return linear
 
     def set_input(self, name: str, kind: str, value: Tensor) -> None:
@@ -190,20 +220,35 @@ class StreamedBlock:
 
     def references(self) -> Sequence[Tensor]:
         if self._references is None:
-            raise MethodError('a method that reads full-precision outputs must name "reference" in `needs`')
+            raise MethodError(
+                'a method that reads full-precision outputs must name "reference" in `needs`'
+            )
         return self._references
 
     def run(
-        self, hidden: Tensor, weights: Mapping[str, Tensor] | None = None, receive: Callable[[str, Tensor], Tensor] | None = None
+        self,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        receive: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Tensor:
         args, kwargs = self._blocks.uniform_call(self.index)
         with self._watched(receive):
-            result = functional_call(self.module, self._parameters(weights), (hidden.to(self._blocks.device), *args), kwargs)
+            result = functional_call(
+                self.module,
+                self._parameters(weights),
+                (hidden.to(self._blocks.device), *args),
+                kwargs,
+            )
         return self._blocks.family.output(result)
 
-    def run_region(self, region: str, index: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run_region(
+        self, region: str, index: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         args, kwargs = self._region_call(region, index)
-        own = {name.removeprefix(f"{region}."): value for name, value in self._parameters(weights).items()}
+        own = {
+            name.removeprefix(f"{region}."): value
+            for name, value in self._parameters(weights).items()
+        }
         moved = tuple(_to(item, self._blocks.device) for item in args)
         named = {name: _to(item, self._blocks.device) for name, item in kwargs.items()}
         result = functional_call(self.module.get_submodule(region), own, moved, named)
@@ -216,13 +261,22 @@ class StreamedBlock:
 
             def take(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 shared = {id(v) for v in _leaves(self._blocks.call(self.index, index))}
-                keep = lambda v: v if id(v) in shared else _to(v, storage)              # noqa: E731
-                taken.append((tuple(keep(item) for item in args), {name: keep(item) for name, item in kwargs.items()}))
+                keep = lambda v: v if id(v) in shared else _to(v, storage)  # noqa: E731
+                taken.append(
+                    (
+                        tuple(keep(item) for item in args),
+                        {name: keep(item) for name, item in kwargs.items()},
+                    )
+                )
                 raise _Stop
 
-            if self._pristine is None:                  # the method may have given the module's linears inputs of their own
+            if (
+                self._pristine is None
+            ):  # the method may have given the module's linears inputs of their own
                 self._pristine = self._blocks.build(self.index, self._original)
-            handle = self._pristine.get_submodule(region).register_forward_pre_hook(take, with_kwargs=True)
+            handle = self._pristine.get_submodule(region).register_forward_pre_hook(
+                take, with_kwargs=True
+            )
             call_args, call_kwargs = self._blocks.call(self.index, index)
             try:
                 with torch.no_grad():
@@ -270,7 +324,7 @@ class _Recorder(nn.Module):
 
     def __init__(self, block: nn.Module, last: bool, returns_tuple: bool) -> None:
         super().__init__()
-        self._block = [block]                           # in a list: not a submodule
+        self._block = [block]  # in a list: not a submodule
         self._last, self._returns_tuple = last, returns_tuple
         self.hidden = torch.empty(0)
         self.call: Call = ((), {})
@@ -287,16 +341,25 @@ class _Recorder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._block[0], name)        # models ask a block for its attention type
+            return getattr(self._block[0], name)  # models ask a block for its attention type
 
 
 class _Ends:
     """While open, the modules named have their weights on the device, and recorders stand for the blocks."""
 
     def __init__(
-        self, blocks: Blocks, modules: Sequence[str], recorders: Sequence[nn.Module], values: Mapping[str, Tensor]
+        self,
+        blocks: Blocks,
+        modules: Sequence[str],
+        recorders: Sequence[nn.Module],
+        values: Mapping[str, Tensor],
     ) -> None:
-        self._blocks, self._modules, self._recorders, self._values = blocks, modules, recorders, values
+        self._blocks, self._modules, self._recorders, self._values = (
+            blocks,
+            modules,
+            recorders,
+            values,
+        )
         self._kept: dict[str, nn.Parameter | Tensor] = {}
 
     def __enter__(self) -> None:
@@ -304,12 +367,21 @@ class _Ends:
         layers = blocks.family.blocks(blocks.model)
         for index, recorder in enumerate(self._recorders):
             layers[index] = recorder
-        names = [n for n in blocks.model.state_dict() if any(n.startswith(f"{module}.") for module in self._modules)]
+        names = [
+            n
+            for n in blocks.model.state_dict()
+            if any(n.startswith(f"{module}.") for module in self._modules)
+        ]
         same = tied(blocks.model)
         for name in names:
             stored = name if blocks.family.has(blocks.reader, name) else same.get(name, name)
             given = self._values.get(name)
-            self._put(name, blocks.family.read(blocks.reader, stored, blocks.dtype, "cpu") if given is None else given)
+            self._put(
+                name,
+                blocks.family.read(blocks.reader, stored, blocks.dtype, "cpu")
+                if given is None
+                else given,
+            )
         for name, buffer in list(blocks.model.named_buffers()):
             if not buffer.is_meta:
                 set_tensor(blocks.model, name, buffer.to(blocks.device))
@@ -331,8 +403,13 @@ class _Head:
 
     def __init__(self, blocks: Blocks, windows: Tensor, hidden: Sequence[Tensor]) -> None:
         self._blocks, self._windows = blocks, windows
-        self._recorders = [_Recorder(b, i == len(blocks) - 1, blocks.family.returns_tuple) for i, b in enumerate(blocks._meta)]
-        self._open = _Ends(blocks, (*blocks.family.before, *blocks.family.after), self._recorders, {})
+        self._recorders = [
+            _Recorder(b, i == len(blocks) - 1, blocks.family.returns_tuple)
+            for i, b in enumerate(blocks._meta)
+        ]
+        self._open = _Ends(
+            blocks, (*blocks.family.before, *blocks.family.after), self._recorders, {}
+        )
 
     def __enter__(self) -> _Head:
         self._open.__enter__()
@@ -343,7 +420,9 @@ class _Head:
 
     def logits(self, sequence: int, hidden: Tensor) -> Tensor:
         self._recorders[-1].replacement = hidden.to(self._blocks.device)
-        result = self._blocks.model(self._windows[sequence][None].to(self._blocks.device), use_cache=False)
+        result = self._blocks.model(
+            self._windows[sequence][None].to(self._blocks.device), use_cache=False
+        )
         return result.logits
 
 
@@ -353,14 +432,29 @@ def _intern(call: Call, before: Call | None, seen: dict[int, Any]) -> Call:
     def pick(value: Any, old: Any) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in seen:
-                same = isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype and torch.equal(old, value)
-                seen[id(value)] = (old if same else value, value)       # the value is kept alive, so that its id stays its own
+                same = (
+                    isinstance(old, Tensor)
+                    and old.shape == value.shape
+                    and old.dtype == value.dtype
+                    and torch.equal(old, value)
+                )
+                seen[id(value)] = (
+                    old if same else value,
+                    value,
+                )  # the value is kept alive, so that its id stays its own
             return seen[id(value)][0]
         if isinstance(value, tuple | list):
-            olds = old if isinstance(old, tuple | list) and len(old) == len(value) else [None] * len(value)
+            olds = (
+                old
+                if isinstance(old, tuple | list) and len(old) == len(value)
+                else [None] * len(value)
+            )
             return type(value)(pick(item, other) for item, other in zip(value, olds, strict=True))
         if isinstance(value, dict):
-            return {name: pick(item, old.get(name) if isinstance(old, dict) else None) for name, item in value.items()}
+            return {
+                name: pick(item, old.get(name) if isinstance(old, dict) else None)
+                for name, item in value.items()
+            }
         return value
 
     args, kwargs = call
@@ -369,7 +463,10 @@ def _intern(call: Call, before: Call | None, seen: dict[int, Any]) -> Call:
 
 
 def _same(one: Call, other: Call) -> bool:
-    return all(a is b or not isinstance(a, Tensor) for a, b in zip(_leaves(one), _leaves(other), strict=True))
+    return all(
+        a is b or not isinstance(a, Tensor)
+        for a, b in zip(_leaves(one), _leaves(other), strict=True)
+    )
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -30,7 +30,10 @@ class SquaredGradients:
         self._backward(blocks, self._loss_gradients(blocks, windows, hidden))
 
     def read(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in load_file(self._gradients(index)).items()}
+        return {
+            name: tensor.to(self._device)
+            for name, tensor in load_file(self._gradients(index)).items()
+        }
 
     @torch.no_grad()
     def _forward(self, blocks: Blocks, windows: Tensor) -> list[Tensor]:
@@ -38,16 +41,22 @@ class SquaredGradients:
         for index in range(len(blocks)):
             save_file({str(s): h.contiguous() for s, h in enumerate(hidden)}, self._inputs(index))
             block = blocks.build(index, blocks.tensors(index))
-            hidden = [blocks.run(block, index, sequence, h).cpu() for sequence, h in enumerate(hidden)]
+            hidden = [
+                blocks.run(block, index, sequence, h).cpu() for sequence, h in enumerate(hidden)
+            ]
         return hidden
 
-    def _loss_gradients(self, blocks: Blocks, windows: Tensor, hidden: list[Tensor]) -> list[Tensor]:
+    def _loss_gradients(
+        self, blocks: Blocks, windows: Tensor, hidden: list[Tensor]
+    ) -> list[Tensor]:
         gradients = []
         with blocks.head(windows, hidden) as head:
             for sequence, output in enumerate(hidden):
                 leaf = output.to(blocks.device).requires_grad_()
                 logits = head.logits(sequence, leaf)[0, :-1].float()
-                loss = torch.nn.functional.cross_entropy(logits, windows[sequence, 1:].to(blocks.device))
+                loss = torch.nn.functional.cross_entropy(
+                    logits, windows[sequence, 1:].to(blocks.device)
+                )
                 gradients.append(torch.autograd.grad(loss, leaf)[0].cpu())
         return gradients
 
@@ -62,19 +71,27 @@ class SquaredGradients:
             for sequence in range(len(gradients)):
                 leaf = inputs[str(sequence)].to(blocks.device).requires_grad_()
                 output = blocks.run(block, index, sequence, leaf)
-                found = torch.autograd.grad(output, [leaf, *trained], gradients[sequence].to(blocks.device), allow_unused=True)
+                found = torch.autograd.grad(
+                    output,
+                    [leaf, *trained],
+                    gradients[sequence].to(blocks.device),
+                    allow_unused=True,
+                )
                 gradients[sequence] = found[0].cpu()
                 by_name = dict(zip(names, found[1:], strict=True))
                 for slot in slots:
                     gradient = by_name[slot.parameter]
-                    if gradient is None:                # an expert that this sequence never chose
+                    if gradient is None:  # an expert that this sequence never chose
                         continue
                     square = slot.view(gradient).float().square()
                     sums[slot.name] = sums[slot.name] + square if slot.name in sums else square
             for slot in slots:
                 shape = slot.view(get_tensor(block, slot.parameter)).shape
                 sums.setdefault(slot.name, torch.zeros(shape))
-            save_file({name: total.cpu().contiguous() for name, total in sums.items()}, self._gradients(index))
+            save_file(
+                {name: total.cpu().contiguous() for name, total in sums.items()},
+                self._gradients(index),
+            )
             self._inputs(index).unlink()
 
     def _gradients(self, index: int) -> Path:

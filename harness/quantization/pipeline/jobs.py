@@ -11,7 +11,7 @@ from harness.core.cell import Cell, Part
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.pipeline.observers import Statistics
 
-EMBEDDINGS, FULL = "embeddings", "full_precision"       # histories; all others are digests
+EMBEDDINGS, FULL = "embeddings", "full_precision"  # histories; all others are digests
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Job:
     writer: CheckpointWriter
     transform: Any = None
     rounding: Any = None
-    finished: int = 0                                   # blocks in the writer
+    finished: int = 0  # blocks in the writer
     history: str = EMBEDDINGS
     seconds: float = 0.0
-    own_stream: bool = False                            # its transform rewrites the ends, so its stream starts elsewhere
-    added_bits: int = 0                                 # of parameters that the model does not have
+    own_stream: bool = False  # its transform rewrites the ends, so its stream starts elsewhere
+    added_bits: int = 0  # of parameters that the model does not have
     failed: bool = False
 
     @property

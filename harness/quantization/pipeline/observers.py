@@ -32,14 +32,21 @@ class GroupStatistics:
     linear_memo: dict[str, dict[Hashable, Any]] = field(default_factory=dict)
 
 
-Statistics = dict[str, GroupStatistics]                 # by group
+Statistics = dict[str, GroupStatistics]  # by group
 
 
 class Collector:
     """Accumulates statistics of one group's input. Peak memory: one Hessian, and all inputs where a method keeps them."""
 
-    def __init__(self, group: str, needs: Collection[str], sequences: int, storage: torch.device) -> None:
-        self.group, self.needs, self.sequences, self.storage = group, frozenset(needs), sequences, storage
+    def __init__(
+        self, group: str, needs: Collection[str], sequences: int, storage: torch.device
+    ) -> None:
+        self.group, self.needs, self.sequences, self.storage = (
+            group,
+            frozenset(needs),
+            sequences,
+            storage,
+        )
         self.tokens, self.finite = 0, True
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[int, Tensor] = {}
@@ -48,13 +55,15 @@ class Collector:
 
     def add(self, sequence: int, inputs: Tensor) -> None:
         """One sequence's input [..., in]; the tokens of an expert may be none."""
-        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()                      # [tokens, in]
+        x = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
         self._width = x.shape[1]
         if x.shape[0] == 0:
             return
         self.finite = self.finite and bool(torch.isfinite(x).all())
         if "hessian" in self.needs:
-            hessian = self._sums.setdefault("hessian", torch.zeros(x.shape[1], x.shape[1], device=x.device))
+            hessian = self._sums.setdefault(
+                "hessian", torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            )
             accumulate_hessian(hessian, x, self.tokens)
         if "mean" in self.needs:
             self._add("mean", x.sum(0))
@@ -71,15 +80,28 @@ class Collector:
         """The statistics; empty when not one token arrived (an expert that was never chosen)."""
         values: dict[str, Tensor] = {}
         if self.tokens:
-            values |= {name: total if name == "hessian" else total / self.tokens for name, total in self._sums.items()}
+            values |= {
+                name: total if name == "hessian" else total / self.tokens
+                for name, total in self._sums.items()
+            }
         if self._maxima:
             empty = torch.zeros_like(next(iter(self._maxima.values())))
-            rows = torch.stack([self._maxima.get(sequence, empty) for sequence in range(self.sequences)])
+            rows = torch.stack(
+                [self._maxima.get(sequence, empty) for sequence in range(self.sequences)]
+            )
             values |= {"abs_max": rows.amax(0), "abs_max_per_sequence": rows}
-        if self._inputs and len({x.shape for x in self._inputs.values()}) == 1 and len(self._inputs) == self.sequences:
-            values["inputs"] = torch.stack([self._inputs[sequence] for sequence in range(self.sequences)])
-        elif self._inputs:                              # an expert's tokens differ in number: one long sequence
-            values["inputs"] = torch.cat([self._inputs[sequence] for sequence in sorted(self._inputs)])[None]
+        if (
+            self._inputs
+            and len({x.shape for x in self._inputs.values()}) == 1
+            and len(self._inputs) == self.sequences
+        ):
+            values["inputs"] = torch.stack(
+                [self._inputs[sequence] for sequence in range(self.sequences)]
+            )
+        elif self._inputs:  # an expert's tokens differ in number: one long sequence
+            values["inputs"] = torch.cat(
+                [self._inputs[sequence] for sequence in sorted(self._inputs)]
+            )[None]
         return GroupStatistics(self.group, self.tokens, self.finite, values)
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -90,17 +112,25 @@ class InputEvidence:
     """Evidence of one linear, or of all linears of a group, for one cell: the statistics that its method needs, and no other."""
 
     def __init__(
-        self, statistics: GroupStatistics, needs: Collection[str], basis: str, linear: str | None = None,
+        self,
+        statistics: GroupStatistics,
+        needs: Collection[str],
+        basis: str,
+        linear: str | None = None,
         more: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> None:
         self.basis = basis
         self.tokens = statistics.tokens
         self._statistics, self._needs, self._more = statistics, frozenset(needs), dict(more or {})
-        self._memo = statistics.memo if linear is None else statistics.linear_memo.setdefault(linear, {})
+        self._memo = (
+            statistics.memo if linear is None else statistics.linear_memo.setdefault(linear, {})
+        )
 
     def __getitem__(self, statistic: str) -> Tensor:
         if statistic not in self._needs:
-            raise KeyError(f'"{statistic}" is not among the needs of this method: {", ".join(sorted(self._needs)) or "none"}')
+            raise KeyError(
+                f'"{statistic}" is not among the needs of this method: {", ".join(sorted(self._needs)) or "none"}'
+            )
         if statistic in self._more:
             return self._more[statistic]()
         if not self._statistics.finite:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:
     """||D||² / ||W||², or tr(D H Dᵀ) / tr(W H Wᵀ); in float64 where a sum overflows float32. 0 where nothing comes out at all."""
+
     def size(matrix: Tensor, metric: Tensor | None) -> Tensor:
         return matrix.square().sum() if metric is None else ((matrix @ metric) * matrix).sum()
 
@@ -19,7 +20,7 @@ def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = 
         metric = hessian.double() if hessian is not None else None
         error, reference = size(difference.double(), metric), size(weight.double(), metric)
     value = float(error / reference) if float(reference) > 0 else 0.0
-    return max(value, 0.0)                              # round-off of an exact layer
+    return max(value, 0.0)  # round-off of an exact layer
 
 
 def json_values(notes: Any) -> Any:

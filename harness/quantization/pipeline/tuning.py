@@ -33,7 +33,7 @@ from harness.quantization.numerics import inputs
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.training import Document
 
-SEQUENCES_AT_ONCE = 16                      # of text that the model writes itself
+SEQUENCES_AT_ONCE = 16  # of text that the model writes itself
 
 
 class LanguageModel:
@@ -48,12 +48,16 @@ class LanguageModel:
 
     @torch.no_grad()
     def sample(self, first: Tensor, length: int, rng: Generator) -> Tensor:
-        return torch.cat([self._continue(part, length, rng) for part in first.split(SEQUENCES_AT_ONCE)])
+        return torch.cat(
+            [self._continue(part, length, rng) for part in first.split(SEQUENCES_AT_ONCE)]
+        )
 
     def _continue(self, first: Tensor, length: int, rng: Generator) -> Tensor:
         written, cache = [first.cpu()], None
         while len(written) < length:
-            result = self._model(written[-1][:, None].to(self._device), past_key_values=cache, use_cache=True)
+            result = self._model(
+                written[-1][:, None].to(self._device), past_key_values=cache, use_cache=True
+            )
             cache = result.past_key_values
             probabilities = torch.softmax(result.logits[:, -1].float(), -1).cpu()
             written.append(torch.multinomial(probabilities, 1, generator=rng)[:, 0])
@@ -69,7 +73,12 @@ class FrozenModel(LanguageModel):
 
 
 def run_tuning(
-    cell: Cell, folder: Path, base: Path, windows: Tensor | Sequence[Document], writer: CheckpointWriter, device: str = "cpu",
+    cell: Cell,
+    folder: Path,
+    base: Path,
+    windows: Tensor | Sequence[Document],
+    writer: CheckpointWriter,
+    device: str = "cpu",
     cell_keys: Sequence[str] = (),
 ) -> Iterator[Event]:
     """Train a cell's model and write its checkpoint.
@@ -85,9 +94,13 @@ def run_tuning(
     began, keys = time.monotonic(), tuple(cell_keys) or (cell_key(cell),)
     tuning = plugins.build("tuning", part.name, to_json(part)["settings"])
     if (windows.numel() if isinstance(windows, Tensor) else len(windows)) == 0:
-        raise DataError(f"{cell.title}: there is no text to train on; set calibration.samples and calibration.length")
+        raise DataError(
+            f"{cell.title}: there is no text to train on; set calibration.samples and calibration.length"
+        )
     stored = Checkpoint.open(base)
-    weights_only = dataclasses.replace(untuned(cell), scheme=dataclasses.replace(cell.scheme, activation=None, kv=None))
+    weights_only = dataclasses.replace(
+        untuned(cell), scheme=dataclasses.replace(cell.scheme, activation=None, kv=None)
+    )
     model, _ = load(weights_only, folder, base, device)
     linears = _make_trainable(cell, model, folder, stored, tuning, device)
     teacher = None
@@ -109,8 +122,14 @@ def run_tuning(
             shown = time.monotonic()
             yield Progress(time.time(), keys, "tuning", step, steps)
     _write(cell, folder, stored, linears, writer)
-    manifest = writer.finish(_report(cell, stored, windows, notes, parameters, time.monotonic() - began))
-    yield Quantized(time.time(), keys, {key: manifest[key] for key in manifest if key not in ("files", "linears")})
+    manifest = writer.finish(
+        _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
+    )
+    yield Quantized(
+        time.time(),
+        keys,
+        {key: manifest[key] for key in manifest if key not in ("files", "linears")},
+    )
 
 
 class _TransformedInput(nn.Module):
@@ -120,10 +139,14 @@ class _TransformedInput(nn.Module):
         super().__init__()
         self.linear, self._names = linear, tuple(held)
         for name, tensor in held.items():
-            self.register_buffer(name, tensor.to(dtype) if tensor.is_floating_point() else tensor, persistent=False)
+            self.register_buffer(
+                name, tensor.to(dtype) if tensor.is_floating_point() else tensor, persistent=False
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        transformed: Tensor = self.linear(inputs.apply(x, {name: self.get_buffer(name) for name in self._names}))
+        transformed: Tensor = self.linear(
+            inputs.apply(x, {name: self.get_buffer(name) for name in self._names})
+        )
         return transformed
 
 
@@ -153,7 +176,11 @@ def _make_trainable(
             except MethodError as error:
                 raise MethodError(f"{cell.title}: block {index}, {slot.name}: {error}") from error
             parent, _, leaf = owner.rpartition(".")
-            held = {name: content.dense[f"{owner}.{name}"] for name in inputs.NAMES if f"{owner}.{name}" in content.dense}
+            held = {
+                name: content.dense[f"{owner}.{name}"]
+                for name in inputs.NAMES
+                if f"{owner}.{name}" in content.dense
+            }
             dtype = DTYPES[cell.model.dtype]
             placed = _TransformedInput(linear, held, dtype) if held else linear
             setattr(block.get_submodule(parent), leaf, placed.to(device))
@@ -162,7 +189,11 @@ def _make_trainable(
 
 
 def _write(
-    cell: Cell, folder: Path, stored: Checkpoint, linears: dict[tuple[int, str], Any], writer: CheckpointWriter
+    cell: Cell,
+    folder: Path,
+    stored: Checkpoint,
+    linears: dict[tuple[int, str], Any],
+    writer: CheckpointWriter,
 ) -> None:
     """Every block with its trained matrices; what the base changed besides them as it is there."""
     data = read_config(folder)
@@ -171,37 +202,56 @@ def _write(
     reader = WeightReader(folder)
     for index in range(stored.manifest["blocks"]):
         base = stored.block(index)
-        weights = {name: linear.stored() for (block, name), linear in linears.items() if block == index}
+        weights = {
+            name: linear.stored() for (block, name), linear in linears.items() if block == index
+        }
         entries = {}
         slots = {slot.name: slot for slot in family.slots(config, index)}
         for name, weight in weights.items():
             values = weight.dequantize().cpu()
             if not bool(torch.isfinite(values).all()):
                 place = f"{cell.title}: {name} of block {index}"
-                raise MethodError(f"{place} holds NaN or infinity after training; lower the learning rate")
+                raise MethodError(
+                    f"{place} holds NaN or infinity after training; lower the learning rate"
+                )
             entries[name] = {"bits_per_weight": weight.bits_per_weight}
-            if not base.dense:                          # a rescaled block has no matrix of the model to compare with
+            if not base.dense:  # a rescaled block has no matrix of the model to compare with
                 original = _original(family, reader, config, index, slots[name])
-                entries[name] = {"weight_error": _share(values - original, original), **entries[name]}
+                entries[name] = {
+                    "weight_error": _share(values - original, original),
+                    **entries[name],
+                }
             before = base.weights[name].dequantize()
             entries[name]["weight_change"] = _share(values - before, before)
-        writer.write_block(index, weights, base.dense, {"linears": entries, "notes": base.report.get("notes", {})})
+        writer.write_block(
+            index, weights, base.dense, {"linears": entries, "notes": base.report.get("notes", {})}
+        )
     if ends := stored.ends():
         writer.write_ends(ends)
 
 
-def _original(family: DecoderFamily, reader: WeightReader, config: Any, index: int, slot: WeightLocation) -> Tensor:
+def _original(
+    family: DecoderFamily, reader: WeightReader, config: Any, index: int, slot: WeightLocation
+) -> Tensor:
     """The model's own matrix [out, in], float32 on the CPU."""
-    return slot.view(family.read(reader, family.block_prefix(index) + slot.parameter, torch.float32, "cpu"))
+    return slot.view(
+        family.read(reader, family.block_prefix(index) + slot.parameter, torch.float32, "cpu")
+    )
 
 
 def _share(difference: Tensor, whole: Tensor) -> float:
     """||difference||² / ||whole||²"""
-    return float(difference.square().sum() / whole.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+    return float(
+        difference.square().sum() / whole.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    )
 
 
 def _report(
-    cell: Cell, stored: Checkpoint, windows: Tensor | Sequence[Document], notes: Any, parameters: Sequence[nn.Parameter],
+    cell: Cell,
+    stored: Checkpoint,
+    windows: Tensor | Sequence[Document],
+    notes: Any,
+    parameters: Sequence[nn.Parameter],
     seconds: float,
 ) -> dict[str, Any]:
     """What the manifest says besides the blocks; sizes outside the matrices and coverage are the base's."""
@@ -212,14 +262,22 @@ def _report(
         text = {"windows_sha256": windows_digest(windows), "samples": samples, "length": length}
     else:
         tokens = sum(document.tokens.numel() for document in windows)
-        text = {"documents_sha256": documents_digest(windows), "documents": len(windows), "tokens": tokens}
+        text = {
+            "documents_sha256": documents_digest(windows),
+            "documents": len(windows),
+            "tokens": tokens,
+        }
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
         "calibration": text,
-        "tuning": {"trained_parameters": trained, "base": base["fingerprint"].get("quantize_key", ""), **notes},
+        "tuning": {
+            "trained_parameters": trained,
+            "base": base["fingerprint"].get("quantize_key", ""),
+            **notes,
+        },
     }
 
 

@@ -26,7 +26,9 @@ def survey(
     hidden = [h.to(walk.storage) for h in walk.blocks.start(windows)]
     for index in range(len(walk.blocks)):
         tensors = walk.blocks.tensors(index)
-        seen, hidden = walk._observe(index, walk.blocks.build(index, tensors), hidden, {"*": needs}, True)
+        seen, hidden = walk._observe(
+            index, walk.blocks.build(index, tensors), hidden, {"*": needs}, True
+        )
         slots = walk.blocks.slots(index)
         matrices = {slot.name: slot.view(tensors[slot.parameter]).float() for slot in slots}
         yield index, matrices, {slot.name: seen[slot.group] for slot in slots}
@@ -40,13 +42,25 @@ class Walk:
         self.storage = torch.device("cpu")
 
     def _observe(
-        self, index: int, block: nn.Module, hidden: Sequence[Tensor], needs: Mapping[str, Collection[str]], keep: bool
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: Sequence[Tensor],
+        needs: Mapping[str, Collection[str]],
+        keep: bool,
     ) -> tuple[Statistics, list[Tensor]]:
         """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
         slots = self._slots(index, dict(block.named_parameters()))
-        wanted = {slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS) for slot in slots}
+        wanted = {
+            slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS)
+            for slot in slots
+        }
         asked = {group for group in wanted if needs.get(group) or needs.get("*")}
-        collectors = {group: Collector(group, wanted[group], len(hidden), self.storage) for group in wanted if group in asked}
+        collectors = {
+            group: Collector(group, wanted[group], len(hidden), self.storage)
+            for group in wanted
+            if group in asked
+        }
         current = 0
 
         def receive(group: str, inputs: Tensor) -> None:
@@ -57,7 +71,7 @@ class Walk:
         if not collectors and not keep:
             return {}, outputs
         with torch.no_grad(), self.blocks.family.watch(block, slots if collectors else (), receive):
-            for current, sequence in enumerate(hidden):                               # `receive` reads current
+            for current, sequence in enumerate(hidden):  # `receive` reads current
                 result = self.blocks.run(block, index, current, sequence)
                 if keep:
                     outputs.append(result.to(self.storage))
@@ -65,10 +79,13 @@ class Walk:
 
     def _slots(self, index: int, tensors: Collection[str]) -> tuple[WeightLocation, ...]:
         """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
+
         def own(slot: WeightLocation) -> WeightLocation:
             owner = slot.parameter.rpartition(".")[0]
             if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
                 return slot
-            return dataclasses.replace(slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group)
+            return dataclasses.replace(
+                slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group
+            )
 
         return tuple(own(slot) for slot in self.blocks.slots(index))

@@ -13,7 +13,7 @@ import pytest
 from harness.core.errors import DataError
 from harness.data.demo import corpus
 
-DIGESTS = {                                     # a change here is another corpus: train the model again
+DIGESTS = {  # a change here is another corpus: train the model again
     "train": "d1333371b71b212a955d8c15df75149a92e6298cdb5dcd213e4c7909fbe4d309",
     "calibration": "967b0099f972900261e646569e28ae332801a27abbc782a18a79e0027881d04c",
     "test": "7c6ad2d11e50071700dd780cf7455adc6f68e3301f4179839beb38377d28eef8",
@@ -34,7 +34,9 @@ def test_the_corpus_is_pinned(split: str) -> None:
 def test_another_process_with_another_hash_seed_makes_the_same_text() -> None:
     code = "from harness.data.demo import corpus; print(corpus.corpus_digest('test'))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert ran.stdout.strip() == DIGESTS["test"]
 
 
@@ -64,13 +66,17 @@ def test_sums_are_right_and_never_said() -> None:
     said = {pair for document in everything() for pair in re.findall(r"(\d+) \+ (\d+) =", document)}
     assert len(said) == 2500 - len(corpus.held_out_sums())
     for q in corpus.questions("add"):
-        a, b = re.fullmatch(r"(\d+) \+ (\d+) =", q.prompt).groups()          # type: ignore[union-attr]
+        a, b = re.fullmatch(r"(\d+) \+ (\d+) =", q.prompt).groups()  # type: ignore[union-attr]
         assert int(q.choices[q.answer]) == int(a) + int(b)
         assert (a, b) not in said and (b, a) not in said
 
 
 def test_counts_are_right_and_never_said() -> None:
-    said = {pair for document in everything() for pair in re.findall(r"Count by (\d+): (\d+) ", document)}
+    said = {
+        pair
+        for document in everything()
+        for pair in re.findall(r"Count by (\d+): (\d+) ", document)
+    }
     for q in corpus.questions("count"):
         step, shown = q.prompt.removeprefix("Count by ").split(":")
         terms = [int(term) for term in shown.split()]
@@ -79,7 +85,9 @@ def test_counts_are_right_and_never_said() -> None:
 
 
 def test_copies_are_right_and_never_said() -> None:
-    said = {words for document in everything() for words in re.findall(r"Say: (\w+ \w+ \w+);", document)}
+    said = {
+        words for document in everything() for words in re.findall(r"Say: (\w+ \w+ \w+);", document)
+    }
     for q in corpus.questions("copy"):
         heard, again = q.prompt.removeprefix("Say: ").split("; again:")
         assert q.choices[q.answer] == heard.split()[len(again.split())]

@@ -23,7 +23,9 @@ from harness.quantization.pipeline.passes import run_pass
 def model() -> Any:
     import torch
 
-    return AutoModelForCausalLM.from_pretrained(train.FOLDER, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        train.FOLDER, dtype=torch.float32, local_files_only=True
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,9 @@ def test_it_answers_in_full_precision(model: Any, tokenizer: Any) -> None:
 
 def test_its_perplexity_is_the_recorded_one(model: Any, tokenizer: Any) -> None:
     tokens = train.encode(tokenizer, corpus.documents("test"))
-    assert train.perplexity(model, tokens) == pytest.approx(recipe()["figures"]["perplexity"], rel=1e-3)
+    assert train.perplexity(model, tokens) == pytest.approx(
+        recipe()["figures"]["perplexity"], rel=1e-3
+    )
 
 
 def test_its_plants_cover_every_block(model: Any) -> None:
@@ -62,19 +66,29 @@ def test_its_plants_cover_every_block(model: Any) -> None:
     assert {plant["kind"] for plant in plants} == {"activation"}
     assert {block for plant in plants for block in plant["blocks"]} == set(range(4))
     assert {plant["scale"] for plant in plants} == {train.RUN_SCALE, *train.OUTLIER_SCALES}
-    assert plants[0]["channels"] == list(range(train.RUN_CHANNELS)) and plants[0]["blocks"] == list(range(4))
+    assert plants[0]["channels"] == list(range(train.RUN_CHANNELS)) and plants[0]["blocks"] == list(
+        range(4)
+    )
 
 
 @pytest.fixture(scope="module")
-def perplexities(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], float]:
+def perplexities(
+    tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], float]:
     """By method and scheme, on 16 windows of the test text, quantized and loaded as a sweep does it."""
     sweep = load_sweep("demo", ["calibration.samples=8"])
-    cells = [cell for cell in sweep.cells if cell.scheme.name in ("w8", "w3", "w3g32", "w2", "w2g32")]
-    cells = [cell for cell in cells if cell.method.name == "rtn" or cell.scheme.name in ("w3", "w3g32")]
+    cells = [
+        cell for cell in sweep.cells if cell.scheme.name in ("w8", "w3", "w3g32", "w2", "w2g32")
+    ]
+    cells = [
+        cell for cell in cells if cell.method.name == "rtn" or cell.scheme.name in ("w3", "w3g32")
+    ]
     calibration = next(cell.calibration for cell in cells if cell.calibration is not None)
     root = tmp_path_factory.mktemp("checkpoints")
     folders = {quantize_key(cell): root / quantize_key(cell)[:16] for cell in cells}
-    writers = {key: CheckpointWriter(folder, {"quantize_key": key}) for key, folder in folders.items()}
+    writers = {
+        key: CheckpointWriter(folder, {"quantize_key": key}) for key, folder in folders.items()
+    }
     events = list(run_pass(cells, train.FOLDER, draw_windows(calibration, tokenizer), writers))
     assert not [event for event in events if isinstance(event, Failed)]
     tokens = train.encode(tokenizer, corpus.documents("test"))
@@ -85,7 +99,9 @@ def perplexities(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> di
     return measured
 
 
-def test_it_loses_more_with_fewer_bits(model: Any, tokenizer: Any, perplexities: dict[tuple[str, str], float]) -> None:
+def test_it_loses_more_with_fewer_bits(
+    model: Any, tokenizer: Any, perplexities: dict[tuple[str, str], float]
+) -> None:
     full = train.perplexity(model, train.encode(tokenizer, corpus.documents("test")), windows=16)
     assert perplexities["rtn", "w8"] == pytest.approx(full, rel=2e-3)
     assert full * 1.1 < perplexities["rtn", "w3"] < perplexities["rtn", "w2"] / 1.5
@@ -116,7 +132,9 @@ def test_the_tokenizer_is_made_again_from_the_corpus(tokenizer: Any) -> None:
 def test_lm_eval_reads_the_task(kind: str) -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     path = Path(train.__file__).parent / "tasks" / f"demo_{kind}.yaml"
-    task = tasks.TaskManager(include_path=str(path.parent), include_defaults=False).load([path.stem])["tasks"][path.stem]
+    task = tasks.TaskManager(include_path=str(path.parent), include_defaults=False).load(
+        [path.stem]
+    )["tasks"][path.stem]
     documents = list(task.test_docs())
     asked = corpus.questions(kind)
     assert len(documents) == len(asked) == 400

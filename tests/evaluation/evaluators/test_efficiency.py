@@ -25,7 +25,9 @@ def test_sizes_and_speeds(shared: Path) -> None:
     subject = dataclasses.replace(stories(shared), manifest={"stored_bytes": 1234})
     score = last(Evaluator(QUICK).score(subject, Evaluation("e", "efficiency")))
     assert score.metrics["e/stored_bytes"] == 1234
-    assert 4 * 260_032 <= score.metrics["e/loaded_bytes"] <= 4 * 260_032 + 4096     # tied ends once; rotary frequencies beside
+    assert (
+        4 * 260_032 <= score.metrics["e/loaded_bytes"] <= 4 * 260_032 + 4096
+    )  # tied ends once; rotary frequencies beside
     assert score.metrics["e/peak_memory_bytes"] > score.metrics["e/loaded_bytes"]
     low, high = score.details["range"]["decode_tokens_per_second"]
     assert 0 < low <= score.metrics["e/decode_tokens_per_second"] <= high
@@ -37,7 +39,9 @@ def test_quantized_weights_are_marked_as_simulated(shared: Path) -> None:
     assert score.details["execution"] == "simulated" and "e/stored_bytes" not in score.metrics
 
 
-def test_it_decodes_what_transformers_decodes(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_decodes_what_transformers_decodes(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = stories(shared).model
     prompt = torch.tensor([[1, 400, 260]])
     seen: list[int] = []
@@ -51,7 +55,14 @@ def test_it_decodes_what_transformers_decodes(shared: Path, monkeypatch: pytest.
     monkeypatch.setattr(model, "forward", watch)
     generate(model, prompt, 6)
     monkeypatch.undo()
-    expected = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=2, eos_token_id=None)
+    expected = model.generate(
+        prompt,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+    )
     assert seen == expected[0, 3:].tolist()
 
 
@@ -75,34 +86,50 @@ def test_impossible_settings(settings: dict[str, int]) -> None:
         Evaluator.Settings(**settings)
 
 
-def test_energy_is_there_where_the_device_reports_it(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_there_where_the_device_reports_it(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(meters, "COUNTERS", tmp_path)
     without = last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
     assert "e/joules_per_token" not in without.metrics, "nothing is estimated"
-    assert 0 <= without.details["others"] <= 1 and without.details["alone"] == (without.details["others"] <= 0.1)
-    counts = itertools.count(0, 16_000_000)                     # 16 joules between two readings, for 2 × 4 tokens
+    assert 0 <= without.details["others"] <= 1 and without.details["alone"] == (
+        without.details["others"] <= 0.1
+    )
+    counts = itertools.count(0, 16_000_000)  # 16 joules between two readings, for 2 × 4 tokens
     (tmp_path / "intel-rapl:0").mkdir()
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("0")
-    monkeypatch.setattr(Path, "read_text", lambda path, *rest: str(next(counts)) if path.name == "energy_uj" else "")
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *rest: str(next(counts)) if path.name == "energy_uj" else ""
+    )
     reported = last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
     assert reported.metrics["e/joules_per_token"] == 2.0
     assert reported.details["alone"] is None, "a machine that does not say who else runs"
 
 
-def test_a_counter_that_begins_anew_says_nothing(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_begins_anew_says_nothing(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readings = iter([*range(5), 0.0, *range(20)])
     monkeypatch.setattr(meters, "energy_joules", lambda device: float(next(readings)))
-    assert "e/joules_per_token" not in last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency"))).metrics
+    assert (
+        "e/joules_per_token"
+        not in last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency"))).metrics
+    )
 
 
-def test_company_on_a_card_fails_the_evaluation(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([0, 2])                                       # alone before the runs, not after them
+def test_company_on_a_card_fails_the_evaluation(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([0, 2])  # alone before the runs, not after them
     monkeypatch.setattr(meters, "other_processes", lambda device: next(counts))
     with pytest.raises(EvaluationError, match="2 other processes on cpu"):
         last(Evaluator(QUICK).score(stories(shared), Evaluation("e", "efficiency")))
 
 
 def test_others_have_what_this_process_had_not() -> None:
-    before, after = ProcessorTime(0.0, 1.0, 10.0), ProcessorTime(2.0, 2.0, 11.0 + (os.cpu_count() or 1))
+    before, after = (
+        ProcessorTime(0.0, 1.0, 10.0),
+        ProcessorTime(2.0, 2.0, 11.0 + (os.cpu_count() or 1)),
+    )
     assert after.others_share(before) == pytest.approx(0.5)
     assert ProcessorTime(2.0, 2.0, None).others_share(before) is None

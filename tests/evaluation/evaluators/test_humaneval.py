@@ -28,9 +28,14 @@ def test_it_is_off_unless_asked_for(shared: Path) -> None:
 
 
 def test_reference_solutions_pass(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [json.loads(line) for line in (shared / "data/tasks/humaneval/test.jsonl").read_text().splitlines()][:3]
+    rows = [
+        json.loads(line)
+        for line in (shared / "data/tasks/humaneval/test.jsonl").read_text().splitlines()
+    ][:3]
     answers = {row["prompt"]: row["canonical_solution"] for row in rows}
-    monkeypatch.setattr(humaneval, "complete", lambda subject, prompt, new_tokens, stop: answers[prompt])
+    monkeypatch.setattr(
+        humaneval, "complete", lambda subject, prompt, new_tokens, stop: answers[prompt]
+    )
     made = Evaluator(Evaluator.Settings(data_root=str(shared / "data"), run_generated_code=True))
     assert made.check(EVALUATION, stories(shared).cell.model) == []
     score = last(made.score(stories(shared), Evaluation("humaneval", "humaneval", limit=3)))
@@ -38,7 +43,9 @@ def test_reference_solutions_pass(shared: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_that_writes_no_code_fails(shared: Path) -> None:
-    made = Evaluator(Evaluator.Settings(data_root=str(shared / "data"), run_generated_code=True, new_tokens=4))
+    made = Evaluator(
+        Evaluator.Settings(data_root=str(shared / "data"), run_generated_code=True, new_tokens=4)
+    )
     score = last(made.score(stories(shared), EVALUATION))
     assert score.metrics == {"humaneval/pass_at_1": 0.0}
 
@@ -48,7 +55,9 @@ def test_outcomes() -> None:
     assert run_program("assert 1 + 1 == 3", 120, MEMORY) == "failed"
     assert run_program("raise SystemExit(1)", 120, MEMORY) == "failed"
     assert run_program("not python", 120, MEMORY) == "failed"
-    assert run_program("def f():\n    raise SystemExit\nf()\nassert False", 120, MEMORY) == "failed"      # it left before the tests
+    assert (
+        run_program("def f():\n    raise SystemExit\nf()\nassert False", 120, MEMORY) == "failed"
+    )  # it left before the tests
 
 
 def test_limits_hold(tmp_path: Path) -> None:
@@ -61,7 +70,14 @@ def test_limits_hold(tmp_path: Path) -> None:
 
 def test_nothing_of_the_environment_reaches_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert run_program("import os; assert 'HF_TOKEN' not in os.environ and os.listdir() == ['program.py']", 120, MEMORY) == "passed"
+    assert (
+        run_program(
+            "import os; assert 'HF_TOKEN' not in os.environ and os.listdir() == ['program.py']",
+            120,
+            MEMORY,
+        )
+        == "passed"
+    )
 
 
 def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
@@ -74,7 +90,12 @@ def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
     assert run_program(program, 120, MEMORY) == "passed"
     for _ in range(1200):
         try:
-            state = Path(f"/proc/{int(mark.read_text())}/stat").read_text().rpartition(")")[2].split()[0]
+            state = (
+                Path(f"/proc/{int(mark.read_text())}/stat")
+                .read_text()
+                .rpartition(")")[2]
+                .split()[0]
+            )
         except FileNotFoundError:
             return
         if state == "Z":

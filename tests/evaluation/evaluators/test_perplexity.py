@@ -31,7 +31,11 @@ def evaluator(**settings: object) -> Evaluator:
 
 def test_equals_the_literal_loop(shared: Path) -> None:
     subject = stories(shared)
-    score = last(evaluator(source=texts(shared), split="eval", length=LENGTH, max_windows=20).score(subject, Evaluation("s", "p")))
+    score = last(
+        evaluator(source=texts(shared), split="eval", length=LENGTH, max_windows=20).score(
+            subject, Evaluation("s", "p")
+        )
+    )
     text = "\n\n".join(sources.read_corpus(texts(shared), "eval"))
     ids = subject.tokenizer(text, return_tensors="pt").input_ids
     total = 0.0
@@ -49,16 +53,26 @@ def test_equals_the_literal_loop(shared: Path) -> None:
 def test_whole_documents_give_the_published_figure(shared: Path) -> None:
     """The model's README: 4.342 over the stories, each cut to the context."""
     score = last(
-        evaluator(source=texts(shared), split="eval", windows="documents", length=0).score(stories(shared), Evaluation("s", "p"))
+        evaluator(source=texts(shared), split="eval", windows="documents", length=0).score(
+            stories(shared), Evaluation("s", "p")
+        )
     )
     assert score.metrics["s/perplexity"] == pytest.approx(4.342, abs=6e-4)
 
 
 def test_batch_size_changes_nothing(shared: Path) -> None:
     for recipe in ("join", "documents"):
-        settings = {"source": texts(shared), "split": "eval", "length": LENGTH, "documents": 12, "windows": recipe}
+        settings = {
+            "source": texts(shared),
+            "split": "eval",
+            "length": LENGTH,
+            "documents": 12,
+            "windows": recipe,
+        }
         one = last(evaluator(**settings).score(stories(shared, batch_size=1), Evaluation("s", "p")))
-        five = last(evaluator(**settings).score(stories(shared, batch_size=5), Evaluation("s", "p")))
+        five = last(
+            evaluator(**settings).score(stories(shared, batch_size=5), Evaluation("s", "p"))
+        )
         assert one.metrics["s/perplexity"] == pytest.approx(five.metrics["s/perplexity"], rel=1e-6)
 
 
@@ -86,7 +100,9 @@ def with_logits(shared: Path, logits: object) -> object:
 def test_uniform_logits_give_the_vocabulary(shared: Path) -> None:
     subject = with_logits(shared, lambda ids: torch.zeros(*ids.shape, 777))
     score = last(
-        evaluator(source=texts(shared), split="eval", length=256, documents=10).score(subject, Evaluation("s", "p"))
+        evaluator(source=texts(shared), split="eval", length=256, documents=10).score(
+            subject, Evaluation("s", "p")
+        )
     )
     assert score.metrics["s/perplexity"] == pytest.approx(777, rel=1e-6)
 
@@ -99,7 +115,9 @@ def test_a_model_sure_to_p_has_one_over_p(shared: Path) -> None:
 
     subject = with_logits(shared, sure)
     score = last(
-        evaluator(source=texts(shared), split="eval", length=256, documents=10).score(subject, Evaluation("s", "p"))
+        evaluator(source=texts(shared), split="eval", length=256, documents=10).score(
+            subject, Evaluation("s", "p")
+        )
     )
     assert score.metrics["s/perplexity"] == pytest.approx(4, rel=1e-5)
 
@@ -112,7 +130,11 @@ def test_divergence_is_said_not_hidden(shared: Path, value: float) -> None:
         return logits
 
     subject = with_logits(shared, wild)
-    score = last(evaluator(source=texts(shared), split="eval", length=256, documents=10).score(subject, Evaluation("s", "p")))
+    score = last(
+        evaluator(source=texts(shared), split="eval", length=256, documents=10).score(
+            subject, Evaluation("s", "p")
+        )
+    )
     assert not math.isfinite(score.metrics["s/perplexity"])
     assert score.details["diverged"] is True and score.stderr == {}
     json.dumps(score.details, allow_nan=False)
@@ -124,7 +146,9 @@ def test_the_tail_does_not_matter(shared: Path, tmp_path: Path) -> None:
     for name, tail in (("a", " the"), ("b", " a dog")):
         (tmp_path / f"{name}.txt").write_text("Once upon a time there was a cat. " * 30 + tail)
         settings = {"source": str(tmp_path / f"{name}.txt"), "length": 100}
-        losses.append(last(evaluator(**settings).score(subject, Evaluation("s", "p"))).items["loss"])
+        losses.append(
+            last(evaluator(**settings).score(subject, Evaluation("s", "p"))).items["loss"]
+        )
     assert losses[0] == losses[1]
 
 
@@ -133,7 +157,9 @@ def test_sampled_windows_follow_the_published_draw(shared: Path) -> None:
 
     subject = stories(shared)
     documents = sources.read_corpus(texts(shared), "eval")
-    settings = Evaluator.Settings(source=texts(shared), split="eval", windows="sample", length=200, samples=7)
+    settings = Evaluator.Settings(
+        source=texts(shared), split="eval", windows="sample", length=200, samples=7
+    )
     drawn = windows.read_windows(settings, subject)
     rng = random.Random(0)
     for window in drawn:
@@ -155,7 +181,9 @@ def test_kept_tokens_are_the_same_and_know_their_tokenizer(shared: Path, tmp_pat
     assert [window.tolist() for window in fresh] == [window.tolist() for window in kept]
     other = stories(shared, name="babyllama-105", cache=tmp_path)
     documents = sources.read_corpus(texts(shared), "eval")[:9]
-    keys = {windows.windows_key(settings, 50, documents, one.model_folder) for one in (subject, other)}
+    keys = {
+        windows.windows_key(settings, 50, documents, one.model_folder) for one in (subject, other)
+    }
     keys.add(windows.windows_key(settings, 51, documents, subject.model_folder))
     keys.add(windows.windows_key(settings, 50, documents[:8], subject.model_folder))
     assert len(keys) == 4
@@ -163,16 +191,27 @@ def test_kept_tokens_are_the_same_and_know_their_tokenizer(shared: Path, tmp_pat
 
 def test_too_long_windows_are_refused_in_the_plan(shared: Path) -> None:
     model = Model("stories", str(shared / "models" / "stories260K"))
-    reasons = evaluator(source=texts(shared), split="eval", length=2048).check(Evaluation("s", "p"), model)
+    reasons = evaluator(source=texts(shared), split="eval", length=2048).check(
+        Evaluation("s", "p"), model
+    )
     assert len(reasons) == 1 and "2048" in reasons[0] and "512" in reasons[0]
-    assert evaluator(source=texts(shared), split="eval", length=0).check(Evaluation("s", "p"), model) == []
+    assert (
+        evaluator(source=texts(shared), split="eval", length=0).check(Evaluation("s", "p"), model)
+        == []
+    )
     with pytest.raises(EvaluationError, match="2048"):
-        last(evaluator(source=texts(shared), split="eval").score(stories(shared), Evaluation("s", "p")))
+        last(
+            evaluator(source=texts(shared), split="eval").score(
+                stories(shared), Evaluation("s", "p")
+            )
+        )
 
 
 def test_missing_text_is_refused_in_the_plan(shared: Path) -> None:
     model = Model("stories", str(shared / "models" / "stories260K"))
-    reasons = evaluator(source=texts(shared), split="evil", length=0).check(Evaluation("s", "p"), model)
+    reasons = evaluator(source=texts(shared), split="evil", length=0).check(
+        Evaluation("s", "p"), model
+    )
     assert len(reasons) == 1 and "eval" in reasons[0]
 
 
@@ -196,8 +235,14 @@ def test_documents_of_unequal_length_have_the_error_of_a_ratio() -> None:
     windows = [torch.zeros(int(count) + 1, dtype=torch.int64) for count in targets]
     score = evaluator(windows="documents")._score(Evaluation("s", "p"), windows, losses, targets)
     mean = float((losses * targets).sum() / targets.sum())
-    error = math.sqrt(4 / 3 * float(((targets * (losses - mean)) ** 2).sum())) / float(targets.sum())
+    error = math.sqrt(4 / 3 * float(((targets * (losses - mean)) ** 2).sum())) / float(
+        targets.sum()
+    )
     assert score.metrics["s/perplexity"] == pytest.approx(math.exp(mean))
     assert score.stderr["s/perplexity"] == pytest.approx(math.exp(mean) * error)
-    equal = evaluator()._score(Evaluation("s", "p"), windows, losses, torch.full((4,), 7.0, dtype=torch.float64))
-    assert equal.stderr["s/perplexity"] == pytest.approx(equal.metrics["s/perplexity"] * float(losses.std()) / 2)
+    equal = evaluator()._score(
+        Evaluation("s", "p"), windows, losses, torch.full((4,), 7.0, dtype=torch.float64)
+    )
+    assert equal.stderr["s/perplexity"] == pytest.approx(
+        equal.metrics["s/perplexity"] * float(losses.std()) / 2
+    )

@@ -22,7 +22,9 @@ def weights(seed: int = 0) -> dict[str, UniformWeight | DenseWeight]:
     groups = values.reshape(16, 4, 8)
     grid = fit(groups, 3, False, scale_dtype="float16")
     return {
-        "self_attn.q_proj": UniformWeight.from_grid(grid.quantize(groups), grid, symmetric=False, scale_dtype="float16"),
+        "self_attn.q_proj": UniformWeight.from_grid(
+            grid.quantize(groups), grid, symmetric=False, scale_dtype="float16"
+        ),
         "mlp.down_proj": DenseWeight(values.to(torch.bfloat16)),
     }
 
@@ -45,7 +47,11 @@ def test_round_trip(tmp_path: Path) -> None:
             assert torch.equal(content.weights[name].dequantize(), weight.dequantize())
         assert torch.equal(content.dense["input_layernorm.weight"], dense["input_layernorm.weight"])
     assert torch.equal(stored.ends()["lm_head.weight"], torch.ones(2, 2))
-    assert manifest["layer_errors"][0] == {"block": 0, "linear": "mlp.down_proj", "weight_error": 0.5}
+    assert manifest["layer_errors"][0] == {
+        "block": 0,
+        "linear": "mlp.down_proj",
+        "weight_error": 0.5,
+    }
     assert manifest["notes"]["1"] == {"alpha": 1}
     packed = sum(weight.stored_bytes for weight in weights().values())
     assert manifest["bits_per_weight"] == 8 * packed / (2 * 16 * 32)
@@ -55,7 +61,9 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "other"):
         CheckpointWriter(tmp_path / name, {}).write_block(0, weights(), {}, {})
-    one, other = ((tmp_path / name / "block-00000.safetensors").read_bytes() for name in ("one", "other"))
+    one, other = (
+        (tmp_path / name / "block-00000.safetensors").read_bytes() for name in ("one", "other")
+    )
     assert one == other
 
 
@@ -78,7 +86,7 @@ def test_a_damaged_description_of_a_block_is_noticed(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"alpha": 1', '"alpha": 2'))
     with pytest.raises(StoreError, match=r"block-00000\.json: is damaged.*SHA-256"):
         Checkpoint.open(tmp_path).block(0)
-    del manifest["files"]["block-00000.json"]                                   # as manifests were before
+    del manifest["files"]["block-00000.json"]  # as manifests were before
     assert Checkpoint(tmp_path, manifest).block(0).report == {"notes": {"alpha": 2}}
 
 
@@ -86,7 +94,11 @@ def test_unknown_layouts_and_versions(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path, {})
     writer.write_block(0, weights(), {}, {})
     path = tmp_path / "block-00000.json"
-    path.write_text(path.read_text().replace('"uniform"', '"from_elsewhere"').replace('"weights"', '"elsewhere"'))
+    path.write_text(
+        path.read_text()
+        .replace('"uniform"', '"from_elsewhere"')
+        .replace('"weights"', '"elsewhere"')
+    )
     writer.finish(FINISH)
     with pytest.raises(StoreError, match='"from_elsewhere" is defined in "elsewhere"'):
         Checkpoint.open(tmp_path).block(0)
@@ -105,5 +117,7 @@ def test_layouts_that_methods_share_are_found_in_a_fresh_process(tmp_path: Path)
         "from pathlib import Path; from harness.quantization.formats.native import _kind; "
         "print(_kind('dual_binary', 'dual_binary', Path('x')).__name__)"
     )
-    shown = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=False
+    )
     assert shown.stdout.strip() == "DualBinaryWeight", shown.stderr

@@ -22,26 +22,49 @@ from harness.quantization.pipeline.tuning import run_tuning
 from harness.storage.store import Store
 
 
-def tuned(folder: Path, store: Store, name: str, rounding: str, **settings: object) -> tuple[Cell, str]:
-    small = {"rank": 4, "steps": 4, "batch": 4, "rate": 0.02, "prompt_length": 8, "answer_length": 16, **settings}
+def tuned(
+    folder: Path, store: Store, name: str, rounding: str, **settings: object
+) -> tuple[Cell, str]:
+    small = {
+        "rank": 4,
+        "steps": 4,
+        "batch": 4,
+        "rate": 0.02,
+        "prompt_length": 8,
+        "answer_length": 16,
+        **settings,
+    }
     c = cell(folder, Method(name, rounding=part(rounding), tuning=part(name, "tuning", **small)))
     quantize([untuned(c)], folder, store.root / "checkpoints")
-    writer = CheckpointWriter(store.checkpoint_folder(quantize_key(c)), {"quantize_key": quantize_key(c)})
+    writer = CheckpointWriter(
+        store.checkpoint_folder(quantize_key(c)), {"quantize_key": quantize_key(c)}
+    )
     documents = [Document(tokens, 4) for tokens in windows(4, 24)]
-    list(run_tuning(c, folder, store.checkpoint_folder(quantize_key(untuned(c))), documents, writer))
+    list(
+        run_tuning(c, folder, store.checkpoint_folder(quantize_key(untuned(c))), documents, writer)
+    )
     return c, store.open_cell(c)
 
 
-@pytest.mark.parametrize(("name", "linears"), [("qlora", []), ("ir_qlora", ["q_proj", "down_proj"])])
-def test_peft_computes_our_logits(tiny_model: Callable[..., Path], tmp_path: Path, name: str, linears: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "linears"), [("qlora", []), ("ir_qlora", ["q_proj", "down_proj"])]
+)
+def test_peft_computes_our_logits(
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str, linears: list[str]
+) -> None:
     from peft import PeftModel
 
     folder, store = tiny_model("llama", num_hidden_layers=2), Store(tmp_path / "runs")
     c, key = tuned(folder, store, name, "rtn", linears=linears, adapter_dtype="float32")
     found = export(store, key, "peft", tmp_path / "adapter")
-    assert sorted(path.name for path in found.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in found.folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert quantize_key(untuned(c))[:12] in found.text
-    assert json.loads((found.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    assert json.loads((found.folder / "adapter_config.json").read_text())[
+        "base_model_name_or_path"
+    ] == str(folder)
 
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(untuned(c))))
@@ -49,11 +72,16 @@ def test_peft_computes_our_logits(tiny_model: Callable[..., Path], tmp_path: Pat
     with torch.no_grad():
         for index in range(2):
             for linear, weight in checkpoint.block(index).weights.items():
-                base.get_submodule(family.block_prefix(index) + linear).weight.copy_(weight.dequantize())
+                base.get_submodule(family.block_prefix(index) + linear).weight.copy_(
+                    weight.dequantize()
+                )
         before = base(windows(2, 24)).logits
         ours = load(c, folder, store.checkpoint_folder(quantize_key(c)))[0](windows(2, 24)).logits
         theirs = PeftModel.from_pretrained(base, found.folder).eval()(windows(2, 24)).logits
-    assert torch.allclose(theirs, ours, atol=1e-5 * float(ours.abs().max())) and float((before - ours).abs().max()) > 1e-3
+    assert (
+        torch.allclose(theirs, ours, atol=1e-5 * float(ours.abs().max()))
+        and float((before - ours).abs().max()) > 1e-3
+    )
 
 
 def test_what_has_no_adapter_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

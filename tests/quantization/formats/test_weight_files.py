@@ -18,7 +18,9 @@ def test_reading(tiny_model: Callable[..., Path]) -> None:
     one = reader.read("model.norm.weight", torch.float32)
     assert one.dtype == torch.float32
     many = reader.read_many(reader.names(), torch.bfloat16)
-    assert list(many) == list(reader.names()) and torch.equal(many["model.norm.weight"].float(), one)
+    assert list(many) == list(reader.names()) and torch.equal(
+        many["model.norm.weight"].float(), one
+    )
     assert set(reader.stored_bits().values()) == {16}
 
 

@@ -19,7 +19,7 @@ def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor, **fields: object) -> torch.Tensor:
-    return ActivationQuantizer(ActivationScheme(**fields))(x)         # type: ignore[arg-type]
+    return ActivationQuantizer(ActivationScheme(**fields))(x)  # type: ignore[arg-type]
 
 
 def test_the_references_rules() -> None:
@@ -52,7 +52,10 @@ def test_properties(grid: str, bits: int, granularity: str) -> None:
 
 def test_more_scales_and_more_bits_round_less() -> None:
     x = inputs()
-    errors = [float((rounded(x, granularity=g, group_size=16) - x).norm()) for g in ("tensor", "token", "group")]
+    errors = [
+        float((rounded(x, granularity=g, group_size=16) - x).norm())
+        for g in ("tensor", "token", "group")
+    ]
     assert errors[0] > errors[1] > errors[2]
     assert float((rounded(x, bits=16) - x).abs().max()) < 1e-3
     whole = rounded(x, granularity="group", group_size=64)
@@ -74,7 +77,9 @@ def test_float8() -> None:
 
 
 def test_static_scales() -> None:
-    quantizer = ActivationQuantizer(ActivationScheme(granularity="tensor", dynamic=False), "block 0, q_proj")
+    quantizer = ActivationQuantizer(
+        ActivationScheme(granularity="tensor", dynamic=False), "block 0, q_proj"
+    )
     with pytest.raises(MethodError, match="need calibration"):
         quantizer(inputs())
     quantizer.observing = True
@@ -82,7 +87,9 @@ def test_static_scales() -> None:
         assert torch.equal(quantizer(inputs(seed=seed)), inputs(seed=seed))
     quantizer.observing = False
     largest = max(float(inputs(seed=seed).abs().max()) for seed in range(3))
-    assert torch.allclose(quantizer(inputs()), torch.round(inputs() / (largest / 127)) * (largest / 127), atol=1e-5)
+    assert torch.allclose(
+        quantizer(inputs()), torch.round(inputs() / (largest / 127)) * (largest / 127), atol=1e-5
+    )
     assert float(quantizer(100 * inputs()).abs().max()) == pytest.approx(largest * 128 / 127)
 
 
@@ -96,12 +103,16 @@ def test_impossible_schemes() -> None:
 def test_cache_rounding() -> None:
     x = inputs(1, 2, 20, 16)
     scaled = x.clone()
-    scaled[..., 3] *= 64                                # an outlier channel
+    scaled[..., 3] *= 64  # an outlier channel
     keys = round_cache(x, 2, 8, "channel")
     assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 3], 64 * keys[..., 3])
     assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 4], keys[..., 4])
-    assert not torch.equal(round_cache(scaled, 2, 8, "token")[..., 4], round_cache(x, 2, 8, "token")[..., 4])
-    assert torch.equal(round_cache(x, 2, 8, "token")[:, :, :5], round_cache(x[:, :, :5], 2, 8, "token"))
+    assert not torch.equal(
+        round_cache(scaled, 2, 8, "token")[..., 4], round_cache(x, 2, 8, "token")[..., 4]
+    )
+    assert torch.equal(
+        round_cache(x, 2, 8, "token")[:, :, :5], round_cache(x[:, :, :5], 2, 8, "token")
+    )
     for axis in ("token", "channel"):
         assert torch.allclose(round_cache(x, 16, 8, axis), x, atol=1e-3)
         assert torch.equal(round_cache(torch.ones(1, 1, 8, 8), 2, 8, axis), torch.ones(1, 1, 8, 8))
@@ -124,7 +135,7 @@ def test_outlier_channels_stay_and_their_small_values_still_count_for_the_scale(
     x = torch.tensor([[[1.0, 0.3, 0.2], [0.5, 9.0, 0.1], [0.1, 2.0, 0.4]]])
     found = rounded(x, outlier_threshold=6.0)
     assert torch.equal(found[..., 1], x[..., 1])
-    scales = torch.tensor([1.0, 0.5, 2.0]) / 127                    # 9.0 is left out, 2.0 of the same channel is not
+    scales = torch.tensor([1.0, 0.5, 2.0]) / 127  # 9.0 is left out, 2.0 of the same channel is not
     expected = torch.round(x[0, :, 2] / scales) * scales
     assert torch.allclose(found[0, :, 2], expected)
 
@@ -134,13 +145,17 @@ def test_outliers_of_one_sequence_are_not_those_of_its_batch_mates() -> None:
     x[1, 3, 7] = 50.0
     together = rounded(x, outlier_threshold=6.0)
     for index in range(2):
-        assert torch.equal(together[index : index + 1], rounded(x[index : index + 1], outlier_threshold=6.0))
+        assert torch.equal(
+            together[index : index + 1], rounded(x[index : index + 1], outlier_threshold=6.0)
+        )
 
 
 def test_permuting_channels_permutes_the_result() -> None:
     x = inputs()
     order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(5))
-    assert torch.equal(rounded(x[..., order], outlier_threshold=6.0), rounded(x, outlier_threshold=6.0)[..., order])
+    assert torch.equal(
+        rounded(x[..., order], outlier_threshold=6.0), rounded(x, outlier_threshold=6.0)[..., order]
+    )
 
 
 def test_decomposition_needs_dynamic_integer_tokens() -> None:
@@ -160,5 +175,7 @@ def test_fp8_keeps_what_it_can_say_and_is_relative() -> None:
     scale = x.abs().amax(-1, keepdim=True) / 448
     normal = (x / scale).abs() >= 2.0**-6
     assert bool((((once - x) / x).abs()[normal] <= 2.0**-4 + 1e-6).all())
-    codes = torch.tensor([448.0, -13.0, 0.40625, 2.0**-9, 0.0])      # all of E4M3, the last but one subnormal
+    codes = torch.tensor(
+        [448.0, -13.0, 0.40625, 2.0**-9, 0.0]
+    )  # all of E4M3, the last but one subnormal
     assert torch.equal(rounded(codes[None] * 0.5, format="fp8_e4m3"), codes[None] * 0.5)

@@ -42,13 +42,17 @@ def test_constant_groups_and_16_bits_are_exact() -> None:
         assert torch.allclose(round_cache(cache(), 16, 8, axis), cache(), atol=1e-4)
 
 
-def attended(scheme: KVScheme, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attended(
+    scheme: KVScheme, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
     return attend(nn.Module(), query, key, value, None, None, scheme)
 
 
 def test_a_residual_longer_than_the_text_changes_nothing() -> None:
     query, key, value = (cache(seed=seed) for seed in range(3))
-    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(
+        1, 2
+    )
     assert torch.allclose(attended(KVScheme(2, 8, 32), query, key, value), exact, atol=1e-5)
     assert not torch.allclose(attended(KVScheme(2, 8, 8), query, key, value), exact, atol=1e-2)
 
@@ -56,7 +60,9 @@ def test_a_residual_longer_than_the_text_changes_nothing() -> None:
 def test_the_last_tokens_are_seen_as_they_are() -> None:
     """Query t sees key j rounded iff j < R floor(t / R), value j iff j < t - R: the first R queries see nothing rounded."""
     query, key, value = (cache(seed=seed) for seed in range(3))
-    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(
+        1, 2
+    )
     found = attended(KVScheme(2, 8, 8), query, key, value)
     assert torch.allclose(found[:, :8], exact[:, :8], atol=1e-5)
     changed = (found - exact).abs().amax((0, 2, 3))
@@ -70,13 +76,21 @@ def test_one_forward_is_kivis_decoding_token_by_token() -> None:
     old_keys, old_values = key[:, :, :0], value[:, :, :0]
     keys, values, steps = key[:, :, :0], value[:, :, :0], []
     for t in range(30):
-        keys, values = torch.cat((keys, key[:, :, t : t + 1]), 2), torch.cat((values, value[:, :, t : t + 1]), 2)
+        keys, values = (
+            torch.cat((keys, key[:, :, t : t + 1]), 2),
+            torch.cat((values, value[:, :, t : t + 1]), 2),
+        )
         scores = query[:, :, t : t + 1] @ torch.cat((old_keys, keys), 2).transpose(2, 3) / 4
         steps.append(scores.softmax(-1) @ torch.cat((old_values, values), 2))
         if keys.shape[2] == residual:
-            old_keys, keys = torch.cat((old_keys, round_cache(keys, bits, size, "channel")), 2), key[:, :, :0]
+            old_keys, keys = (
+                torch.cat((old_keys, round_cache(keys, bits, size, "channel")), 2),
+                key[:, :, :0],
+            )
         if values.shape[2] > residual:
-            old_values = torch.cat((old_values, round_cache(values[:, :, :1], bits, size, "token")), 2)
+            old_values = torch.cat(
+                (old_values, round_cache(values[:, :, :1], bits, size, "token")), 2
+            )
             values = values[:, :, 1:]
     found = attended(KVScheme(bits, size, residual), query, key, value)
     torch.testing.assert_close(found, torch.cat(steps, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
@@ -86,12 +100,18 @@ def test_turned_keys_leave_the_scores_and_lose_less_by_an_outlying_channel() -> 
     query, key, value = (cache(seed=seed) for seed in range(3))
     key[..., 5] *= 50
     query[..., 5] /= 50
-    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    exact = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(
+        1, 2
+    )
     errors = {}
     for turned in (False, True):
         fine = KVScheme(16, 16, 0, "token", "token", turned)
         assert torch.allclose(attended(fine, query, key, value), exact, atol=2e-2)
-        errors[turned] = float((attended(KVScheme(4, 16, 0, "token", "token", turned), query, key, value) - exact).square().mean())
+        errors[turned] = float(
+            (attended(KVScheme(4, 16, 0, "token", "token", turned), query, key, value) - exact)
+            .square()
+            .mean()
+        )
     assert errors[True] < 0.5 * errors[False]
 
 

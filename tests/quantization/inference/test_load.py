@@ -13,7 +13,17 @@ from small import GPTQ, RTN, cell, part, quantize, windows
 from transformers import AutoModelForCausalLM
 
 from harness.core import plugins
-from harness.core.cell import ActivationScheme, Cell, KVScheme, Method, Override, Scheme, WeightScheme, freeze, quantize_key
+from harness.core.cell import (
+    ActivationScheme,
+    Cell,
+    KVScheme,
+    Method,
+    Override,
+    Scheme,
+    WeightScheme,
+    freeze,
+    quantize_key,
+)
 from harness.core.errors import MethodError, StoreError
 from harness.quantization.formats.native import Checkpoint
 from harness.quantization.inference.activations import ActivationQuantizer
@@ -30,7 +40,7 @@ def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def quantized(folder: Path, store: Path, method: Method, **fields: object) -> tuple[Cell, Path]:
-    c = cell(folder, method, **fields)                  # type: ignore[arg-type]
+    c = cell(folder, method, **fields)  # type: ignore[arg-type]
     quantize([c], folder, store)
     return c, store / quantize_key(c)
 
@@ -46,7 +56,9 @@ def test_logits_are_those_of_the_dequantized_weights(
     stored = Checkpoint.open(checkpoint)
     for index, block in enumerate(expected.model.layers):
         content = stored.block(index)
-        state = {f"{name}.weight": weight.dequantize() for name, weight in content.weights.items()} | content.dense
+        state = {
+            f"{name}.weight": weight.dequantize() for name, weight in content.weights.items()
+        } | content.dense
         block.load_state_dict(state, strict=False)
     tokens = windows(2)
     dense, _ = load(c, folder, checkpoint)
@@ -54,11 +66,15 @@ def test_logits_are_those_of_the_dequantized_weights(
     assert torch.equal(logits(dense, tokens), logits(expected, tokens))
     assert torch.equal(logits(packed, tokens), logits(expected, tokens))
     assert sum(isinstance(m, QuantizedLinear) for m in dense.modules()) == 21
-    assert not torch.equal(logits(dense, tokens), logits(AutoModelForCausalLM.from_pretrained(folder), tokens))
+    assert not torch.equal(
+        logits(dense, tokens), logits(AutoModelForCausalLM.from_pretrained(folder), tokens)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_the_baseline_is_the_model(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_the_baseline_is_the_model(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     folder = tiny_model(family, dtype="bfloat16")
     c = dataclasses.replace(cell(folder, BASELINE, dtype="bfloat16"), scheme=Scheme("full"))
     ours, tokenizer = load(c, folder, None)
@@ -68,7 +84,9 @@ def test_the_baseline_is_the_model(tiny_model: Callable[..., Path], tmp_path: Pa
     tied = ours.lm_head.weight is ours.model.embed_tokens.weight
     assert tied == (family == "qwen2")
     text = ours.generate(windows(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=258)
-    assert torch.equal(text, theirs.generate(windows(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=258))
+    assert torch.equal(
+        text, theirs.generate(windows(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=258)
+    )
 
 
 def test_weights_of_16_bits_with_rounded_activations(tiny_model: Callable[..., Path]) -> None:
@@ -77,18 +95,26 @@ def test_weights_of_16_bits_with_rounded_activations(tiny_model: Callable[..., P
     full = logits(load(base, folder, None)[0], windows(2))
     distances = []
     for bits in (16, 8, 4):
-        rounded = dataclasses.replace(base, scheme=Scheme(f"a{bits}", activation=ActivationScheme(bits=bits)))
-        distances.append(float((logits(load(rounded, folder, None)[0], windows(2)) - full).norm() / full.norm()))
+        rounded = dataclasses.replace(
+            base, scheme=Scheme(f"a{bits}", activation=ActivationScheme(bits=bits))
+        )
+        distances.append(
+            float((logits(load(rounded, folder, None)[0], windows(2)) - full).norm() / full.norm())
+        )
     assert 0 < distances[0] < 1e-3 < distances[1] < distances[2]
 
 
-def test_static_scales_come_from_the_calibration(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_static_scales_come_from_the_calibration(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     corpus = tmp_path / "text.txt"
     corpus.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     scheme = Scheme("a8", activation=ActivationScheme(granularity="tensor", dynamic=False))
     base = dataclasses.replace(cell(folder, BASELINE), scheme=scheme)
-    calibrated = dataclasses.replace(base, calibration=dataclasses.replace(base.calibration, source=str(corpus)))      # type: ignore[type-var]
+    calibrated = dataclasses.replace(
+        base, calibration=dataclasses.replace(base.calibration, source=str(corpus))
+    )  # type: ignore[type-var]
     model, _ = load(calibrated, folder, None)
     linear = model.model.layers[0].mlp.down_proj
     assert float(linear.activation.hi) > 0 and not linear.activation.observing
@@ -96,38 +122,58 @@ def test_static_scales_come_from_the_calibration(tiny_model: Callable[..., Path]
         load(dataclasses.replace(base, calibration=None), folder, None)
 
 
-GROUPED = {"weight": freeze({"group_size": 16}), "activation": freeze({"granularity": "group", "group_size": 16})}
+GROUPED = {
+    "weight": freeze({"group_size": 16}),
+    "activation": freeze({"granularity": "group", "group_size": 16}),
+}
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def w8a8(*overrides: Override, group_size: int = -1) -> Scheme:
     granularity = "token" if group_size == -1 else "group"
     activation = ActivationScheme(granularity=granularity, group_size=group_size)
-    return Scheme("w8a8", WeightScheme(bits=8, group_size=group_size), activation, overrides=overrides)
+    return Scheme(
+        "w8a8", WeightScheme(bits=8, group_size=group_size), activation, overrides=overrides
+    )
 
 
-def test_named_layers_are_rounded_as_their_overrides_say(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_named_layers_are_rounded_as_their_overrides_say(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """Mixed grouping: with no layer named it is plain W8A8, with all of them the grouped scheme, to the bit."""
     folder = tiny_model("llama")
     some = Override(("q_proj", "up_proj"), blocks=(0, 2), **GROUPED)
     found = {}
     for name, scheme in {
-        "plain": w8a8(), "no block": w8a8(Override(EVERY, blocks=(), **GROUPED)), "some": w8a8(some),
-        "all": w8a8(Override(EVERY, **GROUPED)), "grouped": w8a8(group_size=16),
+        "plain": w8a8(),
+        "no block": w8a8(Override(EVERY, blocks=(), **GROUPED)),
+        "some": w8a8(some),
+        "all": w8a8(Override(EVERY, **GROUPED)),
+        "grouped": w8a8(group_size=16),
     }.items():
-        one, checkpoint = quantized(folder, tmp_path / name.replace(" ", "-"), Method("rtn", rounding=part("rtn")), scheme=scheme)
+        one, checkpoint = quantized(
+            folder,
+            tmp_path / name.replace(" ", "-"),
+            Method("rtn", rounding=part("rtn")),
+            scheme=scheme,
+        )
         model, _ = load(one, folder, checkpoint)
         found[name] = logits(model, windows(2))
         if name == "some":
             sizes = {
                 (index, short): module.activation.scheme.group_size
-                for index, block in enumerate(model.model.layers) for path, module in block.named_modules()
+                for index, block in enumerate(model.model.layers)
+                for path, module in block.named_modules()
                 if isinstance(module, QuantizedLinear) and (short := path.rpartition(".")[2])
             }
             named = {(index, short) for index in (0, 2) for short in ("q_proj", "up_proj")}
             assert {key for key, size in sizes.items() if size == 16} == named and len(sizes) == 21
-    assert torch.equal(found["plain"], found["no block"]) and torch.equal(found["all"], found["grouped"])
-    assert not torch.equal(found["plain"], found["some"]) and not torch.equal(found["some"], found["all"])
+    assert torch.equal(found["plain"], found["no block"]) and torch.equal(
+        found["all"], found["grouped"]
+    )
+    assert not torch.equal(found["plain"], found["some"]) and not torch.equal(
+        found["some"], found["all"]
+    )
 
 
 def test_groups_do_not_see_what_a_power_of_two_does_to_one_of_them() -> None:
@@ -140,7 +186,9 @@ def test_groups_do_not_see_what_a_power_of_two_does_to_one_of_them() -> None:
     outputs = {}
     for group_size in (16, -1):
         scheme = WeightScheme(bits=8, group_size=group_size, symmetric=True, scale_dtype="float32")
-        activation = ActivationScheme(granularity="token" if group_size == -1 else "group", group_size=group_size)
+        activation = ActivationScheme(
+            granularity="token" if group_size == -1 else "group", group_size=group_size
+        )
         rounding = plugins.build("rounding", "rtn", {"grid": "awq"})
         for name, w, inputs in (("as it is", weight, x), ("planted", planted, shrunk)):
             quantizer = ActivationQuantizer(activation)
@@ -149,7 +197,10 @@ def test_groups_do_not_see_what_a_power_of_two_does_to_one_of_them() -> None:
             outputs[group_size, name] = linear(inputs)
     assert torch.equal(outputs[16, "as it is"], outputs[16, "planted"])
     exact = x @ weight.T
-    errors = {name: float((outputs[-1, name] - exact).norm() / exact.norm()) for name in ("as it is", "planted")}
+    errors = {
+        name: float((outputs[-1, name] - exact).norm() / exact.norm())
+        for name in ("as it is", "planted")
+    }
     assert errors["planted"] > 10 * errors["as it is"], errors
 
 
@@ -171,13 +222,17 @@ def test_a_rounded_cache_decodes_as_it_scores(tiny_model: Callable[..., Path], f
     """Logits of one forward equal those of token-by-token decoding: no token sees a group rounded with later tokens."""
     folder = tiny_model(family)
     kv = KVScheme(bits=2, group_size=8, residual=8)
-    model, _ = load(dataclasses.replace(cell(folder, BASELINE), scheme=Scheme("kv", kv=kv)), folder, None)
+    model, _ = load(
+        dataclasses.replace(cell(folder, BASELINE), scheme=Scheme("kv", kv=kv)), folder, None
+    )
     tokens = windows(1, 40)
     whole = logits(model, tokens)
     cache, steps = None, []
     with torch.no_grad():
         for position in range(tokens.shape[1]):
-            result = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+            result = model(
+                tokens[:, position : position + 1], past_key_values=cache, use_cache=True
+            )
             cache = result.past_key_values
             steps.append(result.logits)
     assert float((torch.cat(steps, 1) - whole).norm() / whole.norm()) < 1e-4
@@ -189,7 +244,9 @@ def test_all_problems_of_a_scheme_at_once(tiny_model: Callable[..., Path]) -> No
     scheme = Scheme("bad", activation=activation, kv=KVScheme(group_size=24))
     with pytest.raises(MethodError, match='did you mean "smoothquant"') as failure:
         load(dataclasses.replace(cell(folder, BASELINE), scheme=scheme), folder, None)
-    assert "28 does not divide" in str(failure.value) and "24 does not divide head_dim 16" in str(failure.value)
+    assert "28 does not divide" in str(failure.value) and "24 does not divide head_dim 16" in str(
+        failure.value
+    )
 
 
 def test_damage_is_noticed(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -211,7 +268,9 @@ def test_damage_is_noticed(tiny_model: Callable[..., Path], tmp_path: Path) -> N
         load(c, folder, None)
 
 
-def test_manifests_speak_of_the_stored_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_manifests_speak_of_the_stored_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("qwen2", dtype="bfloat16")
     _, checkpoint = quantized(folder, tmp_path / "store", RTN, dtype="bfloat16")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -222,7 +281,9 @@ def test_manifests_speak_of_the_stored_bytes(tiny_model: Callable[..., Path], tm
     model = AutoModelForCausalLM.from_pretrained(folder)
     total = sum(p.numel() for p in model.parameters())
     assert manifest["parameters"] == total
-    assert manifest["bits_per_weight_total"] == pytest.approx((packed + 16 * (total - weights)) / total)
+    assert manifest["bits_per_weight_total"] == pytest.approx(
+        (packed + 16 * (total - weights)) / total
+    )
     assert manifest["stored_bytes"] == -(-(packed + 16 * (total - weights)) // 8)
 
 
@@ -239,7 +300,11 @@ def test_a_better_method_is_closer_to_a_trained_model(shared: Path, tmp_path: Pa
     tokens, held_out = text[:16], text[16:]
 
     def loss(m: torch.nn.Module) -> float:
-        return float(torch.nn.functional.cross_entropy(logits(m, held_out)[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()))
+        return float(
+            torch.nn.functional.cross_entropy(
+                logits(m, held_out)[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()
+            )
+        )
 
     losses = [loss(model)]
     for method in (GPTQ, RTN):

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from evidence import FakeBlock, FakeEvidence, correlated_inputs, generator, llama_shapes, random_weight
+from evidence import (
+    FakeBlock,
+    FakeEvidence,
+    correlated_inputs,
+    generator,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core import plugins
@@ -29,7 +36,9 @@ WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
 
 
 # Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights.
-SMALL: dict[tuple[str, str], dict[str, Any]] = {("rounding", "vptq"): {"vector_length": 4, "index_bits": 6}}
+SMALL: dict[tuple[str, str], dict[str, Any]] = {
+    ("rounding", "vptq"): {"vector_length": 4, "index_bits": 6}
+}
 
 
 def built(slot: str, name: str) -> Any:
@@ -56,10 +65,14 @@ def accepted_scheme(method: Any, shapes: Any) -> Scheme:
                     if not reasons:
                         return scheme
                     refused[scheme.weight] = reasons
-    pytest.fail(f"accepts none of {len(refused)} schemes; the first: {next(iter(refused.values()))}")
+    pytest.fail(
+        f"accepts none of {len(refused)} schemes; the first: {next(iter(refused.values()))}"
+    )
 
 
-def quantized(name: str, block: FakeBlock, scheme: Scheme, seed: int = 0) -> dict[str, QuantizedWeight]:
+def quantized(
+    name: str, block: FakeBlock, scheme: Scheme, seed: int = 0
+) -> dict[str, QuantizedWeight]:
     """Every linear of a block, rounded as a pass would: layer by layer, or the block at once."""
     method = built("rounding", name)
     needs = facts_of("rounding", name).get("needs", ())
@@ -69,7 +82,9 @@ def quantized(name: str, block: FakeBlock, scheme: Scheme, seed: int = 0) -> dic
     for shape in block.shapes.linears:
         evidence = block.evidence[shape.name] if needs else None
         weight = block.linear(shape.name).weight.detach()
-        weights[shape.name] = method.round_layer(shape.name, weight, evidence, scheme.weight_for(0, shape.name), generator(seed))
+        weights[shape.name] = method.round_layer(
+            shape.name, weight, evidence, scheme.weight_for(0, shape.name), generator(seed)
+        )
     return weights
 
 
@@ -81,11 +96,15 @@ def block_for(slot: str, name: str) -> FakeBlock:
 def test_yaml_states_every_setting_with_its_default(slot: str, name: str) -> None:
     settings = plugins.load(slot, name).Settings()
     expected = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    expected = {key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()}
+    expected = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()
+    }
     written = conf_of(slot, name)
     assert written.pop("name", name) == name
     assert written == expected
-    assert {key: type(value) for key, value in written.items()} == {key: type(value) for key, value in expected.items()}
+    assert {key: type(value) for key, value in written.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
 
 
 @pytest.mark.parametrize(("slot", "name"), PLUGINS)
@@ -127,8 +146,12 @@ def test_check_returns_reasons_and_never_raises(slot: str, name: str) -> None:
     for format_ in ("int", "nf4", "unheard-of"):
         for bits in (0, 1, 1.5, 4, 17):
             for group_size in (-1, 0, 7, 16, 10_000):
-                reasons = method.check(Scheme("odd", WeightScheme(format_, bits, group_size)), shapes)
-                assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons)
+                reasons = method.check(
+                    Scheme("odd", WeightScheme(format_, bits, group_size)), shapes
+                )
+                assert isinstance(reasons, list) and all(
+                    isinstance(reason, str) and reason for reason in reasons
+                )
                 assert len(reasons) == len(set(reasons))
 
 
@@ -163,8 +186,12 @@ def test_packing_is_exact_and_sizes_are_honest(name: str) -> None:
     beside: list[int] = []
     for result in quantized(name, block, scheme).values():
         tensors, meta = result.pack()
-        assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values())
-        again = QuantizedWeight.kinds[result.kind].unpack({k: v.clone() for k, v in tensors.items()}, json_round_trip(meta))
+        assert all(
+            tensor.is_contiguous() and not tensor.requires_grad for tensor in tensors.values()
+        )
+        again = QuantizedWeight.kinds[result.kind].unpack(
+            {k: v.clone() for k, v in tensors.items()}, json_round_trip(meta)
+        )
         assert torch.equal(again.dequantize(), result.dequantize())
         assert again.shape == result.shape
         assert result.stored_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
@@ -202,7 +229,9 @@ def test_only_a_stochastic_method_depends_on_its_seed(name: str) -> None:
         assert torch.equal(result.dequantize(), second[linear].dequantize()), linear
 
 
-@pytest.mark.parametrize("name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")])
+@pytest.mark.parametrize(
+    "name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")]
+)
 def test_weights_and_evidence_are_not_written_to(name: str) -> None:
     method = built("rounding", name)
     needs = facts_of("rounding", name).get("needs", ())
@@ -212,20 +241,26 @@ def test_weights_and_evidence_are_not_written_to(name: str) -> None:
     evidence = FakeEvidence(inputs, needs=needs, gradients=gradients, reference=inputs)
     kept = weight.clone()
     before = {statistic: evidence[statistic].clone() for statistic in needs}
-    method.round_layer("self_attn.v_proj", weight, evidence if needs else None, scheme.weight, generator())
+    method.round_layer(
+        "self_attn.v_proj", weight, evidence if needs else None, scheme.weight, generator()
+    )
     assert torch.equal(weight, kept)
     for statistic, value in before.items():
         assert torch.equal(evidence[statistic], value), statistic
 
 
-@pytest.mark.parametrize("name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")])
+@pytest.mark.parametrize(
+    "name", [name for name in ROUNDINGS if hasattr(plugins.load("rounding", name), "round_layer")]
+)
 def test_a_layer_alone_equals_the_layer_in_company(name: str) -> None:
     """What `once` keeps from an earlier linear with the same input must not change a later one."""
     scheme = accepted_scheme(built("rounding", name), llama_shapes())
     together = quantized(name, block_for("rounding", name), scheme)
     block = block_for("rounding", name)
     method = built("rounding", name)
-    evidence = block.evidence["self_attn.v_proj"] if facts_of("rounding", name).get("needs", ()) else None
+    evidence = (
+        block.evidence["self_attn.v_proj"] if facts_of("rounding", name).get("needs", ()) else None
+    )
     weight = block.linear("self_attn.v_proj").weight.detach()
     alone = method.round_layer("self_attn.v_proj", weight, evidence, scheme.weight, generator())
     assert torch.equal(alone.dequantize(), together["self_attn.v_proj"].dequantize())
@@ -265,11 +300,15 @@ ODD: dict[str, Callable[[FakeBlock], None]] = {
     "a NaN weight": poison(float("nan"), "self_attn.k_proj"),
     "an infinite weight": poison(float("inf"), "mlp.down_proj"),
 }
-LEARNS_OF_THE_MODEL = [name for name in plugins.find("transform") if hasattr(plugins.load("transform", name), "learn")]
+LEARNS_OF_THE_MODEL = [
+    name for name in plugins.find("transform") if hasattr(plugins.load("transform", name), "learn")
+]
 
 
 @pytest.mark.parametrize("case", ODD)
-@pytest.mark.parametrize(("slot", "name"), [(s, n) for s, n in PLUGINS if s != "tuning" and n not in LEARNS_OF_THE_MODEL])
+@pytest.mark.parametrize(
+    ("slot", "name"), [(s, n) for s, n in PLUGINS if s != "tuning" and n not in LEARNS_OF_THE_MODEL]
+)
 def test_odd_inputs_end_in_numbers_or_in_a_reason(slot: str, name: str, case: str) -> None:
     block, method = block_for(slot, name), built(slot, name)
     scheme = accepted_scheme(method, block.shapes)
@@ -288,10 +327,14 @@ def test_odd_inputs_end_in_numbers_or_in_a_reason(slot: str, name: str, case: st
     assert "weight" not in case, "a damaged weight passed in silence"
     if "inputs" in case and facts_of(slot, name).get("needs", ()):
         # no reason, so the damage must be where the pass sees it and fails the cell: a bias that was corrected with it
-        assert not all(bool(torch.isfinite(parameter).all()) for parameter in block.module.parameters())
+        assert not all(
+            bool(torch.isfinite(parameter).all()) for parameter in block.module.parameters()
+        )
     for linear, result in weights.items():
         for part, tensor in result.pack()[0].items():
-            assert not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all()), f"{linear}:{part}"
+            assert not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all()), (
+                f"{linear}:{part}"
+            )
         assert bool(torch.isfinite(result.dequantize()).all()), linear
 
 
@@ -326,4 +369,6 @@ def test_every_method_names_parts_that_exist() -> None:
 def test_every_conf_file_of_a_slot_has_its_plugin() -> None:
     for slot in SLOTS:
         for path in sorted((CONF / slot).glob("*.yaml")):
-            assert path.stem in plugins.find(slot), f"conf/{slot}/{path.name} has no harness/methods/{path.stem}.py"
+            assert path.stem in plugins.find(slot), (
+                f"conf/{slot}/{path.name} has no harness/methods/{path.stem}.py"
+            )

@@ -16,17 +16,30 @@ from harness.quantization.numerics.codebooks import LookupWeight
 
 
 def evidence_of(gradients: Tensor) -> FakeEvidence:
-    return FakeEvidence(correlated_inputs(gradients.shape[-1]), gradients=gradients, needs=("squared_gradient",))
+    return FakeEvidence(
+        correlated_inputs(gradients.shape[-1]), gradients=gradients, needs=("squared_gradient",)
+    )
 
 
 def gradients_for(weight: Tensor, seed: int = 5) -> Tensor:
-    return torch.randn(3, *weight.shape, generator=generator(seed)) * torch.rand(weight.shape[1], generator=generator(seed + 1))
+    return torch.randn(3, *weight.shape, generator=generator(seed)) * torch.rand(
+        weight.shape[1], generator=generator(seed + 1)
+    )
 
 
-def quantize(weight: Tensor, gradients: Tensor, bits: int, dtype: str = "float32", seed: int = 0, **settings: int) -> LookupWeight:
+def quantize(
+    weight: Tensor,
+    gradients: Tensor,
+    bits: int,
+    dtype: str = "float32",
+    seed: int = 0,
+    **settings: int,
+) -> LookupWeight:
     scheme = WeightScheme("int", bits, -1, scale_dtype=dtype)
     method = Rounding(Rounding.Settings(**settings))
-    quantized = method.round_layer("q_proj", weight, evidence_of(gradients), scheme, generator(seed))
+    quantized = method.round_layer(
+        "q_proj", weight, evidence_of(gradients), scheme, generator(seed)
+    )
     assert isinstance(quantized, LookupWeight)
     return quantized
 
@@ -66,7 +79,9 @@ def test_all_widths_are_made_together_and_equal_those_made_alone() -> None:
 def test_rows_of_few_values_are_exact() -> None:
     levels = torch.randn(16, 8, generator=generator())
     weight = levels.gather(1, torch.randint(0, 8, (16, 300), generator=generator(1)))
-    torch.testing.assert_close(quantize(weight, torch.ones(1, 16, 300), 6).dequantize(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        quantize(weight, torch.ones(1, 16, 300), 6).dequantize(), weight, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_entries_are_means_of_their_members_when_all_weights_count_alike() -> None:
@@ -76,13 +91,18 @@ def test_entries_are_means_of_their_members_when_all_weights_count_alike() -> No
         member = quantized.codes == code
         mean = (weight.double() * member).sum(1) / member.sum(1)
         filled = member.any(1)
-        torch.testing.assert_close(quantized.table[filled, code].double(), mean[filled], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            quantized.table[filled, code].double(), mean[filled], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_scaling_the_sensitivity_changes_nothing() -> None:
     weight = random_weight(8, 200)
     gradients = gradients_for(weight)
-    assert torch.equal(quantize(weight, gradients, 4).dequantize(), quantize(weight, gradients * 16, 4).dequantize())
+    assert torch.equal(
+        quantize(weight, gradients, 4).dequantize(),
+        quantize(weight, gradients * 16, 4).dequantize(),
+    )
 
 
 @pytest.mark.parametrize("bits", [3, 5, 8])
@@ -111,7 +131,10 @@ def test_bits_of_the_served_width() -> None:
     weight = random_weight(8, 1024)
     gradients = gradients_for(weight)
     for bits in (3, 4, 8):
-        assert quantize(weight, gradients, bits, "float16").bits_per_weight == bits + 16 * 2**bits / 1024
+        assert (
+            quantize(weight, gradients, bits, "float16").bits_per_weight
+            == bits + 16 * 2**bits / 1024
+        )
 
 
 def test_packing_is_exact() -> None:

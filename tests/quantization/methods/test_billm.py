@@ -6,18 +6,38 @@ import itertools
 
 import pytest
 import torch
-from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core.cell import Scheme, WeightScheme
-from harness.quantization.methods.billm import Rounding, SplitBinaryWeight, binarize, choose_columns, choose_split
+from harness.quantization.methods.billm import (
+    Rounding,
+    SplitBinaryWeight,
+    binarize,
+    choose_columns,
+    choose_split,
+)
 
 
 def quantize(
-    weight: Tensor, evidence: FakeEvidence, block: int = 64, dtype: str = "float32", **settings: object
+    weight: Tensor,
+    evidence: FakeEvidence,
+    block: int = 64,
+    dtype: str = "float32",
+    **settings: object,
 ) -> SplitBinaryWeight:
     method = Rounding(Rounding.Settings(**settings))  # type: ignore[arg-type]
-    quantized = method.round_layer("q_proj", weight, evidence, WeightScheme("int", 1.08, block, scale_dtype=dtype), generator())
+    quantized = method.round_layer(
+        "q_proj", weight, evidence, WeightScheme("int", 1.08, block, scale_dtype=dtype), generator()
+    )
     assert isinstance(quantized, SplitBinaryWeight)
     return quantized
 
@@ -35,7 +55,10 @@ def test_the_residual_energy_is_known_exactly() -> None:
 
 
 def test_each_further_order_never_increases_the_error() -> None:
-    block, mask = torch.randn(16, 40, generator=generator()), torch.rand(16, 40, generator=generator(1)) < 0.5
+    block, mask = (
+        torch.randn(16, 40, generator=generator()),
+        torch.rand(16, 40, generator=generator(1)) < 0.5,
+    )
     parts = binarize(block, mask, 4)
     rest, energies = block * mask, []
     for part in parts:
@@ -49,14 +72,20 @@ def test_a_full_mask_is_centred_sign_binarization() -> None:
     block = torch.randn(8, 32, generator=generator())
     (part,) = binarize(block, torch.ones_like(block, dtype=torch.bool), 1)
     mean = block.mean(1, keepdim=True)
-    torch.testing.assert_close(part.values, mean + (block - mean).abs().mean(1, keepdim=True) * (block - mean).sign())
+    torch.testing.assert_close(
+        part.values, mean + (block - mean).abs().mean(1, keepdim=True) * (block - mean).sign()
+    )
 
 
 def test_nothing_outside_the_mask_and_empty_rows_are_zero() -> None:
     block, mask = torch.randn(8, 32, generator=generator()), torch.zeros(8, 32, dtype=torch.bool)
     mask[3:, ::2] = True
     values = sum(part.values for part in binarize(block, mask, 2))
-    assert isinstance(values, Tensor) and bool((values[~mask] == 0).all()) and bool(torch.isfinite(values).all())
+    assert (
+        isinstance(values, Tensor)
+        and bool((values[~mask] == 0).all())
+        and bool(torch.isfinite(values).all())
+    )
 
 
 def test_masks_are_disjoint_and_cover_the_block() -> None:
@@ -83,15 +112,25 @@ def test_it_beats_plain_binarization_of_the_weights() -> None:
 
 @pytest.mark.parametrize("salience", ["hessian", "magnitude"])
 def test_a_diagonal_hessian_has_nothing_to_feed_back(salience: str) -> None:
-    weight, evidence = random_weight(16, 64), HessianEvidence(torch.diag(torch.rand(64, generator=generator()) + 0.1))
-    on, off = (quantize(weight, evidence, 32, salience=salience, feedback=feedback) for feedback in (True, False))
+    weight, evidence = (
+        random_weight(16, 64),
+        HessianEvidence(torch.diag(torch.rand(64, generator=generator()) + 0.1)),
+    )
+    on, off = (
+        quantize(weight, evidence, 32, salience=salience, feedback=feedback)
+        for feedback in (True, False)
+    )
     assert torch.equal(on.dequantize(), off.dequantize())
 
 
 def test_feedback_lowers_the_layer_error() -> None:
     inputs, weight = correlated_inputs(64, length=128), random_weight(48, 64)
-    on, off = (quantize(weight, FakeEvidence(inputs), 16, feedback=feedback) for feedback in (True, False))
-    assert layer_error(weight, on.dequantize(), inputs) < layer_error(weight, off.dequantize(), inputs)
+    on, off = (
+        quantize(weight, FakeEvidence(inputs), 16, feedback=feedback) for feedback in (True, False)
+    )
+    assert layer_error(weight, on.dequantize(), inputs) < layer_error(
+        weight, off.dequantize(), inputs
+    )
 
 
 def test_what_is_stored_is_what_was_rounded() -> None:
@@ -101,22 +140,30 @@ def test_what_is_stored_is_what_was_rounded() -> None:
     everywhere = quantized.salient.expand(16, -1)
     below = ~quantized.above & ~everywhere
     masks = ((below, 1), (quantized.above, 1), (everywhere, 2))
-    expected = sum(part.values for mask, order in masks for part in binarize(weight, mask, order, "float16"))
+    expected = sum(
+        part.values for mask, order in masks for part in binarize(weight, mask, order, "float16")
+    )
     torch.testing.assert_close(quantized.dequantize(), expected, rtol=0, atol=1e-7)
 
 
 def test_nominal_and_true_bits() -> None:
-    quantized = quantize(random_weight(64, 256), FakeEvidence(correlated_inputs(256, length=128)), 128, "float16")
+    quantized = quantize(
+        random_weight(64, 256), FakeEvidence(correlated_inputs(256, length=128)), 128, "float16"
+    )
     salient = float(quantized.salient.float().mean())
     assert quantized.nominal_bits == 1 + salient
-    true = 1 + (1 - salient) + salient + 8 * 16 / 128 + 1 / 64      # signs, split, second signs, statistics, salient columns
+    true = (
+        1 + (1 - salient) + salient + 8 * 16 / 128 + 1 / 64
+    )  # signs, split, second signs, statistics, salient columns
     assert quantized.bits_per_weight == pytest.approx(true, abs=0.01)
 
 
 def test_packing_is_exact() -> None:
     quantized = quantize(random_weight(17, 64), FakeEvidence(correlated_inputs(64)), 32, "float16")
     again = SplitBinaryWeight.unpack(*quantized.pack())
-    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(again.signs, quantized.signs)
+    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(
+        again.signs, quantized.signs
+    )
 
 
 def test_check() -> None:

@@ -19,8 +19,13 @@ from harness.core.shapes import Shapes
 from harness.data.demo.tiny import TINY
 from harness.quantization.models import shapes as shapes_of
 
-OF_THE_STUDIES = ("llama", "mistral", "qwen2", "qwen3")     # on these every method must have a scheme that it accepts, but for:
-REFUSED = {("qwen3", "omniquant_wa")}                       # norms between queries and keys let no learned scale through
+OF_THE_STUDIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # on these every method must have a scheme that it accepts, but for:
+REFUSED = {("qwen3", "omniquant_wa")}  # norms between queries and keys let no learned scale through
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +59,17 @@ def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -
             continue
         if (slot, part) not in built:
             built[slot, part] = plugins.build(slot, part.name, to_json(part)["settings"])
-        reasons = built[slot, part].check(cell.scheme, shapes)                  # type: ignore[attr-defined]
-        assert all(isinstance(reason, str) and reason for reason in reasons) and len(set(reasons)) == len(reasons), cell.title
+        reasons = built[slot, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
+        assert all(isinstance(reason, str) and reason for reason in reasons) and len(
+            set(reasons)
+        ) == len(reasons), cell.title
         accepted = accepted and not reasons
     return accepted
 
 
-def test_every_method_answers_for_every_scheme_on_every_family(folders: Callable[[str], Path], on_llama: list[Cell]) -> None:
+def test_every_method_answers_for_every_scheme_on_every_family(
+    folders: Callable[[str], Path], on_llama: list[Cell]
+) -> None:
     built: dict[tuple[str, Part], object] = {}
     questions: dict[tuple[object, ...], Cell] = {}
     for cell in on_llama:
@@ -69,7 +78,11 @@ def test_every_method_answers_for_every_scheme_on_every_family(folders: Callable
     methods = set(every_cell.names("methods", "none"))
     for family in TINY:
         shapes = shapes_of(folders(family))
-        served = {cell.method.name.partition("[")[0] for cell in questions.values() if accepts(cell, shapes, built)}
+        served = {
+            cell.method.name.partition("[")[0]
+            for cell in questions.values()
+            if accepts(cell, shapes, built)
+        }
         if family in OF_THE_STUDIES:
             assert {(family, method) for method in methods - served} <= REFUSED
         assert {"rtn", "gptq"} <= served, family
@@ -80,13 +93,17 @@ def covering(cells: list[Cell], methods: list[str] | None) -> list[Cell]:
     ask = every_cell.checker()
     chosen: list[Cell] = []
     schemes: set[str] = set()
-    wanted = {cell.method.name.partition("[")[0] for cell in cells} if methods is None else set(methods)
+    wanted = (
+        {cell.method.name.partition("[")[0] for cell in cells} if methods is None else set(methods)
+    )
     by_method: dict[str, list[Cell]] = {}
     for cell in cells:
         name = cell.method.name.partition("[")[0]
         if name in wanted and (methods is None or name not in by_method) and not ask.reasons(cell):
             by_method.setdefault(name, []).append(cell)
-    for name in sorted(by_method, key=lambda name: len(by_method[name])):       # those that accept least choose first
+    for name in sorted(
+        by_method, key=lambda name: len(by_method[name])
+    ):  # those that accept least choose first
         new = [cell for cell in by_method[name] if cell.scheme.name not in schemes]
         chosen.append((new or by_method[name])[0])
         schemes.add(chosen[-1].scheme.name)
@@ -101,5 +118,7 @@ def test_every_method_and_every_scheme_run_on_llama(
     folders: Callable[[str], Path], on_llama: list[Cell], tmp_path: Path
 ) -> None:
     chosen = covering(on_llama, None)
-    assert {cell.method.name.partition("[")[0] for cell in chosen} == set(every_cell.names("methods", "none"))
+    assert {cell.method.name.partition("[")[0] for cell in chosen} == set(
+        every_cell.names("methods", "none")
+    )
     assert list(every_cell.failures(chosen, folders("llama"), tmp_path / "runs")) == []

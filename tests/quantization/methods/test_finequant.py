@@ -15,7 +15,9 @@ from harness.quantization.numerics.weights import UniformWeight
 
 def quantize(weight: Tensor, bits: int = 4, **settings: float) -> UniformWeight:
     scheme = WeightScheme("int", bits, -1, symmetric=True)
-    quantized = Rounding(Rounding.Settings(**settings)).round_layer("q_proj", weight, None, scheme, generator())  # type: ignore[arg-type]
+    quantized = Rounding(Rounding.Settings(**settings)).round_layer(
+        "q_proj", weight, None, scheme, generator()
+    )  # type: ignore[arg-type]
     assert isinstance(quantized, UniformWeight)
     return quantized
 
@@ -41,7 +43,7 @@ def test_alpha_zero_is_round_to_nearest_in_the_finest_groups() -> None:
 @pytest.mark.parametrize(("outlier", "expected"), [(0, 4096), (50, 256), (500, 64)])
 def test_outliers_refine_the_groups(outlier: float, expected: int) -> None:
     weight = torch.randn(2048, 4096, generator=generator())
-    weight[:41, 7] += outlier                                     # one outlier in 2 % of the rows
+    weight[:41, 7] += outlier  # one outlier in 2 % of the rows
     assert choose_group_size(weight, 0.3, 64) == expected
 
 
@@ -55,7 +57,9 @@ def test_the_choice_ignores_scale_and_order_of_rows() -> None:
 
 
 def test_halving_stops_at_odd_sizes_and_at_zero_rows() -> None:
-    assert choose_group_size(torch.randn(8, 344, generator=generator()), 0.0, 64) == 86        # 344 = 8 · 43: 172, 86, then 43 < 64
+    assert (
+        choose_group_size(torch.randn(8, 344, generator=generator()), 0.0, 64) == 86
+    )  # 344 = 8 · 43: 172, 86, then 43 < 64
     assert choose_group_size(torch.zeros(8, 512), 0.0, 64) == 512
 
 

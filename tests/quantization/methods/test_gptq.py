@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from evidence import FakeBlock, FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, random_weight
+from evidence import (
+    FakeBlock,
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core import plugins
@@ -17,7 +25,12 @@ from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 
 def gptq(
-    weight: Tensor, evidence: Any, bits: int = 4, group_size: int = -1, symmetric: bool = False, scale_dtype: str = "float32",
+    weight: Tensor,
+    evidence: Any,
+    bits: int = 4,
+    group_size: int = -1,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
     **settings: Any,
 ) -> UniformWeight:
     method = plugins.build("rounding", "gptq", settings)
@@ -25,16 +38,22 @@ def gptq(
     return method.round_layer("self_attn.q_proj", weight, evidence, scheme, generator())
 
 
-def rtn(weight: Tensor, bits: int = 4, group_size: int = -1, symmetric: bool = False) -> QuantizedWeight:
+def rtn(
+    weight: Tensor, bits: int = 4, group_size: int = -1, symmetric: bool = False
+) -> QuantizedWeight:
     scheme = WeightScheme("int", bits, group_size, symmetric, "float32")
-    return plugins.build("rounding", "rtn", {}).round_layer("self_attn.q_proj", weight, None, scheme, generator())
+    return plugins.build("rounding", "rtn", {}).round_layer(
+        "self_attn.q_proj", weight, None, scheme, generator()
+    )
 
 
 def hessian_of(width: int, seed: int = 0) -> Tensor:
     return FakeEvidence(correlated_inputs(width, sequences=8, seed=seed))["hessian"]
 
 
-def column_by_column(weight: Tensor, hessian: Tensor, bits: int, group_size: int, block_size: int) -> Tensor:
+def column_by_column(
+    weight: Tensor, hessian: Tensor, bits: int, group_size: int, block_size: int
+) -> Tensor:
     """The published loop, one column and one row of updates at a time, groups fitted on what the authors' code sees."""
     columns = weight.shape[1]
     h = hessian.clone()
@@ -47,7 +66,7 @@ def column_by_column(weight: Tensor, hessian: Tensor, bits: int, group_size: int
         if j % block_size == 0:
             seen_by_groups = w.clone()
         if group_size != -1 and j % group_size == 0:
-            grid = grids.fit(seen_by_groups[:, j:j + group_size], bits, False)
+            grid = grids.fit(seen_by_groups[:, j : j + group_size], bits, False)
         result[:, j] = grid.nearest(w[:, j, None])[:, 0]
         error = (w[:, j] - result[:, j]) / upper[j, j]
         w[:, j:] -= error[:, None] * upper[j, None, j:]
@@ -56,43 +75,78 @@ def column_by_column(weight: Tensor, hessian: Tensor, bits: int, group_size: int
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"act_order": True}])
-def test_a_diagonal_hessian_leaves_round_to_nearest(symmetric: bool, settings: dict[str, Any]) -> None:
+def test_a_diagonal_hessian_leaves_round_to_nearest(
+    symmetric: bool, settings: dict[str, Any]
+) -> None:
     weight = random_weight(16, 64)
     diagonal = torch.diag(torch.rand(64, generator=generator(5)) + 0.1)
     for hessian in (torch.eye(64), diagonal):
         found = gptq(weight, HessianEvidence(hessian), symmetric=symmetric, **settings)
         assert torch.equal(found.dequantize(), rtn(weight, symmetric=symmetric).dequantize())
-        static = gptq(weight, HessianEvidence(hessian), group_size=16, static_groups=True, symmetric=symmetric, **settings)
-        assert torch.equal(static.dequantize(), rtn(weight, group_size=16, symmetric=symmetric).dequantize())
+        static = gptq(
+            weight,
+            HessianEvidence(hessian),
+            group_size=16,
+            static_groups=True,
+            symmetric=symmetric,
+            **settings,
+        )
+        assert torch.equal(
+            static.dequantize(), rtn(weight, group_size=16, symmetric=symmetric).dequantize()
+        )
 
 
 @pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"range_search": True}])
 def test_powers_of_two_in_the_hessian_change_nothing(settings: dict[str, Any]) -> None:
     weight, hessian = random_weight(16, 64), hessian_of(64)
     first = gptq(weight, HessianEvidence(hessian), group_size=16, **settings)
-    assert torch.equal(first.dequantize(), gptq(weight, HessianEvidence(hessian * 2.0**7), group_size=16, **settings).dequantize())
+    assert torch.equal(
+        first.dequantize(),
+        gptq(weight, HessianEvidence(hessian * 2.0**7), group_size=16, **settings).dequantize(),
+    )
 
 
 def test_the_block_size_matters_only_where_groups_are_smaller() -> None:
     weight, hessian = random_weight(16, 128), hessian_of(128)
-    small, large = (gptq(weight, HessianEvidence(hessian), block_size=size).dequantize() for size in (16, 128))
-    assert float((small != large).float().mean()) < 0.01          # float noise may move a weight that lies between two codes
-    grouped = [gptq(weight, HessianEvidence(hessian), group_size=16, block_size=size).dequantize() for size in (16, 128)]
+    small, large = (
+        gptq(weight, HessianEvidence(hessian), block_size=size).dequantize() for size in (16, 128)
+    )
+    assert (
+        float((small != large).float().mean()) < 0.01
+    )  # float noise may move a weight that lies between two codes
+    grouped = [
+        gptq(weight, HessianEvidence(hessian), group_size=16, block_size=size).dequantize()
+        for size in (16, 128)
+    ]
     assert float((grouped[0] != grouped[1]).float().mean()) > 0.1
 
 
-@pytest.mark.parametrize(("bits", "group_size", "block_size"), [
-    (4, -1, 128), (2, -1, 32), (3, 16, 16), (3, 16, 64), (4, 64, 16), (4, 48, 32), (3, 24, 32), (4, 32, 1),
-])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "block_size"),
+    [
+        (4, -1, 128),
+        (2, -1, 32),
+        (3, 16, 16),
+        (3, 16, 64),
+        (4, 64, 16),
+        (4, 48, 32),
+        (3, 24, 32),
+        (4, 32, 1),
+    ],
+)
 def test_it_equals_the_published_loop(bits: int, group_size: int, block_size: int) -> None:
     columns = 96 if group_size in (48, 24) else 128
     weight, hessian = random_weight(12, columns), hessian_of(columns)
     expected = column_by_column(weight, hessian, bits, group_size, block_size)
-    found = gptq(weight, HessianEvidence(hessian), bits, group_size, block_size=block_size).dequantize()
+    found = gptq(
+        weight, HessianEvidence(hessian), bits, group_size, block_size=block_size
+    ).dequantize()
     close = (found - expected).abs() <= 1e-5 * expected.abs().max()
     assert float(close.float().mean()) > 0.99
     inputs = correlated_inputs(columns, sequences=8)
-    assert layer_error(weight, found, inputs) == pytest.approx(layer_error(weight, expected, inputs), rel=0.02)
+    assert layer_error(weight, found, inputs) == pytest.approx(
+        layer_error(weight, expected, inputs), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"static_groups": True}])
@@ -128,11 +182,18 @@ def test_after_one_column_the_others_are_the_least_squares_optimum() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [-1, 32])
-@pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"range_search": True}])
-def test_the_layer_error_is_below_that_of_round_to_nearest(bits: int, group_size: int, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"range_search": True}],
+)
+def test_the_layer_error_is_below_that_of_round_to_nearest(
+    bits: int, group_size: int, settings: dict[str, Any]
+) -> None:
     weight, inputs = random_weight(48, 128), correlated_inputs(128, sequences=8)
     found = gptq(weight, FakeEvidence(inputs), bits, group_size, **settings).dequantize()
-    assert layer_error(weight, found, inputs) < 0.8 * layer_error(weight, rtn(weight, bits, group_size).dequantize(), inputs)
+    assert layer_error(weight, found, inputs) < 0.8 * layer_error(
+        weight, rtn(weight, bits, group_size).dequantize(), inputs
+    )
 
 
 def test_act_order_with_dynamic_groups_keeps_the_group_of_every_column() -> None:
@@ -145,7 +206,7 @@ def test_act_order_with_dynamic_groups_keeps_the_group_of_every_column() -> None
     assert torch.equal(again.dequantize(), found.dequantize())
     static = gptq(weight, FakeEvidence(inputs), group_size=16, act_order=True, static_groups=True)
     assert static.column_group is None
-    assert found.stored_bytes - static.stored_bytes == 64         # one byte per column
+    assert found.stored_bytes - static.stored_bytes == 64  # one byte per column
 
 
 def test_the_factor_is_shared_by_linears_of_one_input_and_by_bit_widths() -> None:
@@ -161,7 +222,9 @@ def test_the_factor_is_shared_by_linears_of_one_input_and_by_bit_widths() -> Non
 
 @pytest.mark.parametrize("scale_dtype", ["float16", "bfloat16"])
 def test_scales_are_exact_in_the_type_they_are_stored_in(scale_dtype: str) -> None:
-    found = gptq(random_weight(48, 128), FakeEvidence(correlated_inputs(128)), 8, 32, scale_dtype=scale_dtype)
+    found = gptq(
+        random_weight(48, 128), FakeEvidence(correlated_inputs(128)), 8, 32, scale_dtype=scale_dtype
+    )
     assert torch.equal(found.scale.to(grids.SCALE_DTYPES[scale_dtype]).float(), found.scale)
 
 
@@ -169,8 +232,12 @@ def test_errors_of_stored_scales_are_fed_back() -> None:
     weight, inputs = random_weight(48, 128), correlated_inputs(128, sequences=8)
     found = gptq(weight, FakeEvidence(inputs), 8, scale_dtype="bfloat16")
     exact = gptq(weight, FakeEvidence(inputs), 8)
-    rounded_after = UniformWeight(exact.codes, exact.scale.bfloat16().float(), exact.zero, 8, "bfloat16")
-    assert layer_error(weight, found.dequantize(), inputs) < layer_error(weight, rounded_after.dequantize(), inputs)
+    rounded_after = UniformWeight(
+        exact.codes, exact.scale.bfloat16().float(), exact.zero, 8, "bfloat16"
+    )
+    assert layer_error(weight, found.dequantize(), inputs) < layer_error(
+        weight, rounded_after.dequantize(), inputs
+    )
 
 
 def test_broken_hessians_fail_the_cell_by_name() -> None:
@@ -189,8 +256,12 @@ def test_broken_hessians_fail_the_cell_by_name() -> None:
 
 
 def test_settings_outside_their_range_are_refused() -> None:
-    for settings, part in (({"damping_fraction": 0}, "damping_fraction is 0"), ({"block_size": 0}, "block_size is 0"),
-                           ({"grid": "awk"}, 'no grid "awk"'), ({"blocksize": 64}, 'did you mean "block_size"')):
+    for settings, part in (
+        ({"damping_fraction": 0}, "damping_fraction is 0"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"grid": "awk"}, 'no grid "awk"'),
+        ({"blocksize": 64}, 'did you mean "block_size"'),
+    ):
         with pytest.raises(ConfigError, match=part):
             plugins.build("rounding", "gptq", settings)
 

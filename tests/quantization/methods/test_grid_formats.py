@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from evidence import FakeBlock, FakeEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeBlock,
+    FakeEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 
 from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
@@ -18,35 +26,60 @@ def scheme_of(name: str, scale_dtype: str = "float16", group_size: int = 16) -> 
     if name == "int":
         return WeightScheme("int", 4, group_size, False, scale_dtype)
     fixed = FORMATS[name]
-    return WeightScheme(name, fixed.bits, fixed.block or group_size, False, fixed.scale_dtype or scale_dtype)
+    return WeightScheme(
+        name, fixed.bits, fixed.block or group_size, False, fixed.scale_dtype or scale_dtype
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("settings", [{}, {"act_order": True}, {"static_groups": True, "act_order": True}, {"range_search": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"act_order": True}, {"static_groups": True, "act_order": True}, {"range_search": True}],
+)
 def test_gptq_beats_rtn_and_stays_on_the_grid(name: str, settings: dict[str, bool]) -> None:
     weight, inputs = random_weight(16, 64), correlated_inputs(64)
     scheme = scheme_of(name)
-    rtn = plugins.build("rounding", "rtn", {}).round_layer("up_proj", weight, None, scheme, generator())
-    gptq = plugins.build("rounding", "gptq", settings).round_layer("up_proj", weight, FakeEvidence(inputs), scheme, generator())
+    rtn = plugins.build("rounding", "rtn", {}).round_layer(
+        "up_proj", weight, None, scheme, generator()
+    )
+    gptq = plugins.build("rounding", "gptq", settings).round_layer(
+        "up_proj", weight, FakeEvidence(inputs), scheme, generator()
+    )
     assert isinstance(gptq, ElementWeight) and gptq.kind == "element"
-    slack = 1.6 if gptq.column_group is not None else 1.0           # groups of columns far apart cost more than they gain
-    assert layer_error(weight, gptq.dequantize(), inputs) < slack * layer_error(weight, rtn.dequantize(), inputs)
+    slack = (
+        1.6 if gptq.column_group is not None else 1.0
+    )  # groups of columns far apart cost more than they gain
+    assert layer_error(weight, gptq.dequantize(), inputs) < slack * layer_error(
+        weight, rtn.dequantize(), inputs
+    )
     parts, meta = gptq.pack()
-    assert torch.equal(QuantizedWeight.kinds["element"].unpack(parts, meta).dequantize(), gptq.dequantize())
+    assert torch.equal(
+        QuantizedWeight.kinds["element"].unpack(parts, meta).dequantize(), gptq.dequantize()
+    )
     values = {value for value in FORMATS[name].element.values if math.isfinite(value)}
-    plain = (gptq.dequantize() / (gptq.scale[:, gptq.column_group.long()] if gptq.column_group is not None
-             else gptq.scale.repeat_interleave(gptq.group_size, 1)))
-    assert all(min(abs(found - value) for value in values) < 1e-5 * max(1, abs(found)) for found in plain.flatten()[:64].tolist())
+    plain = gptq.dequantize() / (
+        gptq.scale[:, gptq.column_group.long()]
+        if gptq.column_group is not None
+        else gptq.scale.repeat_interleave(gptq.group_size, 1)
+    )
+    assert all(
+        min(abs(found - value) for value in values) < 1e-5 * max(1, abs(found))
+        for found in plain.flatten()[:64].tolist()
+    )
 
 
 @pytest.mark.parametrize("name", ["int", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"])
 def test_gptq_without_correlation_is_rtn(name: str) -> None:
     weight = random_weight(16, 64)
-    evidence = FakeEvidence(torch.eye(64)[None] * 8)                # H is a multiple of the identity
+    evidence = FakeEvidence(torch.eye(64)[None] * 8)  # H is a multiple of the identity
     for scale_dtype in ("float16", "float8_e4m3"):
         scheme = scheme_of(name, scale_dtype)
-        rtn = plugins.build("rounding", "rtn", {}).round_layer("up_proj", weight, None, scheme, generator())
-        gptq = plugins.build("rounding", "gptq", {}).round_layer("up_proj", weight, evidence, scheme, generator())
+        rtn = plugins.build("rounding", "rtn", {}).round_layer(
+            "up_proj", weight, None, scheme, generator()
+        )
+        gptq = plugins.build("rounding", "gptq", {}).round_layer(
+            "up_proj", weight, evidence, scheme, generator()
+        )
         assert torch.equal(gptq.dequantize(), rtn.dequantize())
 
 
@@ -60,22 +93,39 @@ def test_awq_scales_and_clips_on_every_format(name: str) -> None:
     assert all(note["loss"] <= note["loss_without"] for note in notes["scales"].values())
     weight, evidence = random_weight(16, 64), FakeEvidence(correlated_inputs(64))
     rounding = plugins.build("rounding", "awq", {})
-    clipped = rounding.round_layer("mlp.up_proj", weight, evidence, scheme.weight, generator()).dequantize()
-    plain = plugins.build("rounding", "rtn", {}).round_layer("mlp.up_proj", weight, None, scheme.weight, generator()).dequantize()
+    clipped = rounding.round_layer(
+        "mlp.up_proj", weight, evidence, scheme.weight, generator()
+    ).dequantize()
+    plain = (
+        plugins.build("rounding", "rtn", {})
+        .round_layer("mlp.up_proj", weight, None, scheme.weight, generator())
+        .dequantize()
+    )
     inputs = correlated_inputs(64)
     assert layer_error(weight, clipped, inputs) <= layer_error(weight, plain, inputs) * 1.2
 
 
-@pytest.mark.parametrize(("scheme", "part"), [
-    (WeightScheme("mxfp4", 4, 16, scale_dtype="e8m0"), "mxfp4 has blocks of 32, not group_size 16"),
-    (WeightScheme("mxfp4", 4, 32), "mxfp4 has e8m0 scales"),
-    (WeightScheme("fp8_e4m3", 4), "fp8_e4m3 has 8 bits, not 4"),
-    (WeightScheme("nf4", 4, 16, scale_dtype="e8m0"), 'no scale_dtype "e8m0"'),
-    (WeightScheme("mxfp5", 4), 'no number format "mxfp5"'),
-    (WeightScheme("nf4", 4, 48), "group size 48 does not divide"),
-])
+@pytest.mark.parametrize(
+    ("scheme", "part"),
+    [
+        (
+            WeightScheme("mxfp4", 4, 16, scale_dtype="e8m0"),
+            "mxfp4 has blocks of 32, not group_size 16",
+        ),
+        (WeightScheme("mxfp4", 4, 32), "mxfp4 has e8m0 scales"),
+        (WeightScheme("fp8_e4m3", 4), "fp8_e4m3 has 8 bits, not 4"),
+        (WeightScheme("nf4", 4, 16, scale_dtype="e8m0"), 'no scale_dtype "e8m0"'),
+        (WeightScheme("mxfp5", 4), 'no number format "mxfp5"'),
+        (WeightScheme("nf4", 4, 48), "group size 48 does not divide"),
+    ],
+)
 def test_contradictions_are_refused_with_the_way_out(scheme: WeightScheme, part: str) -> None:
-    for slot, name in (("rounding", "rtn"), ("rounding", "gptq"), ("rounding", "awq"), ("transform", "awq")):
+    for slot, name in (
+        ("rounding", "rtn"),
+        ("rounding", "gptq"),
+        ("rounding", "awq"),
+        ("transform", "awq"),
+    ):
         reasons = plugins.build(slot, name, {}).check(Scheme("odd", scheme), llama_shapes())
         assert len(reasons) == 1 and part in reasons[0], reasons
 
@@ -87,15 +137,19 @@ def test_float_zero_points_serve_every_method_on_grids_and_no_other() -> None:
         method = plugins.build("rounding", name, {})
         assert method.check(scheme, llama_shapes()) == []
         found = method.round_layer("mlp.up_proj", weight, evidence, scheme.weight, generator())
-        zero = found.zero                                                                           # type: ignore[attr-defined]
+        zero = found.zero  # type: ignore[attr-defined]
         assert bool((zero != zero.round()).any()) and found.bits_per_weight == 3 + 32 / 16
-        plain = method.round_layer("mlp.up_proj", weight, evidence, WeightScheme("int", 3, 16), generator())
+        plain = method.round_layer(
+            "mlp.up_proj", weight, evidence, WeightScheme("int", 3, 16), generator()
+        )
         assert (found.dequantize() - weight).norm() < (plain.dequantize() - weight).norm()
     (reason,) = plugins.build("rounding", "omniquant", {}).check(scheme, llama_shapes())
     assert "zero_point=integer" in reason
     (reason,) = plugins.build("rounding", "rtn", {}).check(
-        Scheme("w3sym", WeightScheme("int", 3, 16, True, zero_point="float")), llama_shapes())
+        Scheme("w3sym", WeightScheme("int", 3, 16, True, zero_point="float")), llama_shapes()
+    )
     assert "symmetric" in reason
     (reason,) = plugins.build("rounding", "rtn", {}).check(
-        Scheme("fp8", WeightScheme("fp8_e4m3", 8, zero_point="float")), llama_shapes())
+        Scheme("fp8", WeightScheme("fp8_e4m3", 8, zero_point="float")), llama_shapes()
+    )
     assert "no zero points" in reason

@@ -13,9 +13,13 @@ from harness.quantization.numerics.grids import fit
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 
-def quantize(weight: Tensor, bits: int = 4, group_size: int = 32, dtype: str = "float32", **settings: object) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, bits: int = 4, group_size: int = 32, dtype: str = "float32", **settings: object
+) -> QuantizedWeight:
     scheme = WeightScheme("int", bits, group_size, scale_dtype=dtype)
-    return Rounding(Rounding.Settings(**settings)).round_layer("q_proj", weight, None, scheme, generator())  # type: ignore[arg-type]
+    return Rounding(Rounding.Settings(**settings)).round_layer(
+        "q_proj", weight, None, scheme, generator()
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -50,7 +54,12 @@ def test_shifting_a_group_by_whole_steps_changes_its_zero_only() -> None:
     codes[..., 0], codes[..., 1] = 0, 15
     weight = (0.25 * (codes.float() - 6)).reshape(8, 128)
     one, two = quantize(weight), quantize(weight + 3 * 0.25)
-    assert isinstance(one, UniformWeight) and isinstance(two, UniformWeight) and one.zero is not None and two.zero is not None
+    assert (
+        isinstance(one, UniformWeight)
+        and isinstance(two, UniformWeight)
+        and one.zero is not None
+        and two.zero is not None
+    )
     assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale)
     torch.testing.assert_close(two.zero, one.zero - 3)
 
@@ -66,7 +75,7 @@ def test_constant_and_zero_groups_survive() -> None:
 
 def test_axis_zero_groups_across_rows() -> None:
     weight = random_weight(64, 16)
-    weight[:, 3] *= 50                                            # one column apart: its groups hold it alone
+    weight[:, 3] *= 50  # one column apart: its groups hold it alone
     quantized = quantize(weight, axis=0)
     assert isinstance(quantized, AcrossRowsWeight) and quantized.shape == (64, 16)
     others = [column for column in range(16) if column != 3]
@@ -78,7 +87,9 @@ def test_axis_zero_groups_across_rows() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packing_is_exact(bits: int, axis: int) -> None:
     quantized = quantize(random_weight(32, 64), bits, dtype="float16", axis=axis)
-    assert torch.equal(type(quantized).unpack(*quantized.pack()).dequantize(), quantized.dequantize())
+    assert torch.equal(
+        type(quantized).unpack(*quantized.pack()).dequantize(), quantized.dequantize()
+    )
 
 
 def test_bits_per_weight() -> None:
@@ -87,8 +98,13 @@ def test_bits_per_weight() -> None:
 
 def test_check_lists_what_cannot_run() -> None:
     shapes = llama_shapes(width=96, inner=160)
-    assert Rounding(Rounding.Settings()).check(Scheme("w4g32", WeightScheme("int", 4, 32)), shapes) == []
-    reasons = Rounding(Rounding.Settings(axis=0)).check(Scheme("w4g64", WeightScheme("int", 9, 64, symmetric=True)), shapes)
+    assert (
+        Rounding(Rounding.Settings()).check(Scheme("w4g32", WeightScheme("int", 4, 32)), shapes)
+        == []
+    )
+    reasons = Rounding(Rounding.Settings(axis=0)).check(
+        Scheme("w4g64", WeightScheme("int", 9, 64, symmetric=True)), shapes
+    )
     assert len(reasons) == 4 and "does not divide" in reasons[1]
 
 

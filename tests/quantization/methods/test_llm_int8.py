@@ -13,7 +13,14 @@ from small import cell, failures, part, windows
 from small import quantize as quantize_cells
 from torch import Tensor
 
-from harness.core.cell import ActivationScheme, Method, Scheme, WeightScheme, baseline_of, quantize_key
+from harness.core.cell import (
+    ActivationScheme,
+    Method,
+    Scheme,
+    WeightScheme,
+    baseline_of,
+    quantize_key,
+)
 from harness.core.errors import MethodError
 from harness.quantization.inference.activations import ActivationQuantizer
 from harness.quantization.inference.linear import QuantizedLinear
@@ -49,7 +56,9 @@ def test_it_is_the_symmetric_absolute_maximum_grid_without_its_lowest_code() -> 
     quantized = quantize(weight)
     grid = fit(weight, 8, symmetric=True, convention="awq")
     off = quantized.codes.float() - grid.quantize(weight)
-    assert float((off != 0).float().mean()) < 1e-3 and int(quantized.codes.min()) >= 1      # ties of w · (1 / s) against w / s
+    assert (
+        float((off != 0).float().mean()) < 1e-3 and int(quantized.codes.min()) >= 1
+    )  # ties of w · (1 / s) against w / s
 
 
 def test_negating_the_matrix_negates_the_result() -> None:
@@ -104,7 +113,10 @@ def test_float16_outlier_weights_multiply_the_outliers_and_nothing_else() -> Non
     half = weight.half().float()
     torch.testing.assert_close(linear(kept, 1e-9)(x), x @ half.T, rtol=1e-5, atol=1e-5)
     assert torch.equal(linear(kept, 1e9)(x), linear(plain, 1e9)(x))
-    between, rounded = linear(kept, 10.0)(x), ActivationQuantizer(ActivationScheme(outlier_threshold=10.0))(x)
+    between, rounded = (
+        linear(kept, 10.0)(x),
+        ActivationQuantizer(ActivationScheme(outlier_threshold=10.0))(x),
+    )
     mixed = plain.dequantize().clone()
     mixed[:, 5] = half[:, 5]
     torch.testing.assert_close(between, rounded @ mixed.T, rtol=1e-5, atol=1e-4)
@@ -114,9 +126,14 @@ def test_float16_outlier_weights_multiply_the_outliers_and_nothing_else() -> Non
 def test_it_survives_a_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
     folder = tiny_model("llama")
     cells = [
-        dataclasses.replace(cell(folder, Method(name, rounding=part("llm_int8", outlier_weights=name))), scheme=scheme)
+        dataclasses.replace(
+            cell(folder, Method(name, rounding=part("llm_int8", outlier_weights=name))),
+            scheme=scheme,
+        )
         for name in ("int8", "fp16")
-        for scheme in [dataclasses.replace(APART, activation=ActivationScheme(outlier_threshold=1e-9))]
+        for scheme in [
+            dataclasses.replace(APART, activation=ActivationScheme(outlier_threshold=1e-9))
+        ]
     ]
     assert not failures(quantize_cells(cells, folder, tmp_path))
     full, _ = load(baseline_of(cells[0]), folder, None)
@@ -130,9 +147,13 @@ def test_it_survives_a_checkpoint(tiny_model: Any, tmp_path: Path) -> None:
 
 def test_float16_outlier_weights_need_outliers_and_linears_of_their_own() -> None:
     shapes = llama_shapes()
-    fused = dataclasses.replace(shapes, linears=tuple(dataclasses.replace(each, fused=True) for each in shapes.linears))
+    fused = dataclasses.replace(
+        shapes, linears=tuple(dataclasses.replace(each, fused=True) for each in shapes.linears)
+    )
     assert not Rounding(SIXTEEN).check(APART, shapes)
-    (reason,) = Rounding(SIXTEEN).check(dataclasses.replace(APART, activation=ActivationScheme()), shapes)
+    (reason,) = Rounding(SIXTEEN).check(
+        dataclasses.replace(APART, activation=ActivationScheme()), shapes
+    )
     assert "outlier_threshold" in reason
     (reason,) = Rounding(SIXTEEN).check(APART, fused)
     assert "fused here: self_attn.q_proj" in reason

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evidence import FakeEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core import plugins
@@ -20,7 +27,9 @@ TABLE = torch.tensor(NF4)
 
 def quantize(weight: Tensor, block: int = 64, double: bool = False) -> NormalFloatWeight:
     method = Rounding(Rounding.Settings(double_quantization=double))
-    quantized = method.round_layer("q_proj", weight, None, WeightScheme("nf4", 4, block), generator())
+    quantized = method.round_layer(
+        "q_proj", weight, None, WeightScheme("nf4", 4, block), generator()
+    )
     assert isinstance(quantized, NormalFloatWeight)
     return quantized
 
@@ -86,21 +95,23 @@ def test_a_value_on_a_midpoint_takes_the_lower_entry() -> None:
 
 
 def test_blocks_cross_rows_and_the_last_may_be_short() -> None:
-    weight = random_weight(3, 40)                                 # 120 weights: one block of 64, one of 56
+    weight = random_weight(3, 40)  # 120 weights: one block of 64, one of 56
     quantized = quantize(weight)
     assert quantized.maxima.read().shape == (2,)
     assert float(quantized.maxima.read()[0]) == float(weight.reshape(-1)[:64].abs().max())
 
 
 def test_packing_puts_the_first_code_in_the_high_half() -> None:
-    quantized = quantize(random_weight(3, 33))                    # an odd number of codes
+    quantized = quantize(random_weight(3, 33))  # an odd number of codes
     packed = quantized.pack()[0]["codes"]
     assert packed.shape == (50,)
     assert int(packed[0]) == 16 * int(quantized.codes[0, 0]) + int(quantized.codes[0, 1])
-    assert int(packed[-1]) & 15 == 7                              # padded with the code of zero
+    assert int(packed[-1]) & 15 == 7  # padded with the code of zero
 
 
-@pytest.mark.parametrize(("double", "expected"), [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+@pytest.mark.parametrize(
+    ("double", "expected"), [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))]
+)
 def test_bits_per_weight(double: bool, expected: float) -> None:
     quantized = quantize(random_weight(256, 256), double=double)
     assert quantized.bits_per_weight == pytest.approx(expected, abs=1e-3)
@@ -110,7 +121,9 @@ def test_bits_per_weight(double: bool, expected: float) -> None:
 def test_packing_is_exact(double: bool) -> None:
     quantized = quantize(random_weight(50, 72), block=32, double=double)
     again = NormalFloatWeight.unpack(*quantized.pack())
-    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(again.codes, quantized.codes)
+    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(
+        again.codes, quantized.codes
+    )
 
 
 def test_double_quantization_keeps_the_codes_and_little_error() -> None:
@@ -146,7 +159,9 @@ def test_it_equals_bitsandbytes(format_: str, double: bool, shape: tuple[int, in
     weight = random_weight(*shape)
     method = Rounding(Rounding.Settings(double_quantization=double))
     ours = method.round_layer("q_proj", weight, None, WeightScheme(format_, 4, 64), generator())
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=format_, compress_statistics=double)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=64, quant_type=format_, compress_statistics=double
+    )
     theirs = functional.dequantize_4bit(packed, state)
     whole = weight.numel() // 64 * 64
     assert torch.equal(ours.dequantize().flatten()[:whole], theirs.flatten()[:whole])
@@ -165,20 +180,28 @@ def test_rtn_with_double_quantized_scales_equals_bitsandbytes(format_: str, bloc
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = random_weight(96, 512)
     weight[5, :block] = 0
-    ours = plugins.build("rounding", "rtn", {}).round_layer("q_proj", weight, None, double(format_, block), generator())
-    packed, state = functional.quantize_4bit(weight, blocksize=block, quant_type=format_, compress_statistics=True)
+    ours = plugins.build("rounding", "rtn", {}).round_layer(
+        "q_proj", weight, None, double(format_, block), generator()
+    )
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=block, quant_type=format_, compress_statistics=True
+    )
     stored = ours.pack()[0]
-    assert torch.equal(stored["maxima_scale"], state.state2.absmax) and float(stored["maxima_offset"]) == float(state.offset)
+    assert torch.equal(stored["maxima_scale"], state.state2.absmax) and float(
+        stored["maxima_offset"]
+    ) == float(state.offset)
     codes, theirs = stored["maxima_codes"].long(), state.absmax.long()
     missed = codes != theirs
     table = dynamic_table()
     middle = (table[codes] + table[theirs]) / 2
     maxima = weight.reshape(-1, block).abs().amax(1) - stored["maxima_offset"]
     unit = maxima / stored["maxima_scale"].repeat_interleave(256)[: maxima.numel()]
-    assert int((codes - theirs).abs().max()) <= 1 and float((unit - middle)[missed].abs().sum()) < 2e-5 * (1 + int(missed.sum()))
+    assert int((codes - theirs).abs().max()) <= 1 and float(
+        (unit - middle)[missed].abs().sum()
+    ) < 2e-5 * (1 + int(missed.sum()))
     same = ~missed.repeat_interleave(block).reshape(weight.shape)
     assert torch.equal(ours.dequantize()[same], functional.dequantize_4bit(packed, state)[same])
-    if format_ == "nf4":                                          # zeros have two codes in FP4
+    if format_ == "nf4":  # zeros have two codes in FP4
         assert torch.equal(stored["codes"], packed.flatten())
 
 
@@ -194,30 +217,48 @@ def test_rtn_stores_what_this_rounding_stores(format_: str) -> None:
     weight = random_weight(40, 192)
     weight[3] = 0
     scheme = double(format_)
-    theirs = plugins.build("rounding", "rtn", {}).round_layer("q_proj", weight, None, scheme, generator())
+    theirs = plugins.build("rounding", "rtn", {}).round_layer(
+        "q_proj", weight, None, scheme, generator()
+    )
     setting = Rounding(Rounding.Settings(double_quantization=True))
-    for ours in (Rounding(Rounding.Settings()).round_layer("q_proj", weight, None, scheme, generator()),
-                 setting.round_layer("q_proj", weight, None, WeightScheme(format_, 4, 64), generator())):
+    for ours in (
+        Rounding(Rounding.Settings()).round_layer("q_proj", weight, None, scheme, generator()),
+        setting.round_layer("q_proj", weight, None, WeightScheme(format_, 4, 64), generator()),
+    ):
         assert theirs.kind == ours.kind and theirs.pack()[1] == ours.pack()[1]
         parts, own = theirs.pack()[0], ours.pack()[0]
-        assert parts.keys() == own.keys() and all(torch.equal(parts[name], own[name]) for name in parts)
+        assert parts.keys() == own.keys() and all(
+            torch.equal(parts[name], own[name]) for name in parts
+        )
 
 
 @pytest.mark.parametrize("format_", ["nf4", "fp4"])
 def test_every_rounding_that_takes_formats_takes_it(format_: str) -> None:
     weight, inputs = random_weight(64, 256), correlated_inputs(256)
     scheme, errors = double(format_), {}
-    for name, evidence in (("rtn", None), ("gptq", FakeEvidence(inputs)), ("awq", FakeEvidence(inputs))):
+    for name, evidence in (
+        ("rtn", None),
+        ("gptq", FakeEvidence(inputs)),
+        ("awq", FakeEvidence(inputs)),
+    ):
         method = plugins.build("rounding", name, {})
         assert method.check(Scheme("double", scheme), llama_shapes(128, 256)) == []
         result = method.round_layer("up_proj", weight, evidence, scheme, generator())
         assert isinstance(result, NormalFloatWeight)
-        assert result.bits_per_weight == pytest.approx(4 + 8 / 64 + 2 * 32 / weight.numel())     # one second-level block, one mean
-        assert torch.equal(NormalFloatWeight.unpack(*result.pack()).dequantize(), result.dequantize())
+        assert result.bits_per_weight == pytest.approx(
+            4 + 8 / 64 + 2 * 32 / weight.numel()
+        )  # one second-level block, one mean
+        assert torch.equal(
+            NormalFloatWeight.unpack(*result.pack()).dequantize(), result.dequantize()
+        )
         plain = WeightScheme(format_, 4, 64, scale_dtype="float32")
-        once = plugins.build("rounding", name, {}).round_layer("up_proj", weight, evidence, plain, generator())
+        once = plugins.build("rounding", name, {}).round_layer(
+            "up_proj", weight, evidence, plain, generator()
+        )
         errors[name] = layer_error(weight, result.dequantize(), inputs)
-        assert errors[name] < 1.05 * layer_error(weight, once.dequantize(), inputs), "second-level codes cost little"
+        assert errors[name] < 1.05 * layer_error(weight, once.dequantize(), inputs), (
+            "second-level codes cost little"
+        )
     assert errors["gptq"] < errors["rtn"]
 
 
@@ -225,11 +266,19 @@ def test_groups_that_are_no_neighbours_are_refused() -> None:
     scheme, shapes = Scheme("double", double()), llama_shapes(128, 256)
     (reason,) = plugins.build("rounding", "gptq", {"act_order": True}).check(scheme, shapes)
     assert "static_groups=true" in reason
-    assert plugins.build("rounding", "gptq", {"act_order": True, "static_groups": True}).check(scheme, shapes) == []
+    assert (
+        plugins.build("rounding", "gptq", {"act_order": True, "static_groups": True}).check(
+            scheme, shapes
+        )
+        == []
+    )
     (reason,) = plugins.build("rounding", "rtn", {}).check(
-        Scheme("odd", WeightScheme("fp8_e4m3", 8, scale_dtype="double_quantized")), shapes)
+        Scheme("odd", WeightScheme("fp8_e4m3", 8, scale_dtype="double_quantized")), shapes
+    )
     assert 'no scale_dtype "double_quantized"' in reason
-    (reason,) = plugins.build("rounding", "rtn", {}).check(Scheme("odd", WeightScheme(scale_dtype="double_quantized")), shapes)
+    (reason,) = plugins.build("rounding", "rtn", {}).check(
+        Scheme("odd", WeightScheme(scale_dtype="double_quantized")), shapes
+    )
     assert 'no scale_dtype "double_quantized"' in reason
 
 
@@ -240,4 +289,6 @@ def test_fp4_has_the_librarys_magnitudes() -> None:
     result = method.round_layer("q_proj", weight, None, WeightScheme("fp4", 4, 64), generator())
     assert isinstance(result, NormalFloatWeight)
     torch.testing.assert_close(result.dequantize(), weight, rtol=1e-7, atol=0)
-    assert result.codes[0, :8].tolist() == list(range(8)) and result.codes[0, 9:16].tolist() == list(range(9, 16))
+    assert result.codes[0, :8].tolist() == list(range(8)) and result.codes[
+        0, 9:16
+    ].tolist() == list(range(9, 16))

@@ -47,7 +47,10 @@ def test_without_clipping_it_is_round_to_nearest_on_its_grid(group_size: int) ->
     rtn = plugins.build("rounding", "rtn", {"grid": "omniquant"})
     for name, found in rounded(block, scheme, clip=False).items():
         weight = block.linear(name).weight.detach()
-        assert torch.equal(found.dequantize(), rtn.round_layer(name, weight, None, scheme.weight, generator()).dequantize())
+        assert torch.equal(
+            found.dequantize(),
+            rtn.round_layer(name, weight, None, scheme.weight, generator()).dequantize(),
+        )
 
 
 def test_untrained_ranges_are_shrunk_a_little() -> None:
@@ -74,10 +77,15 @@ def test_gradients_of_the_strengths_are_those_of_the_smooth_part(side: str) -> N
     """Finite differences with codes held fixed: what is inside the grid moves with w / s, clipped codes with s alone."""
     groups = random_weight(6, 32, seed=3).double().reshape(6, 2, 16)
     target = random_weight(6, 32, seed=4).double().reshape(6, 2, 16)
-    strengths = {name: torch.full((6, 2, 1), 1.0, dtype=torch.float64, requires_grad=True) for name in ("upper", "lower")}
+    strengths = {
+        name: torch.full((6, 2, 1), 1.0, dtype=torch.float64, requires_grad=True)
+        for name in ("upper", "lower")
+    }
 
     def grid_of() -> Grid:
-        return clipped_grid(groups, strengths["upper"], strengths["lower"], 3, False, "omniquant", "float32")
+        return clipped_grid(
+            groups, strengths["upper"], strengths["lower"], 3, False, "omniquant", "float32"
+        )
 
     grid = grid_of()
     loss = (nearest_through(groups, grid) - target).square().sum()
@@ -90,7 +98,9 @@ def test_gradients_of_the_strengths_are_those_of_the_smooth_part(side: str) -> N
 
         def smooth() -> Tensor:
             scale = grid_of().scale
-            codes = torch.where(inside, groups / scale + residue + grid.zero, raw.clamp(0, grid.top))
+            codes = torch.where(
+                inside, groups / scale + residue + grid.zero, raw.clamp(0, grid.top)
+            )
             return (scale * (codes - grid.zero) - target).square().sum((1, 2))
 
         step = 1e-6
@@ -100,7 +110,9 @@ def test_gradients_of_the_strengths_are_those_of_the_smooth_part(side: str) -> N
             strengths[side][:, group] -= 2 * step
             below = smooth()
             strengths[side][:, group] += step
-            assert torch.allclose((above - below) / (2 * step), gradient[:, group, 0], rtol=1e-4, atol=1e-9)
+            assert torch.allclose(
+                (above - below) / (2 * step), gradient[:, group, 0], rtol=1e-4, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -140,8 +152,12 @@ def test_learned_scales_leave_the_function(kv_heads: int) -> None:
     for x, y in zip(block.inputs(), before, strict=True):
         assert float((block.run(x) - y).abs().max().detach() / y.abs().max()) < 1e-5
     for name, weight in weights.items():
-        error = (weight.dequantize() - block.linear(name).weight).square().sum() / block.linear(name).weight.square().sum()
-        assert float(error.detach()) < 0.05, "codes are of the scaled weights, which the block holds now"
+        error = (weight.dequantize() - block.linear(name).weight).square().sum() / block.linear(
+            name
+        ).weight.square().sum()
+        assert float(error.detach()) < 0.05, (
+            "codes are of the scaled weights, which the block holds now"
+        )
 
 
 def streamed(folder: Path, tokens: Tensor) -> StreamedBlock:
@@ -165,11 +181,24 @@ def random_scales(block: StreamedBlock) -> tuple[omniquant._Linears, omniquant._
 
 def transformable() -> list[str]:
     """The tiny models of every family that states where queries and keys can be scaled."""
-    return ["llama", "mistral", "qwen2", "opt", "phi3", "falcon_7b", "gemma", "gemma2", "mixtral", "qwen2_moe"]
+    return [
+        "llama",
+        "mistral",
+        "qwen2",
+        "opt",
+        "phi3",
+        "falcon_7b",
+        "gemma",
+        "gemma2",
+        "mixtral",
+        "qwen2_moe",
+    ]
 
 
 @pytest.mark.parametrize("family", transformable())
-def test_any_scales_leave_a_real_block_as_it_is(tiny_model: Callable[..., Path], family: str) -> None:
+def test_any_scales_leave_a_real_block_as_it_is(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """Rotary positions mix the halves of a head, so queries and keys have tied scales; biases are scaled with their rows."""
     block = streamed(tiny_model(family), windows(2))
     linears, scales = random_scales(block)
@@ -181,14 +210,21 @@ def test_any_scales_leave_a_real_block_as_it_is(tiny_model: Callable[..., Path],
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_untied_scales_of_keys_would_change_it(tiny_model: Callable[..., Path], kv_heads: int) -> None:
+def test_untied_scales_of_keys_would_change_it(
+    tiny_model: Callable[..., Path], kv_heads: int
+) -> None:
     block = streamed(tiny_model("llama", num_key_value_heads=kv_heads), windows(2))
     linears, scales = random_scales(block)
     with torch.no_grad():
         plain = block.run(block.inputs()[0])
         tied = dict(scales.apply(linears.originals))
-        assert float((block.run(block.inputs()[0], tied) - plain).abs().max() / plain.abs().max()) < 2e-5
-        factor = torch.exp(torch.randn(tied["self_attn.k_proj.weight"].shape[0], 1, generator=generator(6)))
+        assert (
+            float((block.run(block.inputs()[0], tied) - plain).abs().max() / plain.abs().max())
+            < 2e-5
+        )
+        factor = torch.exp(
+            torch.randn(tied["self_attn.k_proj.weight"].shape[0], 1, generator=generator(6))
+        )
         tied["self_attn.k_proj.weight"] = tied["self_attn.k_proj.weight"] * factor
         assert float((block.run(block.inputs()[0], tied) - plain).abs().max()) > 1e-3
 
@@ -205,7 +241,9 @@ class BiasedBlock(FakeBlock):
             norm.bias.data = 2 * torch.randn(32, generator=rng)
             setattr(self.module, name, norm)
         for shape in self.shapes.linears:
-            self.linear(shape.name).bias = nn.Parameter(0.3 * torch.randn(shape.out_features, generator=rng))
+            self.linear(shape.name).bias = nn.Parameter(
+                0.3 * torch.randn(shape.out_features, generator=rng)
+            )
         linears = tuple(dataclasses.replace(shape, bias=True) for shape in self.shapes.linears)
         self.shapes = dataclasses.replace(self.shapes, linears=linears)
         with torch.no_grad():
@@ -251,11 +289,15 @@ def test_activations_are_rounded_while_training() -> None:
     quiet = block.notes["omniquant"]["loss"][0]
     found = rounded(block, w(4, activation=W4A4), epochs=3)
     assert block.notes["omniquant"]["loss"][0] > 2 * quiet, "the loss feels the rounded activations"
-    assert any(not torch.equal(found[name].dequantize(), plain[name].dequantize()) for name in plain)
+    assert any(
+        not torch.equal(found[name].dequantize(), plain[name].dequantize()) for name in plain
+    )
     untouched = rounded(FakeBlock(), w(4, activation=W4A4), epochs=0, clip=False)
     rtn = plugins.build("rounding", "rtn", {"grid": "omniquant"})
     for name, weight in untouched.items():
-        expected = rtn.round_layer(name, FakeBlock().linear(name).weight.detach(), None, w(4).weight, generator())
+        expected = rtn.round_layer(
+            name, FakeBlock().linear(name).weight.detach(), None, w(4).weight, generator()
+        )
         assert torch.equal(weight.dequantize(), expected.dequantize())
 
 
@@ -291,26 +333,43 @@ def test_a_scale_never_reaches_zero() -> None:
     assert scales.scales[0][:5].tolist() == pytest.approx([-3.0, -0.01, 0.01, 0.01, 2.0])
 
 
-@pytest.mark.parametrize(("settings", "shapes", "reason"), [
-    ({"transform": True}, llama_shapes(kv_heads=2), "grouped_heads=true"),
-    ({"transform": True}, dataclasses.replace(llama_shapes(), query_key=None), "transform=false"),
-    ({"transform": True}, dataclasses.replace(llama_shapes(), pairs=()), "transform=false"),
-    ({"transform": True, "shift": True}, llama_shapes(), "shift=false"),
-])
-def test_what_a_family_does_not_allow_is_refused(settings: dict[str, Any], shapes: Any, reason: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "shapes", "reason"),
+    [
+        ({"transform": True}, llama_shapes(kv_heads=2), "grouped_heads=true"),
+        (
+            {"transform": True},
+            dataclasses.replace(llama_shapes(), query_key=None),
+            "transform=false",
+        ),
+        ({"transform": True}, dataclasses.replace(llama_shapes(), pairs=()), "transform=false"),
+        ({"transform": True, "shift": True}, llama_shapes(), "shift=false"),
+    ],
+)
+def test_what_a_family_does_not_allow_is_refused(
+    settings: dict[str, Any], shapes: Any, reason: str
+) -> None:
     (found,) = plugins.build("rounding", "omniquant", settings).check(w(4), shapes)
     assert reason in found
-    assert not plugins.build("rounding", "omniquant", {}).check(w(4), shapes), "clipping alone runs everywhere"
+    assert not plugins.build("rounding", "omniquant", {}).check(w(4), shapes), (
+        "clipping alone runs everywhere"
+    )
 
 
 def test_activations_that_cannot_be_trained_against_are_refused() -> None:
     method = plugins.build("rounding", "omniquant", {})
     static = dataclasses.replace(W4A4, dynamic=False, granularity="tensor")
     assert "static" in method.check(w(4, activation=static), llama_shapes())[0]
-    assert "float8" in method.check(w(4, activation=ActivationScheme("float8_e4m3")), llama_shapes())[0]
+    assert (
+        "float8"
+        in method.check(w(4, activation=ActivationScheme("float8_e4m3")), llama_shapes())[0]
+    )
 
 
-@pytest.mark.parametrize("settings", [{"epochs": -1}, {"exponent": 1.5}, {"clip_rate": 0.0}, {"grid": "omni"}, {"shift": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"epochs": -1}, {"exponent": 1.5}, {"clip_rate": 0.0}, {"grid": "omni"}, {"shift": True}],
+)
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         plugins.build("rounding", "omniquant", settings)
@@ -326,10 +385,14 @@ def test_broken_numbers_fail_the_cell() -> None:
         train(lambda _sample: start.sum() * math.nan, 2, [{"params": [start], "lr": 1.0}], 3)
 
 
-def test_a_pass_trains_against_the_full_precision_chain(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_pass_trains_against_the_full_precision_chain(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     trained = Method("omniquant", rounding=part("omniquant", epochs=4))
-    scaled = Method("omniquant_wa", rounding=part("omniquant", epochs=2, transform=True, grouped_heads=True))
+    scaled = Method(
+        "omniquant_wa", rounding=part("omniquant", epochs=2, transform=True, grouped_heads=True)
+    )
     cells = [cell(folder, trained, 3), cell(folder, scaled, 4)]
     assert not failures(quantize(cells, folder, tmp_path))
     checkpoint = Checkpoint.open(tmp_path / quantize_key(cells[0]))
@@ -338,6 +401,9 @@ def test_a_pass_trains_against_the_full_precision_chain(tiny_model: Callable[...
         assert len(losses) == 4 and min(losses[1:]) < losses[0]
         assert not checkpoint.block(index).dense
     rewritten = Checkpoint.open(tmp_path / quantize_key(cells[1]))
-    assert set(rewritten.block(1).dense) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    assert set(rewritten.block(1).dense) == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
     errors = [entry["weight_error"] for entry in rewritten.manifest["layer_errors"]]
     assert max(errors) < 0.1, "errors are against the scaled weights, not the model's"

@@ -21,7 +21,9 @@ from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight, 
 from harness.quantization.pipeline.tuning import run_tuning
 
 
-def rtn(weight: Tensor, bits: int = 4, group_size: int = -1, symmetric: bool = False) -> UniformWeight:
+def rtn(
+    weight: Tensor, bits: int = 4, group_size: int = -1, symmetric: bool = False
+) -> UniformWeight:
     scheme = WeightScheme("int", bits, group_size, symmetric)
     return plugins.build("rounding", "rtn", {}).round_layer("q", weight, None, scheme, generator())
 
@@ -35,14 +37,20 @@ def linear_of(weight: QuantizedWeight, bias: Tensor | None = None, **settings: A
 def test_at_step_zero_it_is_round_to_nearest(group_size: int, symmetric: bool) -> None:
     base = rtn(random_weight(24, 64), 3, group_size, symmetric)
     linear = linear_of(base)
-    assert torch.equal(linear.weight(), base.dequantize()) and torch.equal(linear.stored().dequantize(), base.dequantize())
+    assert torch.equal(linear.weight(), base.dequantize()) and torch.equal(
+        linear.stored().dequantize(), base.dequantize()
+    )
     x, bias = correlated_inputs(64)[0], torch.arange(24.0)
-    assert torch.equal(linear_of(base, bias)(x), torch.nn.functional.linear(x, base.dequantize(), bias))
+    assert torch.equal(
+        linear_of(base, bias)(x), torch.nn.functional.linear(x, base.dequantize(), bias)
+    )
 
 
 def test_one_parameter_per_row_or_group() -> None:
     weight = random_weight(24, 64)
-    assert [sum(p.numel() for p in linear_of(rtn(weight, 4, size)).parameters()) for size in (-1, 16)] == [24, 24 * 4]
+    assert [
+        sum(p.numel() for p in linear_of(rtn(weight, 4, size)).parameters()) for size in (-1, 16)
+    ] == [24, 24 * 4]
 
 
 def test_a_scale_scales_its_output() -> None:
@@ -50,12 +58,15 @@ def test_a_scale_scales_its_output() -> None:
     linear, x = linear_of(base), correlated_inputs(64)[0]
     before = linear(x)
     with torch.no_grad():
-        linear.change[5] = base.scale[5]                          # s0 + Δs = 2 s0
+        linear.change[5] = base.scale[5]  # s0 + Δs = 2 s0
         linear.change[7] = -2 * base.scale[7]
     factor = torch.ones(24)
     factor[5], factor[7] = 2, -1
     assert torch.equal(linear(x), before * factor)
-    assert torch.equal(QuantizedWeight.kinds["uniform"].unpack(*linear.stored().pack()).dequantize(), linear.stored().dequantize())
+    assert torch.equal(
+        QuantizedWeight.kinds["uniform"].unpack(*linear.stored().pack()).dequantize(),
+        linear.stored().dequantize(),
+    )
 
 
 def test_the_gradient_is_that_of_the_product() -> None:
@@ -63,7 +74,7 @@ def test_the_gradient_is_that_of_the_product() -> None:
     linear, target = linear_of(base), random_weight(8, 32, seed=1)
     loss = (linear.weight() - target).square().sum()
     (gradient,) = torch.autograd.grad(loss, linear.change)
-    groups = (base.codes.reshape(8, 2, 16).float() - base.zero.reshape(8, 2, 1))                 # type: ignore[union-attr]
+    groups = base.codes.reshape(8, 2, 16).float() - base.zero.reshape(8, 2, 1)  # type: ignore[union-attr]
     expected = (2 * (base.dequantize() - target).reshape(8, 2, 16) * groups).sum(-1)
     assert torch.allclose(gradient, expected, rtol=1e-4)
 
@@ -78,9 +89,13 @@ def test_groups_out_of_order_are_trained_too() -> None:
 
 
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_a_tuned_model_keeps_its_integers(tiny_model: Callable[..., Path], tmp_path: Path, group_size: int) -> None:
+def test_a_tuned_model_keeps_its_integers(
+    tiny_model: Callable[..., Path], tmp_path: Path, group_size: int
+) -> None:
     folder = tiny_model("llama")
-    method = Method("peqa", rounding=part("rtn"), tuning=part("peqa", "tuning", epochs=4, rate=0.002))
+    method = Method(
+        "peqa", rounding=part("rtn"), tuning=part("peqa", "tuning", epochs=4, rate=0.002)
+    )
     c = cell(folder, method, 3, group_size)
     quantize([untuned(c)], folder, tmp_path)
     base = tmp_path / quantize_key(untuned(c))
@@ -95,11 +110,13 @@ def test_a_tuned_model_keeps_its_integers(tiny_model: Callable[..., Path], tmp_p
         for name, weight in before.block(index).weights.items():
             tuned = after.block(index).weights[name]
             assert isinstance(weight, UniformWeight) and isinstance(tuned, UniformWeight)
-            assert torch.equal(tuned.codes, weight.codes) and torch.equal(tuned.zero, weight.zero)   # type: ignore[arg-type]
+            assert torch.equal(tuned.codes, weight.codes) and torch.equal(tuned.zero, weight.zero)  # type: ignore[arg-type]
             assert not torch.equal(tuned.scale, weight.scale)
             trained += weight.scale.numel()
     assert notes["trained_parameters"] == trained
-    assert after.manifest["bits_per_weight"] > before.manifest["bits_per_weight"], "scales are float32 now, and counted"
+    assert after.manifest["bits_per_weight"] > before.manifest["bits_per_weight"], (
+        "scales are float32 now, and counted"
+    )
 
 
 def test_other_layouts_are_refused() -> None:

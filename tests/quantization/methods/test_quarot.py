@@ -11,7 +11,16 @@ import torch
 from evidence import FakeBlock, generator, llama_shapes
 from small import cell, failures, part, quantize, windows
 
-from harness.core.cell import ActivationScheme, KVScheme, Method, Model, Scheme, WeightScheme, baseline_of, quantize_key
+from harness.core.cell import (
+    ActivationScheme,
+    KVScheme,
+    Method,
+    Model,
+    Scheme,
+    WeightScheme,
+    baseline_of,
+    quantize_key,
+)
 from harness.data import model_folders
 from harness.quantization.inference.load import load
 from harness.quantization.methods.quarot import Transform
@@ -26,7 +35,9 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("online", [True, False])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_a_rotated_unrounded_model_keeps_its_logits(family: str, online: bool, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_rotated_unrounded_model_keeps_its_logits(
+    family: str, online: bool, tiny_model: Any, tmp_path: Path
+) -> None:
     """Grouped queries, biases and tied heads among them; through pass, checkpoint and loading."""
     folder = tiny_model(family)
     rotated = cell(folder, Method("rotated", transform=part("quarot", "transform", online=online)))
@@ -52,10 +63,12 @@ def test_gptq_sees_rotated_inputs(tiny_model: Any, tmp_path: Path) -> None:
 def test_planted_outliers_of_norms_vanish_and_others_are_spread() -> None:
     plain, planted = FakeBlock(), FakeBlock()
     with torch.no_grad():
-        planted.module.get_submodule("input_layernorm").weight[5] *= 256      # type: ignore[index, operator]
+        planted.module.get_submodule("input_layernorm").weight[5] *= 256  # type: ignore[index, operator]
         for name in "qkv":
             planted.linear(f"self_attn.{name}_proj").weight[:, 5] /= 256
-        planted.linear("mlp.up_proj").weight[7] *= 256                         # of down's input: only a rotation spreads it
+        planted.linear("mlp.up_proj").weight[7] *= (
+            256  # of down's input: only a rotation spreads it
+        )
         planted.linear("mlp.down_proj").weight[:, 7] /= 256
     for block in (plain, planted):
         Transform(Transform.Settings()).rewrite_block(block, SCHEME, generator())
@@ -64,7 +77,9 @@ def test_planted_outliers_of_norms_vanish_and_others_are_spread() -> None:
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
     x = torch.zeros(1, 64)
     x[0, 7] = 256.0
-    assert float(of_module_applied(planted, "mlp.down_proj", x).abs().max()) == pytest.approx(256 / 8)
+    assert float(of_module_applied(planted, "mlp.down_proj", x).abs().max()) == pytest.approx(
+        256 / 8
+    )
 
 
 def of_module_applied(block: FakeBlock, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -100,13 +115,21 @@ def test_rotated_keys_give_the_same_scores_and_round_better(tiny_model: Any) -> 
     with torch.no_grad():
         full = load(baseline_of(base), folder, None)[0](windows(2)).logits
         for hadamard in (False, True):
-            own = dataclasses.replace(baseline_of(base), scheme=Scheme("kv", kv=dataclasses.replace(kv, hadamard=hadamard)))
+            own = dataclasses.replace(
+                baseline_of(base),
+                scheme=Scheme("kv", kv=dataclasses.replace(kv, hadamard=hadamard)),
+            )
             assert difference(load(own, folder, None)[0](windows(2)).logits, full) < 2e-3
 
 
-@pytest.mark.parametrize(("change", "reason"), [
-    ({"rotations": False}, "does not allow rotations"), ({"experts": 8}, "experts"), ({"hidden_size": 30}, "no Hadamard matrix"),
-])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rotations": False}, "does not allow rotations"),
+        ({"experts": 8}, "experts"),
+        ({"hidden_size": 30}, "no Hadamard matrix"),
+    ],
+)
 def test_what_cannot_be_turned_is_refused_in_the_plan(change: dict[str, Any], reason: str) -> None:
     shapes = dataclasses.replace(llama_shapes(), **change)
     (found,) = Transform(Transform.Settings()).check(SCHEME, shapes)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core.cell import Scheme, WeightScheme
@@ -14,9 +22,13 @@ from harness.quantization.numerics.grids import fit
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 
-def quantize(weight: Tensor, evidence: FakeEvidence, bits: int = 3, seed: int = 0, **settings: object) -> QuantizedWeight:
+def quantize(
+    weight: Tensor, evidence: FakeEvidence, bits: int = 3, seed: int = 0, **settings: object
+) -> QuantizedWeight:
     method = Rounding(Rounding.Settings(**settings))  # type: ignore[arg-type]
-    return method.round_layer("q_proj", weight, evidence, WeightScheme("int", bits, -1), generator(seed))
+    return method.round_layer(
+        "q_proj", weight, evidence, WeightScheme("int", bits, -1), generator(seed)
+    )
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
@@ -26,7 +38,9 @@ def hessian_of(inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("rescale", [False, True])
 def test_the_way_there_and_back_is_the_identity(rescale: bool) -> None:
     weight = random_weight(24, 64)
-    rotated, _, scale = incoherent(weight, hessian_of(correlated_inputs(64)), rescale, 11, "float16")
+    rotated, _, scale = incoherent(
+        weight, hessian_of(correlated_inputs(64)), rescale, 11, "float16"
+    )
     left, right = rotations((24, 64), 11, "cpu")
     back = right.undo(left.undo(rotated.T).T)
     back = back if scale is None else back / scale
@@ -75,7 +89,9 @@ def test_incoherence_beats_the_baseline_where_there_are_outliers(bits: int) -> N
     weight[:, 7] *= 6
     plain = quantize(weight, FakeEvidence(inputs), bits, incoherence=False)
     processed = quantize(weight, FakeEvidence(inputs), bits)
-    assert layer_error(weight, processed.dequantize(), inputs) < layer_error(weight, plain.dequantize(), inputs)
+    assert layer_error(weight, processed.dequantize(), inputs) < layer_error(
+        weight, plain.dequantize(), inputs
+    )
 
 
 @pytest.mark.parametrize("incoherence", [False, True])
@@ -83,12 +99,17 @@ def test_greedy_passes_do_not_hurt_much_and_run(incoherence: bool) -> None:
     inputs, weight = correlated_inputs(64, length=128), random_weight(48, 64)
     fed = quantize(weight, FakeEvidence(inputs), 2, incoherence=incoherence)
     greedy = quantize(weight, FakeEvidence(inputs), 2, incoherence=incoherence, greedy_passes=5)
-    assert layer_error(weight, greedy.dequantize(), inputs) < 1.1 * layer_error(weight, fed.dequantize(), inputs)
+    assert layer_error(weight, greedy.dequantize(), inputs) < 1.1 * layer_error(
+        weight, fed.dequantize(), inputs
+    )
 
 
 def test_the_block_size_changes_nothing() -> None:
     evidence, weight = FakeEvidence(correlated_inputs(64)), random_weight(16, 64)
-    one, other = quantize(weight, evidence, block_size=16), quantize(weight, evidence, block_size=64)
+    one, other = (
+        quantize(weight, evidence, block_size=16),
+        quantize(weight, evidence, block_size=64),
+    )
     assert isinstance(one, RotatedWeight) and isinstance(other, RotatedWeight)
     assert float((one.codes != other.codes).float().mean()) < 0.01
 
@@ -102,20 +123,29 @@ def test_seeds_decide_and_repeat() -> None:
 
 @pytest.mark.parametrize("rescale", [False, True])
 def test_packing_is_exact_and_rotations_cost_a_seed(rescale: bool) -> None:
-    quantized = quantize(random_weight(48, 64), FakeEvidence(correlated_inputs(64)), 2, rescale=rescale)
+    quantized = quantize(
+        random_weight(48, 64), FakeEvidence(correlated_inputs(64)), 2, rescale=rescale
+    )
     again = RotatedWeight.unpack(*quantized.pack())
     assert torch.equal(again.dequantize(), quantized.dequantize())
-    assert quantized.bits_per_weight == pytest.approx(2 + (32 + 64) / (48 * 64) + (16 / 48 if rescale else 0))
+    assert quantized.bits_per_weight == pytest.approx(
+        2 + (32 + 64) / (48 * 64) + (16 / 48 if rescale else 0)
+    )
 
 
 def test_baseline_mode_is_a_uniform_matrix() -> None:
-    assert isinstance(quantize(random_weight(8, 32), FakeEvidence(correlated_inputs(32)), incoherence=False), UniformWeight)
+    assert isinstance(
+        quantize(random_weight(8, 32), FakeEvidence(correlated_inputs(32)), incoherence=False),
+        UniformWeight,
+    )
 
 
 def test_check_and_broken_hessians() -> None:
     method, shapes = Rounding(Rounding.Settings()), llama_shapes()
     assert method.check(Scheme("w2", WeightScheme("int", 2)), shapes) == []
-    assert len(method.check(Scheme("w2g32s", WeightScheme("int", 2, 32, symmetric=True)), shapes)) == 2
+    assert (
+        len(method.check(Scheme("w2g32s", WeightScheme("int", 2, 32, symmetric=True)), shapes)) == 2
+    )
     hessian = torch.eye(32)
     hessian[0, 1] = torch.nan
     with pytest.raises(MethodError, match="NaN or infinity"):

@@ -29,7 +29,17 @@ from harness.quantization.pipeline.passes import run_pass
 from harness.storage.store import Store
 
 METHODS = every_cell.names("methods", "none")
-USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32")     # tried before all others
+USUAL = (
+    "w4g32",
+    "w2g32",
+    "w4",
+    "w2",
+    "w3g16",
+    "w2g16",
+    "w4sym",
+    "nf4g32",
+    "w1.1g32",
+)  # tried before all others
 
 
 class Recorder(CheckpointWriter):
@@ -40,7 +50,11 @@ class Recorder(CheckpointWriter):
         self.written: list[int] = []
 
     def write_block(
-        self, index: int, weights: Mapping[str, QuantizedWeight], dense: Mapping[str, torch.Tensor], report: Mapping[str, Any]
+        self,
+        index: int,
+        weights: Mapping[str, QuantizedWeight],
+        dense: Mapping[str, torch.Tensor],
+        report: Mapping[str, Any],
     ) -> None:
         self.written.append(index)
         super().write_block(index, weights, dense, report)
@@ -50,11 +64,11 @@ class Recorder(CheckpointWriter):
 class Walked:
     """Checkpoints of one cell per method: made at once, and made by a pass that was killed and one that went on."""
 
-    cells: dict[str, Cell]                      # by method, as a pass makes them: without tunings
+    cells: dict[str, Cell]  # by method, as a pass makes them: without tunings
     undisturbed: Path
     killed: Path
-    after_kill: dict[str, int]                  # by quantize_key: modification time of block 0
-    redone: dict[str, list[int]]                # by quantize_key: blocks that the second pass wrote
+    after_kill: dict[str, int]  # by quantize_key: modification time of block 0
+    redone: dict[str, list[int]]  # by quantize_key: blocks that the second pass wrote
     failures: list[str]
 
 
@@ -89,7 +103,9 @@ def cells(folder: Path) -> dict[str, Cell]:
 
 
 @pytest.fixture(scope="module")
-def walked(folder: Path, cells: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory) -> Walked:
+def walked(
+    folder: Path, cells: dict[str, Cell], tmp_path_factory: pytest.TempPathFactory
+) -> Walked:
     own = {name: untuned(cell) for name, cell in cells.items()}
     by_key = {quantize_key(cell): cell for cell in own.values()}
     windows = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -112,18 +128,29 @@ def walked(folder: Path, cells: dict[str, Cell], tmp_path_factory: pytest.TempPa
             break
     times: dict[str, int] = {}
     for key in by_key:
-        assert sorted(path.name for path in (killed / key).glob("block-*.json")) == ["block-00000.json"]
+        assert sorted(path.name for path in (killed / key).glob("block-*.json")) == [
+            "block-00000.json"
+        ]
         times[key] = (killed / key / "block-00000.json").stat().st_mtime_ns
         (killed / key / "block-00001.safetensors").write_bytes(b"half of a bl")
     again = writers(killed)
     list(walk(killed, again))
-    return Walked(own, undisturbed, killed, times, {key: writer.written for key, writer in again.items()}, problems)
+    return Walked(
+        own,
+        undisturbed,
+        killed,
+        times,
+        {key: writer.written for key, writer in again.items()},
+        problems,
+    )
 
 
 def content(folder: Path) -> dict[str, Any]:
     """Every file of a checkpoint by name: its bytes, and the manifest without timings."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    found["manifest.json"] = {key: value for key, value in json.loads(found["manifest.json"]).items() if key != "seconds"}
+    found["manifest.json"] = {
+        key: value for key, value in json.loads(found["manifest.json"]).items() if key != "seconds"
+    }
     return found
 
 
@@ -135,17 +162,22 @@ def tensor_bytes(folder: Path, *, quantized: bool = True) -> int:
         header = int.from_bytes(data[:8], "little")
         sizes = {
             name: entry["data_offsets"][1] - entry["data_offsets"][0]
-            for name, entry in json.loads(data[8 : 8 + header]).items() if name != "__metadata__"
+            for name, entry in json.loads(data[8 : 8 + header]).items()
+            if name != "__metadata__"
         }
         assert sum(sizes.values()) == len(data) - 8 - header
-        total += sum(size for name, size in sizes.items() if not (quantized and name.startswith(DENSE)))
+        total += sum(
+            size for name, size in sizes.items() if not (quantized and name.startswith(DENSE))
+        )
     return total
 
 
 def sizes_are_those_on_disk(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     elements = sum(entry["shape"][0] * entry["shape"][1] for entry in manifest["linears"])
-    assert manifest["bits_per_weight"] * elements / 8 == pytest.approx(tensor_bytes(folder), rel=1e-9)
+    assert manifest["bits_per_weight"] * elements / 8 == pytest.approx(
+        tensor_bytes(folder), rel=1e-9
+    )
     assert manifest["stored_bytes"] >= tensor_bytes(folder)
 
 
@@ -156,7 +188,9 @@ def test_every_method_was_walked(walked: Walked) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_killed_pass_goes_on(walked: Walked, name: str) -> None:
     key = quantize_key(walked.cells[name])
-    assert walked.redone[key] == [1, 2], "the finished block is kept, and the half-written one done again"
+    assert walked.redone[key] == [1, 2], (
+        "the finished block is kept, and the half-written one done again"
+    )
     assert (walked.killed / key / "block-00000.json").stat().st_mtime_ns == walked.after_kill[key]
     assert content(walked.killed / key) == content(walked.undisturbed / key)
 
@@ -179,7 +213,12 @@ def test_what_is_of_something_else_is_refused(walked: Walked, name: str) -> None
     ]
     if cell.method.needs:
         assert isinstance(cell.calibration, Calibration)
-        others.append(dataclasses.replace(cell, calibration=dataclasses.replace(cell.calibration, seed=cell.calibration.seed + 1)))
+        others.append(
+            dataclasses.replace(
+                cell,
+                calibration=dataclasses.replace(cell.calibration, seed=cell.calibration.seed + 1),
+            )
+        )
     if any(part.stochastic for part in cell.method.parts):
         others.append(dataclasses.replace(cell, seed=cell.seed + 1))
     before = content(walked.killed / quantize_key(cell))
@@ -197,7 +236,9 @@ def _with_settings(cell: Cell, more: Mapping[str, Any]) -> Any:
     rounding = cell.method.rounding
     assert rounding is not None
     settings = freeze({**to_json(rounding)["settings"], **more})
-    return dataclasses.replace(cell.method, rounding=dataclasses.replace(rounding, settings=settings))
+    return dataclasses.replace(
+        cell.method, rounding=dataclasses.replace(rounding, settings=settings)
+    )
 
 
 def test_a_killed_tuning_starts_again_from_its_base(cells: dict[str, Cell], tmp_path: Path) -> None:
@@ -206,18 +247,24 @@ def test_a_killed_tuning_starts_again_from_its_base(cells: dict[str, Cell], tmp_
 
     def run(name: str, stop: Collection[str] = ()) -> Store:
         store = Store(tmp_path / name)
-        for event in (events := quantize(QuantizeTask(tuned, str(tmp_path / name), "cpu", 1), store, "cpu")):
+        for event in (
+            events := quantize(QuantizeTask(tuned, str(tmp_path / name), "cpu", 1), store, "cpu")
+        ):
             assert not isinstance(event, Failed), event.reason
             if isinstance(event, Progress) and event.stage in stop:
-                events.close()                          # type: ignore[attr-defined]
+                events.close()  # type: ignore[attr-defined]
                 break
         return store
 
     undisturbed, killed = run("undisturbed"), run("killed", stop=("tuning",))
-    bases = [killed.checkpoint_folder(quantize_key(untuned(cell))) / "manifest.json" for cell in tuned]
+    bases = [
+        killed.checkpoint_folder(quantize_key(untuned(cell))) / "manifest.json" for cell in tuned
+    ]
     times = [path.stat().st_mtime_ns for path in bases]
     run("killed")
     assert [path.stat().st_mtime_ns for path in bases] == times, "what was made is not made again"
     for cell in tuned:
         key = quantize_key(cell)
-        assert content(killed.checkpoint_folder(key)) == content(undisturbed.checkpoint_folder(key)), cell.title
+        assert content(killed.checkpoint_folder(key)) == content(
+            undisturbed.checkpoint_folder(key)
+        ), cell.title

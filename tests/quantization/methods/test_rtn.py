@@ -16,10 +16,17 @@ from harness.quantization.numerics.weights import UniformWeight
 
 
 def rtn(
-    weight: Tensor, bits: int = 4, group_size: int = -1, symmetric: bool = False, scale_dtype: str = "float32", **settings: Any
+    weight: Tensor,
+    bits: int = 4,
+    group_size: int = -1,
+    symmetric: bool = False,
+    scale_dtype: str = "float32",
+    **settings: Any,
 ) -> UniformWeight:
     scheme = WeightScheme("int", bits, group_size, symmetric, scale_dtype)
-    return plugins.build("rounding", "rtn", settings).round_layer("mlp.up_proj", weight, None, scheme, generator())
+    return plugins.build("rounding", "rtn", settings).round_layer(
+        "mlp.up_proj", weight, None, scheme, generator()
+    )
 
 
 @pytest.mark.parametrize("grid", ["gptq", "omniquant"])
@@ -46,7 +53,7 @@ def test_no_weight_moves_by_more_than_half_a_step(grid: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weights_on_the_grid_are_reproduced_exactly(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (8, 32), generator=generator(bits)).float()
-    codes[:, 0], codes[:, 1] = 0, 2**bits - 1                    # both extremes, in every row
+    codes[:, 0], codes[:, 1] = 0, 2**bits - 1  # both extremes, in every row
     weight = 0.03125 * (codes - 1)
     assert torch.equal(rtn(weight, bits).dequantize(), weight)
 
@@ -76,7 +83,10 @@ def test_the_error_of_a_group_is_bounded_by_its_step() -> None:
 def test_range_search_is_never_worse_by_its_own_measure() -> None:
     weight = random_weight(16, 64)
     plain, searched = rtn(weight, 3, 32), rtn(weight, 3, 32, range_search=True)
-    errors = [(result.dequantize() - weight).abs().pow(2.4).reshape(16, 2, 32).sum(-1) for result in (plain, searched)]
+    errors = [
+        (result.dequantize() - weight).abs().pow(2.4).reshape(16, 2, 32).sum(-1)
+        for result in (plain, searched)
+    ]
     assert bool((errors[1] <= errors[0] * (1 + 1e-6)).all())
     assert float(errors[1].sum()) < float(errors[0].sum())
 
@@ -94,39 +104,59 @@ def test_rows_of_zeros_stay_zero(grid: str, symmetric: bool) -> None:
 
 def test_what_a_group_of_one_sign_becomes_depends_on_the_convention() -> None:
     weight = torch.linspace(0.5, 1.0, 16).repeat(2, 1)
-    errors = {grid: float((rtn(weight, 4, grid=grid).dequantize() - weight).abs().max()) for grid in ("gptq", "awq", "omniquant")}
-    assert errors["omniquant"] < 0.02 < errors["gptq"] < 0.04     # exact at the ends; steps of 1/15
-    assert errors["awq"] > 0.4                                    # the zero point cannot move far enough: the end is clipped
+    errors = {
+        grid: float((rtn(weight, 4, grid=grid).dequantize() - weight).abs().max())
+        for grid in ("gptq", "awq", "omniquant")
+    }
+    assert errors["omniquant"] < 0.02 < errors["gptq"] < 0.04  # exact at the ends; steps of 1/15
+    assert errors["awq"] > 0.4  # the zero point cannot move far enough: the end is clipped
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 def test_bits_per_weight_follow_the_formula(bits: int) -> None:
     weight = random_weight(64, 256)
     assert rtn(weight, bits, 32, scale_dtype="float16").bits_per_weight == bits + (16 + bits) / 32
-    assert rtn(weight, bits, 32, symmetric=True, scale_dtype="float16").bits_per_weight == bits + 16 / 32
+    assert (
+        rtn(weight, bits, 32, symmetric=True, scale_dtype="float16").bits_per_weight
+        == bits + 16 / 32
+    )
 
 
 def test_every_layer_that_a_group_size_does_not_divide_is_named() -> None:
     method = plugins.build("rounding", "rtn", {})
     (reason,) = method.check(Scheme("odd", WeightScheme(group_size=48)), llama_shapes(32, 64))
     assert reason.startswith("group size 48 does not divide")
-    for layer in ("self_attn.q_proj (32)", "self_attn.o_proj (32)", "mlp.gate_proj (32)", "mlp.down_proj (64)"):
+    for layer in (
+        "self_attn.q_proj (32)",
+        "self_attn.o_proj (32)",
+        "mlp.gate_proj (32)",
+        "mlp.down_proj (64)",
+    ):
         assert layer in reason
 
 
 def test_overrides_of_single_blocks_are_checked() -> None:
     method = plugins.build("rounding", "rtn", {})
     override = Override(("down_proj",), blocks=(1,), weight=freeze({"group_size": 24}))
-    (reason,) = method.check(Scheme("mixed", WeightScheme(group_size=16), overrides=(override,)), llama_shapes(32, 64))
+    (reason,) = method.check(
+        Scheme("mixed", WeightScheme(group_size=16), overrides=(override,)), llama_shapes(32, 64)
+    )
     assert reason == "group size 24 does not divide in_features of mlp.down_proj (64)"
     assert not method.check(Scheme("mixed", WeightScheme(group_size=16)), llama_shapes(32, 64))
 
 
-@pytest.mark.parametrize(("scheme", "part"), [
-    (WeightScheme(bits=1), "1 bits"), (WeightScheme(bits=9), "9 bits"), (WeightScheme(bits=2.5), "2.5 bits"),
-    (WeightScheme(group_size=0), "group size 0"), (WeightScheme(group_size=1), "group size 1"),
-    (WeightScheme(format="nf5"), 'format "nf5"'), (WeightScheme(scale_dtype="float8"), 'no scale_dtype "float8"'),
-])
+@pytest.mark.parametrize(
+    ("scheme", "part"),
+    [
+        (WeightScheme(bits=1), "1 bits"),
+        (WeightScheme(bits=9), "9 bits"),
+        (WeightScheme(bits=2.5), "2.5 bits"),
+        (WeightScheme(group_size=0), "group size 0"),
+        (WeightScheme(group_size=1), "group size 1"),
+        (WeightScheme(format="nf5"), 'format "nf5"'),
+        (WeightScheme(scale_dtype="float8"), 'no scale_dtype "float8"'),
+    ],
+)
 def test_impossible_schemes_say_why(scheme: WeightScheme, part: str) -> None:
     (reason,) = plugins.build("rounding", "rtn", {}).check(Scheme("odd", scheme), llama_shapes())
     assert part in reason
@@ -139,4 +169,9 @@ def test_a_damaged_weight_and_an_unknown_grid_are_refused() -> None:
         rtn(weight)
     with pytest.raises(ConfigError, match='no grid "gtpq"'):
         plugins.build("rounding", "rtn", {"grid": "gtpq"})
-    assert "symmetric only" in plugins.build("rounding", "rtn", {"grid": "compressed"}).check(Scheme("x"), llama_shapes())[0]
+    assert (
+        "symmetric only"
+        in plugins.build("rounding", "rtn", {"grid": "compressed"}).check(
+            Scheme("x"), llama_shapes()
+        )[0]
+    )

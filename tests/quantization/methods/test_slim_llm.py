@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from evidence import FakeBlock, FakeEvidence, correlated_inputs, generator, llama_shapes, random_weight
+from evidence import (
+    FakeBlock,
+    FakeEvidence,
+    correlated_inputs,
+    generator,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core import plugins
@@ -29,8 +36,12 @@ def w(bits: int, group_size: int = 16, scale_dtype: str = "float32") -> WeightSc
     return WeightScheme("int", bits, group_size, False, scale_dtype)
 
 
-def rounded(weight: Tensor, evidence: Any, scheme: WeightScheme, **settings: Any) -> MixedWidthWeight:
-    return plugins.build("rounding", "slim_llm", settings).round_layer("self_attn.q_proj", weight, evidence, scheme, generator())
+def rounded(
+    weight: Tensor, evidence: Any, scheme: WeightScheme, **settings: Any
+) -> MixedWidthWeight:
+    return plugins.build("rounding", "slim_llm", settings).round_layer(
+        "self_attn.q_proj", weight, evidence, scheme, generator()
+    )
 
 
 def evidence_of(width: int, **fields: Any) -> FakeEvidence:
@@ -67,7 +78,10 @@ def test_uniform_widths_and_plain_ranges_are_gptq() -> None:
 
 def test_a_weight_of_one_leaves_salient_entries_like_the_others() -> None:
     weight, evidence = random_weight(24, 96), evidence_of(96)
-    one, other = (rounded(weight, evidence, w(3), salient_weight=value).dequantize() for value in (1.0, 1.0000001))
+    one, other = (
+        rounded(weight, evidence, w(3), salient_weight=value).dequantize()
+        for value in (1.0, 1.0000001)
+    )
     assert torch.equal(one, other)
     assert not torch.equal(one, rounded(weight, evidence, w(3), salient_weight=20.0).dequantize())
 
@@ -92,7 +106,9 @@ def test_a_diagonal_hessian_leaves_round_to_nearest_with_the_range_search() -> N
     for start in range(0, 64, 16):
         values = weight[:, start : start + 16]
         scale, zero = method._fit(values, torch.ones(16), 3, "float32")
-        expected[:, start : start + 16] = scale * ((torch.round(values / scale) + zero).clamp(0, 7) - zero)
+        expected[:, start : start + 16] = scale * (
+            (torch.round(values / scale) + zero).clamp(0, 7) - zero
+        )
     assert torch.equal(found, expected)
 
 
@@ -105,28 +121,38 @@ def test_incremental_divergences_are_those_of_whole_products() -> None:
         for moved in range(1, 4):
             widths = widths_of(salience, 2, moved)
             groups = weight.reshape(20, 8, 16)
-            candidate = torch.cat([nearest_at(groups[:, g], width, "float32") for g, width in enumerate(widths)], dim=1)
+            candidate = torch.cat(
+                [nearest_at(groups[:, g], width, "float32") for g, width in enumerate(widths)],
+                dim=1,
+            )
             total = 0.0
             for x in inputs:
                 p = torch.softmax(x @ candidate.T, -1).clamp(min=1e-6)
                 o = torch.softmax(x @ weight.T, -1).clamp(min=1e-6)
                 total += float((p * (p.log() - o.log())).sum(-1).mean())
             losses.append(total)
-        assert search_moved(weight, inputs, salience, 2, 16, "float32") == losses.index(min(losses)) + 1
+        assert (
+            search_moved(weight, inputs, salience, 2, 16, "float32")
+            == losses.index(min(losses)) + 1
+        )
 
 
 def test_the_least_salient_groups_lose_and_the_most_salient_win() -> None:
     assert widths_of(torch.tensor([5.0, 1.0, 3.0, 9.0, 2.0]), 3, 2) == (4, 2, 3, 4, 2)
     assert widths_of(torch.tensor([1.0, 1.0, 1.0, 1.0]), 2, 1) == (1, 2, 2, 3)
     weight, factor = random_weight(4, 8), torch.triu(torch.rand(8, 8, generator=generator(1)) + 0.5)
-    by_hand = [float(((weight[:, a:a + 4] / factor.diagonal()[a:a + 4]) ** 2).sum()) for a in (0, 4)]
+    by_hand = [
+        float(((weight[:, a : a + 4] / factor.diagonal()[a : a + 4]) ** 2).sum()) for a in (0, 4)
+    ]
     assert group_salience(weight, factor, 4).tolist() == pytest.approx(by_hand)
 
 
 def test_one_bit_is_the_mean_and_the_mean_magnitude() -> None:
     values = random_weight(8, 16) + 0.02
     codes, scale, mean = binarize(values, "float32")
-    assert torch.allclose(mean, values.mean(1, keepdim=True)) and torch.allclose(scale, values.abs().mean(1, keepdim=True))
+    assert torch.allclose(mean, values.mean(1, keepdim=True)) and torch.allclose(
+        scale, values.abs().mean(1, keepdim=True)
+    )
     expected = mean + scale * torch.sign(values - mean)
     assert torch.allclose(mean + scale * (2 * codes.float() - 1), expected)
 
@@ -137,7 +163,7 @@ def test_the_layout_is_exact_and_its_size_honest(bits: int, scale_dtype: str) ->
     found = rounded(random_weight(24, 128), evidence_of(128), w(bits, 16, scale_dtype))
     tensors, meta = found.pack()
     again = QuantizedWeight.kinds["mixed_width"].unpack(tensors, meta)
-    assert torch.equal(again.dequantize(), found.dequantize()) and again.bits == found.bits      # type: ignore[attr-defined]
+    assert torch.equal(again.dequantize(), found.dequantize()) and again.bits == found.bits  # type: ignore[attr-defined]
     scale_bits = 16 if scale_dtype == "float16" else 32
     nominal = bits + scale_bits / 16
     assert nominal < found.bits_per_weight < nominal + (scale_bits + bits + 1) / 16
@@ -157,7 +183,10 @@ def test_moved_widths_help_where_salience_is_uneven() -> None:
     def error(found: MixedWidthWeight) -> float:
         return float((x @ (found.dequantize() - weight).T).square().sum())
 
-    searched, uniform = rounded(weight, evidence, w(2)), rounded(weight, evidence, w(2), search_widths=False)
+    searched, uniform = (
+        rounded(weight, evidence, w(2)),
+        rounded(weight, evidence, w(2), search_widths=False),
+    )
     assert searched.bits[0] == 3
     assert error(searched) < error(uniform)
 
@@ -165,7 +194,12 @@ def test_moved_widths_help_where_salience_is_uneven() -> None:
 def test_dead_columns_become_nearly_nothing() -> None:
     inputs = correlated_inputs(64)
     inputs[..., [3, 40]] = 0
-    found = rounded(random_weight(16, 64), FakeEvidence(inputs, needs=("hessian", "inputs")), w(3), search_widths=False)
+    found = rounded(
+        random_weight(16, 64),
+        FakeEvidence(inputs, needs=("hessian", "inputs")),
+        w(3),
+        search_widths=False,
+    )
     assert bool((found.dequantize()[:, [3, 40]] == 0).all())
 
 
@@ -176,18 +210,23 @@ def test_linears_of_one_input_share_their_factors() -> None:
     assert set(block.evidence["self_attn.q_proj"].computed.values()) == {1}
 
 
-@pytest.mark.parametrize(("scheme", "reason"), [
-    (WeightScheme("int", 3, -1), "group_size"),
-    (WeightScheme("int", 3, 16, symmetric=True), "symmetric=false"),
-    (WeightScheme("int", 6, 8), "2 to 4"),
-    (WeightScheme("int", 3, 32), "four groups"),
-])
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (WeightScheme("int", 3, -1), "group_size"),
+        (WeightScheme("int", 3, 16, symmetric=True), "symmetric=false"),
+        (WeightScheme("int", 6, 8), "2 to 4"),
+        (WeightScheme("int", 3, 32), "four groups"),
+    ],
+)
 def test_what_cannot_run_is_refused(scheme: WeightScheme, reason: str) -> None:
     found = plugins.build("rounding", "slim_llm", {}).check(Scheme("test", scheme), llama_shapes())
     assert any(reason in each for each in found)
 
 
-@pytest.mark.parametrize("settings", [{"damping_fraction": 0.0}, {"range_steps": 500}, {"salient_weight": -1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"damping_fraction": 0.0}, {"range_steps": 500}, {"salient_weight": -1.0}]
+)
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         plugins.build("rounding", "slim_llm", settings)
@@ -205,4 +244,6 @@ def test_broken_numbers_fail_the_cell() -> None:
 
 def test_wide_groups_use_gptqs_grid() -> None:
     groups = random_weight(8, 32).reshape(8, 2, 16)
-    assert torch.equal(nearest_at(groups, 3, "float32"), fit(groups, 3, False, "gptq").nearest(groups))
+    assert torch.equal(
+        nearest_at(groups, 3, "float32"), fit(groups, 3, False, "gptq").nearest(groups)
+    )

@@ -23,8 +23,12 @@ def scheme(bits: int, group_size: int = 8) -> Scheme:
     return Scheme("test", WeightScheme("int", bits, group_size, False, "float32"))
 
 
-def rounded(block: FakeBlock, bits: int, group_size: int = 8, **settings: Any) -> dict[str, MixedWidthWeight]:
-    return plugins.build("rounding", "slim_llm_plus", settings).round_block(block, scheme(bits, group_size), generator())
+def rounded(
+    block: FakeBlock, bits: int, group_size: int = 8, **settings: Any
+) -> dict[str, MixedWidthWeight]:
+    return plugins.build("rounding", "slim_llm_plus", settings).round_block(
+        block, scheme(bits, group_size), generator()
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -54,7 +58,12 @@ def test_the_widths_are_slim_llms() -> None:
     same = 0
     for name, found in plus.items():
         weight = block.linear(name).weight.detach()
-        same += found.bits == slim.round_layer(name, weight, block.evidence[name], scheme(3).weight, generator()).bits
+        same += (
+            found.bits
+            == slim.round_layer(
+                name, weight, block.evidence[name], scheme(3).weight, generator()
+            ).bits
+        )
     assert same >= 5
 
 
@@ -63,7 +72,10 @@ def test_training_lowers_the_loss_and_the_block_error(bits: int) -> None:
     block = FakeBlock(needs=NEEDS)
     errors = []
     for epochs in (0, 15):
-        weights = {f"{name}.weight": weight.dequantize() for name, weight in rounded(block, bits, epochs=epochs).items()}
+        weights = {
+            f"{name}.weight": weight.dequantize()
+            for name, weight in rounded(block, bits, epochs=epochs).items()
+        }
         with torch.no_grad():
             pairs = zip(block.inputs(), block.references(), strict=True)
             errors.append(sum(float((block.run(x, weights) - y).square().mean()) for x, y in pairs))
@@ -74,7 +86,7 @@ def test_training_lowers_the_loss_and_the_block_error(bits: int) -> None:
 def test_zero_points_outside_the_codes_are_stored_exactly() -> None:
     block = FakeBlock(needs=NEEDS)
     with torch.no_grad():
-        block.linear("self_attn.q_proj").weight.abs_()            # groups of one sign: ranges without zero
+        block.linear("self_attn.q_proj").weight.abs_()  # groups of one sign: ranges without zero
     block.observe()
     found = rounded(block, 3, epochs=0)["self_attn.q_proj"]
     assert bool((found.offset < 0).any())
@@ -82,12 +94,17 @@ def test_zero_points_outside_the_codes_are_stored_exactly() -> None:
     assert torch.equal(again.dequantize(), found.dequantize())
 
 
-@pytest.mark.parametrize("weight", [WeightScheme("int", 3, -1), WeightScheme("int", 3, 8, True), WeightScheme("int", 6, 8)])
+@pytest.mark.parametrize(
+    "weight",
+    [WeightScheme("int", 3, -1), WeightScheme("int", 3, 8, True), WeightScheme("int", 6, 8)],
+)
 def test_what_cannot_run_is_refused(weight: WeightScheme) -> None:
     assert Rounding(Rounding.Settings()).check(Scheme("test", weight), llama_shapes())
 
 
-@pytest.mark.parametrize("settings", [{"epochs": -1}, {"clip_rate": 0.0}, {"damping_fraction": 0.0}])
+@pytest.mark.parametrize(
+    "settings", [{"epochs": -1}, {"clip_rate": 0.0}, {"damping_fraction": 0.0}]
+)
 def test_settings_outside_their_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         plugins.build("rounding", "slim_llm_plus", settings)

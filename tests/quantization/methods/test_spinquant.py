@@ -13,7 +13,16 @@ from evidence import llama_shapes
 from small import RTN, cell, content, failures, part, quantize, windows
 from torch import Tensor
 
-from harness.core.cell import ActivationScheme, KVScheme, Method, Model, Scheme, WeightScheme, baseline_of, quantize_key
+from harness.core.cell import (
+    ActivationScheme,
+    KVScheme,
+    Method,
+    Model,
+    Scheme,
+    WeightScheme,
+    baseline_of,
+    quantize_key,
+)
 from harness.data import model_folders
 from harness.quantization.formats.native import Checkpoint, CheckpointWriter
 from harness.quantization.inference.load import load
@@ -39,7 +48,9 @@ def rotations(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
-def test_a_model_with_learned_rotations_keeps_its_logits(family: str, tiny_model: Any, tmp_path: Path) -> None:
+def test_a_model_with_learned_rotations_keeps_its_logits(
+    family: str, tiny_model: Any, tmp_path: Path
+) -> None:
     """Grouped queries, biases, tied heads and fused projections among them; through pass, checkpoint and loading."""
     folder = tiny_model(family)
     method = Method("turned", transform=part("spinquant", "transform", steps=2, sequences=2))
@@ -47,7 +58,9 @@ def test_a_model_with_learned_rotations_keeps_its_logits(family: str, tiny_model
     assert not failures(quantize([one], folder, tmp_path))
     own = learned_in(tmp_path / quantize_key(one))
     for rotation in rotations(own).values():
-        assert torch.allclose(rotation.T @ rotation, torch.eye(len(rotation), dtype=torch.float64), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            rotation.T @ rotation, torch.eye(len(rotation), dtype=torch.float64), rtol=0, atol=1e-12
+        )
     assert float(own["residual"].abs().std()) > 0, "still a Hadamard matrix: nothing was learned"
     full, _ = load(baseline_of(one), folder, None)
     found, _ = load(one, folder, tmp_path / quantize_key(one))
@@ -57,8 +70,12 @@ def test_a_model_with_learned_rotations_keeps_its_logits(family: str, tiny_model
 
 def demo_cell(scheme: Scheme, **settings: Any) -> Any:
     model = Model("demo", "demo:activation_outliers", digest="x")
-    method = Method("spinquant", part("spinquant", "transform", **settings), part("rtn", grid="awq"))
-    return dataclasses.replace(cell(model_folders.model_folder(model), method), model=model, scheme=scheme)
+    method = Method(
+        "spinquant", part("spinquant", "transform", **settings), part("rtn", grid="awq")
+    )
+    return dataclasses.replace(
+        cell(model_folders.model_folder(model), method), model=model, scheme=scheme
+    )
 
 
 def test_learning_lowers_the_rounded_models_loss(tmp_path: Path) -> None:
@@ -74,7 +91,9 @@ def test_learning_lowers_the_rounded_models_loss(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = model(text).logits[:, :-1].log_softmax(-1)
         losses[steps] = float(-logits.gather(-1, text[:, 1:, None]).mean())
-        assert losses[steps] == pytest.approx(notes["loss_after"], rel=0.02), "what is learned against is what is run"
+        assert losses[steps] == pytest.approx(notes["loss_after"], rel=0.02), (
+            "what is learned against is what is run"
+        )
     assert losses[4] < losses[0] - 0.05, losses
 
 
@@ -84,7 +103,9 @@ def demo_windows(folder: Path) -> Tensor:
     from harness.core.cell import Calibration
     from harness.quantization.calibration import draw_windows
 
-    return draw_windows(Calibration("demo", "demo", samples=4, length=128), AutoTokenizer.from_pretrained(folder))
+    return draw_windows(
+        Calibration("demo", "demo", samples=4, length=128), AutoTokenizer.from_pretrained(folder)
+    )
 
 
 def test_without_rounding_there_is_nothing_to_learn(tiny_model: Any, tmp_path: Path) -> None:
@@ -101,27 +122,38 @@ def test_without_rounding_there_is_nothing_to_learn(tiny_model: Any, tmp_path: P
     assert float(found[1]["loss"][0]) == pytest.approx(float(found[1]["loss"][-1]), abs=1e-5)
 
 
-def test_a_rounded_cache_alone_moves_the_rotations_of_values(tiny_model: Any, tmp_path: Path) -> None:
+def test_a_rounded_cache_alone_moves_the_rotations_of_values(
+    tiny_model: Any, tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
-    kv = KVScheme(bits=2, group_size=16, residual=0, key_axis="token", value_axis="token", hadamard=True)
+    kv = KVScheme(
+        bits=2, group_size=16, residual=0, key_axis="token", value_axis="token", hadamard=True
+    )
     found = []
     for steps in (0, 1):
         transform = part("spinquant", "transform", steps=steps, sequences=2, round_weights=False)
-        one = dataclasses.replace(cell(folder, Method("turned", transform=transform)), scheme=dataclasses.replace(W4, kv=kv))
+        one = dataclasses.replace(
+            cell(folder, Method("turned", transform=transform)),
+            scheme=dataclasses.replace(W4, kv=kv),
+        )
         assert not failures(quantize([one], folder, tmp_path))
         found.append(rotations(learned_in(tmp_path / quantize_key(one))))
     moved = {name: difference(found[1][name], found[0][name]) for name in found[0]}
     assert all(moved[name] > 1e-3 for name in moved if name != "residual"), moved
 
 
-def test_cells_learn_once_and_as_they_would_alone(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_learn_once_and_as_they_would_alone(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two roundings behind one transform and one scheme; another scheme learns its own rotations; a resumed pass learns nothing."""
     folder = tiny_model("llama")
     transform = part("spinquant", "transform", steps=1, sequences=2)
     cells = [
         dataclasses.replace(cell(folder, method), scheme=scheme)
         for method, scheme in (
-            (Method("one", transform, part("rtn")), W4), (Method("two", transform, part("gptq")), W4), (RTN, W4),
+            (Method("one", transform, part("rtn")), W4),
+            (Method("two", transform, part("gptq")), W4),
+            (RTN, W4),
             (Method("one", transform, part("rtn")), W3A3),
         )
     ]
@@ -143,36 +175,62 @@ def test_cells_learn_once_and_as_they_would_alone(tiny_model: Any, tmp_path: Pat
     quantize(cells[:1], folder, tmp_path / "resumed", stop_after=2)
     quantize(cells[:1], folder, tmp_path / "resumed")
     key = quantize_key(cells[0])
-    assert len(calls) == 1 and content(tmp_path / "resumed" / key) == content(tmp_path / "alone" / key)
+    assert len(calls) == 1 and content(tmp_path / "resumed" / key) == content(
+        tmp_path / "alone" / key
+    )
 
 
 def test_a_learning_that_fails_takes_its_cells_out_and_no_other(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model("llama")
-    cells = [dataclasses.replace(cell(folder, method), scheme=W4) for method in (
-        Method("turned", part("spinquant", "transform", steps=1, sequences=1), part("rtn")), RTN,
-    )]
+    cells = [
+        dataclasses.replace(cell(folder, method), scheme=W4)
+        for method in (
+            Method("turned", part("spinquant", "transform", steps=1, sequences=1), part("rtn")),
+            RTN,
+        )
+    ]
     monkeypatch.setattr(passes.StreamedModel, "gradients", lambda *_: float("nan"))
     (failed,) = failures(quantize(cells, folder, tmp_path))
     assert failed.stage == "learning" and "lower the rate" in failed.reason
     assert Checkpoint.open(tmp_path / quantize_key(cells[1])).manifest["blocks"] == 3
 
 
-@pytest.mark.parametrize(("change", "scheme", "reason"), [
-    ({"rotations": False}, W3A3, "does not allow rotations"),
-    ({"experts": 8}, W3A3, "experts"),
-    ({"hidden_size": 30}, W3A3, "no Hadamard matrix"),
-    ({}, dataclasses.replace(W3A3, activation=ActivationScheme(granularity="tensor", dynamic=False)), "static"),
-    ({}, dataclasses.replace(W3A3, activation=ActivationScheme(format="fp8_e4m3")), "no gradient"),
-    ({}, Scheme("nf4", WeightScheme("nf4", 4, 16)), "nf4"),
-])
-def test_what_cannot_be_learned_is_refused_in_the_plan(change: dict[str, Any], scheme: Scheme, reason: str) -> None:
-    (found,) = Transform(Transform.Settings()).check(scheme, dataclasses.replace(llama_shapes(), **change))
+@pytest.mark.parametrize(
+    ("change", "scheme", "reason"),
+    [
+        ({"rotations": False}, W3A3, "does not allow rotations"),
+        ({"experts": 8}, W3A3, "experts"),
+        ({"hidden_size": 30}, W3A3, "no Hadamard matrix"),
+        (
+            {},
+            dataclasses.replace(
+                W3A3, activation=ActivationScheme(granularity="tensor", dynamic=False)
+            ),
+            "static",
+        ),
+        (
+            {},
+            dataclasses.replace(W3A3, activation=ActivationScheme(format="fp8_e4m3")),
+            "no gradient",
+        ),
+        ({}, Scheme("nf4", WeightScheme("nf4", 4, 16)), "nf4"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused_in_the_plan(
+    change: dict[str, Any], scheme: Scheme, reason: str
+) -> None:
+    (found,) = Transform(Transform.Settings()).check(
+        scheme, dataclasses.replace(llama_shapes(), **change)
+    )
     assert reason in found
 
 
-@pytest.mark.parametrize("settings", [{"steps": -1}, {"sequences": 0}, {"rate": 0.0}, {"grid": "hqq"}, {"rotation_seed": -1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"steps": -1}, {"sequences": 0}, {"rate": 0.0}, {"grid": "hqq"}, {"rotation_seed": -1}],
+)
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings)) + "|grid"):
         Transform.Settings(**settings)

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core.cell import Scheme, WeightScheme
 from harness.quantization.methods import gptq
-from harness.quantization.methods.spqr import BilevelWeight, Rounding, SecondLevel, asymmetric_grid, leave_one_out_gain
+from harness.quantization.methods.spqr import (
+    BilevelWeight,
+    Rounding,
+    SecondLevel,
+    asymmetric_grid,
+    leave_one_out_gain,
+)
 from harness.quantization.numerics.hessians import damped
 
 
 def quantize(
-    weight: Tensor, evidence: FakeEvidence, bits: int = 3, group_size: int = 16, dtype: str = "float16", **settings: object
+    weight: Tensor,
+    evidence: FakeEvidence,
+    bits: int = 3,
+    group_size: int = 16,
+    dtype: str = "float16",
+    **settings: object,
 ) -> BilevelWeight:
     method = Rounding(Rounding.Settings(**settings))  # type: ignore[arg-type]
     scheme = WeightScheme("int", bits, group_size, scale_dtype=dtype)
@@ -33,9 +52,13 @@ def share(quantized: BilevelWeight) -> float:
 
 def test_without_its_additions_it_is_gptq() -> None:
     evidence, weight = FakeEvidence(correlated_inputs(256, length=128)), random_weight(32, 256)
-    ours = quantize(weight, evidence, 4, 128, "float32", **PLAIN, round_zero=True, damping_fraction=0.01)
+    ours = quantize(
+        weight, evidence, 4, 128, "float32", **PLAIN, round_zero=True, damping_fraction=0.01
+    )
     method = gptq.Rounding(gptq.Rounding.Settings())
-    theirs = method.round_layer("q_proj", weight, evidence, WeightScheme("int", 4, 128, scale_dtype="float32"), generator())
+    theirs = method.round_layer(
+        "q_proj", weight, evidence, WeightScheme("int", 4, 128, scale_dtype="float32"), generator()
+    )
     assert torch.equal(ours.dequantize(), theirs.dequantize())
 
 
@@ -47,8 +70,11 @@ def test_threshold_zero_keeps_every_weight() -> None:
 
 
 def test_one_huge_weight_is_kept_exactly() -> None:
-    evidence, weight = FakeEvidence(correlated_inputs(64)), 0.02 * torch.randn(16, 64, generator=generator())
-    weight[3, 0] = 4.0                                            # in the first column rounded no update has reached it
+    evidence, weight = (
+        FakeEvidence(correlated_inputs(64)),
+        0.02 * torch.randn(16, 64, generator=generator()),
+    )
+    weight[3, 0] = 4.0  # in the first column rounded no update has reached it
     quantized = quantize(weight, evidence, dtype="float32", act_order=False)
     assert float(quantized.dequantize()[3, 0]) == 4.0
     others = torch.ones(64, dtype=torch.bool)
@@ -58,7 +84,10 @@ def test_one_huge_weight_is_kept_exactly() -> None:
 
 def test_more_outliers_mean_less_error_at_the_ends() -> None:
     inputs, weight = correlated_inputs(64, length=128), random_weight(48, 64)
-    runs = [quantize(weight, FakeEvidence(inputs), outlier_threshold=threshold) for threshold in (None, 0.5, 0.2, 0.02)]
+    runs = [
+        quantize(weight, FakeEvidence(inputs), outlier_threshold=threshold)
+        for threshold in (None, 0.5, 0.2, 0.02)
+    ]
     shares = [share(run) for run in runs]
     errors = [layer_error(weight, run.dequantize(), inputs) for run in runs]
     assert shares == sorted(shares) and shares[0] == 0 and errors[-1] < errors[0]
@@ -67,23 +96,41 @@ def test_more_outliers_mean_less_error_at_the_ends() -> None:
 def test_the_published_layout_costs_what_the_paper_says() -> None:
     evidence, weight = FakeEvidence(correlated_inputs(256, length=128)), random_weight(256, 256)
     without = quantize(weight, evidence, outlier_threshold=None, act_order=False)
-    assert without.bits_per_weight == pytest.approx(3.625 + 32 * 257 / 65536)                  # and the empty row pointers
+    assert without.bits_per_weight == pytest.approx(
+        3.625 + 32 * 257 / 65536
+    )  # and the empty row pointers
     kept = quantize(weight, evidence, act_order=False)
-    assert kept.bits_per_weight == pytest.approx(3.625 + 32 * share(kept) + 32 * 257 / 65536, abs=2e-3)
+    assert kept.bits_per_weight == pytest.approx(
+        3.625 + 32 * share(kept) + 32 * 257 / 65536, abs=2e-3
+    )
     ordered = quantize(weight, evidence)
-    assert ordered.bits_per_weight == pytest.approx(3.625 + 32 * share(ordered) + 32 * 257 / 65536 + 16 / 256, abs=2e-3)
+    assert ordered.bits_per_weight == pytest.approx(
+        3.625 + 32 * share(ordered) + 32 * 257 / 65536 + 16 / 256, abs=2e-3
+    )
     whole = quantize(weight, evidence, outlier_threshold=None, act_order=False, round_zero=True)
-    assert whole.bits_per_weight == pytest.approx(3 + (3 + 3) / 16 + 32 / (16 * 16) + 32 * 257 / 65536)
+    assert whole.bits_per_weight == pytest.approx(
+        3 + (3 + 3) / 16 + 32 / (16 * 16) + 32 * 257 / 65536
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, PLAIN, {"round_zero": True}, {"scale_bits": None}, {"zero_bits": None}, {"outlier_threshold": 0.05}, {"zero_bits": 2}],
+    [
+        {},
+        PLAIN,
+        {"round_zero": True},
+        {"scale_bits": None},
+        {"zero_bits": None},
+        {"outlier_threshold": 0.05},
+        {"zero_bits": 2},
+    ],
 )
 def test_packing_is_exact(settings: dict[str, object]) -> None:
     quantized = quantize(random_weight(32, 64), FakeEvidence(correlated_inputs(64)), **settings)
     again = BilevelWeight.unpack(*quantized.pack())
-    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(again.codes, quantized.codes)
+    assert torch.equal(again.dequantize(), quantized.dequantize()) and torch.equal(
+        again.codes, quantized.codes
+    )
 
 
 def test_what_is_stored_is_what_was_rounded() -> None:
@@ -92,10 +139,16 @@ def test_what_is_stored_is_what_was_rounded() -> None:
     quantized = quantize(weight, HessianEvidence(torch.eye(64)), outlier_threshold=None)
     assert isinstance(quantized.scale, SecondLevel)
     error = (quantized.dequantize() - weight).abs().reshape(32, 4, 16)
-    scale, zero = quantized.scale.read(), quantized.zero.read() if isinstance(quantized.zero, SecondLevel) else quantized.zero
+    scale, zero = (
+        quantized.scale.read(),
+        quantized.zero.read() if isinstance(quantized.zero, SecondLevel) else quantized.zero,
+    )
     lo, hi = (scale * (0 - zero)).unsqueeze(-1), (scale * (7 - zero)).unsqueeze(-1)
     inside = (weight.reshape(32, 4, 16) >= lo) & (weight.reshape(32, 4, 16) <= hi)
-    assert bool((error <= scale.unsqueeze(-1) / 2 + 1e-6)[inside].all()) and float(inside.float().mean()) > 0.7
+    assert (
+        bool((error <= scale.unsqueeze(-1) / 2 + 1e-6)[inside].all())
+        and float(inside.float().mean()) > 0.7
+    )
 
 
 def test_leave_one_out_is_a_refit_without_the_weight() -> None:
@@ -117,7 +170,9 @@ def test_leave_one_out_is_a_refit_without_the_weight() -> None:
 def test_equal_weights_are_exact_on_their_grid() -> None:
     for value in (0.3, -0.3, 0.0):
         scale, zero = asymmetric_grid(torch.tensor([value]), torch.tensor([value]), 3)
-        assert float(scale * (torch.round(value / scale.clamp(min=1e-9) + zero).clamp(0, 7) - zero)) == pytest.approx(value)
+        assert float(
+            scale * (torch.round(value / scale.clamp(min=1e-9) + zero).clamp(0, 7) - zero)
+        ) == pytest.approx(value)
 
 
 def test_damping_comes_before_dead_columns() -> None:
@@ -128,7 +183,10 @@ def test_damping_comes_before_dead_columns() -> None:
 
 def test_the_block_size_changes_nothing() -> None:
     evidence, weight = FakeEvidence(correlated_inputs(64)), random_weight(32, 64)
-    one, other = quantize(weight, evidence, block_size=16), quantize(weight, evidence, block_size=64)
+    one, other = (
+        quantize(weight, evidence, block_size=16),
+        quantize(weight, evidence, block_size=64),
+    )
     torch.testing.assert_close(one.dequantize(), other.dequantize(), atol=0.05, rtol=0)
     assert float((one.codes != other.codes).float().mean()) < 0.02
 
@@ -143,13 +201,23 @@ def test_one_factorisation_per_input() -> None:
 def test_check_lists_what_cannot_run() -> None:
     method = Rounding(Rounding.Settings())
     assert method.check(Scheme("w3g16", WeightScheme("int", 3, 16)), llama_shapes()) == []
-    reasons = method.check(Scheme("w3sym", WeightScheme("int", 3, -1, symmetric=True)), llama_shapes(width=40))
-    assert len(reasons) == 3 and "self_attn.q_proj [40 × 40]" in reasons[-1] and "mlp.gate_proj" not in reasons[-1]
+    reasons = method.check(
+        Scheme("w3sym", WeightScheme("int", 3, -1, symmetric=True)), llama_shapes(width=40)
+    )
+    assert (
+        len(reasons) == 3
+        and "self_attn.q_proj [40 × 40]" in reasons[-1]
+        and "mlp.gate_proj" not in reasons[-1]
+    )
 
 
 def test_integer_zeros_beyond_float16_are_stored_as_they_are_used() -> None:
-    weight = 1 + 1e-4 * torch.randn(16, 32, generator=generator())                     # zero points of several thousand
-    quantized = quantize(weight, FakeEvidence(correlated_inputs(32)), 3, 16, **PLAIN, round_zero=True)
+    weight = 1 + 1e-4 * torch.randn(
+        16, 32, generator=generator()
+    )  # zero points of several thousand
+    quantized = quantize(
+        weight, FakeEvidence(correlated_inputs(32)), 3, 16, **PLAIN, round_zero=True
+    )
     assert isinstance(quantized.zero, Tensor) and float(quantized.zero.abs().max()) > 2048
     again = BilevelWeight.unpack(*quantized.pack())
     assert torch.equal(again.dequantize(), quantized.dequantize())

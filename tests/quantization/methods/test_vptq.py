@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error, llama_shapes, random_weight
+from evidence import (
+    FakeEvidence,
+    HessianEvidence,
+    correlated_inputs,
+    generator,
+    layer_error,
+    llama_shapes,
+    random_weight,
+)
 from torch import Tensor
 
 from harness.core.cell import Scheme, WeightScheme
@@ -17,7 +25,12 @@ SMALL = {"vector_length": 4, "index_bits": 6, "iterations": 20}
 
 
 def quantize(
-    weight: Tensor, evidence: FakeEvidence, bits: float = 2, seed: int = 0, dtype: str = "float32", **settings: object
+    weight: Tensor,
+    evidence: FakeEvidence,
+    bits: float = 2,
+    seed: int = 0,
+    dtype: str = "float32",
+    **settings: object,
 ) -> VectorWeight:
     method = Rounding(Rounding.Settings(**{**SMALL, **settings}))  # type: ignore[arg-type]
     scheme = WeightScheme("int", bits, -1, scale_dtype=dtype)
@@ -65,13 +78,17 @@ def test_a_residual_codebook_with_zero_never_hurts() -> None:
     upper = torch.eye(32)
     _, once = assign(weight, upper, [entries], 128)
     _, twice = assign(weight, upper, [entries, residual], 128)
-    assert bool((twice.reshape(4, 4, 32).square().sum(1) <= once.reshape(4, 4, 32).square().sum(1) + 1e-9).all())
+    assert bool(
+        (
+            twice.reshape(4, 4, 32).square().sum(1) <= once.reshape(4, 4, 32).square().sum(1) + 1e-9
+        ).all()
+    )
 
 
 def test_order_and_normalisation_undo_themselves() -> None:
     """Three times the same matrix, up to codebooks: enough entries bring every variant close to the weight."""
     weight, inputs = random_weight(16, 32), correlated_inputs(32)
-    weight[:, 3] = 0.7                                            # a constant column: its scale would be 0
+    weight[:, 3] = 0.7  # a constant column: its scale would be 0
     for settings in ({}, {"normalize": False}, {"act_order": False}):
         back = quantize(weight, FakeEvidence(inputs), 3.5, index_bits=7, **settings).dequantize()
         assert float((back - weight).square().sum() / weight.square().sum()) < 0.05
@@ -84,18 +101,27 @@ def test_the_error_falls_with_the_bits_and_nominal_bits_are_right(bits: float) -
     quantized = quantize(weight, FakeEvidence(inputs), bits)
     coarser = quantize(weight, FakeEvidence(inputs), bits - 0.5)
     assert quantized.nominal_bits == bits
-    assert layer_error(weight, quantized.dequantize(), inputs) < layer_error(weight, coarser.dequantize(), inputs)
+    assert layer_error(weight, quantized.dequantize(), inputs) < layer_error(
+        weight, coarser.dequantize(), inputs
+    )
 
 
 def test_everything_stored_is_counted() -> None:
-    quantized = quantize(random_weight(64, 64), FakeEvidence(correlated_inputs(64)), 2, dtype="float16")
-    indices, books = 2.0, (64 * 4 + 4 * 4) * 16 / 4096            # 6 bits and 2 residual bits for vectors of 4
+    quantized = quantize(
+        random_weight(64, 64), FakeEvidence(correlated_inputs(64)), 2, dtype="float16"
+    )
+    indices, books = (
+        2.0,
+        (64 * 4 + 4 * 4) * 16 / 4096,
+    )  # 6 bits and 2 residual bits for vectors of 4
     assert quantized.bits_per_weight == pytest.approx(indices + books + 2 * 16 / 64)
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(1, 16), (2, 17), (3, 30)])
 def test_packing_is_exact(bits: float, rows: int) -> None:
-    quantized = quantize(random_weight(rows, 48), FakeEvidence(correlated_inputs(48)), bits, dtype="float16")
+    quantized = quantize(
+        random_weight(rows, 48), FakeEvidence(correlated_inputs(48)), bits, dtype="float16"
+    )
     again = VectorWeight.unpack(*quantized.pack())
     assert quantized.shape == again.shape == (rows, 48)
     assert torch.equal(again.dequantize(), quantized.dequantize())
@@ -103,7 +129,10 @@ def test_packing_is_exact(bits: float, rows: int) -> None:
 
 def test_feedback_lowers_the_layer_error() -> None:
     inputs, weight = correlated_inputs(64, length=128), random_weight(64, 64)
-    upper, vectors = prepare(FakeEvidence(inputs)["hessian"], 0.01, False).upper, weight.T.reshape(-1, 4)
+    upper, vectors = (
+        prepare(FakeEvidence(inputs)["hessian"], 0.01, False).upper,
+        weight.T.reshape(-1, 4),
+    )
     entries = cluster_vectors(vectors, torch.ones(vectors.shape[0]), 64, generator())
     back = []
     for factor in (upper, torch.eye(64)):
@@ -130,12 +159,23 @@ def test_clustering_finds_separate_clouds_and_respects_weights() -> None:
 def test_dead_columns_are_harmless() -> None:
     hessian = FakeEvidence(correlated_inputs(32))["hessian"].clone()
     hessian[4], hessian[:, 4] = 0, 0
-    assert bool(torch.isfinite(quantize(random_weight(16, 32), HessianEvidence(hessian), 1).dequantize()).all())
+    assert bool(
+        torch.isfinite(
+            quantize(random_weight(16, 32), HessianEvidence(hessian), 1).dequantize()
+        ).all()
+    )
 
 
 @pytest.mark.parametrize(
     ("bits", "length", "expected"),
-    [(2, 8, (16, 0)), (3, 8, (16, 8)), (4, 8, (16, 16)), (1.5, 8, (12, 0)), (1.63, 16, (16, 10)), (2.33, 12, (16, 12))],
+    [
+        (2, 8, (16, 0)),
+        (3, 8, (16, 8)),
+        (4, 8, (16, 16)),
+        (1.5, 8, (12, 0)),
+        (1.63, 16, (16, 10)),
+        (2.33, 12, (16, 12)),
+    ],
 )
 def test_published_points(bits: float, length: int, expected: tuple[int, int]) -> None:
     assert Rounding(Rounding.Settings(vector_length=length)).index_bits(bits) == expected
@@ -143,8 +183,15 @@ def test_published_points(bits: float, length: int, expected: tuple[int, int]) -
 
 def test_check() -> None:
     shapes = llama_shapes()
-    assert Rounding(Rounding.Settings(vector_length=4, index_bits=6)).check(Scheme("w2", WeightScheme("int", 2)), shapes) == []
+    assert (
+        Rounding(Rounding.Settings(vector_length=4, index_bits=6)).check(
+            Scheme("w2", WeightScheme("int", 2)), shapes
+        )
+        == []
+    )
     (reason,) = Rounding(Rounding.Settings()).check(Scheme("w2", WeightScheme("int", 2)), shapes)
     assert "65536 entries" in reason and "down_proj" in reason
-    reasons = Rounding(Rounding.Settings(vector_length=4)).check(Scheme("w2.3g32", WeightScheme("nf4", 2.3, 32)), shapes)
+    reasons = Rounding(Rounding.Settings(vector_length=4)).check(
+        Scheme("w2.3g32", WeightScheme("nf4", 2.3, 32)), shapes
+    )
     assert len(reasons) == 3

@@ -22,9 +22,15 @@ from harness.quantization.inference.load import load
 from harness.quantization.models.protocols import get_tensor, tied
 from harness.quantization.pipeline.blocks import Blocks, StreamedBlock
 
-FAMILIES = [name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")]       # those are in test_llama.py
+FAMILIES = [
+    name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")
+]  # those are in test_llama.py
 GENERIC = ["gpt2", "bloom", "starcoder2", "olmo2"]
-AWQ = Method("awq", transform=part("awq", "transform", exponents=4, scale_grouped_values=True), rounding=part("rtn"))
+AWQ = Method(
+    "awq",
+    transform=part("awq", "transform", exponents=4, scale_grouped_values=True),
+    rounding=part("rtn"),
+)
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -55,7 +61,9 @@ def test_streamed_forward_is_the_models_own(tiny_model: Callable[..., Path], fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_name_every_matrix_of_a_block_once(tiny_model: Callable[..., Path], family: str) -> None:
+def test_shapes_name_every_matrix_of_a_block_once(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """Slots cover each linear and each fused expert of every block without overlap; routers alone are left."""
     folder = tiny_model(family)
     data = models.read_config(folder)
@@ -71,10 +79,17 @@ def test_shapes_name_every_matrix_of_a_block_once(tiny_model: Callable[..., Path
             left = mark.ndim < 2 or name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
             assert bool((mark == (0 if left else 1)).all()), (index, name, type(owner).__name__)
         biases = {slot.bias for slot in ours.slots(config, index) if slot.bias is not None}
-        linears = {n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D) and m.bias is not None}
+        linears = {
+            n
+            for n, m in block.named_modules()
+            if isinstance(m, nn.Linear | Conv1D) and m.bias is not None
+        }
         assert biases == {f"{name}.bias" for name in linears}
     assert shapes.parameters == sum(p.numel() for p in model.parameters())
-    assert shapes.tied_head == (model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
+    assert shapes.tied_head == (
+        model.get_output_embeddings().weight.data_ptr()
+        == model.get_input_embeddings().weight.data_ptr()
+    )
     assert (shapes.blocks, shapes.heads) == (3, 4) and shapes.kv_heads in (1, 2, 4)
 
 
@@ -93,7 +108,9 @@ def test_a_skeleton_knows_its_buffers(tiny_model: Callable[..., Path], family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Path], family: str) -> None:
+def test_a_folded_scale_leaves_the_block_as_it_was(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """Each pair alone: the producer divided, its consumers multiplied, the block's output the same."""
     folder = tiny_model(family)
     tokens = windows(1)
@@ -103,13 +120,21 @@ def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Pat
     folded = set()
     for index in range(len(blocks)):
         original = blocks.tensors(index)
-        pairs = StreamedBlock(blocks, index, blocks.build(index, original), original, {}, [hidden], None).shapes.pairs
+        pairs = StreamedBlock(
+            blocks, index, blocks.build(index, original), original, {}, [hidden], None
+        ).shapes.pairs
         with torch.no_grad():
             before = blocks.run(blocks.build(index, original), index, 0, hidden)
             for pair in pairs:
-                module = blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
+                module = blocks.build(
+                    index, {name: tensor.clone() for name, tensor in original.items()}
+                )
                 view = StreamedBlock(blocks, index, module, original, {}, [hidden], None)
-                producer = module.get_submodule(pair.producer) if pair.kind == "norm" else view.linear(pair.producer)
+                producer = (
+                    module.get_submodule(pair.producer)
+                    if pair.kind == "norm"
+                    else view.linear(pair.producer)
+                )
                 scale = 0.5 + torch.rand(producer.weight.shape[0], generator=generator)
                 if pair.kind == "norm":
                     producer.weight.copy_((producer.weight + pair.offset) / scale - pair.offset)
@@ -118,11 +143,18 @@ def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Pat
                 if getattr(producer, "bias", None) is not None:
                     producer.bias.copy_(producer.bias / scale)
                 heads = scale.view(-1, view.shapes.head_dim) if pair.repeats > 1 else scale
-                wide = heads.repeat_interleave(pair.repeats, 0).flatten() if pair.repeats > 1 else scale
+                wide = (
+                    heads.repeat_interleave(pair.repeats, 0).flatten()
+                    if pair.repeats > 1
+                    else scale
+                )
                 for name in pair.consumers:
                     view.linear(name).weight.mul_(wide)
                 after = blocks.run(module, index, 0, hidden)
-                assert torch.allclose(before, after, atol=2e-4 * float(before.abs().max())), (index, pair)
+                assert torch.allclose(before, after, atol=2e-4 * float(before.abs().max())), (
+                    index,
+                    pair,
+                )
                 folded.add(pair)
             hidden = before
     assert folded == set(blocks.shapes.pairs), "every pair belongs to some block"
@@ -130,7 +162,9 @@ def test_a_folded_scale_leaves_the_block_as_it_was(tiny_model: Callable[..., Pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_group_has_one_input_and_the_product_is_the_blocks(tiny_model: Callable[..., Path], family: str) -> None:
+def test_one_group_has_one_input_and_the_product_is_the_blocks(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """What `watch` reports is what the matrices multiply: doubling it halves the matrix that gives the same block."""
     folder = tiny_model(family)
     blocks = Blocks(folder, "float32", "cpu")
@@ -140,11 +174,16 @@ def test_one_group_has_one_input_and_the_product_is_the_blocks(tiny_model: Calla
     block = blocks.build(index, original)
     slots = blocks.slots(index)
     seen: dict[str, Tensor] = {}
-    with torch.no_grad(), blocks.family.watch(block, slots, lambda group, x: seen.update({group: x})):
+    with (
+        torch.no_grad(),
+        blocks.family.watch(block, slots, lambda group, x: seen.update({group: x})),
+    ):
         before = blocks.run(block, index, 0, hidden)
     widths = {slot.group: slot.view(original[slot.parameter]).shape[1] for slot in slots}
     assert {group: x.shape[-1] for group, x in seen.items()} == widths
-    routed = sum(x.shape[0] for group, x in seen.items() if group.endswith(".gate_up") and "experts" in group)
+    routed = sum(
+        x.shape[0] for group, x in seen.items() if group.endswith(".gate_up") and "experts" in group
+    )
     assert routed in (0, 2 * hidden.shape[1]), "every token goes to two experts"
 
     module = blocks.build(index, {name: tensor.clone() for name, tensor in original.items()})
@@ -160,13 +199,17 @@ def test_one_group_has_one_input_and_the_product_is_the_blocks(tiny_model: Calla
         after = view.run(hidden, halved, double)
     assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
     first = {slot.group: slot.name for slot in reversed(slots)}
-    assert set(asked) <= {slot.name for slot in slots} and {first[g] for g in first if "expert" in g} <= set(asked)
+    assert set(asked) <= {slot.name for slot in slots} and {
+        first[g] for g in first if "expert" in g
+    } <= set(asked)
     with torch.no_grad():
         assert torch.equal(view.run(hidden), before), "the block is left as it was"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pass_quantizes_every_matrix_and_nothing_else(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_a_pass_quantizes_every_matrix_and_nothing_else(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     folder = tiny_model(family)
     data = models.read_config(folder)
     ours = models.family_of(data)
@@ -180,8 +223,11 @@ def test_a_pass_quantizes_every_matrix_and_nothing_else(tiny_model: Callable[...
         checkpoint = tmp_path / "store" / quantize_key(c)
         slots = [ours.slots(config, index) for index in range(3)]
         manifest = Checkpoint.open(checkpoint).manifest
-        covered = sum(slot.view(get_tensor(b, slot.parameter)).numel()
-                      for b, members in zip(ours.blocks(source), slots, strict=True) for slot in members)
+        covered = sum(
+            slot.view(get_tensor(b, slot.parameter)).numel()
+            for b, members in zip(ours.blocks(source), slots, strict=True)
+            for slot in members
+        )
         assert manifest["coverage"]["linears"] == sum(map(len, slots))
         assert manifest["coverage"]["weights"] == covered
         model, _ = load(c, folder, checkpoint)
@@ -189,7 +235,9 @@ def test_a_pass_quantizes_every_matrix_and_nothing_else(tiny_model: Callable[...
             assert torch.isfinite(model(windows(1)).logits).all()
         if c.method is not AWQ:
             assert changed(source, model) == {
-                f"{ours.block_prefix(i)}{slot.parameter}" for i, members in enumerate(slots) for slot in members
+                f"{ours.block_prefix(i)}{slot.parameter}"
+                for i, members in enumerate(slots)
+                for slot in members
             }
 
 
@@ -204,7 +252,9 @@ def changed(before: nn.Module, after: nn.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_awq_leaves_the_function_unchanged(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_awq_leaves_the_function_unchanged(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     """At 8 bits in small groups the transformed model's logits are as close to the original's as rounding alone leaves them.
 
     A random model may amplify rounding (OPT's post-norm blocks to 0.19), so rounding without the transform is the measure.
@@ -212,7 +262,10 @@ def test_awq_leaves_the_function_unchanged(tiny_model: Callable[..., Path], tmp_
     folder = tiny_model(family)
     if not models.shapes(folder).pairs:
         pytest.skip("nothing can be folded")
-    pair = [cell(folder, method, bits=8, group_size=16) for method in (AWQ, dataclasses.replace(AWQ, transform=None))]
+    pair = [
+        cell(folder, method, bits=8, group_size=16)
+        for method in (AWQ, dataclasses.replace(AWQ, transform=None))
+    ]
     assert not failures(quantize(pair, folder, tmp_path / "store"))
     tokens = windows(1)
     errors = []
@@ -225,7 +278,9 @@ def test_awq_leaves_the_function_unchanged(tiny_model: Callable[..., Path], tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_widths_that_a_group_does_not_divide_are_refused_by_name(tiny_model: Callable[..., Path], family: str) -> None:
+def test_widths_that_a_group_does_not_divide_are_refused_by_name(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     from harness.core import plugins
 
     shapes = models.shapes(tiny_model(family))
@@ -248,7 +303,9 @@ def test_files_of_the_hub_hold_one_matrix_per_expert(tiny_model: Callable[..., P
 
 def test_a_sharded_mixture_reads_alike(tiny_model: Callable[..., Path]) -> None:
     one, many = (Blocks(tiny_model("qwen3_moe", shards=n), "float32", "cpu") for n in (1, 5))
-    assert all(torch.equal(tensor, many.tensors(1)[name]) for name, tensor in one.tensors(1).items())
+    assert all(
+        torch.equal(tensor, many.tensors(1)[name]) for name, tensor in one.tensors(1).items()
+    )
 
 
 def test_fields_of_slots_agree_with_shapes(tiny_model: Callable[..., Path]) -> None:
@@ -256,7 +313,9 @@ def test_fields_of_slots_agree_with_shapes(tiny_model: Callable[..., Path]) -> N
     assert {linear.name for linear in shapes.linears if linear.expert} == {
         f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up", "down")
     }
-    assert "mlp.gate_proj" in {linear.name for linear in shapes.linears}, "the dense first block counts"
+    assert "mlp.gate_proj" in {linear.name for linear in shapes.linears}, (
+        "the dense first block counts"
+    )
     assert dataclasses.replace(shapes).experts == 4
 
 
@@ -272,13 +331,15 @@ def lopsided(tiny_model: Callable[..., Path]) -> Path:
     weights = load_file(folder / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("block_sparse_moe.gate.weight"):
-            tensor[3] = tensor[:3].mean(0)              # between the others: never the first
+            tensor[3] = tensor[:3].mean(0)  # between the others: never the first
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_an_expert_without_tokens_is_rounded_to_nearest_and_recorded(lopsided: Path, tmp_path: Path, sequential: bool) -> None:
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_recorded(
+    lopsided: Path, tmp_path: Path, sequential: bool
+) -> None:
     gptq = Method("gptq", rounding=part("gptq", sequential=sequential))
     awq = dataclasses.replace(AWQ, rounding=part("gptq"))
     cells = [cell(lopsided, method, group_size=16) for method in (RTN, gptq, awq)]
@@ -289,30 +350,51 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_recorded(lopsided: P
     for index in range(2):
         assert ours.manifest["notes"][str(index)]["rounded_to_nearest"] == dict.fromkeys(unseen, 0)
         for name in unseen:
-            assert torch.equal(ours.block(index).weights[name].dequantize(), nearest.block(index).weights[name].dequantize())
+            assert torch.equal(
+                ours.block(index).weights[name].dequantize(),
+                nearest.block(index).weights[name].dequantize(),
+            )
         seen = "mlp.experts.0.gate_proj"
-        assert not torch.equal(ours.block(index).weights[seen].dequantize(), nearest.block(index).weights[seen].dequantize())
+        assert not torch.equal(
+            ours.block(index).weights[seen].dequantize(),
+            nearest.block(index).weights[seen].dequantize(),
+        )
         assert scaled.manifest["notes"][str(index)]["pairs_without_calibration"] == [
             "mlp.experts.3.up_proj → mlp.experts.3.down_proj"
         ]
-    assert "rounded_to_nearest" not in nearest.manifest["notes"].get("0", {}), "a data-free method lacks nothing"
-    counts = {(e["block"], e["linear"]): e["calibration_tokens"] for e in ours.manifest["layer_errors"] if "experts" in e["linear"]}
+    assert "rounded_to_nearest" not in nearest.manifest["notes"].get("0", {}), (
+        "a data-free method lacks nothing"
+    )
+    counts = {
+        (e["block"], e["linear"]): e["calibration_tokens"]
+        for e in ours.manifest["layer_errors"]
+        if "experts" in e["linear"]
+    }
     assert all(counts[index, name] == 0 for index in range(2) for name in unseen)
     assert sum(counts[0, f"mlp.experts.{e}.gate_proj"] for e in range(4)) == tokens.numel()
 
 
-def test_fewer_tokens_than_inputs_are_too_few_for_a_second_moment(lopsided: Path, tmp_path: Path) -> None:
+def test_fewer_tokens_than_inputs_are_too_few_for_a_second_moment(
+    lopsided: Path, tmp_path: Path
+) -> None:
     c = cell(lopsided, GPTQ, group_size=16)
     assert not failures(quantize([c], lopsided, tmp_path, windows(samples=1, length=40)))
     notes = Checkpoint.open(tmp_path / quantize_key(c)).manifest["notes"]["0"]["rounded_to_nearest"]
-    assert {name.split(".")[2] for name in notes} == {"0", "1", "2", "3"} and max(notes.values()) < 64
+    assert {name.split(".")[2] for name in notes} == {"0", "1", "2", "3"} and max(
+        notes.values()
+    ) < 64
 
 
 @pytest.mark.parametrize(("name", "bits"), [("billm", 1.1), ("pb_llm", 1.7)])
-def test_binary_methods_round_unseen_experts_without_calibration(lopsided: Path, tmp_path: Path, name: str, bits: float) -> None:
+def test_binary_methods_round_unseen_experts_without_calibration(
+    lopsided: Path, tmp_path: Path, name: str, bits: float
+) -> None:
     scheme = Scheme("w1", WeightScheme(bits=bits, group_size=16))
     blind = part(name, salience="magnitude", feedback=False)
-    cells = [dataclasses.replace(cell(lopsided, Method(name, rounding=each)), scheme=scheme) for each in (part(name), blind)]
+    cells = [
+        dataclasses.replace(cell(lopsided, Method(name, rounding=each)), scheme=scheme)
+        for each in (part(name), blind)
+    ]
     assert not failures(quantize(cells, lopsided, tmp_path, windows(samples=32)))
     ours, by_magnitude = (Checkpoint.open(tmp_path / quantize_key(c)) for c in cells)
     unseen, seen = ours.manifest["notes"]["0"]["rounded_to_nearest"], "mlp.experts.0.gate_proj"
@@ -333,7 +415,9 @@ def test_a_scheme_without_a_nearest_grid_fails_by_name(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_activations_inside_experts_are_rounded_expert_by_expert(tiny_model: Callable[..., Path], family: str) -> None:
+def test_activations_inside_experts_are_rounded_expert_by_expert(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """Many bits change next to nothing, few bits much; each expert's two inputs have a quantizer of their own."""
     from harness.core.cell import ActivationScheme
 
@@ -341,12 +425,20 @@ def test_activations_inside_experts_are_rounded_expert_by_expert(tiny_model: Cal
     tokens, expected = windows(2), reference(folder)(windows(2)).logits
     errors = {}
     for bits in (16, 8, 3):
-        scheme = Scheme("a", WeightScheme(), activation=ActivationScheme(bits=bits, granularity="token", dynamic=True))
-        model, _ = load(dataclasses.replace(cell(folder, Method("none")), scheme=scheme), folder, None)
+        scheme = Scheme(
+            "a",
+            WeightScheme(),
+            activation=ActivationScheme(bits=bits, granularity="token", dynamic=True),
+        )
+        model, _ = load(
+            dataclasses.replace(cell(folder, Method("none")), scheme=scheme), folder, None
+        )
         with torch.no_grad():
             errors[bits] = float((model(tokens).logits - expected).norm() / expected.norm())
             alone = model(tokens[:1]).logits
-        assert torch.allclose(alone, model(tokens).logits[:1], atol=1e-4), "a text does not depend on its batch"
+        assert torch.allclose(alone, model(tokens).logits[:1], atol=1e-4), (
+            "a text does not depend on its batch"
+        )
     assert errors[16] < 1e-3 < errors[8] < errors[3]
 
 
@@ -358,7 +450,9 @@ def test_a_plan_refuses_scales_that_experts_cannot_have(tiny_model: Callable[...
     scheme = Scheme("w8a8", activation=ActivationScheme(granularity="tensor", dynamic=False))
     (reason,) = activations.check(scheme, shapes)
     assert "mlp.experts.0.gate_proj" in reason and "per token" in reason
-    assert not activations.check(dataclasses.replace(scheme, activation=ActivationScheme(granularity="token")), shapes)
+    assert not activations.check(
+        dataclasses.replace(scheme, activation=ActivationScheme(granularity="token")), shapes
+    )
 
 
 # --- architectures without a file of their own --------------------------------------------------------------------------------
@@ -374,20 +468,37 @@ def test_an_unknown_architecture_says_what_it_cannot_do(tiny_model: Callable[...
     assert "no place where a scale can be folded" in reason
     assert not plugins.build("rounding", "gptq", {}).check(scheme, shapes)
     groups = {linear.name: linear.group for linear in shapes.linears}
-    assert groups["self_attn.q_proj"] == groups["self_attn.k_proj"] == groups["self_attn.v_proj"] != groups["mlp.c_fc"]
+    assert (
+        groups["self_attn.q_proj"]
+        == groups["self_attn.k_proj"]
+        == groups["self_attn.v_proj"]
+        != groups["mlp.c_fc"]
+    )
 
 
-def test_fused_experts_without_a_family_are_refused_by_name(tiny_model: Callable[..., Path]) -> None:
+def test_fused_experts_without_a_family_are_refused_by_name(
+    tiny_model: Callable[..., Path],
+) -> None:
     folder = tiny_model("olmoe", num_experts=4, num_hidden_layers=1)
-    with pytest.raises(ModelError, match=r"fused matrices.*mlp.experts.gate_up_proj.*docs/adding.md"):
+    with pytest.raises(
+        ModelError, match=r"fused matrices.*mlp.experts.gate_up_proj.*docs/adding.md"
+    ):
         models.shapes(folder)
 
 
-@pytest.mark.parametrize(("more", "said"), [
-    ({"auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}, "QWenLMHeadModel: this model brings code of its own"),
-    ({}, 'QWenLMHeadModel: transformers .* knows no model_type "qwen"'),
-])
-def test_models_that_transformers_lacks_are_told_in_a_line(more: dict[str, object], said: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            {"auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}},
+            "QWenLMHeadModel: this model brings code of its own",
+        ),
+        ({}, 'QWenLMHeadModel: transformers .* knows no model_type "qwen"'),
+    ],
+)
+def test_models_that_transformers_lacks_are_told_in_a_line(
+    more: dict[str, object], said: str
+) -> None:
     config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 64, **more}
     with pytest.raises(ModelError, match=said) as refused:
         models.family_of(config).config(config)

@@ -24,17 +24,24 @@ def test_shapes_agree_with_the_model(tiny_model: Callable[..., Path], family: st
     shapes = models.shapes(folder)
     block = model.model.layers[0]
     in_block = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-    assert {shape.name for shape in shapes.linears} == set(in_block), "every linear of the block is quantizable"
+    assert {shape.name for shape in shapes.linears} == set(in_block), (
+        "every linear of the block is quantizable"
+    )
     for shape in shapes.linears:
         linear = in_block[shape.name]
-        assert (shape.out_features, shape.in_features, shape.bias) == (*linear.weight.shape, linear.bias is not None)
+        assert (shape.out_features, shape.in_features, shape.bias) == (
+            *linear.weight.shape,
+            linear.bias is not None,
+        )
     assert shapes.parameters == sum(p.numel() for p in model.parameters())
     assert shapes.tied_head == (family == "qwen2") and shapes.blocks == 3
     assert (shapes.heads, shapes.kv_heads, shapes.head_dim) == (4, 2, 16)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_skeleton_weighs_nothing_and_knows_its_buffers(tiny_model: Callable[..., Path], family: str) -> None:
+def test_a_skeleton_weighs_nothing_and_knows_its_buffers(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     folder = tiny_model(family)
     data = models.read_config(folder)
     ours = models.family_of(data)
@@ -49,7 +56,9 @@ def test_a_skeleton_weighs_nothing_and_knows_its_buffers(tiny_model: Callable[..
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_groups_share_their_input_and_pairs_can_be_folded(tiny_model: Callable[..., Path], family: str) -> None:
+def test_groups_share_their_input_and_pairs_can_be_folded(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
     """Each group's members see one input; scaling a pair's producer down and its consumers up leaves the logits."""
     folder = tiny_model(family)
     data = models.read_config(folder)
@@ -61,7 +70,9 @@ def test_groups_share_their_input_and_pairs_can_be_folded(tiny_model: Callable[.
     block = model.model.layers[0]
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        block.get_submodule(slot.name).register_forward_pre_hook(lambda _m, args, name=slot.name: seen.update({name: args[0]}))
+        block.get_submodule(slot.name).register_forward_pre_hook(
+            lambda _m, args, name=slot.name: seen.update({name: args[0]})
+        )
         for slot in slots
     ]
     watched: dict[str, torch.Tensor] = {}
@@ -76,10 +87,18 @@ def test_groups_share_their_input_and_pairs_can_be_folded(tiny_model: Callable[.
         for pair in ours.pairs(config):
             producer = block.get_submodule(pair.producer)
             scale = 0.5 + torch.rand(producer.weight.shape[0], generator=generator)
-            producer.weight.copy_((producer.weight.T / scale).T if producer.weight.ndim == 2 else producer.weight / scale)
+            producer.weight.copy_(
+                (producer.weight.T / scale).T
+                if producer.weight.ndim == 2
+                else producer.weight / scale
+            )
             if getattr(producer, "bias", None) is not None:
                 producer.bias.copy_(producer.bias / scale)
-            wide = scale.view(-1, 16).repeat_interleave(pair.repeats, 0).flatten() if pair.repeats > 1 else scale
+            wide = (
+                scale.view(-1, 16).repeat_interleave(pair.repeats, 0).flatten()
+                if pair.repeats > 1
+                else scale
+            )
             for consumer in pair.consumers:
                 linear = block.get_submodule(consumer)
                 linear.weight.mul_(wide)
@@ -88,7 +107,9 @@ def test_groups_share_their_input_and_pairs_can_be_folded(tiny_model: Callable[.
 
 
 def test_unknown_architectures_name_the_nearest(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LamaForCausalLM"], "model_type": "llama"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["LamaForCausalLM"], "model_type": "llama"})
+    )
     known = models.family_of({"architectures": ["LlamaForCausalLM"]})
     assert known.architectures[0] == "LlamaForCausalLM"
     with pytest.raises(ModelError, match="cannot be read"):

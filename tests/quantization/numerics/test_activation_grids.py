@@ -18,7 +18,7 @@ def inputs() -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_range_need_not_hold_zero(bits: int) -> None:
-    x = inputs() + 10                                             # no value near zero: a range that holds it wastes codes
+    x = inputs() + 10  # no value near zero: a range that holds it wastes codes
     lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     scale = (hi - lo) / (2**bits - 1)
     zero = torch.round(-lo / scale)
@@ -32,10 +32,14 @@ def test_the_range_need_not_hold_zero(bits: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", ["token", "tensor", "group"])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_rounding_through_changes_no_number_and_lets_gradients_pass(grid: str, granularity: str, symmetric: bool) -> None:
+def test_rounding_through_changes_no_number_and_lets_gradients_pass(
+    grid: str, granularity: str, symmetric: bool
+) -> None:
     if grid == "omniquant" and symmetric:
         pytest.skip("asymmetric only")
-    scheme = ActivationScheme(bits=4, grid=grid, granularity=granularity, group_size=16, symmetric=symmetric)
+    scheme = ActivationScheme(
+        bits=4, grid=grid, granularity=granularity, group_size=16, symmetric=symmetric
+    )
     x = inputs().requires_grad_()
     plain, through = round_dynamic(x.detach(), scheme), round_dynamic(x, scheme, round_through)
     assert torch.equal(plain, through)

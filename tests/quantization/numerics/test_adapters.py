@@ -28,7 +28,9 @@ from harness.quantization.numerics.weights import QuantizedWeight
 
 def rtn(rows: int = 24, columns: int = 64, bits: int = 4) -> QuantizedWeight:
     scheme = WeightScheme("int", bits, 16)
-    return plugins.build("rounding", "rtn", {}).round_layer("q", random_weight(rows, columns), None, scheme, generator())
+    return plugins.build("rounding", "rtn", {}).round_layer(
+        "q", random_weight(rows, columns), None, scheme, generator()
+    )
 
 
 def adapted(rank: int = 4, dtype: str = "bfloat16") -> AdaptedWeight:
@@ -40,11 +42,18 @@ def adapted(rank: int = 4, dtype: str = "bfloat16") -> AdaptedWeight:
 def test_an_adapted_matrix_is_its_base_and_a_product(dtype: str) -> None:
     weight, x = adapted(dtype=dtype), correlated_inputs(64)[0]
     again = QuantizedWeight.kinds["adapted"].unpack(*weight.pack())
-    assert torch.equal(again.dequantize(), weight.dequantize()) and again.contained[0].kind == "uniform"
+    assert (
+        torch.equal(again.dequantize(), weight.dequantize())
+        and again.contained[0].kind == "uniform"
+    )
     bytes_ = weight.base.stored_bytes + 4 * (24 + 64) * (4 if dtype == "float32" else 2)
-    assert weight.stored_bytes == bytes_ and weight.bits_per_weight == pytest.approx(8 * bytes_ / (24 * 64))
+    assert weight.stored_bytes == bytes_ and weight.bits_per_weight == pytest.approx(
+        8 * bytes_ / (24 * 64)
+    )
     dense = nn.functional.linear(x, weight.dequantize())
-    beside = nn.functional.linear(x, weight.base.dequantize()) + low_rank(x, weight.down, weight.up, weight.scaling)
+    beside = nn.functional.linear(x, weight.base.dequantize()) + low_rank(
+        x, weight.down, weight.up, weight.scaling
+    )
     assert torch.allclose(dense, beside, atol=1e-5 * float(dense.abs().max()))
 
 
@@ -54,10 +63,16 @@ def test_training_starts_at_the_base() -> None:
     linear.start(generator())
     assert torch.equal(linear(x), nn.functional.linear(x, base.dequantize(), bias))
     assert torch.equal(linear.stored().dequantize(), base.dequantize())
-    assert float(linear.down.detach().abs().max()) <= 64**-0.5 and not torch.equal(linear.down, torch.zeros_like(linear.down))
+    assert float(linear.down.detach().abs().max()) <= 64**-0.5 and not torch.equal(
+        linear.down, torch.zeros_like(linear.down)
+    )
     assert [name for name, _ in linear.named_parameters()] == ["down", "up"]
     frozen = FrozenLinear(base, bias)
-    assert not list(frozen.parameters()) and frozen.stored() is base and torch.equal(frozen(x), linear(x))
+    assert (
+        not list(frozen.parameters())
+        and frozen.stored() is base
+        and torch.equal(frozen(x), linear(x))
+    )
 
 
 def test_dropout_is_of_training_alone_and_from_its_generator() -> None:
@@ -70,7 +85,9 @@ def test_dropout_is_of_training_alone_and_from_its_generator() -> None:
     torch.manual_seed(3)
     with torch.enable_grad():
         assert torch.equal(linear.drop(x), first)
-    assert set(first.unique().tolist()) == {0.0, 2.0} and float(first.mean()) == pytest.approx(1, abs=0.05)
+    assert set(first.unique().tolist()) == {0.0, 2.0} and float(first.mean()) == pytest.approx(
+        1, abs=0.05
+    )
     with torch.no_grad():
         assert torch.equal(linear.drop(x), x)
 
@@ -82,11 +99,18 @@ def documents(lengths: Sequence[tuple[int, int]]) -> list[Document]:
 def test_prompts_and_answers_are_shortened_apart() -> None:
     asked, plain = documents([(10, 6)])[0], documents([(0, 25)])[0]
     (kept,) = shorten([asked], 4, 3)
-    assert kept.prompt == 4 and kept.tokens.tolist() == [*asked.tokens[:4].tolist(), *asked.tokens[10:13].tolist()]
+    assert kept.prompt == 4 and kept.tokens.tolist() == [
+        *asked.tokens[:4].tolist(),
+        *asked.tokens[10:13].tolist(),
+    ]
     pieces = shorten([plain], 8, 4)
-    assert [piece.tokens.numel() for piece in pieces] == [12, 12], "a last piece of one token has nothing to predict"
+    assert [piece.tokens.numel() for piece in pieces] == [12, 12], (
+        "a last piece of one token has nothing to predict"
+    )
     assert torch.equal(torch.cat([piece.tokens for piece in pieces]), plain.tokens[:24])
-    assert shorten(documents([(3, 0)]), 8, 4) == [], "a prompt without an answer has nothing to learn"
+    assert shorten(documents([(3, 0)]), 8, 4) == [], (
+        "a prompt without an answer has nothing to learn"
+    )
 
 
 class Bigram(nn.Module):
@@ -103,7 +127,15 @@ class Bigram(nn.Module):
 
 
 def tuned(model: Bigram, texts: Sequence[Document], **settings: Any) -> tuple[list[float], int]:
-    given = {"rate": 0.05, "steps": 40, "batch": 4, "micro_batch": 4, "clip": 0.0, "rng": generator(), **settings}
+    given = {
+        "rate": 0.05,
+        "steps": 40,
+        "batch": 4,
+        "micro_batch": 4,
+        "clip": 0.0,
+        "rng": generator(),
+        **settings,
+    }
     walk, steps = fine_tune(model.logits, [model.table], texts, **given), 0
     while True:
         try:
@@ -114,11 +146,16 @@ def tuned(model: Bigram, texts: Sequence[Document], **settings: Any) -> tuple[li
 
 
 def test_learning_lowers_the_loss_of_what_is_learned_alone() -> None:
-    model, texts = Bigram(), [Document(torch.tensor([1, 2, 3, 4]), 2), Document(torch.tensor([5, 6, 3, 4, 3]), 2)]
+    model, texts = (
+        Bigram(),
+        [Document(torch.tensor([1, 2, 3, 4]), 2), Document(torch.tensor([5, 6, 3, 4, 3]), 2)],
+    )
     losses, steps = tuned(model, texts)
     assert steps == 40 and len(losses) == STRETCHES and losses[-1] < losses[0] / 2
     moved = (model.table.detach() != 0).any(1)
-    assert moved.tolist() == [False, False, True, True, True, False, True], "rows before answers' tokens, not of prompts or padding"
+    assert moved.tolist() == [False, False, True, True, True, False, True], (
+        "rows before answers' tokens, not of prompts or padding"
+    )
 
 
 def test_micro_batches_add_up_to_the_batch() -> None:
@@ -126,20 +163,26 @@ def test_micro_batches_add_up_to_the_batch() -> None:
     whole, parts = Bigram(), Bigram()
     tuned(whole, texts, steps=3)
     tuned(parts, texts, steps=3, micro_batch=1)
-    assert torch.allclose(whole.table, parts.table, atol=1e-5) and len(parts.seen) == 4 * len(whole.seen)
+    assert torch.allclose(whole.table, parts.table, atol=1e-5) and len(parts.seen) == 4 * len(
+        whole.seen
+    )
 
 
 def test_every_document_is_seen_before_one_is_seen_twice() -> None:
     model = Bigram()
     tuned(model, [Document(torch.full((n + 2,), 3), 1) for n in range(8)], steps=2)
-    assert sorted(int(tokens.count_nonzero(1)[row]) for tokens in model.seen for row in range(4)) == list(range(2, 10))
+    assert sorted(
+        int(tokens.count_nonzero(1)[row]) for tokens in model.seen for row in range(4)
+    ) == list(range(2, 10))
 
 
 def test_a_step_is_no_longer_than_its_clip() -> None:
     model = Bigram()
     settings = {"rate": 0.1, "steps": 1, "batch": 2, "micro_batch": 2, "clip": 1e-3}
-    next(fine_tune(model.logits, [model.table], documents([(0, 9)]), **settings, rng=generator()))      # type: ignore[arg-type]
-    assert model.table.grad is not None and float(model.table.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
+    next(fine_tune(model.logits, [model.table], documents([(0, 9)]), **settings, rng=generator()))  # type: ignore[arg-type]
+    assert model.table.grad is not None and float(model.table.grad.norm()) == pytest.approx(
+        1e-3, rel=1e-3
+    )
 
 
 class Plain(AdapterTuning):

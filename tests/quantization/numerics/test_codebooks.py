@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from harness.quantization.numerics.block_maxima import nearest
-from harness.quantization.numerics.codebooks import LookupWeight, SortedRows, cluster_rows, split_clusters
+from harness.quantization.numerics.codebooks import (
+    LookupWeight,
+    SortedRows,
+    cluster_rows,
+    split_clusters,
+)
 from harness.quantization.numerics.sparse import Outliers
 
 
@@ -26,13 +31,17 @@ def whole(rows: SortedRows) -> tuple[Tensor, Tensor]:
 
 
 def test_the_nearest_entry_and_ties() -> None:
-    assert nearest(torch.tensor([-1.0, 0.4, 0.5, 0.6, 9.0]), torch.tensor([0.0, 1.0, 2.0])).tolist() == [0, 0, 0, 1, 2]
+    assert nearest(
+        torch.tensor([-1.0, 0.4, 0.5, 0.6, 9.0]), torch.tensor([0.0, 1.0, 2.0])
+    ).tolist() == [0, 0, 0, 1, 2]
 
 
 def test_means_of_runs() -> None:
     rows = rows_of([3.0, 1.0, 2.0], [1.0, 0.0, 3.0])
     index = torch.tensor([[0, 1, 0]]), torch.tensor([[3, 3, 1]])
-    torch.testing.assert_close(rows.mean(*index), torch.tensor([[2.25, 2.25, 1.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        rows.mean(*index), torch.tensor([[2.25, 2.25, 1.0]], dtype=torch.float64)
+    )
 
 
 def test_codes_return_to_the_original_order() -> None:
@@ -56,7 +65,7 @@ def test_clusters_are_a_fixed_point_of_lloyd(weighted: bool) -> None:
 
 def test_spread_starts_beat_clusters_of_equal_width() -> None:
     values = torch.randn(16, 300, generator=generator())
-    values[:, 0] = 30                                             # a far outlier deserves its own centre
+    values[:, 0] = 30  # a far outlier deserves its own centre
     rows = SortedRows.of(values, torch.ones_like(values))
     table, borders = cluster_rows(rows, 8, generator())
     back = table.gather(1, rows.codes(borders).long())
@@ -66,14 +75,21 @@ def test_spread_starts_beat_clusters_of_equal_width() -> None:
 @pytest.mark.parametrize(
     ("values", "weights", "table", "border"),
     [
-        ([5.0], [1.0], [5.0, 5.0], 1),                            # one value: twice
-        ([1.0, 4.0], [1.0, 1.0], [1.0, 4.0], 1),                  # two: each its own
-        ([1.0, 2.0, 9.0], [0.0, 1.0, 0.0], [2.0, 2.0], 3),        # one positive weight: all left, at its value
+        ([5.0], [1.0], [5.0, 5.0], 1),  # one value: twice
+        ([1.0, 4.0], [1.0, 1.0], [1.0, 4.0], 1),  # two: each its own
+        (
+            [1.0, 2.0, 9.0],
+            [0.0, 1.0, 0.0],
+            [2.0, 2.0],
+            3,
+        ),  # one positive weight: all left, at its value
         ([0.0, 1.0, 10.0, 11.0], [1.0] * 4, [0.5, 10.5], 2),
         ([0.0, 1.0, 10.0, 11.0], [3.0, 1.0, 1.0, 3.0], [0.25, 10.75], 2),
     ],
 )
-def test_splitting_one_cluster(values: list[float], weights: list[float], table: list[float], border: int) -> None:
+def test_splitting_one_cluster(
+    values: list[float], weights: list[float], table: list[float], border: int
+) -> None:
     rows = rows_of(values, weights)
     new_table, new_borders = split_clusters(rows, *whole(rows))
     torch.testing.assert_close(new_table, torch.tensor([table], dtype=torch.float64))
@@ -82,26 +98,37 @@ def test_splitting_one_cluster(values: list[float], weights: list[float], table:
 
 def test_splitting_an_empty_cluster_and_one_without_weight() -> None:
     rows = rows_of([0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    table, borders = torch.tensor([[1.0, 5.0, 11.0]], dtype=torch.float64), torch.tensor([[0, 3, 3, 6]])
+    table, borders = (
+        torch.tensor([[1.0, 5.0, 11.0]], dtype=torch.float64),
+        torch.tensor([[0, 3, 3, 6]]),
+    )
     new_table, new_borders = split_clusters(rows, table, borders)
     assert new_table[0, 2:4].tolist() == [5.0, 5.0] and new_borders[0, 2:5].tolist() == [3, 3, 3]
-    divided = {4: [10.0, 11.5], 5: [10.5, 12.0]}                  # both are 2-means of 10, 11, 12
+    divided = {4: [10.0, 11.5], 5: [10.5, 12.0]}  # both are 2-means of 10, 11, 12
     assert new_table[0, 4:].tolist() == divided[int(new_borders[0, 5])]
 
 
 def test_splits_are_two_means() -> None:
-    rows = SortedRows.of(torch.randn(32, 64, generator=generator()), torch.rand(32, 64, generator=generator(1)) + 0.01)
+    rows = SortedRows.of(
+        torch.randn(32, 64, generator=generator()),
+        torch.rand(32, 64, generator=generator(1)) + 0.01,
+    )
     table, borders = split_clusters(rows, *whole(rows))
     for row in range(32):
         border, centre = int(borders[row, 1]), float(table[row].mean())
-        assert float(rows.values[row, border - 1]) <= centre + 0.1 and float(rows.values[row, border]) >= centre - 0.1
+        assert (
+            float(rows.values[row, border - 1]) <= centre + 0.1
+            and float(rows.values[row, border]) >= centre - 0.1
+        )
 
 
 def test_packing_with_outliers_is_exact() -> None:
     codes = torch.randint(0, 8, (6, 20), generator=generator()).to(torch.uint8)
     mask = torch.rand(6, 20, generator=generator(1)) < 0.1
     outliers = Outliers.where(mask, torch.randn(6, 20, generator=generator(2)), "float16")
-    weight = LookupWeight(codes, torch.randn(6, 8, generator=generator(3)).half().float(), 3, "float16", outliers)
+    weight = LookupWeight(
+        codes, torch.randn(6, 8, generator=generator(3)).half().float(), 3, "float16", outliers
+    )
     again = LookupWeight.unpack(*weight.pack())
     assert torch.equal(again.dequantize(), weight.dequantize())
     assert torch.equal(weight.dequantize()[mask], outliers.values)

@@ -14,7 +14,10 @@ def problem(rows: int = 6, columns: int = 20, seed: int = 0) -> tuple[Tensor, Te
     """Target [rows, columns] in units of the grid and a correlated Hessian, float64."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * columns, columns, generator=rng, dtype=torch.float64)
-    x = x @ (torch.eye(columns, dtype=torch.float64) + 0.5 * torch.randn(columns, columns, generator=rng, dtype=torch.float64))
+    x = x @ (
+        torch.eye(columns, dtype=torch.float64)
+        + 0.5 * torch.randn(columns, columns, generator=rng, dtype=torch.float64)
+    )
     hessian = x.T @ x / x.shape[0] + 0.05 * torch.eye(columns, dtype=torch.float64)
     return 5 * torch.randn(rows, columns, generator=rng, dtype=torch.float64), hessian
 
@@ -40,17 +43,29 @@ def test_the_block_size_changes_nothing(block_size: int) -> None:
     target, hessian = problem()
     upper = inverse_factor(hessian)
     reference = feed_forward(target, upper, lambda j, view: half_up(view[j]), block_size=20)
-    assert torch.equal(feed_forward(target, upper, lambda j, view: half_up(view[j]), block_size=block_size), reference)
-    assert torch.equal(ldlq(target, hessian, half_up, block_size=block_size), ldlq(target, hessian, half_up))
+    assert torch.equal(
+        feed_forward(target, upper, lambda j, view: half_up(view[j]), block_size=block_size),
+        reference,
+    )
+    assert torch.equal(
+        ldlq(target, hessian, half_up, block_size=block_size), ldlq(target, hessian, half_up)
+    )
     start = half_up(target)
-    descended = descend(start, target, hessian, torch.round, lambda v: v, passes=3, block_size=block_size)
-    assert torch.equal(descended, descend(start, target, hessian, torch.round, lambda v: v, passes=3))
+    descended = descend(
+        start, target, hessian, torch.round, lambda v: v, passes=3, block_size=block_size
+    )
+    assert torch.equal(
+        descended, descend(start, target, hessian, torch.round, lambda v: v, passes=3)
+    )
 
 
 def test_a_diagonal_hessian_rounds_to_nearest() -> None:
     target, hessian = problem()
     diagonal = hessian.diagonal().diag()
-    assert torch.equal(feed_forward(target, inverse_factor(diagonal), lambda j, view: half_up(view[j])), half_up(target))
+    assert torch.equal(
+        feed_forward(target, inverse_factor(diagonal), lambda j, view: half_up(view[j])),
+        half_up(target),
+    )
     assert torch.equal(ldlq(target, diagonal, half_up), half_up(target))
 
 
@@ -80,7 +95,9 @@ def test_remaining_columns_are_the_least_squares_answer_to_the_first() -> None:
 def test_updates_can_wait_for_the_next_block() -> None:
     target, hessian = problem()
     upper = inverse_factor(hessian)
-    rounded = feed_forward(target, upper, lambda j, view: half_up(view[j]), block_size=10, update_block=False)
+    rounded = feed_forward(
+        target, upper, lambda j, view: half_up(view[j]), block_size=10, update_block=False
+    )
     assert torch.equal(rounded[:, :10], half_up(target[:, :10]))
     assert not torch.equal(rounded[:, 10:], half_up(target[:, 10:]))
 

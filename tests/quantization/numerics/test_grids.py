@@ -10,7 +10,11 @@ from torch import Tensor
 
 from harness.quantization.numerics import grids
 
-KINDS = [(convention, symmetric) for convention in ("gptq", "awq", "omniquant") for symmetric in (False, True)]
+KINDS = [
+    (convention, symmetric)
+    for convention in ("gptq", "awq", "omniquant")
+    for symmetric in (False, True)
+]
 KINDS.append(("compressed", True))
 BITS = st.integers(2, 8)
 
@@ -20,7 +24,12 @@ def values_of(seed: int, rows: int = 4, width: int = 16, shift: float = 0.0) -> 
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=BITS, kind=st.sampled_from(KINDS), shift=st.sampled_from([0.0, 5.0, -5.0]))
+@given(
+    seed=st.integers(0, 10_000),
+    bits=BITS,
+    kind=st.sampled_from(KINDS),
+    shift=st.sampled_from([0.0, 5.0, -5.0]),
+)
 def test_codes_are_whole_numbers_of_the_width_and_values_are_found_again(
     seed: int, bits: int, kind: tuple[str, bool], shift: float
 ) -> None:
@@ -39,28 +48,45 @@ def test_codes_are_whole_numbers_of_the_width_and_values_are_found_again(
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), bits=BITS, kind=st.sampled_from(KINDS))
-def test_unclipped_values_move_by_at_most_half_a_step(seed: int, bits: int, kind: tuple[str, bool]) -> None:
+def test_unclipped_values_move_by_at_most_half_a_step(
+    seed: int, bits: int, kind: tuple[str, bool]
+) -> None:
     convention, symmetric = kind
     values = values_of(seed)
     grid = grids.fit(values, bits, symmetric, convention)
-    unclipped = (torch.round(values / grid.scale) + grid.zero).clamp(0, grid.top) == torch.round(values / grid.scale) + grid.zero
+    unclipped = (torch.round(values / grid.scale) + grid.zero).clamp(0, grid.top) == torch.round(
+        values / grid.scale
+    ) + grid.zero
     moved = (grid.nearest(values) - values).abs() / grid.scale
     assert bool((moved[unclipped] <= 0.5 + 1e-4).all())
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=BITS, power=st.integers(-6, 6), kind=st.sampled_from(KINDS))
-def test_powers_of_two_scale_through(seed: int, bits: int, power: int, kind: tuple[str, bool]) -> None:
+@given(
+    seed=st.integers(0, 10_000), bits=BITS, power=st.integers(-6, 6), kind=st.sampled_from(KINDS)
+)
+def test_powers_of_two_scale_through(
+    seed: int, bits: int, power: int, kind: tuple[str, bool]
+) -> None:
     convention, symmetric = kind
     values = values_of(seed)
     nearest = grids.fit(values, bits, symmetric, convention).nearest(values)
     scaled = values * 2.0**power
-    assert torch.equal(grids.fit(scaled, bits, symmetric, convention).nearest(scaled), nearest * 2.0**power)
+    assert torch.equal(
+        grids.fit(scaled, bits, symmetric, convention).nearest(scaled), nearest * 2.0**power
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), bits=BITS, kind=st.sampled_from(KINDS), dtype=st.sampled_from(["float16", "bfloat16"]))
-def test_scales_are_exact_in_their_storage_type(seed: int, bits: int, kind: tuple[str, bool], dtype: str) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    bits=BITS,
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(["float16", "bfloat16"]),
+)
+def test_scales_are_exact_in_their_storage_type(
+    seed: int, bits: int, kind: tuple[str, bool], dtype: str
+) -> None:
     convention, symmetric = kind
     grid = grids.fit(values_of(seed) * 1e-3, bits, symmetric, convention, dtype)
     assert torch.equal(grid.scale.to(grids.SCALE_DTYPES[dtype]).float(), grid.scale)
@@ -69,7 +95,9 @@ def test_scales_are_exact_in_their_storage_type(seed: int, bits: int, kind: tupl
 @pytest.mark.parametrize(("convention", "symmetric"), KINDS)
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("value", [0.0, 1e-12, 7.0, -7.0, 1e5])
-def test_constant_groups_have_a_usable_grid(convention: str, symmetric: bool, scale_dtype: str, value: float) -> None:
+def test_constant_groups_have_a_usable_grid(
+    convention: str, symmetric: bool, scale_dtype: str, value: float
+) -> None:
     values = torch.full((2, 8), value)
     grid = grids.fit(values, 4, symmetric, convention, scale_dtype)
     assert bool(torch.isfinite(grid.scale).all()) and bool((grid.scale > 0).all())
@@ -86,23 +114,27 @@ def test_zero_is_a_grid_value_where_the_convention_says_so(bits: int) -> None:
         zeros = torch.zeros_like(values)
         for convention, symmetric in KINDS:
             if convention == "omniquant" and not symmetric:
-                continue                                         # its zero point may lie outside the codes
+                continue  # its zero point may lie outside the codes
             assert not grids.fit(values, bits, symmetric, convention).nearest(zeros).any()
 
 
 def test_hand_computed_grids() -> None:
     row = torch.tensor([[-1.0, 0.0, 2.0]])
-    grid = grids.fit(row, 2, False, "gptq")                      # scale 3/3, zero round(1)
+    grid = grids.fit(row, 2, False, "gptq")  # scale 3/3, zero round(1)
     assert (grid.scale.item(), grid.zero.item()) == (1.0, 1.0)
-    grid = grids.fit(row, 2, True, "gptq")                       # -2..2 over 3 steps; codes reach 1 step above zero
+    grid = grids.fit(row, 2, True, "gptq")  # -2..2 over 3 steps; codes reach 1 step above zero
     assert (grid.scale.item(), grid.zero.item()) == (pytest.approx(4 / 3), 2.0)
     assert grid.nearest(row)[0, 2].item() == pytest.approx(4 / 3)
     positive = torch.tensor([[1.0, 4.0]])
-    grid = grids.fit(positive, 2, False, "awq")                  # zero clamp(-1) = 0: 4 becomes 3
-    assert (grid.scale.item(), grid.zero.item(), grid.nearest(positive)[0, 1].item()) == (1.0, 0.0, 3.0)
-    grid = grids.fit(positive, 2, False, "omniquant")            # zero -1 is allowed: both ends exact
+    grid = grids.fit(positive, 2, False, "awq")  # zero clamp(-1) = 0: 4 becomes 3
+    assert (grid.scale.item(), grid.zero.item(), grid.nearest(positive)[0, 1].item()) == (
+        1.0,
+        0.0,
+        3.0,
+    )
+    grid = grids.fit(positive, 2, False, "omniquant")  # zero -1 is allowed: both ends exact
     assert (grid.zero.item(), grid.nearest(positive).tolist()) == (-1.0, [[1.0, 4.0]])
-    grid = grids.fit(positive, 2, False, "gptq")                 # range widened to 0..4
+    grid = grids.fit(positive, 2, False, "gptq")  # range widened to 0..4
     assert grid.scale.item() == pytest.approx(4 / 3)
     assert grids.fit(positive, 4, True, "awq").scale.item() == pytest.approx(4 / 7)
     assert grids.fit(positive, 4, True, "compressed").scale.item() == pytest.approx(8 / 15)
@@ -120,7 +152,10 @@ def test_a_row_without_negative_weights_loses_half_of_the_symmetric_gptq_grid() 
 def test_a_searched_range_never_loses(seed: int, bits: int, kind: tuple[str, bool]) -> None:
     convention, symmetric = kind
     values = values_of(seed, width=32)
-    plain, searched = grids.fit(values, bits, symmetric, convention), grids.shrink_range(values, bits, symmetric, convention)
+    plain, searched = (
+        grids.fit(values, bits, symmetric, convention),
+        grids.shrink_range(values, bits, symmetric, convention),
+    )
     errors = [(grid.nearest(values) - values).abs().pow(2.4).sum(-1) for grid in (plain, searched)]
     assert bool((errors[1] <= errors[0]).all())
 

@@ -17,7 +17,9 @@ def test_matrices_are_orthogonal_and_of_one_magnitude(size: int) -> None:
     assert torch.allclose(h.abs(), torch.full_like(h, size**-0.5), atol=1e-12)
 
 
-@pytest.mark.parametrize("size", (4096, 5120, 8192, 3584, 11008, 13824, 14336, 18944, 28672, 29568, 172 * 64))
+@pytest.mark.parametrize(
+    "size", (4096, 5120, 8192, 3584, 11008, 13824, 14336, 18944, 28672, 29568, 172 * 64)
+)
 def test_sizes_of_current_models_exist(size: int) -> None:
     assert hadamard.exists(size)
 

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.core.errors import MethodError
-from harness.quantization.numerics.hessians import accumulate_hessian, damped, factored, inverse_factor
+from harness.quantization.numerics.hessians import (
+    accumulate_hessian,
+    damped,
+    factored,
+    inverse_factor,
+)
 
 
 def inputs_of(tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -31,7 +36,7 @@ def test_half_precision_inputs_are_summed_in_float32() -> None:
     x = (inputs_of(256, 8) * 200).half()
     hessian = torch.zeros(8, 8)
     accumulate_hessian(hessian, x, 0)
-    assert bool(torch.isfinite(hessian).all())                   # 200² · 256 is beyond float16
+    assert bool(torch.isfinite(hessian).all())  # 200² · 256 is beyond float16
     torch.testing.assert_close(hessian, x.float().T @ x.float() / 256)
 
 
@@ -58,7 +63,16 @@ def test_act_order_factors_the_permuted_hessian() -> None:
     hessian = x.T @ x / 64
     factor = factored(hessian, 0.01, act_order=True)
     assert factor.order is not None and factor.order.tolist()[:4] == [1, 5, 4, 2]
-    assert factor.dead.tolist() == [False, False, False, True, False, False, True, False]      # in the original order
+    assert factor.dead.tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]  # in the original order
     permuted, _ = damped(hessian[factor.order][:, factor.order], 0.01)
     torch.testing.assert_close(factor.upper, inverse_factor(permuted))
     assert factored(hessian, 0.01).order is None
@@ -70,6 +84,6 @@ def test_what_cannot_be_factored_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(MethodError, match=r"\[2 × 2\] is not positive definite.*damping_fraction"):
         inverse_factor(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
     rank_one = torch.ones(4, 4)
-    factored(rank_one, 0.01)                                     # damping makes it definite
+    factored(rank_one, 0.01)  # damping makes it definite
     with pytest.raises(MethodError, match="not positive definite"):
         inverse_factor(rank_one)

@@ -13,7 +13,9 @@ from harness.quantization.numerics.packing import pack, unpack
 @settings(max_examples=150, deadline=None)
 @given(bits=st.integers(1, 16), count=st.integers(0, 70), seed=st.integers(0, 1000))
 def test_unpacking_gives_the_codes_back(bits: int, count: int, seed: int) -> None:
-    codes = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    codes = torch.randint(
+        0, 2**bits, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+    )
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.is_contiguous()
     assert packed.numel() == -(-count // 8) * bits

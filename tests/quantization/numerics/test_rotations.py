@@ -10,7 +10,10 @@ import torch
 from harness.quantization.numerics.rotations import Butterfly, cayley_step, split
 
 
-@pytest.mark.parametrize(("size", "factors"), [(4096, (64, 64)), (11008, (688, 16)), (7, (7, 1)), (96, (8, 12)), (1, (1, 1))])
+@pytest.mark.parametrize(
+    ("size", "factors"),
+    [(4096, (64, 64)), (11008, (688, 16)), (7, (7, 1)), (96, (8, 12)), (1, (1, 1))],
+)
 def test_split(size: int, factors: tuple[int, int]) -> None:
     assert split(size) == factors and factors[0] * factors[1] == size
 
@@ -19,8 +22,12 @@ def test_split(size: int, factors: tuple[int, int]) -> None:
 def test_orthogonal_with_determinant_one_up_to_permutations(size: int) -> None:
     rotation = Butterfly.from_seed(size, 3)
     matrix = rotation.apply(torch.eye(size, dtype=torch.float64)).T
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(torch.linalg.det(rotation.columns.double()), torch.ones(rotation.columns.shape[0]).double())
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.linalg.det(rotation.columns.double()), torch.ones(rotation.columns.shape[0]).double()
+    )
 
 
 @pytest.mark.parametrize("size", [2, 7, 32, 96])
@@ -52,13 +59,18 @@ GOLDEN_ROW = [-0.01893169, 0.32618031, -0.26163849, 0.18357648, -0.88541746, -0.
 def test_a_cayley_step_stays_orthogonal_and_descends() -> None:
     """Towards a target rotation, whose distance is a smooth loss; 300 steps do not drift from the manifold."""
     rng = torch.Generator().manual_seed(0)
-    first, target = (torch.linalg.qr(torch.randn(24, 24, generator=rng, dtype=torch.float64))[0] for _ in range(2))
-    target[:, 0] *= torch.linalg.det(target) * torch.linalg.det(first)                # a path leads there
+    first, target = (
+        torch.linalg.qr(torch.randn(24, 24, generator=rng, dtype=torch.float64))[0]
+        for _ in range(2)
+    )
+    target[:, 0] *= torch.linalg.det(target) * torch.linalg.det(first)  # a path leads there
     rotation, distances = first, []
     for _ in range(300):
         distances.append(float((rotation - target).square().sum()))
         rotation = cayley_step(rotation, 2 * (rotation - target), 0.5)
-        assert torch.allclose(rotation.T @ rotation, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            rotation.T @ rotation, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-12
+        )
     assert all(after < before + 1e-9 for before, after in itertools.pairwise(distances))
     assert distances[-1] < 0.3 * distances[0]
 
@@ -68,7 +80,12 @@ def test_a_gradient_that_leaves_the_rotations_alone_moves_nothing() -> None:
     rng = torch.Generator().manual_seed(1)
     rotation = torch.linalg.qr(torch.randn(8, 8, generator=rng, dtype=torch.float64))[0]
     symmetric = torch.randn(8, 8, generator=rng, dtype=torch.float64)
-    assert torch.allclose(cayley_step(rotation, rotation @ (symmetric + symmetric.T), 1.5), rotation, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        cayley_step(rotation, rotation @ (symmetric + symmetric.T), 1.5),
+        rotation,
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_a_small_cayley_step_is_the_step_along_the_skew_part() -> None:

@@ -24,7 +24,10 @@ def test_rounding_through_is_exact_and_passes_gradients() -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(4096))
 
 
-@pytest.mark.parametrize(("convention", "symmetric"), [("gptq", False), ("omniquant", False), ("omniquant", True), ("awq", True)])
+@pytest.mark.parametrize(
+    ("convention", "symmetric"),
+    [("gptq", False), ("omniquant", False), ("omniquant", True), ("awq", True)],
+)
 def test_nearest_through_is_the_grids_nearest(convention: str, symmetric: bool) -> None:
     x = values(8, 4, 16)
     grid = fit(x, 3, symmetric, convention)
@@ -33,7 +36,7 @@ def test_nearest_through_is_the_grids_nearest(convention: str, symmetric: bool) 
 
 def test_only_weights_inside_the_grid_get_gradient() -> None:
     x = values(8, 16).requires_grad_()
-    grid = fit(x.detach() / 2, 3, False)                          # half the range: the outer weights are clipped
+    grid = fit(x.detach() / 2, 3, False)  # half the range: the outer weights are clipped
     (gradient,) = torch.autograd.grad(nearest_through(x, grid).sum(), x)
     codes = torch.round(x.detach() / grid.scale) + grid.zero
     inside = (codes >= 0) & (codes <= grid.top)
@@ -49,7 +52,12 @@ def test_training_visits_the_samples_in_order() -> None:
 
     losses = train(loss_of, 3, [{"params": [weight], "lr": 0.1}], 2)
     assert seen == [0, 1, 2, 0, 1, 2] and len(losses) == 2 and losses[1] < losses[0]
-    assert list(steps_of(loss_of, 2, [{"params": [weight], "lr": 0.1}], 2)) == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert list(steps_of(loss_of, 2, [{"params": [weight], "lr": 0.1}], 2)) == [
+        (1, 4),
+        (2, 4),
+        (3, 4),
+        (4, 4),
+    ]
 
 
 def test_other_parameters_keep_their_gradients() -> None:
@@ -61,10 +69,22 @@ def test_other_parameters_keep_their_gradients() -> None:
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops(loss: float) -> None:
     weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(MethodError, match=r"block 3: the loss of epoch 1 .* lower the learning rate"):
-        train(lambda _sample: weight.sum() * loss, 2, [{"params": [weight], "lr": 0.1}], 2, "block 3")
+    with pytest.raises(
+        MethodError, match=r"block 3: the loss of epoch 1 .* lower the learning rate"
+    ):
+        train(
+            lambda _sample: weight.sum() * loss, 2, [{"params": [weight], "lr": 0.1}], 2, "block 3"
+        )
 
 
 def test_nothing_to_train_is_no_training() -> None:
     assert train(lambda _sample: torch.tensor(math.nan), 4, [], 3) == []
-    assert train(lambda _sample: torch.tensor(math.nan), 4, [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}], 0) == []
+    assert (
+        train(
+            lambda _sample: torch.tensor(math.nan),
+            4,
+            [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}],
+            0,
+        )
+        == []
+    )

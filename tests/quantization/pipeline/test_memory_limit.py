@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from bench_memory import write_model
 
-BLOCKS, HIDDEN = 24, 512                               # 308 MB of weights
+BLOCKS, HIDDEN = 24, 512  # 308 MB of weights
 # RLIMIT_DATA counts what a process allocates, and not files that it maps: the limit is set above what imports took.
 CHILD = """
 import json, os, resource, sys
@@ -55,11 +55,28 @@ def test_a_model_larger_than_the_memory_limit_is_quantized(tmp_path: Path) -> No
     allowed = size // 3
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == BLOCKS + 1
 
-    command = [sys.executable, "-c", CHILD, f"{tmp_path}/model", f"{tmp_path}/store", str(allowed), str(size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        f"{tmp_path}/model",
+        f"{tmp_path}/store",
+        str(allowed),
+        str(size),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     # the limit is real: the model's bytes do not fit
-    assert json.loads(result.stdout.splitlines()[-1]) == {"whole_fits": False, "failed": [], "done": True}
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "whole_fits": False,
+        "failed": [],
+        "done": True,
+    }
     manifest = json.loads((tmp_path / "store" / "manifest.json").read_text())
     assert manifest["blocks"] == BLOCKS and manifest["coverage"]["linears"] == 7 * BLOCKS

@@ -7,9 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import CALIBRATION, GPTQ, RTN, SEQUENTIAL, cell, content, failures, part, quantize, windows
+from small import (
+    CALIBRATION,
+    GPTQ,
+    RTN,
+    SEQUENTIAL,
+    cell,
+    content,
+    failures,
+    part,
+    quantize,
+    windows,
+)
 
-from harness.core.cell import Cell, Method, Model, Override, Part, Scheme, WeightScheme, cell_key, freeze, quantize_key
+from harness.core.cell import (
+    Cell,
+    Method,
+    Model,
+    Override,
+    Part,
+    Scheme,
+    WeightScheme,
+    cell_key,
+    freeze,
+    quantize_key,
+)
 from harness.core.errors import StoreError
 from harness.core.events import Progress, Quantized
 from harness.quantization.formats.native import Checkpoint, CheckpointWriter
@@ -20,7 +42,9 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 AWQ = Method("awq", transform=part("awq", "transform"), rounding=part("rtn"))
 
 
-def reference_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def reference_logits(
+    folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -30,7 +54,9 @@ def reference_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = to
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_streamed_forward_is_the_models_own(tiny_model: Callable[..., Path], family: str, dtype: str) -> None:
+def test_streamed_forward_is_the_models_own(
+    tiny_model: Callable[..., Path], family: str, dtype: str
+) -> None:
     folder = tiny_model(family, dtype=dtype)
     tokens = windows(3)
     blocks = Blocks(folder, dtype, "cpu")
@@ -41,9 +67,13 @@ def test_streamed_forward_is_the_models_own(tiny_model: Callable[..., Path], fam
             hidden = [blocks.run(block, index, sequence, h) for sequence, h in enumerate(hidden)]
         with blocks.head(tokens, hidden) as head:
             logits = [head.logits(sequence, h) for sequence, h in enumerate(hidden)]
-    for ours, theirs in zip(logits, reference_logits(folder, tokens, getattr(torch, dtype)), strict=True):
+    for ours, theirs in zip(
+        logits, reference_logits(folder, tokens, getattr(torch, dtype)), strict=True
+    ):
         assert torch.equal(ours, theirs)
-    assert all(p.is_meta for p in blocks.model.parameters()), "weights of the ends must be given back"
+    assert all(p.is_meta for p in blocks.model.parameters()), (
+        "weights of the ends must be given back"
+    )
 
 
 def test_sharded_weights_are_read_alike(tiny_model: Callable[..., Path]) -> None:
@@ -54,7 +84,9 @@ def test_sharded_weights_are_read_alike(tiny_model: Callable[..., Path]) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pass_quantizes_every_matrix(tiny_model: Callable[..., Path], tmp_path: Path, family: str) -> None:
+def test_a_pass_quantizes_every_matrix(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
     folder = tiny_model(family)
     cells = [cell(folder, RTN), cell(folder, GPTQ)]
     events = quantize(cells, folder, tmp_path / "store")
@@ -69,18 +101,29 @@ def test_a_pass_quantizes_every_matrix(tiny_model: Callable[..., Path], tmp_path
         errors[c.method.name] = {(e["block"], e["linear"]): e for e in manifest["layer_errors"]}
     # GPTQ trades weight error for output error; its Hessian's statistics are in the report, RTN has none
     assert all("output_error" not in e for e in errors["rtn"].values())
-    assert all(e["weight_error"] >= errors["rtn"][k]["weight_error"] * 0.99 for k, e in errors["gptq"].items() if k[0] == 0)
+    assert all(
+        e["weight_error"] >= errors["rtn"][k]["weight_error"] * 0.99
+        for k, e in errors["gptq"].items()
+        if k[0] == 0
+    )
     assert all(e["output_error"] < 0.05 for e in errors["gptq"].values())
 
 
 def all_kinds(folder: Path) -> list[Cell]:
     return [
-        cell(folder, RTN), cell(folder, GPTQ), cell(folder, GPTQ, bits=3), cell(folder, GPTQ, bits=3, inputs="full_precision"),
-        cell(folder, SEQUENTIAL), cell(folder, AWQ, inputs="full_precision"), cell(folder, AWQ, bits=3),
+        cell(folder, RTN),
+        cell(folder, GPTQ),
+        cell(folder, GPTQ, bits=3),
+        cell(folder, GPTQ, bits=3, inputs="full_precision"),
+        cell(folder, SEQUENTIAL),
+        cell(folder, AWQ, inputs="full_precision"),
+        cell(folder, AWQ, bits=3),
     ]
 
 
-def test_alone_and_in_company_give_the_same_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_alone_and_in_company_give_the_same_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("qwen3")
     cells = all_kinds(folder)
     assert not failures(quantize(cells, folder, tmp_path / "company"))
@@ -91,34 +134,55 @@ def test_alone_and_in_company_give_the_same_bytes(tiny_model: Callable[..., Path
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_a_killed_pass_resumes_to_the_same_bytes(tiny_model: Callable[..., Path], tmp_path: Path, stop_after: int) -> None:
+def test_a_killed_pass_resumes_to_the_same_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path, stop_after: int
+) -> None:
     folder = tiny_model("llama")
     cells = all_kinds(folder)
     quantize(cells, folder, tmp_path / "undisturbed")
     quantize(cells, folder, tmp_path / "killed", stop_after=stop_after)
     key = quantize_key(cells[1])
     assert not (tmp_path / "killed" / key / "manifest.json").exists()
-    (tmp_path / "killed" / key / f"block-{stop_after - 1:05}.json").unlink()           # one cell stands a block behind the others
+    (
+        tmp_path / "killed" / key / f"block-{stop_after - 1:05}.json"
+    ).unlink()  # one cell stands a block behind the others
     assert not failures(quantize(cells, folder, tmp_path / "killed"))
     for c in cells:
         key = quantize_key(c)
-        assert content(tmp_path / "killed" / key) == content(tmp_path / "undisturbed" / key), c.title
+        assert content(tmp_path / "killed" / key) == content(tmp_path / "undisturbed" / key), (
+            c.title
+        )
 
 
-@pytest.mark.parametrize("name", ["quarot", "aweq"])                   # data-free, and calibrated; both add parameters to blocks
-@pytest.mark.parametrize("stop_after", [1, 3])                          # in the middle, and before the manifest alone is missing
+@pytest.mark.parametrize(
+    "name", ["quarot", "aweq"]
+)  # data-free, and calibrated; both add parameters to blocks
+@pytest.mark.parametrize(
+    "stop_after", [1, 3]
+)  # in the middle, and before the manifest alone is missing
 def test_what_a_method_adds_is_counted_after_a_kill(
     tiny_model: Callable[..., Path], tmp_path: Path, name: str, stop_after: int
 ) -> None:
     folder = tiny_model("llama")
-    c = cell(folder, Method(name, transform=part(name, "transform"), rounding=part("aweq" if name == "aweq" else "rtn")))
+    c = cell(
+        folder,
+        Method(
+            name,
+            transform=part(name, "transform"),
+            rounding=part("aweq" if name == "aweq" else "rtn"),
+        ),
+    )
     assert not failures(quantize([c], folder, tmp_path / "undisturbed"))
     quantize([c], folder, tmp_path / "killed", stop_after=stop_after)
     assert not failures(quantize([c], folder, tmp_path / "killed"))
-    assert content(tmp_path / "killed" / quantize_key(c)) == content(tmp_path / "undisturbed" / quantize_key(c))
+    assert content(tmp_path / "killed" / quantize_key(c)) == content(
+        tmp_path / "undisturbed" / quantize_key(c)
+    )
 
 
-def test_a_finished_checkpoint_is_left_alone(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_finished_checkpoint_is_left_alone(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     c = cell(folder, RTN)
     quantize([c], folder, tmp_path)
@@ -127,7 +191,9 @@ def test_a_finished_checkpoint_is_left_alone(tiny_model: Callable[..., Path], tm
     assert (tmp_path / quantize_key(c) / "manifest.json").read_bytes() == before
 
 
-def test_a_damaged_manifest_is_written_again(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_written_again(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     c = cell(folder, GPTQ)
     quantize([c], folder, tmp_path)
@@ -144,7 +210,9 @@ def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path, {"key": "b", "version": 1})
 
 
-def test_nan_inputs_fail_the_cells_that_read_them(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_nan_inputs_fail_the_cells_that_read_them(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tiny_model("llama")
@@ -153,18 +221,32 @@ def test_nan_inputs_fail_the_cells_that_read_them(tiny_model: Callable[..., Path
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     tokens = windows()
     tokens[0, 0] = 7
-    cells = [cell(folder, RTN), cell(folder, GPTQ), cell(folder, Method("corrected biases", rounding=part("aweq")))]
+    cells = [
+        cell(folder, RTN),
+        cell(folder, GPTQ),
+        cell(folder, Method("corrected biases", rounding=part("aweq"))),
+    ]
     events = quantize(cells, folder, tmp_path / "store", tokens)
     for failure in (found := failures(events)):
-        assert "NaN or infinity" in failure.reason and "block 0" in failure.stage and "Traceback" in failure.detail
+        assert (
+            "NaN or infinity" in failure.reason
+            and "block 0" in failure.stage
+            and "Traceback" in failure.detail
+        )
     assert len(found) == 2
     assert (tmp_path / "store" / quantize_key(cells[0]) / "manifest.json").exists()
-    assert not any((tmp_path / "store" / quantize_key(cell) / "manifest.json").exists() for cell in cells[1:])
+    assert not any(
+        (tmp_path / "store" / quantize_key(cell) / "manifest.json").exists() for cell in cells[1:]
+    )
 
 
 def test_one_cells_error_is_its_own(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model("llama")
-    wrong = [cell(folder, Method("x", rounding=Part("nothing"))), cell(folder, RTN, group_size=7), cell(folder, RTN)]
+    wrong = [
+        cell(folder, Method("x", rounding=Part("nothing"))),
+        cell(folder, RTN, group_size=7),
+        cell(folder, RTN),
+    ]
     events = quantize(wrong, folder, tmp_path)
     assert len(failures(events)) == 2 and 'no rounding "nothing"' in failures(events)[0].reason
     assert len([event for event in events if isinstance(event, Quantized)]) == 1
@@ -196,21 +278,26 @@ def test_a_failing_full_precision_stream_leaves_streams_of_their_own(
 
     def failing(self: walk.Walk, *arguments: object) -> object:
         calls.append(len(calls))
-        if len(calls) == 1:                             # the first stream of a block is the full-precision one
+        if len(calls) == 1:  # the first stream of a block is the full-precision one
             raise RuntimeError("no room")
         return original(self, *arguments)
 
     monkeypatch.setattr(walk.Walk, "_observe", failing)
     events = quantize(cells, folder, tmp_path)
     assert [event.cell_keys for event in failures(events)] == [(cell_key(cells[0]),)]
-    assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [(cell_key(cells[1]),)]
+    assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [
+        (cell_key(cells[1]),)
+    ]
 
 
 @pytest.mark.parametrize("size", [1.0, 1e15, 3e24])
 def test_relative_errors_do_not_overflow(size: float) -> None:
     from harness.quantization.pipeline.report import relative_error
 
-    weight, hessian = size * torch.tensor([[1.0, 2.0], [3.0, 4.0]]), size * torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    weight, hessian = (
+        size * torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        size * torch.tensor([[2.0, 1.0], [1.0, 3.0]]),
+    )
     assert relative_error(weight / 8, weight) == pytest.approx(1 / 64)
     assert relative_error(weight / 8, weight, hessian) == pytest.approx(1 / 64)
     assert relative_error(0 * weight, 0 * weight, hessian) == 0
@@ -224,24 +311,37 @@ def test_data_is_needed_where_it_is_needed(tiny_model: Callable[..., Path], tmp_
     assert ["hessian" in event.reason for event in failures(events)] == [True]
 
 
-def test_full_precision_inputs_differ_after_block_0_only(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_full_precision_inputs_differ_after_block_0_only(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
-    cells = [cell(folder, GPTQ, bits=2, inputs=inputs) for inputs in ("quantized", "full_precision")]
+    cells = [
+        cell(folder, GPTQ, bits=2, inputs=inputs) for inputs in ("quantized", "full_precision")
+    ]
     quantize(cells, folder, tmp_path)
     one, other = (Checkpoint.open(tmp_path / quantize_key(c)) for c in cells)
     same = [
-        all(torch.equal(w.dequantize(), other.block(i).weights[n].dequantize()) for n, w in one.block(i).weights.items())
+        all(
+            torch.equal(w.dequantize(), other.block(i).weights[n].dequantize())
+            for n, w in one.block(i).weights.items()
+        )
         for i in range(3)
     ]
     assert same == [True, False, False]
 
 
-def test_a_prefix_of_equal_schemes_is_one_stream(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_prefix_of_equal_schemes_is_one_stream(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     """Cells that differ from block 2 on share forwards before it, and still give what they give alone."""
     from harness.quantization.pipeline import passes
 
     folder = tiny_model("llama")
-    late = Scheme("late", WeightScheme(group_size=32), overrides=(Override(("down_proj",), (2,), freeze({"bits": 8})),))
+    late = Scheme(
+        "late",
+        WeightScheme(group_size=32),
+        overrides=(Override(("down_proj",), (2,), freeze({"bits": 8})),),
+    )
     cells = [cell(folder, GPTQ), cell(folder, GPTQ, scheme=late)]
     streams: list[int] = []
     original = passes._Pass._walk_block

@@ -23,7 +23,9 @@ from harness.quantization.pipeline.tuning import LanguageModel, run_tuning
 FAMILIES = ["llama", "qwen3"]
 
 
-def distilled(folder: Path, group_size: int = 32, rounding: str = "db_llm", **settings: Any) -> Cell:
+def distilled(
+    folder: Path, group_size: int = 32, rounding: str = "db_llm", **settings: Any
+) -> Cell:
     method = Method("db_llm", rounding=part(rounding), tuning=part("db_llm", "tuning", **settings))
     return cell(folder, method, 2, group_size)
 
@@ -34,7 +36,15 @@ def tune(c: Cell, folder: Path, store: Path, tokens: torch.Tensor | None = None)
     if not (store / quantize_key(base) / "manifest.json").exists():
         quantize([base], folder, store)
     writer = CheckpointWriter(store / quantize_key(c), {"quantize_key": quantize_key(c)})
-    return list(run_tuning(c, folder, store / quantize_key(base), windows(4, 24) if tokens is None else tokens, writer))
+    return list(
+        run_tuning(
+            c,
+            folder,
+            store / quantize_key(base),
+            windows(4, 24) if tokens is None else tokens,
+            writer,
+        )
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,21 +66,31 @@ def test_a_tuned_checkpoint_runs_and_is_nearer_to_its_teacher(
     models += [load(each, folder, tmp_path / quantize_key(each))[0] for each in (untuned(c), c)]
     with torch.no_grad():
         teacher, before, after = (LanguageModel(model, "cpu").logits(tokens) for model in models)
-    assert float(db_llm.distillation_loss(after, teacher, 0)) < float(db_llm.distillation_loss(before, teacher, 0))
+    assert float(db_llm.distillation_loss(after, teacher, 0)) < float(
+        db_llm.distillation_loss(before, teacher, 0)
+    )
 
 
-def test_the_manifest_tells_base_and_tuning_apart(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_manifest_tells_base_and_tuning_apart(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     c = distilled(folder, epochs=1)
-    (record,) = [event.record for event in tune(c, folder, tmp_path) if isinstance(event, Quantized)]
+    (record,) = [
+        event.record for event in tune(c, folder, tmp_path) if isinstance(event, Quantized)
+    ]
     base = Checkpoint.open(tmp_path / quantize_key(untuned(c))).manifest
     tuned = Checkpoint.open(tmp_path / quantize_key(c)).manifest
     assert record["methods"] == tuned["methods"] == {"rounding": "db_llm", "tuning": "db_llm"}
     assert tuned["tuning"]["base"] == "" or len(tuned["tuning"]["base"]) == 64
     for key in ("parameters", "unquantized_bits", "coverage", "bits_per_weight", "stored_bytes"):
-        assert tuned[key] == base[key], key                       # the same layout: scales grew, nothing else
-    assert tuned["tuning"]["trained_parameters"] == 2 * sum(e["shape"][0] * e["shape"][1] // 32 for e in tuned["linears"])
-    assert all(entry["weight_change"] > 0 and entry["weight_error"] > 0 for entry in tuned["layer_errors"])
+        assert tuned[key] == base[key], key  # the same layout: scales grew, nothing else
+    assert tuned["tuning"]["trained_parameters"] == 2 * sum(
+        e["shape"][0] * e["shape"][1] // 32 for e in tuned["linears"]
+    )
+    assert all(
+        entry["weight_change"] > 0 and entry["weight_error"] > 0 for entry in tuned["layer_errors"]
+    )
     assert tuned["seconds"] > base["seconds"]
     assert json.loads(json.dumps(tuned)) == tuned
 
@@ -86,13 +106,22 @@ def test_no_training_leaves_the_base(tiny_model: Callable[..., Path], tmp_path: 
 
 
 @pytest.mark.parametrize("transform", ["awq", "bi_smoothing", "quarot"])
-def test_what_a_transform_does_to_inputs_is_kept(tiny_model: Callable[..., Path], tmp_path: Path, transform: str) -> None:
+def test_what_a_transform_does_to_inputs_is_kept(
+    tiny_model: Callable[..., Path], tmp_path: Path, transform: str
+) -> None:
     folder = tiny_model("llama")
     tokens = windows(4, 24)
     models = {}
     for epochs in (0, 2):
         tuning = part("peqa", "tuning", epochs=epochs, rate=0.001)
-        c = cell(folder, Method("odd", transform=part(transform, "transform"), rounding=RTN.rounding, tuning=tuning), 4, 16)
+        c = cell(
+            folder,
+            Method(
+                "odd", transform=part(transform, "transform"), rounding=RTN.rounding, tuning=tuning
+            ),
+            4,
+            16,
+        )
         events = tune(c, folder, tmp_path, tokens)
         models[epochs] = load(c, folder, tmp_path / quantize_key(c))[0]
     losses = events[-1].record["tuning"]["loss"]
@@ -101,13 +130,19 @@ def test_what_a_transform_does_to_inputs_is_kept(tiny_model: Callable[..., Path]
     with torch.no_grad():
         assert torch.equal(models[0](tokens).logits, base(tokens).logits)
         before, after = (
-            float(torch.nn.functional.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+            float(
+                torch.nn.functional.cross_entropy(
+                    model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+                )
+            )
             for model in (models[0], models[2])
         )
     assert before == pytest.approx(losses[0], rel=0.05) and after < before
 
 
-def test_the_same_seed_gives_the_same_bytes(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     files = []
     for store, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -118,10 +153,14 @@ def test_the_same_seed_gives_the_same_bytes(tiny_model: Callable[..., Path], tmp
     assert files[0] == files[1] != files[2]
 
 
-def test_activations_are_not_rounded_while_training(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_activations_are_not_rounded_while_training(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     plain = distilled(folder)
-    rounded = dataclasses.replace(plain, scheme=dataclasses.replace(plain.scheme, activation=ActivationScheme(bits=4)))
+    rounded = dataclasses.replace(
+        plain, scheme=dataclasses.replace(plain.scheme, activation=ActivationScheme(bits=4))
+    )
     assert quantize_key(plain) == quantize_key(rounded), "one checkpoint serves both"
     blocks = []
     for name, c in (("plain", plain), ("rounded", rounded)):
@@ -130,7 +169,9 @@ def test_activations_are_not_rounded_while_training(tiny_model: Callable[..., Pa
     assert blocks[0] == blocks[1]
 
 
-def test_a_layout_that_cannot_be_trained_fails_the_cell(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_layout_that_cannot_be_trained_fails_the_cell(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_model("llama")
     method = Method("odd", rounding=RTN.rounding, tuning=part("db_llm", "tuning"))
     with pytest.raises(MethodError, match=r"block 0, self_attn.q_proj: .*uniform"):

@@ -26,7 +26,7 @@ class Nothing:
 {body}
 '''
 
-PROBE = '''
+PROBE = """
 class Rounding:
     version, sequential = 1, False
     needs = ("inputs", "reference", "squared_gradient", "hessian")
@@ -61,9 +61,9 @@ class Rounding:
         assert weight.grad.abs().sum() > 0
         block.module.input_layernorm.weight.mul_(1.25)
         return {s.name: DenseWeight(block.linear(s.name).weight.clone()) for s in block.shapes.linears}
-'''
+"""
 
-ROTATION = '''
+ROTATION = """
 class Transform:
     version, needs, stochastic = 1, (), True
     Settings = Nothing
@@ -86,7 +86,7 @@ class Transform:
             weight = block.linear(name).weight
             weight.copy_(self.q.T @ weight)
         return {}
-'''
+"""
 
 
 @pytest.fixture
@@ -107,7 +107,11 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 @pytest.mark.parametrize("inputs", ["quantized", "full_precision"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_what_a_block_wise_method_sees(
-    tiny_model: Callable[..., Path], tmp_path: Path, plugin: Callable[[str, str], None], family: str, inputs: str
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    plugin: Callable[[str, str], None],
+    family: str,
+    inputs: str,
 ) -> None:
     plugin("probe", PROBE)
     folder = tiny_model(family)
@@ -116,7 +120,9 @@ def test_what_a_block_wise_method_sees(
     events = quantize([c], folder, tmp_path / "store")
     assert not failures(events), failures(events)[0].detail
     stored = Checkpoint.open(tmp_path / "store" / quantize_key(c))
-    assert set(stored.block(1).dense) == {"input_layernorm.weight"}, "what a rounding rewrites beside the matrices is kept"
+    assert set(stored.block(1).dense) == {"input_layernorm.weight"}, (
+        "what a rounding rewrites beside the matrices is kept"
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -149,9 +155,16 @@ def test_a_residual_stream_in_another_basis(
     with torch.no_grad():
         full = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
     assert float((logits(only) - full).norm() / full.norm()) < 1e-4
-    distances = {name: float((logits(c) - full).norm()) for name, c in (("rtn", rtn), ("gptq", gptq), ("gptq_full", gptq_full))}
-    assert distances["gptq"] < distances["rtn"] and distances["gptq_full"] < distances["rtn"], distances
+    distances = {
+        name: float((logits(c) - full).norm())
+        for name, c in (("rtn", rtn), ("gptq", gptq), ("gptq_full", gptq_full))
+    }
+    assert distances["gptq"] < distances["rtn"] and distances["gptq_full"] < distances["rtn"], (
+        distances
+    )
     for c in (gptq, gptq_full):
         quantize([c], folder, tmp_path / "killed", stop_after=1)
         assert not failures(quantize([c], folder, tmp_path / "killed"))
-        assert content(tmp_path / "killed" / quantize_key(c)) == content(tmp_path / "store" / quantize_key(c))
+        assert content(tmp_path / "killed" / quantize_key(c)) == content(
+            tmp_path / "store" / quantize_key(c)
+        )

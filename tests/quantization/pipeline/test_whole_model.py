@@ -31,7 +31,9 @@ def test_the_loss_is_the_models_own(family: str, tiny_model: Any) -> None:
     model, _ = load(baseline_of(cell(folder, Method("none"))), folder, None)
     with torch.no_grad():
         logits = model(text[[0, 2]]).logits[:, :-1].log_softmax(-1)
-    assert found == pytest.approx(float(-logits.gather(-1, text[[0, 2], 1:, None]).mean()), rel=1e-5)
+    assert found == pytest.approx(
+        float(-logits.gather(-1, text[[0, 2], 1:, None]).mean()), rel=1e-5
+    )
 
 
 def test_gradients_are_those_of_finite_differences(tiny_model: Any) -> None:
@@ -43,7 +45,9 @@ def test_gradients_are_those_of_finite_differences(tiny_model: Any) -> None:
             weight = block.linear("mlp.down_proj").weight * factors[1]
             return [block.run(one, {"mlp.down_proj.weight": weight}) for one in hidden]
 
-        return model.gradients(trained, (0, 1), lambda h: h * factors[0], scaled, lambda h: h + factors[2])
+        return model.gradients(
+            trained, (0, 1), lambda h: h * factors[0], scaled, lambda h: h + factors[2]
+        )
 
     factors = torch.tensor([1.5, 0.7, 0.1], requires_grad=True)
     loss(factors, [factors])
