@@ -1,8 +1,8 @@
 """What an evaluator is given and what it returns.
 
 An evaluator file (`harness/evaluation/evaluators/<name>.py`) defines a class `Evaluator` with a nested frozen dataclass
-`Settings`, whose fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which `harness.core.plugins` reads
-without importing the file:
+`Settings`, whose fields and defaults are those of `conf/evaluation/*.yaml`, and states its facts as literals, which
+`harness.core.plugins` reads without importing the file:
 
     class Evaluator:
         version = 1                     # raised when its numbers change; part of every score's key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 from harness.core.cell import Cell, cell_key
@@ -14,6 +14,17 @@ from harness.core.events import Event, Failed, Progress, Quantized, Scored, Task
 from harness.storage.store import Store
 
 LOG_SECONDS = 30.0  # after which logs go to a store elsewhere, at the latest
+
+
+class _ToFiles(logging.Handler):
+    """Gives each message of a logger, as one line, to a function."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._write(f"{record.levelname.lower()}  {record.getMessage()}")
 
 
 class TaskLogs:
@@ -27,10 +38,7 @@ class TaskLogs:
 
     def __enter__(self) -> TaskLogs:
         root = logging.getLogger("harness")
-        handler = logging.Handler()
-        handler.emit = lambda record: self._write(
-            self._paths, f"{record.levelname.lower()}  {record.getMessage()}"
-        )  # type: ignore[method-assign]
+        handler = _ToFiles(lambda line: self._write(self._paths, line))
         root.addHandler(handler)
         self._stack.callback(self._keep)
         self._stack.callback(root.removeHandler, handler)

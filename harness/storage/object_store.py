@@ -20,6 +20,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -424,11 +425,8 @@ class _Prefetched(ObjectStore):
                 cached = self._cached(path)
                 if cached is not None:
                     with contextlib.suppress(StoreError):
-                        self._disk.write(
-                            cached,
-                            lambda aside, content=content: aside.write_bytes(content),
-                            durable=False,
-                        )  # type: ignore[misc]
+                        fill = functools.partial(Path.write_bytes, data=content)
+                        self._disk.write(cached, fill, durable=False)
             elif content is None or isinstance(content, FileNotFoundError):
                 self._contents[path] = None
 

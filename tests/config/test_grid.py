@@ -675,7 +675,7 @@ def test_an_installed_package_carries_its_configs(tmp_path: Path) -> None:
     for folder in ("conf", "sweeps"):
         shutil.copytree(ROOT / folder, package / folder)
     imports = "from harness.config.grid import load_sweep; from harness.config.locations import list_names"
-        code = f"{imports}; s = load_sweep('demo'); print(s.path, len(s.cells), len(list_names('methods')))"
+    code = f"{imports}; s = load_sweep('demo'); print(s.path, len(s.cells), len(list_names('methods')))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True

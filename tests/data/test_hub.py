@@ -169,7 +169,8 @@ def test_a_run_from_a_bundle_is_the_run_with_network(hub: LoopbackHub, tmp_path:
 
 def test_what_the_hub_refuses_is_said(hub: LoopbackHub, tmp_path: Path) -> None:
     code = (
-        "from harness.data import hub, model_folders\nfrom harness.core.cell import Model\nfrom harness.core.errors import ModelError\n"
+        "from harness.data import hub, model_folders\n"
+        "from harness.core.cell import Model\nfrom harness.core.errors import ModelError\n"
         "for name in ('someone/gated', 'someone/absent'):\n"
         "    try:\n        model_folders.model_folder(Model('m', name, digest=model_folders.model_digest(name)))\n"
         "    except ModelError as error:\n        print(error)\n"

@@ -130,6 +130,6 @@ class _Linear(nn.Module):
         return self._with(as_stored(self.scale(), self.scale_dtype), self.scale_dtype)
 
     def _with(self, scale: Tensor, scale_dtype: str) -> UniformWeight:
-        return UniformWeight(
-            self.get_buffer("codes"), scale, self.zero, self.bits, scale_dtype, self.column_group
-        )  # type: ignore[arg-type]
+        zero, columns = self.zero, self.column_group
+        assert not isinstance(zero, nn.Module) and not isinstance(columns, nn.Module)
+        return UniformWeight(self.get_buffer("codes"), scale, zero, self.bits, scale_dtype, columns)

@@ -1,7 +1,8 @@
 """What the pass and the runtime ask of a model family, and the answers that most decoder-only families share.
 
 A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`:
-`architectures` as a literal, then whatever is particular to it. Fused projections, transposed weights, fused experts, odd names in files are absorbed here and nowhere else:
+`architectures` as a literal, then whatever is particular to it. Fused projections, transposed
+weights, fused experts, odd names in files are absorbed here and nowhere else:
 
     slots          the quantizable matrices of a block, each [out, in], wherever the module keeps them
     watch          the input of every group of slots while the block runs
