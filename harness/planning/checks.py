@@ -125,12 +125,30 @@ class Checker:
         from harness.quantization import models
 
         try:
-            return models.shapes(model_folders.config_folder(model)), []
+            folder = model_folders.config_folder(model)
+            if self._once(("unchecked", model), lambda: model_folders.unchecked(model)):
+                return models.shapes(folder), []
         except HarnessError as error:
             return None, [str(error)]
+        found = models.examine(folder)
+        return found.shapes, list(found.faults)
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        """What a user should know of a model before it runs: what of its files is not used, what a plan could not check."""
+        from harness.quantization import models
+
+        reason = self._once(("unchecked", model), lambda: model_folders.unchecked(model))
+        if reason or self.shapes(model) is None:
+            return (reason,) if reason else ()
+        found = models.examine(model_folders.config_folder(model))
+        return tuple(note for note in found.notes if note not in (found.shapes or found).notes)
 
     def _model_reasons(self, model: Model) -> list[str]:
         shapes, reasons = self._once(("shapes", model), lambda: self._shapes(model))
+        reasons = [
+            reason if model.name in reason else f'model "{model.name}": {reason}'
+            for reason in reasons
+        ]
         if shapes is None:
             return reasons
         if model.dtype not in DTYPE_BYTES:

@@ -851,7 +851,7 @@ class _Pass(Walk):
 
     def _manifest(self, job: Job) -> dict[str, Any]:
         blocks, method = self.blocks, job.cell.method
-        widths = blocks.reader.stored_bits()
+        widths = blocks.weights.stored_bits()
         matrices: dict[str, int] = {}  # elements of each parameter that are in a slot
         linears = 0
         if not method.is_baseline:
@@ -866,10 +866,7 @@ class _Pass(Walk):
         total, bits = 0, job.added_bits
         for name, elements in blocks.parameters.items():
             total += elements
-            width = next(
-                (widths[n] for n in blocks.family.file_names(name) if n in widths),
-                8 * blocks.dtype.itemsize,
-            )
+            width = widths.get(name, 8 * blocks.dtype.itemsize)
             bits += width * (elements - matrices.get(name, 0))
         covered = sum(matrices.values())
         report: dict[str, Any] = {

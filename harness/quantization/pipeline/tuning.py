@@ -24,7 +24,7 @@ from harness.core.errors import DataError, MethodError
 from harness.core.events import Event, Progress, Quantized
 from harness.quantization.calibration import documents_digest, windows_digest
 from harness.quantization.formats.native import BlockContent, Checkpoint, CheckpointWriter
-from harness.quantization.formats.weight_files import DTYPES, WeightReader
+from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference.linear import QuantizedLinear
 from harness.quantization.inference.load import load
 from harness.quantization.models import family_of, read_config
@@ -157,7 +157,7 @@ def _make_trainable(
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
-    reader = WeightReader(folder)
+    weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     model.requires_grad_(False)
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
@@ -170,7 +170,7 @@ def _make_trainable(
                     f"{cell.title}: {slot.name} of block {index} is part of a fused parameter, and tuning replaces whole linears"
                 )
             bias = None if module.bias is None else module.bias.detach()
-            original = None if content.dense else _original(family, reader, config, index, slot)
+            original = None if content.dense else _original(family, weights, config, index, slot)
             try:
                 linear = tuning.linear(slot.name, content.weights[slot.name], bias, original)
             except MethodError as error:
@@ -199,7 +199,7 @@ def _write(
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
-    reader = WeightReader(folder)
+    model_weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     for index in range(stored.manifest["blocks"]):
         base = stored.block(index)
         weights = {
@@ -216,7 +216,7 @@ def _write(
                 )
             entries[name] = {"bits_per_weight": weight.bits_per_weight}
             if not base.dense:  # a rescaled block has no matrix of the model to compare with
-                original = _original(family, reader, config, index, slots[name])
+                original = _original(family, model_weights, config, index, slots[name])
                 entries[name] = {
                     "weight_error": _share(values - original, original),
                     **entries[name],
@@ -231,11 +231,11 @@ def _write(
 
 
 def _original(
-    family: DecoderFamily, reader: WeightReader, config: Any, index: int, slot: WeightLocation
+    family: DecoderFamily, weights: ModelWeights, config: Any, index: int, slot: WeightLocation
 ) -> Tensor:
     """The model's own matrix [out, in], float32 on the CPU."""
     return slot.view(
-        family.read(reader, family.block_prefix(index) + slot.parameter, torch.float32, "cpu")
+        weights.read(family.block_prefix(index) + slot.parameter, torch.float32, "cpu")
     )
 
 
