@@ -34,7 +34,7 @@ LIMITS = {  # key of config.json -> largest value that is taken for meant
     "head_dim": 2**16,
     "vocab_size": 2**28,
 }
-_QUANTIZED = {  # quant_method -> how a copy in full precision is made of it, where that is possible
+_QUANTIZED = {  # quant_method -> how a copy in full precision is written, where that is possible
     "bitsandbytes": "load it with transformers, call model.dequantize() and save_pretrained()",
     "compressed-tensors": "load it with transformers and CompressedTensorsConfig(run_compressed=False), then save_pretrained()",
     "fp8": "load it with transformers and FineGrainedFP8Config(dequantize=True), then save_pretrained()",
@@ -200,10 +200,10 @@ def _quantization_faults(config: Mapping[str, Any]) -> Iterator[str]:
                 method = method or "compressed-tensors"
             method = method or "a form that it does not name"
             way = _QUANTIZED.get(str(method).replace("_", "-"))
-            advice = f", or make one: {way}" if way else ""
+            advice = f", or write one: {way}" if way else ""
             yield (
                 f"{where}{key} says that the weights are stored quantized ({method}): they are codes, not the model's weights. "
-                f"Name the full-precision model that it was made from{advice}"
+                f"Name the full-precision model behind it{advice}"
             )
 
 

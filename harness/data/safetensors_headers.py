@@ -27,7 +27,7 @@ _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a header describes it. dtype: in the format's own names ("F32", "BF16", "I8", "F8_E4M3", …); bytes: its size."""
+    """One tensor as a header describes it. dtype: in the format's own names ("F32", "BF16", "I8", …); bytes: its size."""
 
     file: Path
     dtype: str

@@ -130,7 +130,7 @@ def export(
 
     from harness.quantization.formats.protocols import AdapterLayout
     from harness.quantization.formats.weight_files import DTYPES
-    from harness.quantization.models import family_of, read_config
+    from harness.quantization.models import family_of, read_config, shapes
 
     found = store.find(key)
     cell = store.cell(found)
@@ -141,7 +141,7 @@ def export(
     layout, source = layout_of(name), model_folders.model_folder(cell.model)
     data = read_config(source)
     family = family_of(data)
-    reasons = refusals(cell, family.shapes(data), name)
+    reasons = refusals(cell, shapes(source), name)
     _refuse(cell, name, reasons)
     if store.manifest(quantize_key(cell)) is None:
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")

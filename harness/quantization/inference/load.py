@@ -25,7 +25,7 @@ from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference import activations, kv_cache, placement
 from harness.quantization.inference.activations import ActivationQuantizer
 from harness.quantization.inference.linear import QuantizedLinear
-from harness.quantization.models import family_of, read_config
+from harness.quantization.models import family_of, read_config, shapes
 from harness.quantization.models.protocols import (
     DecoderFamily,
     WeightLocation,
@@ -57,7 +57,7 @@ def load(
     stored = Checkpoint.open(checkpoint) if checkpoint is not None else None
     data = read_config(model_folder)
     family = family_of(data)
-    _check(cell, family.shapes(data))
+    _check(cell, shapes(model_folder))
     config = family.config(data)
     dtype = DTYPES[cell.model.dtype]
     model = family.skeleton(config, dtype)

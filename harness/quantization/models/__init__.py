@@ -39,7 +39,7 @@ class Examined:
 
     shapes   None where the config cannot be used
     faults   every reason why the model cannot be used
-    notes    what a user should know of the files
+    notes    what a user should know of the files; what the family says of the model is in shapes.notes
     facts    (subject, what was found), for people
     """
 
@@ -110,13 +110,12 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 @functools.lru_cache(maxsize=64)
 def _examine(folder: Path, stamp: object) -> Examined:
     seen: FolderLook = folder_check.look(folder)
-    faults, notes, facts = list(seen.faults), [], list(seen.facts)
+    faults, facts, notes = list(seen.faults), list(seen.facts), ()
     found = None
     if seen.config is not None:
         try:
             found = shapes(folder)
             facts.append(("family", f"{found.family}, {found.parameters:,} parameters"))
-            notes += found.notes
         except HarnessError as error:
             faults.append(str(error))
     if found is not None and seen.weights.files and not seen.weights.faults:
@@ -126,8 +125,8 @@ def _examine(folder: Path, stamp: object) -> Examined:
         family = family_of(data)
         compared = compare(family.skeleton(family.config(data), torch.float32), seen.weights)
         faults += compared.faults
-        notes += compared.notes
-    return Examined(found, tuple(faults), tuple(notes), tuple(facts))
+        notes = compared.notes
+    return Examined(found, tuple(faults), notes, tuple(facts))
 
 
 def shapes(folder: Path) -> Shapes:

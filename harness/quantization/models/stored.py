@@ -206,7 +206,7 @@ def compare(model: PreTrainedModel, weights: WeightFiles) -> Comparison:
     for dtype, held in codes.items():
         faults.append(
             f"{where}: {summary(held)} {'is' if len(held) == 1 else 'are'} stored as {dtype}: codes of a quantized checkpoint, not "
-            "weights. Name the full-precision model that it was made from"
+            "weights. Name the full-precision model behind it"
         )
     for parameter, held in names.doubled.items():
         faults.append(

@@ -21,7 +21,7 @@ from harness.core.errors import ConfigError, MethodError, unknown_name
 from harness.core.shapes import Shapes
 from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.models import family_of, read_config
+from harness.quantization.models import family_of, read_config, shapes
 from harness.quantization.models.protocols import WeightLocation, get_tensor, set_tensor
 from harness.quantization.numerics.inputs import attach_all, hold
 
@@ -41,8 +41,8 @@ class Blocks:
         data = read_config(folder)
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], torch.device(device)
         self.family = family_of(data)
+        self.shapes: Shapes = shapes(folder)
         self.config = self.family.config(data)
-        self.shapes: Shapes = self.family.shapes(data)
         self.model = self.family.skeleton(self.config, self.dtype)
         self.weights = ModelWeights(folder, self.model)
         self.parameters = {
