@@ -138,7 +138,7 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 def _described(config: Mapping[str, Any]) -> str:
     named = config.get("architectures") or ["no architecture named"]
     parts = [f"{config.get('model_type')} ({', '.join(named)})"]
-    inner = config.get("text_config") or config
+    inner: Mapping[str, Any] = config.get("text_config") or config
     if "num_hidden_layers" in inner:
         parts.append(f"{inner['num_hidden_layers']} blocks")
     length = context_length(config)
@@ -160,7 +160,8 @@ def _value_faults(config: Mapping[str, Any]) -> Iterator[str]:
     inner = config.get("text_config")
     if inner is not None and not isinstance(inner, dict):
         yield f"text_config is {json.dumps(inner)[:60]}, no object; download the file again"
-    for where, part in (("", config), ("text_config.", inner)):
+    parts: dict[str, Any] = {"": config, "text_config.": inner}
+    for where, part in parts.items():
         for key, most in LIMITS.items() if isinstance(part, dict) else ():
             value = part.get(key)
             numbers = value if isinstance(value, list) else [value]  # a list: one number per block

@@ -115,8 +115,8 @@ def unchecked(model: Model) -> str:
     if folder_check.is_complete(folder):
         return ""
     return (
-        f"{model.source} is not complete on this machine: config.json alone was checked, the names, shapes and dtypes of its weights "
-        f"and its tokenizer were not. They are checked once they are downloaded; to do so now: "
+        f"{model.source} is not complete on this machine: config.json alone was checked, the names, shapes and dtypes of its "
+        f"weights and its tokenizer were not. They are checked once they are downloaded; to do so now: "
         f"hf download {model.source}, then harness doctor {model.source}"
     )
 

@@ -65,7 +65,7 @@ def look_at_weights(folder: Path) -> WeightFiles:
     """The weight files of a folder with all faults, raising nothing."""
     present = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     if SINGLE in present:
-        names, faults = [SINGLE], []
+        names, faults = [SINGLE], list[str]()
     elif (folder / INDEX).exists():
         names, faults = _shards(folder / INDEX)
     else:

@@ -196,8 +196,8 @@ class Checker:
         model, reasons = cell.model.name, []
         if calibration.length > context:
             reasons.append(
-                f"calibration {calibration.name}: windows of {calibration.length} tokens, but {model} was made for {context} at most; set "
-                f" calibration.length to {context} or less"
+                f"calibration {calibration.name}: windows of {calibration.length} tokens, but {model} was made for at most "
+                f"{context}; set calibration.length to {context} or less"
             )
         tuning = cell.method.tuning
         settings = dict(tuning.settings) if tuning is not None else {}

@@ -110,7 +110,8 @@ def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 @functools.lru_cache(maxsize=64)
 def _examine(folder: Path, stamp: object) -> Examined:
     seen: FolderLook = folder_check.look(folder)
-    faults, facts, notes = list(seen.faults), list(seen.facts), ()
+    faults, facts = list(seen.faults), list(seen.facts)
+    notes: tuple[str, ...] = ()
     found = None
     if seen.config is not None:
         try:

@@ -185,7 +185,8 @@ def compare(model: PreTrainedModel, weights: WeightFiles) -> Comparison:
             f"{where}: the weight files lack {summary(missing)}, which config.json calls for; is the folder complete, and are the "
             "files and config.json of one model?"
         )
-    odd, codes = {}, {}
+    odd: dict[tuple[Any, tuple[int, ...]], list[str]] = {}  # shape found, shape wanted
+    codes: dict[str, list[str]] = {}  # dtype
     for parameter, parts in names.parts.items():
         shape, wanted = _shape(names, parameter, parts, metas), tuple(expected[parameter].shape)
         if shape != wanted:
