@@ -7,9 +7,9 @@ Of a linear [out, in] with groups of columns, all codes of b bits run through in
     scales   [groups, out] float16
     g_idx    [in] int32                   the group of each input channel; any order (act_order)
 
-weight = scales[g] · (code - zero), symmetric ones with zero 2^(b-1). quantize_config.json repeats what config.json says.
-Version 2 (`formats/gptq_v2.py`) stores zero points as they are. A file says which it is by `checkpoint_format`; an engine that takes
-one for the other writes text without sense and raises no error. transformers itself loads this layout only with a kernel package
+weight = scales[g] · (code - zero), symmetric ones with zero 2^(b-1). quantize_config.json repeats what config.json says. Version
+2 (`formats/gptq_v2.py`) stores zero points as they are. A file says which it is by `checkpoint_format`; an engine that takes one
+for the other writes text without sense and raises no error. transformers itself loads this layout only with a kernel package
 (gptqmodel); `unpack_linear` reads it with torch alone.
 """
 
