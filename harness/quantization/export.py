@@ -2,8 +2,8 @@
 
 What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is
 written. Tensors go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype.
-The folder is written aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
-weights alone.
+The folder is written under a temporary name and then renamed. Peak memory: a shard and a block. A layout of adapters
+(`formats/peft.py`) writes only the adapters, not the weights.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def _export_adapters(
     for index in range(checkpoint.manifest["blocks"]):
         content = checkpoint.block(index)
         places = {
-            slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)
+            location.name: location.parameter.rpartition(".")[0]
+            for location in family.locations(config, index)
         }
         for linear, weight in content.weights.items():
             if isinstance(weight, AdaptedWeight):
@@ -336,7 +337,7 @@ class _Writing:
         for index, block in enumerate(self.blocks):
             content, prefix = self.checkpoint.block(index), self.family.block_prefix(index)
             owners = self._owners(index)
-            stored = {slot.parameter for members in owners.values() for slot in members}
+            stored = {location.parameter for members in owners.values() for location in members}
             for name in block.state_dict():
                 if name not in stored:
                     tensor = content.dense.get(name)
@@ -362,8 +363,8 @@ class _Writing:
 
     def _owners(self, index: int) -> dict[str, list[WeightLocation]]:
         owners: dict[str, list[WeightLocation]] = {}
-        for slot in self.family.slots(self.config, index):
-            owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+        for location in self.family.locations(self.config, index):
+            owners.setdefault(location.parameter.rpartition(".")[0], []).append(location)
         return owners
 
     def _joined(
@@ -378,16 +379,16 @@ class _Writing:
 
         module = self.blocks[index].get_submodule(owner)
         if not isinstance(module, nn.Linear) or any(
-            slot.expert is not None or slot.transposed for slot in members
+            location.expert is not None or location.transposed for location in members
         ):
             return None, "matrices that are no linear modules"
         if len(members) == 1 and members[0].is_whole:
             return weights[members[0].name], ""
-        ordered = sorted(members, key=lambda slot: slot.rows or (0, 0))
-        edges = [edge for slot in ordered for edge in (slot.rows or (0, 0))]
+        ordered = sorted(members, key=lambda location: location.rows or (0, 0))
+        edges = [edge for location in ordered for edge in (location.rows or (0, 0))]
         if edges[1:-1:2] != edges[2::2] or (edges[0], edges[-1]) != (0, module.out_features):
             return None, "parts of a fused matrix that do not lie below each other"
-        whole = _below_each_other([weights[slot.name] for slot in ordered])
+        whole = _below_each_other([weights[location.name] for location in ordered])
         return whole, "parts of a fused matrix with different grids"
 
 

@@ -78,7 +78,7 @@ def _small(cell: Cell) -> Cell:
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
-    parts = {slot: part(getattr(method, slot)) for slot in ("transform", "rounding", "tuning")}
+    parts = {kind: part(getattr(method, kind)) for kind in ("transform", "rounding", "tuning")}
     return dataclasses.replace(cell, method=dataclasses.replace(method, **parts))
 
 

@@ -18,7 +18,7 @@ from harness.quantization.models.parts import (
     QKV,
     attention_pairs,
     gated_mlp_pairs,
-    whole_slots,
+    whole_locations,
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
@@ -40,13 +40,13 @@ class Family(DecoderFamily):
     before = ("model.language_model.embed_tokens",)
     after = ("model.language_model.norm", "lm_head")
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         text = config.get_text_config()
         if text.model_type not in BIASED:
             raise ModelError(
                 f'the language part "{text.model_type}" of {config.model_type} is none of {", ".join(BIASED)}'
             )
-        return whole_slots(ATTENTION | GATED_MLP, BIASED[text.model_type])
+        return whole_locations(ATTENTION | GATED_MLP, BIASED[text.model_type])
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (*attention_pairs(config.get_text_config()), *gated_mlp_pairs())

@@ -16,8 +16,8 @@ from harness.quantization.models.parts import (
     QKV,
     attention_pairs,
     gated_mlp_pairs,
-    row_slots,
-    whole_slots,
+    row_locations,
+    whole_locations,
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
@@ -28,7 +28,7 @@ class Family(DecoderFamily):
     architectures = ("Phi3ForCausalLM",)
     rotations = True
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         rows = (
             head * config.num_attention_heads,
@@ -36,12 +36,12 @@ class Family(DecoderFamily):
             head * config.num_key_value_heads,
         )
         return (
-            *row_slots("qkv", "self_attn.qkv_proj", dict(zip(QKV, rows, strict=True))),
-            *whole_slots({"o": (OUTPUT,)}),
-            *row_slots(
+            *row_locations("qkv", "self_attn.qkv_proj", dict(zip(QKV, rows, strict=True))),
+            *whole_locations({"o": (OUTPUT,)}),
+            *row_locations(
                 "gate_up", "mlp.gate_up_proj", dict.fromkeys(GATE_UP, config.intermediate_size)
             ),
-            *whole_slots({"down": (DOWN,)}),
+            *whole_locations({"down": (DOWN,)}),
         )
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:

@@ -4,8 +4,8 @@ A family file (`harness/quantization/models/<name>.py`) defines `class Family(De
 `architectures` as a literal, then whatever is particular to it. Fused projections, transposed
 weights, fused experts, odd names in files are absorbed here and nowhere else:
 
-    slots          the quantizable matrices of a block, each [out, in], wherever the module keeps them
-    watch          the input of every group of slots while the block runs
+    locations          the quantizable matrices of a block, each [out, in], wherever the module keeps them
+    watch          the input of every group of locations while the block runs
     pairs          where a diagonal scale can be folded
     ends           modules before and after the blocks
     read           tensors of the files under the names of the module
@@ -36,7 +36,7 @@ from harness.core.shapes import LinearShape, ScalePair, Shapes
 Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
 Replace = Callable[
     [str, Tensor], Tensor
-]  # (a slot's name, inputs [..., in]) -> what the matrix shall multiply
+]  # (a location's name, inputs [..., in]) -> what the matrix shall multiply
 
 
 class TensorSource(Protocol):
@@ -52,7 +52,7 @@ class WeightLocation:
     """One quantizable matrix of a block: a parameter, or the part of one.
 
     name        within the block, "self_attn.q_proj": what schemes, records and checkpoints call it
-    group       slots with the same input have the same group
+    group       locations with the same input have the same group
     parameter   of the block, "self_attn.qkv_proj.weight"
     rows        the rows of a fused weight that are this matrix; None: all
     expert      index into a 3-D parameter [experts, …, …]; None: the parameter is a matrix
@@ -101,7 +101,7 @@ class DecoderFamily:
 
     # --- what a family file says ----------------------------------------------------------------------------------------------
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         """The quantizable matrices of block `index`, in order of execution."""
         raise ModelError(f"{type(self).__module__} names no quantizable matrices")
 
@@ -201,16 +201,16 @@ class DecoderFamily:
 
     @contextmanager
     def watch(
-        self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive
+        self, block: nn.Module, locations: Sequence[WeightLocation], receive: Receive
     ) -> Iterator[None]:
-        """While the context is open, receive(group, inputs) is called for each group of `slots` whenever the block runs.
+        """While the context is open, receive(group, inputs) is called for each group of `locations` whenever the block runs.
 
-        Here the input is the first argument of the module that owns the parameter of the group's first slot.
+        Here the input is the first argument of the module that owns the parameter of the group's first location.
         """
-        first = {slot.group: slot for slot in reversed(slots)}
+        first = {location.group: location for location in reversed(locations)}
         handles = []
-        for group, slot in first.items():
-            module = block.get_submodule(slot.parameter.rpartition(".")[0])
+        for group, location in first.items():
+            module = block.get_submodule(location.parameter.rpartition(".")[0])
 
             def hook(_module: nn.Module, args: tuple[Any, ...], group: str = group) -> None:
                 receive(group, args[0])
@@ -228,7 +228,7 @@ class DecoderFamily:
         """From now on the matrices `members`, all that the module `owner` holds, multiply replace(name, input) in place of their
         input; matrices with one input are asked for once, by the first's name. Returns what undoes it.
         """
-        if len({slot.group for slot in members}) > 1:
+        if len({location.group for location in members}) > 1:
             raise ModelError(
                 f"{type(self).__module__} does not say how inputs inside {owner} can be reached one by one"
             )
@@ -248,24 +248,24 @@ class DecoderFamily:
             count
         ):  # blocks may differ (dense first blocks of a mixture); the union counts
             parameters = dict(self.blocks(model)[index].named_parameters())
-            slots = self.slots(config, index)
-            missing = sorted({slot.parameter for slot in slots} - parameters.keys())
+            locations = self.locations(config, index)
+            missing = sorted({location.parameter for location in locations} - parameters.keys())
             if missing:
                 raise ModelError(
                     f"block {index} of {type(model).__name__} has no parameter {', '.join(missing[:3])}"
                 )
-            for slot in slots:
-                out_features, in_features = slot.view(parameters[slot.parameter]).shape
-                expert, biased = slot.expert is not None, slot.bias is not None
+            for location in locations:
+                out_features, in_features = location.view(parameters[location.parameter]).shape
+                expert, biased = location.expert is not None, location.bias is not None
                 linears[
                     LinearShape(
-                        slot.name,
+                        location.name,
                         out_features,
                         in_features,
-                        slot.group,
+                        location.group,
                         biased,
                         expert,
-                        fused=not slot.is_whole,
+                        fused=not location.is_whole,
                     )
                 ] = None
         text = config.get_text_config()

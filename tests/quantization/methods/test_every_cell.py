@@ -53,13 +53,13 @@ def on_llama(folders: Callable[[str], Path]) -> list[Cell]:
 def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -> bool:
     """What the parts of a cell's method answer for a model of these shapes; their answers must be reasons, and said once."""
     accepted = True
-    for slot in ("transform", "rounding", "tuning"):
-        part = getattr(cell.method, slot)
+    for kind in ("transform", "rounding", "tuning"):
+        part = getattr(cell.method, kind)
         if part is None:
             continue
-        if (slot, part) not in built:
-            built[slot, part] = plugins.build(slot, part.name, to_json(part)["settings"])
-        reasons = built[slot, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
+        if (kind, part) not in built:
+            built[kind, part] = plugins.build(kind, part.name, to_json(part)["settings"])
+        reasons = built[kind, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
         assert all(isinstance(reason, str) and reason for reason in reasons) and len(
             set(reasons)
         ) == len(reasons), cell.title

@@ -66,21 +66,21 @@ def test_groups_share_their_input_and_pairs_can_be_folded(
     config = ours.config(data)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = torch.arange(20)[None]
-    slots = ours.slots(config, 0)
+    locations = ours.locations(config, 0)
     block = model.model.layers[0]
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        block.get_submodule(slot.name).register_forward_pre_hook(
-            lambda _m, args, name=slot.name: seen.update({name: args[0]})
+        block.get_submodule(location.name).register_forward_pre_hook(
+            lambda _m, args, name=location.name: seen.update({name: args[0]})
         )
-        for slot in slots
+        for location in locations
     ]
     watched: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), ours.watch(block, slots, lambda group, x: watched.update({group: x})):
+    with torch.no_grad(), ours.watch(block, locations, lambda group, x: watched.update({group: x})):
         before = model(tokens).logits
     for handle in handles:
         handle.remove()
-    assert all(seen[slot.name] is watched[slot.group] for slot in slots)
+    assert all(seen[location.name] is watched[location.group] for location in locations)
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_unknown_architectures_name_the_nearest(tmp_path: Path) -> None:
         models.read_config(tmp_path / "nowhere")
 
 
-def test_slots_are_views() -> None:
+def test_locations_are_views() -> None:
     fused = torch.arange(24.0).reshape(6, 4)
     part = WeightLocation("k", "qkv", "qkv.weight", rows=(2, 4))
     part.view(fused).zero_()

@@ -20,6 +20,7 @@ from small import (
     windows,
 )
 
+from harness.core import plugins
 from harness.core.cell import (
     Cell,
     Method,
@@ -250,6 +251,40 @@ def test_one_cells_error_is_its_own(tiny_model: Callable[..., Path], tmp_path: P
     events = quantize(wrong, folder, tmp_path)
     assert len(failures(events)) == 2 and 'no rounding "nothing"' in failures(events)[0].reason
     assert len([event for event in events if isinstance(event, Quantized)]) == 1
+
+
+OUT_OF_MEMORY = (  # of torch's CPU allocator, and of a device's
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. "
+    "Error code 12 (Cannot allocate memory)",
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+)
+
+
+@pytest.mark.parametrize(
+    "error", [*(RuntimeError(text) for text in OUT_OF_MEMORY), MemoryError(), ValueError("no")]
+)
+def test_memory_that_runs_out_in_a_rounding_is_known_as_such(
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """Only then is the cell retried; the other cells of the pass go on."""
+
+    def exhausted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(plugins.load("rounding", "rtn"), "round_layer", exhausted)
+    folder = tiny_model("llama")
+    cells = [cell(folder, RTN), cell(folder, GPTQ)]
+    events = quantize(cells, folder, tmp_path)
+    (failed,) = failures(events)
+    assert failed.kind == ("error" if isinstance(error, ValueError) else "out_of_memory")
+    assert failed.cell_keys == (cell_key(cells[0]),) and failed.stage == "block 0"
+    assert type(error).__name__ in failed.reason and "Traceback" in failed.detail
+    assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [
+        (cell_key(cells[1]),)
+    ]
 
 
 def test_a_failing_layer_is_named_once(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
