@@ -140,6 +140,29 @@ def test_outlier_channels_stay_and_their_small_values_still_count_for_the_scale(
     assert torch.allclose(found[0, :, 2], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_codes_beside_outliers_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """bitsandbytes' rule, written out: codes round(x · (127 / a)) in float32, a the largest |x| below the threshold."""
+    x = inputs(3, 20, 64).to(dtype)
+    outliers = x.abs() >= 6
+    small = x.masked_fill(outliers, 0).float()
+    largest = small.abs().amax(-1, keepdim=True)
+    codes = torch.round(small * (127.0 / largest))
+    expected = torch.where(outliers.any(1, keepdim=True), x, (codes * (largest / 127)).to(dtype))
+    found = rounded(x, outlier_threshold=6.0)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert 0 < int(outliers.any(1).sum()) < outliers.any(1).numel()
+
+
+def test_tokens_of_zeros_and_of_the_smallest_numbers_stay_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        least = torch.tensor([0.0, torch.finfo(dtype).tiny, 1e-45], dtype=dtype)
+        x = least[:, None].expand(3, 8)
+        found = rounded(x, outlier_threshold=6.0)
+        assert bool((found[0] == 0).all()) and bool(torch.isfinite(found).all())
+        assert bool((found.float() - x.float()).abs().max() <= 1e-30)
+
+
 def test_outliers_of_one_sequence_are_not_those_of_its_batch_mates() -> None:
     x = inputs(2, 5, 16).clamp(-5, 5)
     x[1, 3, 7] = 50.0
