@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.folding import fold_scales
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 
 STATISTICS = ("max_med", "max_max")
 SMALLEST = 1e-8  # added to weights; the floor of activations, which the author leaves free to be 0

@@ -27,10 +27,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_grid, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, shared_factor
+from harness.quantization.methods.evidence import shared_factor
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.hessians import Factor

@@ -28,10 +28,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.adapters import (
     AdapterTuning,
     LowRankLinear,

@@ -21,10 +21,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 OUTLIER_WEIGHTS = ("int8", "fp16")

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
-from harness.quantization.methods.checks import check_uniform
+from harness.quantization.methods.checks import check_uniform, require_finite
 from harness.quantization.methods.folding import repeat_scales
-from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Grid
 from harness.quantization.numerics.training import (

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import Network, Scheme
+from harness.quantization.methods.protocols import Network
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
 from harness.quantization.numerics.training import steps_of
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight

@@ -1,14 +1,18 @@
-"""What a method is given and what it returns. Methods import this module and `harness.quantization.numerics`, nothing else of ours.
+"""The contract of a method: what it receives and what it returns.
 
 A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Transform`, `Rounding`,
-`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal `conf/<slot>/<name>.yaml`, takes it as
-its only constructor argument, and states its facts as literals, which `harness.core.plugins` reads without importing the file:
+`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of `conf/<part>/<name>.yaml`
+(conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument, and states its facts as literals, which
+`harness.core.plugins` reads without importing the file:
 
     class Rounding:
         version = 1                     # raised when its numbers change; part of every key
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+
+A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
+schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
 
 Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in], scale [out, groups].
 """
@@ -19,13 +23,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Generator as Generating
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import torch
 from torch import Generator, Tensor, nn
 
 from harness.core.cell import Scheme, WeightScheme
-from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
-from harness.quantization.numerics.hessians import Factor, factored
 from harness.quantization.numerics.weights import QuantizedWeight
 
 STATISTICS: dict[str, str] = {
@@ -246,40 +247,3 @@ class Tuning(Protocol):
         Raises MethodError when a loss is not finite.
         """
         ...
-
-
-def require_finite(weight: Tensor, name: str = "") -> None:
-    """Raise MethodError when a matrix [out, in] holds NaN or infinity; name: of its linear, where the caller has several."""
-    if not bool(torch.isfinite(weight).all()):
-        raise MethodError(
-            f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged"
-        )
-
-
-def shared_factor(
-    weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False
-) -> Factor:
-    """What a column-by-column rounding of weight [out, in] starts from: its Hessian, damped, inverted and factored.
-
-    Computed once for all matrices with one input and all cells of one stream. Raises MethodError when the weight or the Hessian
-    is not finite, or the Hessian not positive definite.
-    """
-    assert evidence is not None, "a method that needs the Hessian is given evidence"
-    require_finite(weight)
-    return evidence.once(
-        ("factor", damping_fraction, act_order),
-        lambda: factored(evidence["hessian"], damping_fraction, act_order),
-    )
-
-
-def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:
-    """Squared gradients of weight [out, in], for methods that weigh its errors with them. Raises MethodError when they, or the
-    weight, are not finite."""
-    assert evidence is not None, "a method that needs squared gradients is given evidence"
-    require_finite(weight)
-    sensitivity = evidence["squared_gradient"]
-    if not bool(torch.isfinite(sensitivity).all()):
-        raise MethodError(
-            "squared gradients hold NaN or infinity; load the model with model.dtype=float32"
-        )
-    return sensitivity

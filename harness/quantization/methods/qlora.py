@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.protocols import Scheme
 from harness.quantization.numerics.adapters import AdapterTuning, LowRankLinear, StoredSettings
 from harness.quantization.numerics.weights import QuantizedWeight
 

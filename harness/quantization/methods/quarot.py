@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations
 from harness.quantization.methods.folding import (
@@ -34,7 +35,7 @@ from harness.quantization.methods.folding import (
     rotate_ends,
     writes_residual,
 )
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics import hadamard
 
 

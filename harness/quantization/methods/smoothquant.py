@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
 from harness.quantization.methods.folding import fold_scales
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 
 FLOOR = 1e-5
 DIRECTIONS = ("both", "activation_to_weight")

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations, check_uniform
@@ -44,7 +45,7 @@ from harness.quantization.methods.folding import (
     rotate_ends,
     writes_residual,
 )
-from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, WholeModel
+from harness.quantization.methods.protocols import BlockView, WholeModel
 from harness.quantization.numerics import hadamard
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
