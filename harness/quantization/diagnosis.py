@@ -1,11 +1,11 @@
-"""Why a model loses by 8-bit weights and activations: which linears, through which side, and what repairs them with least change.
+"""Linears that 8-bit weights and activations damage, whether weights or activations are the cause, and the smallest repair.
 
 For each linear, on inputs x of calibration text (the question of arXiv 2408.15301, answered layer by layer):
 
     weight_ratio       largest over median, over input channels j, of max_i |W_ij|     a healthy linear has a few, LLaMA3-70B's
     activation_ratio   the same of the largest |x_j|                                   worst hundreds
     weights            ||x W'ᵀ - x Wᵀ||² / ||x Wᵀ||²: weights rounded per output channel, asymmetric min-max
-    activations        the same with inputs rounded per token alone
+    activations        the same with inputs rounded per token, weights not rounded
     both               the same with both
     grouped            the same with both in groups of input channels
 

@@ -181,7 +181,7 @@ def export(
 
 @contextlib.contextmanager
 def _written_aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when all is written."""
+    """A temporary folder next to `output`, renamed to `output` when all is written."""
     aside = output.with_name(f".{output.name}.{os.getpid()}.aside")
     try:
         aside.mkdir(parents=True)
@@ -205,7 +205,7 @@ def _export_adapters(
     output: Path,
     source: str,
 ) -> Exported:
-    """What a tuning left beside the weights. source: of the unquantized model, a hub id or a folder."""
+    """Export the adapters of a tuned cell. source: the unquantized model, a hub id or a folder."""
     from harness.quantization.formats.native import Checkpoint
     from harness.quantization.numerics.adapters import AdaptedWeight
     from harness.quantization.numerics.inputs import NAMES
@@ -225,7 +225,7 @@ def _export_adapters(
         if any(key.rpartition(".")[2] in NAMES for key in content.dense):
             reasons["inputs that are transformed at run time"] = None
     if not adapters:
-        reasons["nothing lies beside its weights: its tuning is merged into what is stored"] = None
+        reasons["it has no adapters: its tuning is merged into the stored weights"] = None
     _refuse(cell, name, list(reasons))
     tuning = cell.method.tuning
     assert tuning is not None, "refused"

@@ -1,6 +1,6 @@
-"""Where the parts of a model stand when one device does not hold it: spread over several, or its blocks on the CPU in between.
+"""Placement of a model that one device cannot hold: spread over several devices, or with its blocks on the CPU between uses.
 
-Blocks are never split. What moves hidden states from one device to the next are the hooks of accelerate.
+Blocks are never split. The hooks of accelerate move hidden states from one device to the next.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def rotate_block(
 
 
 def rotate_ends(ends: Mapping[str, Tensor], shapes: Shapes, residual: Tensor) -> dict[str, Tensor]:
-    """Embeddings, final norm and head of a residual stream turned by residual [hidden, hidden], by name."""
+    """Embeddings, final norm and head of a residual stream rotated by residual [hidden, hidden], by name."""
     assert shapes.ends is not None
     embeddings, norm, head = shapes.ends
     residual = residual.to(ends[embeddings].device)

@@ -170,4 +170,7 @@ class Rounding:
 
 def _scattered(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
     if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
-        yield "act_order takes the columns of a group apart, and double_quantized scales are of neighbours; use static_groups=true"
+        yield (
+            "act_order scatters the columns of a group, and double_quantized scales need neighbouring columns; "
+            "use static_groups=true"
+        )

@@ -1,4 +1,4 @@
-"""Weights as they are: what rounding activations, or the KV cache, costs alone.
+"""Weights stay as they are: this measures the cost of rounding only the activations, or only the KV cache.
 
 No paper of its own; the W16A8 and KV-only rows of studies that ask which side of a product the damage comes from (arXiv 2408.15301:
 LLaMA3-70B breaks with 8-bit weights and unrounded activations, and hardly the other way round). Weights keep the model's numbers in

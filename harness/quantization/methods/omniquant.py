@@ -295,15 +295,15 @@ class _Scales:
             self.scales.append(nn.Parameter(start))
             self.shifts.append(nn.Parameter(centre) if settings.shift else None)
         device = block.linear(self.query_key[0]).weight.device
-        self.turned = nn.Parameter(torch.ones(shapes.kv_heads, shapes.head_dim // 2, device=device))
+        self.rotary = nn.Parameter(torch.ones(shapes.kv_heads, shapes.head_dim // 2, device=device))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.scales, *(shift for shift in self.shifts if shift is not None), self.turned]
+        return [*self.scales, *(shift for shift in self.shifts if shift is not None), self.rotary]
 
     @torch.no_grad()
     def keep_from_zero(self) -> None:
         """Push scales out of ±0.01, in place: their inverses would explode."""
-        for scale in (*self.scales, self.turned):
+        for scale in (*self.scales, self.rotary):
             edge = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
             scale.copy_(torch.where(scale.abs() < SMALLEST_SCALE, edge, scale))
 
@@ -321,7 +321,7 @@ class _Scales:
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
         keys = torch.cat(
-            (self.turned, self.turned), dim=-1
+            (self.rotary, self.rotary), dim=-1
         )  # rotary positions mix channel i with i + head_dim / 2
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
@@ -339,7 +339,7 @@ def _scale_rows(tensors: dict[str, Tensor], name: str, factor: Tensor, offset: f
 
 
 def _makes_values(pair: ScalePair) -> bool:
-    """Whether the producer is the value projection: the authors leave up → down alone."""
+    """Whether the producer is the value projection: the authors do not scale up → down."""
     return pair.kind == "linear" and "att" in pair.producer.rpartition(".")[0]
 
 

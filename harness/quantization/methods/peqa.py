@@ -1,4 +1,4 @@
-"""PEQA: the integers of a quantized model stay, its scales alone are fine-tuned.
+"""PEQA: the integers of a quantized model stay as they are, and only its scales are fine-tuned.
 
 Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization (arXiv 2305.14152).
 Objective: min over Δs of the language-model loss with W = (s0 + Δs) (q - z), s0 and the integers q and z from rounding, Δs = 0 at

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Evidence(Protocol):
-    """What calibration says of one linear's input. Read-only; linears with one input share one object.
+    """Calibration statistics of one linear's input. Read-only; linears with one input share one object.
 
     A statistic that the method did not name in `needs` raises KeyError. Values are shared between cells: never write to them.
     """
@@ -67,7 +67,7 @@ class Evidence(Protocol):
 
 
 class BlockView(Protocol):
-    """One decoder block in the hands of a transform or a block-wise rounding; its weights are float, on the device."""
+    """One decoder block as a transform or a block-wise rounding gets it; its weights are float, on the device."""
 
     index: int  # position in the model, from 0
     module: nn.Module
@@ -101,8 +101,8 @@ class BlockView(Protocol):
         """The block's output [1, length, hidden] for one sequence, with `weights` in place of named parameters
         ("self_attn.q_proj.weight"); differentiable in them.
 
-        receive(linear, its input [..., in]) returns what the linear shall see instead: rounded activations, or what it was
-        given by a method that only watches. Linears that are parts of one parameter are asked for once, by the first's name.
+        receive(linear, its input [..., in]) returns the input that the linear uses instead: rounded activations, or the same
+        tensor if the method only observes. Linears that are parts of one parameter get one call, with the name of the first.
         """
         ...
 
@@ -114,7 +114,7 @@ class BlockView(Protocol):
 
 
 class WholeModel(Protocol):
-    """The unrounded model in the hands of a transform that learns from its loss: one block at a time, in both directions."""
+    """The unrounded model as a transform that learns from its loss gets it: one block at a time, forward and backward."""
 
     shapes: Shapes
     sequences: int  # calibration sequences
@@ -141,13 +141,14 @@ class WholeModel(Protocol):
 class Transform(Protocol):
     """Rewrites a block into an equivalent one before rounding.
 
-    One that learns from the whole model before the walk over its blocks names "tokens" in `needs` and defines two more methods:
+    A transform that learns from the whole model, before its blocks are rewritten, names "tokens" in `needs` and defines two
+    more methods:
 
         def learn(self, model: WholeModel, scheme: Scheme, rng: Generator) -> Generating[tuple[int, int], None, dict[str, Tensor]]
         def use(self, learned: Mapping[str, Tensor]) -> None
 
-    learn yields (step, steps) and returns what it learned; `use` is given that, by this pass or by one that resumes it, before
-    anything is rewritten.
+    learn yields (step, steps) and returns what it learned. The pass, or one that resumes it, calls `use` with that before it
+    rewrites a block.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
@@ -192,7 +193,7 @@ class Rounding(Protocol):
 
 
 class Network(Protocol):
-    """A whole causal language model in the hands of a tuning."""
+    """A whole causal language model as a tuning gets it."""
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[sequences, length] tokens -> [sequences, length, vocabulary] float32; of the model in training differentiable."""
@@ -211,7 +212,7 @@ class TrainedLinear(Protocol):
         ...
 
     def stored(self) -> QuantizedWeight:
-        """What the checkpoint shall hold of it now."""
+        """The weight that the checkpoint stores, as training has left it."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""SliM-LLM: GPTQ whose groups take a bit from the least salient and give it to the most salient; ranges are searched.
+"""SliM-LLM: GPTQ that takes a bit from the least salient groups and gives it to the most salient ones; ranges are searched.
 
 SliM-LLM: Salience-Driven Mixed-Precision Quantization for Large Language Models (arXiv 2405.14917). Their code states no licence;
 this file is written from descriptions alone.

@@ -100,7 +100,7 @@ class Family(DecoderFamily):
     def _linear(
         self, config: PretrainedConfig, name: str, group: str, early: bool = True
     ) -> tuple[WeightLocation, ...]:
-        """The location of one linear; none where it has its turn elsewhere."""
+        """The location of one linear; none where it comes at another place of the order."""
         return (
             (
                 WeightLocation(

@@ -2,7 +2,7 @@
 
 Nothing is known of such a model beforehand, so it is watched: it runs once on tensors that have shapes and no memory, which tells
 which linears run, in which order, and which of them multiply one and the same tensor. That is enough for data-free methods, and
-for all that need inputs of linears alone (GPTQ and its relatives).
+for all that need only inputs of linears (GPTQ and its relatives).
 
 What it cannot do: transforms are refused, because what produces a linear's input, and what else reads it, cannot be seen from
 outside. Fused expert parameters are refused here, with their names: skipping them would leave most of the model unquantized.

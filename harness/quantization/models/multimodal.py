@@ -1,6 +1,6 @@
 """Language parts of LLaVA-NeXT and Qwen2-VL: Llama's block inside a model that also sees images.
 
-Quantized and calibrated on text alone, as the published studies did; vision tower and projector stay as they are and are loaded
+Quantized and calibrated on text only, as the published studies did; vision tower and projector stay as they are and are loaded
 with the model, so that it still answers about images. Files of the hub predate the module's names, in two ways.
 """
 
@@ -32,7 +32,7 @@ LANGUAGE, HEAD, TOWER = "model.language_model.", "lm_head.", "model.vision_tower
 
 
 class Family(DecoderFamily):
-    """Both read text as their language part alone would."""
+    """Both read text exactly as their language part does."""
 
     architectures = ("LlavaNextForConditionalGeneration", "Qwen2VLForConditionalGeneration")
     auto_class = AutoModelForImageTextToText
@@ -55,9 +55,7 @@ class Family(DecoderFamily):
         return ("self_attn.q_proj", "self_attn.k_proj")
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        return (
-            "the language part alone is quantized; vision tower and projector stay as they are",
-        )
+        return ("only the language part is quantized; vision tower and projector stay as they are",)
 
     def file_names(self, name: str) -> Iterator[str]:
         yield from super().file_names(name)

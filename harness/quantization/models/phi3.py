@@ -1,7 +1,7 @@
 """Phi-3: Llama's block with queries, keys and values in one linear, and gate and up in another.
 
-Each part of a fused linear is a matrix of its own here, with its own grid, errors and place in the record; the runs of rows are
-what the module's forward cuts apart. Phi-4 has the same class; Phi-4-mini turns only a part of each head.
+Each part of a fused linear is a matrix of its own here, with its own grid, errors and place in the record; the rows are split
+as the module's forward splits them. Phi-4 has the same class; Phi-4-mini rotates only a part of each head.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ class Family(DecoderFamily):
         return (*attention_pairs(config), *gated_mlp_pairs())
 
     def query_key(self, config: PretrainedConfig) -> tuple[str, str] | None:
-        turned = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        return ("self_attn.q_proj", "self_attn.k_proj") if turned == 1.0 else None
+        rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        return ("self_attn.q_proj", "self_attn.k_proj") if rotated == 1.0 else None

@@ -1,10 +1,10 @@
-"""What the pass and the runtime ask of a model family, and the answers that most decoder-only families share.
+"""The contract of a model family for passes and for quantized models that run, with what most decoder-only families share.
 
 A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`:
 `architectures` as a literal, then whatever is particular to it. Fused projections, transposed
 weights, fused experts, odd names in files are absorbed here and nowhere else:
 
-    locations          the quantizable matrices of a block, each [out, in], wherever the module keeps them
+    locations      the quantizable matrices of a block, each [out, in], wherever the module keeps them
     watch          the input of every group of locations while the block runs
     pairs          where a diagonal scale can be folded
     ends           modules before and after the blocks
@@ -36,7 +36,7 @@ from harness.core.shapes import LinearShape, ScalePair, Shapes
 Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
 Replace = Callable[
     [str, Tensor], Tensor
-]  # (a location's name, inputs [..., in]) -> what the matrix shall multiply
+]  # (a location's name, inputs [..., in]) -> the inputs that the matrix multiplies instead
 
 
 class TensorSource(Protocol):
@@ -99,7 +99,7 @@ class DecoderFamily:
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
 
-    # --- what a family file says ----------------------------------------------------------------------------------------------
+    # --- what a family file defines ----------------------------------------------------------------------------------------------
 
     def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         """The quantizable matrices of block `index`, in order of execution."""
@@ -226,7 +226,7 @@ class DecoderFamily:
         self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace
     ) -> Callable[[], None]:
         """From now on the matrices `members`, all that the module `owner` holds, multiply replace(name, input) in place of their
-        input; matrices with one input are asked for once, by the first's name. Returns what undoes it.
+        input; matrices with one input get one call, with the name of the first. Returns a function that undoes it.
         """
         if len({location.group for location in members}) > 1:
             raise ModelError(

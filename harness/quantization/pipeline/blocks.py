@@ -158,7 +158,8 @@ class Blocks:
         calls = self._calls[index]
         if any(not _same(calls[0], call) for call in calls[1:]):
             raise MethodError(
-                f"block {index} takes arguments that differ by sequence, and this method does not say which it runs"
+                f"block {index} takes arguments that differ between sequences, "
+                "and this method runs a block without naming the sequence"
             )
         return calls[0]
 
@@ -197,7 +198,7 @@ class StreamedBlock:
     def _own(
         self, shapes: Shapes, without_evidence: Collection[str]
     ) -> tuple[Shapes, tuple[str, ...]]:
-        """What of the model's shapes is true of this block, for blocks may differ; and the pairs that lack evidence, in words."""
+        """The part of the model's shapes that this block has, since blocks may differ; and the pairs without evidence."""
         linears = tuple(linear for linear in shapes.linears if linear.name in self._locations)
         here = [
             pair
@@ -233,7 +234,8 @@ class StreamedBlock:
         location = self._locations[name]
         if not location.is_whole:
             raise MethodError(
-                f"block {self.index}, {name}: a fused matrix shares its input, which cannot be transformed for it alone"
+                f"block {self.index}, {name}: a fused matrix shares its input with other matrices, "
+                "so the input cannot be transformed for this one only"
             )
         hold(self.module.get_submodule(location.parameter.rpartition(".")[0]), kind, value)
 

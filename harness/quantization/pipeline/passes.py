@@ -1,8 +1,8 @@
-"""The walk through a model's blocks that quantizes many cells together. It exists once, here.
+"""The loop over a model's blocks that quantizes many cells in one pass. It exists only here.
 
-Each block is read once. Cells stand in streams: what a block receives depends only on the stream's history, so cells with one
-history share the block's forward, its statistics and their transforms; what they share never changes a number, and a cell alone
-and the same cell in company give the same bytes.
+Each block is read once. Every cell belongs to a stream. The inputs of a block depend only on the stream's history, so cells with
+the same history share the block's forward, its statistics and their transforms. Sharing never changes a number: a cell gives the
+same bytes in a pass of its own and in a pass with other cells.
 
     history of a cell's stream     at block 0                  after it
     inputs: full_precision         the embeddings              outputs of the original blocks: one stream for all such cells
@@ -128,7 +128,7 @@ class _Pass(Walk):
             )
         return jobs
 
-    # --- the walk -------------------------------------------------------------------------------------------------------------
+    # --- the loop -------------------------------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[Event]:
         for job in self.jobs:
@@ -156,7 +156,7 @@ class _Pass(Walk):
                 yield from self._finish(job)
 
     def _open(self, job: Job) -> None:
-        """Build the plugins, and refuse what a pass cannot do."""
+        """Build the plugins of a job. Raises MethodError or DataError for a cell that a pass cannot quantize."""
         method = job.cell.method
         if method.tuning is not None:
             raise MethodError(
@@ -179,7 +179,7 @@ class _Pass(Walk):
             job.added_bits += report.added_bits(self.blocks, index, dense)
 
     def _learn(self) -> Iterator[Event]:
-        """Before the walk: what transforms learn from the whole model. Cells with one transform and one scheme learn once."""
+        """Let transforms learn from the whole model, before blocks are quantized; once for cells of one transform and scheme."""
         waiting: dict[str, list[Job]] = {}
         for job in self._alive():
             if hasattr(job.transform, "learn") and job.finished < len(self.blocks):
@@ -226,7 +226,7 @@ class _Pass(Walk):
             yield Progress(time.time(), keys, "learning", step, steps)
 
     def _start_streams(self) -> None:
-        """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
+        """Compute the first block's inputs and squared gradients, each only if an unfinished cell needs them."""
         unfinished = [job for job in self._alive() if job.finished < len(self.blocks)]
         if any(job.reads_stream for job in unfinished):
             assert self.windows is not None
@@ -353,7 +353,7 @@ class _Pass(Walk):
         rewritten: dict[str, RewrittenBlock],
         following: dict[str, list[Tensor]],
     ) -> None:
-        """Quantize the block for one cell, or read it back, and run it where its outputs are a stream that nobody has made yet."""
+        """Quantize the block for one cell, or read it back, and run it if no other cell has made its outputs yet."""
         index = block.index
         made: RewrittenBlock | None = None
         if job.finished <= index:
@@ -590,7 +590,7 @@ class _Pass(Walk):
         )
 
     def _next_history(self, job: Job, index: int) -> str:
-        """Cells whose blocks up to `index` are made alike, from alike inputs, go on in one stream."""
+        """The stream that a cell reads next: the same for cells whose blocks up to `index` are equal and had equal inputs."""
         method = job.cell.method
         parts = [part for part in method.parts]
         names = [location.name for location in self.blocks.locations(index)]
@@ -609,7 +609,7 @@ class _Pass(Walk):
         )
 
     def _finish(self, job: Job) -> Iterator[Event]:
-        """Write the manifest and say so."""
+        """Write the manifest and report the finished checkpoint."""
 
         def work() -> dict[str, Any]:
             return job.writer.manifest() or job.writer.finish(
@@ -623,7 +623,7 @@ class _Pass(Walk):
             yield Quantized(time.time(), job.cell_keys, record)
 
     def _try(self, job: Job, stage: str, work: Callable[[], Any]) -> Any:
-        """Do a job's own work; what goes wrong takes this job out of the pass and no other."""
+        """Do a job's own work; an error ends this job and no other job of the pass."""
         if job.failed:
             return None
         try:
@@ -649,7 +649,7 @@ class _Pass(Walk):
 
 
 def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
-    """What the jobs want to know of the original block: for their transforms, or for their rounding where they have none."""
+    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
     needs = frozenset(
         need
         for job in jobs

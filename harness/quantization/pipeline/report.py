@@ -1,4 +1,4 @@
-"""What a pass reports of a checkpoint: whether it covers every matrix, errors of its layers, its sizes and its time."""
+"""The report of a checkpoint: whether it covers every matrix, the errors of its layers, its sizes and its time."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:
 def manifest_content(
     job: Job, blocks: Blocks, windows: Tensor | None, shared: SharedSeconds
 ) -> dict[str, Any]:
-    """What the manifest of a finished checkpoint says besides its files: sizes, coverage, seconds, methods, calibration."""
+    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration."""
     method = job.cell.method
     matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
     linears = 0

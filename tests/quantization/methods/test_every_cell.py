@@ -1,7 +1,7 @@
 """No cell fails at run time for a reason that the plan could have known: methods × schemes × families.
 
 The whole product is asked what it accepts, from config.json alone. Of what is accepted, a covering part is run: on Llama every
-method and every scheme. `python tests/methods/every_cell.py` runs all of it, on every family.
+method and every scheme. `python tests/support/every_cell.py` runs all of it, on every family.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ def test_a_damaged_manifest_is_written_again(
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     CheckpointWriter(tmp_path, {"key": "a", "version": 1})
-    with pytest.raises(StoreError, match="key: 'a' there, 'b' asked for"):
+    with pytest.raises(StoreError, match=r"key: 'a' .*'b'"):
         CheckpointWriter(tmp_path, {"key": "b", "version": 1})
 
 
