@@ -8,7 +8,6 @@ import torch
 from harness.core.cell import ActivationScheme
 from harness.core.errors import MethodError
 from harness.quantization.inference.activations import ActivationQuantizer
-from harness.quantization.inference.kv_cache import round_cache
 
 GRIDS = ["smoothquant", "compressed", "llama_quant"]
 
@@ -98,24 +97,6 @@ def test_impossible_schemes() -> None:
         ActivationQuantizer(ActivationScheme(dynamic=False))
     with pytest.raises(MethodError, match="does not divide 64"):
         rounded(inputs(), granularity="group", group_size=24)
-
-
-def test_cache_rounding() -> None:
-    x = inputs(1, 2, 20, 16)
-    scaled = x.clone()
-    scaled[..., 3] *= 64  # an outlier channel
-    keys = round_cache(x, 2, 8, "channel")
-    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 3], 64 * keys[..., 3])
-    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 4], keys[..., 4])
-    assert not torch.equal(
-        round_cache(scaled, 2, 8, "token")[..., 4], round_cache(x, 2, 8, "token")[..., 4]
-    )
-    assert torch.equal(
-        round_cache(x, 2, 8, "token")[:, :, :5], round_cache(x[:, :, :5], 2, 8, "token")
-    )
-    for axis in ("token", "channel"):
-        assert torch.allclose(round_cache(x, 16, 8, axis), x, atol=1e-3)
-        assert torch.equal(round_cache(torch.ones(1, 1, 8, 8), 2, 8, axis), torch.ones(1, 1, 8, 8))
 
 
 # --- LLM.int8()'s decomposition ------------------------------------------------------------------------------------------------

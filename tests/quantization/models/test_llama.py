@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.core.errors import ModelError
 from harness.quantization import models
-from harness.quantization.models.protocols import WeightLocation, tied
+from harness.quantization.models.protocols import tied
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -114,16 +114,3 @@ def test_unknown_architectures_name_the_nearest(tmp_path: Path) -> None:
     assert known.architectures[0] == "LlamaForCausalLM"
     with pytest.raises(ModelError, match="cannot be read"):
         models.read_config(tmp_path / "nowhere")
-
-
-def test_locations_are_views() -> None:
-    fused = torch.arange(24.0).reshape(6, 4)
-    part = WeightLocation("k", "qkv", "qkv.weight", rows=(2, 4))
-    part.view(fused).zero_()
-    assert fused[2:4].eq(0).all() and fused.count_nonzero() == 15
-    turned = WeightLocation("c", "c", "c.weight", transposed=True)
-    turned.view(fused)[0] = -1
-    assert fused[:, 0].eq(-1).all()
-    experts = torch.zeros(3, 4, 5)
-    WeightLocation("e", "e", "experts", expert=1, rows=(2, 4)).view(experts).fill_(1)
-    assert experts.sum() == 10 and experts[1, 2:].eq(1).all()
