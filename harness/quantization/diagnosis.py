@@ -32,14 +32,14 @@ from harness.quantization.numerics.grids import fit
 from harness.quantization.pipeline.walk import survey
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-TOKENS = 1024  # of each linear's input, taken at equal distances
+TOKENS = 1024  # tokens of each linear's input, taken at equal distances
 OUTLYING, WORTH_REPAIR, REPAIRED = 10.0, 1e-2, 0.1
-FEW = 0.03  # of all linears: "less than 3 percent" of the study
+FEW = 0.03  # share of all linears: "less than 3 percent" in the study
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What the module's docstring lists, of one linear."""
+    """The figures of one linear that the module's docstring lists."""
 
     block: int
     linear: str
@@ -49,7 +49,7 @@ class LinearReport:
     activations: float
     both: float
     grouped: float
-    share: float = 0.0  # of the sum of `both` over all linears
+    share: float = 0.0  # part of the sum of `both` over all linears
 
     @property
     def cause(self) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 4 * 2**30
-COPIED = (  # of the model's folder
+COPIED = (  # files of the model's folder
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -110,7 +110,7 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. bytes: of the weight files."""
+    """The result of an export. bytes: size of the weight files."""
 
     folder: Path
     format: str
@@ -282,7 +282,7 @@ class _Writing:
         self.unties_head = any(name in self.ends for name in self.tied)
 
     def survey(self) -> tuple[dict[str, Description | None], list[str]]:
-        """What the layout says of every linear, by module name, and why some cannot be stored."""
+        """The layout's description of every linear, by module name, and reasons why some cannot be stored."""
         described: dict[str, Description | None] = {}
         found: dict[str, list[str]] = {}
         for index in range(len(self.blocks)):

@@ -134,7 +134,7 @@ class CheckpointWriter:
         self._store("learned", dict(tensors), {})
 
     def learned(self) -> dict[str, Tensor] | None:
-        """What the transform of an earlier pass learned, verified; None where it has not."""
+        """The tensors that the transform of an earlier pass learned, verified; None where there are none."""
         path = self.folder / "learned.json"
         return (
             _read_tensors(path.with_suffix(".safetensors"), _read_json(path)["file"])

@@ -18,7 +18,7 @@ from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
 from harness.quantization.numerics.weights import QuantizedWeight
 
-Description = dict[str, Any]  # of a linear in the layout's own words: JSON values
+Description = dict[str, Any]  # a linear as the layout describes it: JSON values
 
 
 class Layout(Protocol):
@@ -37,7 +37,7 @@ class Layout(Protocol):
     def describe(
         self, weight: QuantizedWeight, activation: ActivationScheme | None
     ) -> Description | None:
-        """What `quantization_config` says of the linear; None: it is stored as an ordinary weight."""
+        """The linear's description in `quantization_config`; None: it is stored as an ordinary weight."""
         ...
 
     def model_reasons(self, described: Mapping[str, Description | None]) -> list[str]:

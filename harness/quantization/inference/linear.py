@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _beside_outliers(self) -> Tensor | None:
-        """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
+        """The matrix that outlier channels multiply, in the model's dtype; None where that is `weight`."""
         if not self._threshold or self._product is not None:
             return None
         if self.mode == "dense":

@@ -226,7 +226,7 @@ def _load_block(
 def _quantizers(
     cell: Cell, index: int, members: list[WeightLocation]
 ) -> dict[str, ActivationQuantizer]:
-    """What rounds the inputs of a module that holds these matrices, by the first matrix of each input.
+    """The quantizers for the inputs of a module that holds these matrices, by the first matrix of each input.
 
     Matrices of one input must have one activation scheme.
     """

@@ -29,7 +29,7 @@ from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.codebooks import nested_tables
 from harness.quantization.numerics.weights import QuantizedWeight
 
-MOST_BITS = 8  # of the nested model; every cell is a prefix of it
+MOST_BITS = 8  # width of the nested model; every cell is a prefix of it
 
 
 class Rounding:

@@ -1,4 +1,4 @@
-"""What several methods compute of a layer's evidence: the factored Hessian, and squared gradients that are known to be finite."""
+"""Tools that methods share: the factored Hessian of a layer's evidence, and its squared gradients, checked to be finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.quantization.numerics.hessians import Factor, factored
 def shared_factor(
     weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False
 ) -> Factor:
-    """What a column-by-column rounding of weight [out, in] starts from: its Hessian, damped, inverted and factored.
+    """The damped, inverted and factored Hessian, from which a column-by-column rounding of weight [out, in] starts.
 
     Computed once for all matrices with one input and all cells of one stream. Raises MethodError when the weight or the Hessian
     is not finite, or the Hessian not positive definite.

@@ -116,7 +116,7 @@ class Rounding:
         fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
         form = fitting.fit(
             weight if scheme.group_size == -1 else weight[:, :size]
-        )  # of all grids; one per channel: the grid
+        )  # holds all grids; one per channel: the grid itself
         w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)

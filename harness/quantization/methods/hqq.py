@@ -157,7 +157,7 @@ class Rounding:
             size = error.abs()
             kept = error.sign() * (size - size.pow(settings.norm - 1) / beta).clamp_(min=0)
             zero = (codes - (values - kept) * inverse_scale).mean(1, keepdim=True)
-            mean_error = float(size.mean())  # of the zero points before this update
+            mean_error = float(size.mean())  # error with the zero points before this update
             if settings.early_stop and not mean_error < lowest:
                 break
             lowest = min(lowest, mean_error)

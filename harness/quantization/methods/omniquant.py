@@ -46,7 +46,7 @@ from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 INITIAL_STRENGTH = 4.0
 SMALLEST_SCALE = 1e-2
-FLOOR = 1e-5  # of the maxima that start the scales
+FLOOR = 1e-5  # lower bound of the maxima that start the scales
 
 
 class Rounding:
@@ -231,7 +231,7 @@ class _Linears:
         return nearest_through(groups, self._grid(name, groups)).reshape(weight.shape)
 
     def quantize(self, name: str, weight: Tensor) -> UniformWeight:
-        """The codes of what `nearest` gives."""
+        """The codes of the weights that `nearest` returns."""
         scheme = self.grouped[name]
         groups = weight.reshape(weight.shape[0], -1, self._size(name))
         grid = self._grid(name, groups)
@@ -311,7 +311,7 @@ class _Scales:
         """The block's parameters with every scale divided out where it is made and multiplied in where it is read."""
         tensors = dict(originals)
         for pair, parameter, shift in zip(self.pairs, self.scales, self.shifts, strict=True):
-            if shift is not None:  # of values too: attention's weights sum to 1
+            if shift is not None:  # values too: attention's weights sum to 1
                 tensors[f"{pair.producer}.bias"] = tensors[f"{pair.producer}.bias"] - shift
                 for name in pair.consumers:
                     moved = tensors[f"{name}.weight"] @ repeat_scales(shift, pair, self.shapes)
@@ -394,7 +394,7 @@ def _biases_and_norms(block: BlockView) -> dict[str, Tensor]:
 def _activation_rounding(
     block: BlockView, scheme: Scheme
 ) -> Callable[[str, Tensor], Tensor] | None:
-    """What rounds the inputs of the linears as the scheme will at run time, with gradients; None where inputs stay as they are."""
+    """A function that rounds inputs of linears as at run time, with gradients; None where inputs stay as they are."""
     if scheme.activation is None:
         return None
 

@@ -38,7 +38,7 @@ class Tuning(AdapterTuning):
 
     @dataclass(frozen=True)
     class Settings(StoredSettings):
-        """Those of adapters that stay beside their matrix."""
+        """The settings of adapters that are not merged."""
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""

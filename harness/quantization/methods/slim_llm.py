@@ -48,7 +48,7 @@ from harness.quantization.numerics.mixed_width import (
 from harness.quantization.numerics.weights import QuantizedWeight
 
 ADDED = 0.01  # to the diagonal before the search, in the authors' unit
-LEAST_GROUPS = 4  # of a layer in which one group can move down and another one up
+LEAST_GROUPS = 4  # a layer with fewer offers no pair of groups to the search
 EXPONENT = 2.4
 
 

@@ -188,7 +188,7 @@ class _Matrix:
         return torch.cat([part for part in parts if part is not None], dim=1)
 
     def quantize(self) -> MixedWidthWeight:
-        """The codes of what `nearest` gives."""
+        """The codes of the weights that `nearest` returns."""
         rows, count, _ = self.groups.shape
         codes = torch.empty_like(self.groups, dtype=torch.uint8)
         scale = torch.empty(rows, count, device=codes.device)

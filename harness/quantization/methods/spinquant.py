@@ -281,7 +281,7 @@ class _Rounded:
         return nearest_through(groups, grid).reshape(wide.shape).to(weight.dtype)
 
     def _receive(self, index: int, down: set[str]) -> Callable[[str, Tensor], Tensor]:
-        """What a linear of block `index` sees of its input: rotated where it is rotated at run time, then rounded."""
+        """The input of a linear of block `index` as at run time: rotated where the linear has a rotation, then rounded."""
 
         def receive(name: str, inputs: Tensor) -> Tensor:
             x = hadamard.transform(inputs) if name in down else inputs

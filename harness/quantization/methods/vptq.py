@@ -275,7 +275,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all matrices on one input share: U and its column order, dead columns, H's diagonal as weights of the columns."""
+    """Shared by all matrices with one input: U and its column order, dead columns, H's diagonal as weights of the columns."""
 
     upper: Tensor
     order: Tensor

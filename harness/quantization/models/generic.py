@@ -1,4 +1,4 @@
-"""Whatever transformers loads as a causal language model and no other family names.
+"""The family of every causal language model that transformers loads and no other family file names.
 
 Nothing is known of such a model beforehand, so it is watched: it runs once on tensors that have shapes and no memory, which tells
 which linears run, in which order, and which of them multiply one and the same tensor. That is enough for data-free methods, and
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core.errors import ModelError
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
-TOKENS = 4  # of the run that is watched; no number depends on it
+TOKENS = 4  # length of the observed run; no number depends on it
 
 
 class Family(DecoderFamily):

@@ -94,7 +94,7 @@ class DecoderFamily:
     )  # modules that make logits of the last block's output
     returns_tuple: bool = False  # a block's output comes first in a tuple
     auto_class: ClassVar[Any] = (
-        AutoModelForCausalLM  # of transformers, builds the model from its config
+        AutoModelForCausalLM  # the class of transformers that builds the model from its config
     )
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
@@ -119,7 +119,7 @@ class DecoderFamily:
         return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        """What a plan should tell the user about this model."""
+        """Notes about this model that a plan shows to the user."""
         return ()
 
     # --- what most families share ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class DecoderFamily:
         return model.eval()
 
     def block_prefix(self, index: int) -> str:
-        """What the names of block `index`'s parameters begin with: "model.layers.3."."""
+        """The prefix of the names of block `index`'s parameters: "model.layers.3."."""
         return f"{self.blocks_name}.{index}."
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
@@ -239,7 +239,7 @@ class DecoderFamily:
         return block.get_submodule(owner).register_forward_pre_hook(hook).remove
 
     def shapes(self, data: Mapping[str, Any]) -> Shapes:
-        """What a plan knows of a model from its config.json; reads no weights (0.2 s for 80 blocks)."""
+        """The shapes of a model from its config.json, for plans; reads no weights (0.2 s for 80 blocks)."""
         config = self.config(data)
         model = self.skeleton(config, torch.float32)
         count = len(self.blocks(model))

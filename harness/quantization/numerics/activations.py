@@ -109,7 +109,7 @@ def round_to_range(
 
 
 def codes_per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """What `round_dynamic` multiplies: codes [..., tokens, in] in int8 or float8, and their scales [..., tokens, 1] in x's dtype.
+    """The codes [..., tokens, in] of `round_dynamic`, in int8 or float8, and their scales [..., tokens, 1] in x's dtype.
 
     For symmetric 8-bit schemes with a scale per token, and for 8-bit floats; codes times scales are round_dynamic(x), to the bit.
     """

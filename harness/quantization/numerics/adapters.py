@@ -210,7 +210,7 @@ class LowRankLinear(FrozenLinear):
         return x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)
 
     def change(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the output."""
+        """The part of the output that comes from the adapter."""
         return low_rank(self.drop(x), self.down, self.up, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Student(Protocol):
 
 
 class AdapterTuning(ABC):
-    """What tunings by adapters share: which linears get one, and the loop over documents. A method says what an adapter is."""
+    """The base of tunings by adapters: it selects the linears and loops over documents; a method defines its adapter."""
 
     def __init__(self, settings: LowRankSettings) -> None:
         self.settings = settings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SECOND_BLOCK = 256  # block maxima that share one second-level scale
-SMALLEST = 1e-38  # of a divisor: blocks of zeros stay zeros
+SMALLEST = 1e-38  # lower bound of a divisor: blocks of zeros stay zeros
 
 
 def dynamic_table() -> Tensor:

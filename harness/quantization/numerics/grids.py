@@ -367,7 +367,7 @@ def _to_float8(scale: Tensor) -> Tensor:
 
 
 def pack_scales(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """What is stored of scales [out, groups] that are exact in dtype: "scale", and "tensor_scale" with float8."""
+    """The stored tensors of scales [out, groups] that are exact in dtype: "scale", and "tensor_scale" with float8."""
     if dtype == "e8m0":
         return {"scale": (torch.frexp(scale).exponent - 1 + E8M0_BIAS).to(torch.uint8)}
     if dtype == "float8_e4m3":

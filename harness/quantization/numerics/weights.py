@@ -54,7 +54,7 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is stored: contiguous tensors by name, and JSON values that are not worth a tensor."""
+        """The stored form: contiguous tensors by name, and JSON values for everything small."""
 
     @classmethod
     @abstractmethod

@@ -34,7 +34,7 @@ class Job:
     history: str = EMBEDDINGS
     seconds: float = 0.0
     own_stream: bool = False  # its transform rewrites the ends, so its stream starts elsewhere
-    added_bits: int = 0  # of parameters that the model does not have
+    added_bits: int = 0  # bits of parameters that the model does not have
     failed: bool = False
 
     @property

@@ -341,7 +341,7 @@ class _Pass(Walk):
         self, block: BlockInStream, members: list[Job], following: dict[str, list[Tensor]]
     ) -> None:
         """Quantize the members of one stream, transform by transform, and add the streams that they read next to `following`."""
-        rewritten: dict[str, RewrittenBlock] = {}  # of the last transform, by its key
+        rewritten: dict[str, RewrittenBlock] = {}  # the block after the last transform, by its key
         for job in sorted(members, key=self._transform_key):
             work = partial(self._walk_job, job, block, rewritten, following)
             self._try(job, f"block {block.index}", work)

@@ -33,7 +33,7 @@ from harness.quantization.numerics import inputs
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.training import Document
 
-SEQUENCES_AT_ONCE = 16  # of text that the model writes itself
+SEQUENCES_AT_ONCE = 16  # while the model writes text
 
 
 class LanguageModel:
@@ -259,7 +259,7 @@ def _report(
     parameters: Sequence[nn.Parameter],
     seconds: float,
 ) -> dict[str, Any]:
-    """What the manifest says besides the blocks; sizes outside the matrices and coverage are the base's."""
+    """The manifest without the blocks; sizes outside the matrices and coverage are those of the base."""
     base, part = stored.manifest, cell.method.tuning
     assert part is not None
     if isinstance(windows, Tensor):

@@ -1,4 +1,4 @@
-"""The walk over a model's blocks: run each on all sequences and gather statistics of its inputs."""
+"""Run each block of a model on all sequences and gather statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def survey(
 ) -> Iterator[tuple[int, dict[str, Tensor], Statistics]]:
     """Walk the unrounded model once. Yields for each block its index, its matrices [out, in] by name, and statistics by linear.
 
-    needs: names of statistics of inputs. Memory: one block, and of its inputs what the statistics hold.
+    needs: names of statistics of inputs. Memory: one block and the statistics of its inputs.
     """
     walk = Walk(folder, dtype, device)
     hidden = [h.to(walk.storage) for h in walk.blocks.start(windows)]
@@ -38,7 +38,7 @@ def survey(
 
 
 class Walk:
-    """What every walk does with a block: run it on all sequences and gather statistics of its inputs."""
+    """The base of a pass and of a survey: runs a block on all sequences and gathers statistics of its inputs."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         self.blocks = Blocks(folder, dtype, device)
@@ -85,7 +85,7 @@ class Walk:
         return {group: collector.finish() for group, collector in collectors.items()}, outputs
 
     def _locations(self, index: int, tensors: Collection[str]) -> tuple[WeightLocation, ...]:
-        """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
+        """The matrices of a block with these tensors. A matrix with an input transform of its own becomes a group of its own."""
 
         def own(location: WeightLocation) -> WeightLocation:
             owner = location.parameter.rpartition(".")[0]
