@@ -18,7 +18,7 @@ MODES = ("dense", "packed", "native")
 
 
 class QuantizedLinear(nn.Module):
-    """y = round(t(x)) W'ᵀ + b, t what `numerics.inputs` says of the linear's input tensors, if it has any.
+    """y = round(t(x)) W'ᵀ + b, where t applies the linear's input tensors, if it has any (`numerics.inputs`).
 
     A low-rank adapter stays beside its matrix: it is added in the model's dtype and reads its input before that is rounded.
 
@@ -27,7 +27,7 @@ class QuantizedLinear(nn.Module):
     Both give the same bits.
     mode "native" hands the codes to the first kernel of `inference.kernels` that holds them exactly, "native:int4pack" to that
     one; it equals the others up to the order of a sum and the rounding of its result. MethodError where no kernel holds them.
-    Channels that the activation scheme keeps apart multiply a matrix of their own where the weight has one (LLM.int8(), 16 bits).
+    Outlier channels of the activation scheme multiply a second matrix where the weight has one (LLM.int8(), 16 bits).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _beside_outliers(self) -> Tensor | None:
-        """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
+        """The matrix that outlier channels multiply, in the model's dtype; None where that is `weight`."""
         if not self._threshold or self.kernel is not None:
             return None
         if self.mode == "dense":
