@@ -223,6 +223,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     """Score one cell after the other; a model is in memory while its cell is scored."""
+    import harness.evaluation.protocols
+    import harness.quantization.inference.load  # noqa: F401  (both before the freeze below)
 
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     if device != "cpu" and (task.devices > 1 or task.offload):
@@ -280,13 +282,25 @@ def _evaluate_cell(
         raise HarnessError(
             f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again"
         )
-    if cell.method.is_baseline:
-        model, tokenizer = place(cell, folder, None)
-    else:
+
+    def load_as(mode: str) -> tuple[Any, Any]:
+        if cell.method.is_baseline:
+            return place(cell, folder, None, mode=mode)
         with store.reading(quantize_key(cell)) as checkpoint:
-            model, tokenizer = place(cell, folder, checkpoint)
+            return place(cell, folder, checkpoint, mode=mode)
+
+    model, tokenizer = load_as("dense")
+    cache = store.root / "cache"
     subject = Subject(
-        cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache"
+        cell,
+        model,
+        tokenizer,
+        device,
+        task.batch_size,
+        manifest,
+        folder,
+        cache,
+        lambda mode: load_as(mode)[0],
     )
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:

@@ -1,6 +1,6 @@
 """The weight files of a model folder, read tensor by tensor: by their own names, or by the names of a model's parameters.
 
-A file is opened for the tensors asked for and closed again, so that its pages never count as the process's memory.
+A file is opened for the requested tensors and closed again, so that its pages never count as the process's memory.
 """
 
 from __future__ import annotations

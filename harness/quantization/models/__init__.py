@@ -131,7 +131,7 @@ def _examine(folder: Path, stamp: object) -> Examined:
 
 
 def shapes(folder: Path) -> Shapes:
-    """Shapes of the model in a folder, from its config.json alone."""
+    """Shapes of the model in a folder, from its config.json only."""
     path = folder / "config.json"
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     return _shapes(folder, stamp)

@@ -9,7 +9,12 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import ATTENTION, MixtureFamily, attention_pairs, whole_slots
+from harness.quantization.models.parts import (
+    ATTENTION,
+    MixtureFamily,
+    attention_pairs,
+    whole_locations,
+)
 from harness.quantization.models.protocols import WeightLocation
 
 
@@ -21,8 +26,8 @@ class Family(MixtureFamily):
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
         return config.num_local_experts, config.intermediate_size
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        return (*whole_slots(ATTENTION), *self.expert_slots(config))
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        return (*whole_locations(ATTENTION), *self.expert_locations(config))
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (*attention_pairs(config), *self.expert_pairs(config))
