@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.core.cell import Evaluation, Model, digest
-from harness.core.errors import EvaluationError
+from harness.core.cell import Evaluation, Model, baseline_of, digest
+from harness.core.errors import EvaluationError, ModelError
 from harness.core.events import Progress
 from harness.data import model_folders
 from harness.evaluation.protocols import Score, Subject
@@ -184,17 +184,11 @@ class Reference:
         if cell.method.is_baseline and cell.scheme.activation is None and cell.scheme.kv is None:
             return self.subject.model
         if self._model is None:
-            from transformers import AutoModelForCausalLM
+            from harness.quantization.inference import load, placement
 
-            from harness.quantization.inference import placement
-
-            options = {
-                "dtype": getattr(torch, cell.model.dtype),
-                "trust_remote_code": cell.model.trust_remote_code,
-            }
-            try:
-                loaded = AutoModelForCausalLM.from_pretrained(self.subject.model_folder, **options)
-            except (OSError, ValueError) as error:
+            try:  # the baseline's own loader, so that the reference is the model that tables call full precision
+                loaded, _ = load.load(baseline_of(cell), self.subject.model_folder, None)
+            except ModelError as error:
                 raise EvaluationError(
                     f"{cell.model.name}: the full-precision reference cannot be loaded: {error}"
                 ) from error
