@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.core.events import Event, Failed, Joined, Quantized, TaskStarted, Turn
+from harness.core.failures import with_remedy
 from harness.core.units import duration
 from harness.execution.progress import Display, Tally
 
@@ -95,17 +96,17 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
                     f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s"
                 )
     if isinstance(event, Failed):
-        again = (
-            ("; tried again" if event.kind in ("lost", "head_lost") else "; tried again alone")
-            if event.retry
-            else ""
-        )
         for key in event.cell_keys:
             title = tally.cells[key].title if key in tally.cells else key[:12]
-            word, look = (
-                ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
-            )
-            lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
+            if event.retry:
+                lines.append(
+                    f"retry   {title}    {event.stage}: {event.reason}; {event.kind.retried}"
+                )
+            else:
+                reason = with_remedy(event.reason, event.kind)
+                lines.append(
+                    f"FAIL    {title}    {event.stage}: {reason}    harness show {key[:8]}"
+                )
     if isinstance(event, Turn):
         waits = (
             f"waits   {event.behind} goes first; what runs here is finished"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 
 from harness.core.cell import Cell, cell_key
+from harness.core.failures import with_remedy
 from harness.execution.coordination import active_drivers
 from harness.storage.store import Store
 from harness.storage.sweep_state import is_running
@@ -23,9 +24,9 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
             continue
         if record.failures:
             kind = "failed"
-            lines.append(
-                f"FAIL    {cell.title}    {record.failures[-1].get('reason', '')}    harness show {record.cell_key[:8]}"
-            )
+            last = record.failures[-1]
+            reason = with_remedy(last.get("reason", ""), last.get("kind", ""))
+            lines.append(f"FAIL    {cell.title}    {reason}    harness show {record.cell_key[:8]}")
         else:
             kind = "partly" if record.manifest is not None or record.scores else "waiting"
         if running and now.get("state") in ("quantizing", "evaluating"):

@@ -21,6 +21,7 @@ from typing import Any
 from harness.core.cell import Cell, Evaluation, Model, cell_key, quantize_key
 from harness.core.errors import StoreError
 from harness.core.events import Event, Failed, Quantized, Scored, TaskStarted
+from harness.core.failures import FailureKind
 from harness.execution import failures
 from harness.execution.executors.base import RETURN_SECONDS, Executor, Exit, Message
 from harness.execution.queues import (
@@ -430,7 +431,7 @@ class Scheduler:
                 del self.running[number]
                 limit = self.runtime.cluster.task_timeout_seconds
                 yield from self._ended(
-                    job, Exit("timeout", f"ended after {limit:g} s (cluster.task_timeout_seconds)")
+                    job, Exit(FailureKind.TIMEOUT, f"{FailureKind.TIMEOUT.sentence} ({limit:g} s)")
                 )
 
     def unplaced(self) -> Iterator[Event]:
@@ -455,12 +456,12 @@ class Scheduler:
                 queue.ready[look.cells[0].model] = []
             else:
                 queue.looks.remove(look)
-            keys = tuple(dict.fromkeys(map(cell_key, look.cells)))
+            keys, kind = tuple(dict.fromkeys(map(cell_key, look.cells))), FailureKind.NO_NODE
             reason = (
-                f"takes {look.devices} GPUs of one node, and none has had more than {self.executor.most} for "
-                f"{RETURN_SECONDS:g} s; add such a node, then the same command goes on"
+                f"{kind.sentence}: the cell takes {look.devices} GPUs of one node, and none has had more than "
+                f"{self.executor.most} for {RETURN_SECONDS:g} s"
             )
-            yield Failed(time.time(), keys, stage="evaluate", kind="no_node", reason=reason)
+            yield Failed(time.time(), keys, stage="evaluate", kind=kind, reason=reason)
         self._unplaced = None
 
     @property
@@ -521,8 +522,8 @@ class Scheduler:
             time.time(),
             tuple(sorted(keys)),
             stage="cell",
-            kind="cancelled",
-            reason="cancelled with harness cancel",
+            kind=FailureKind.CANCELLED,
+            reason=FailureKind.CANCELLED.sentence,
         )
 
     def _open_cells(self) -> set[str]:
@@ -548,7 +549,7 @@ class Scheduler:
         lost = self._concerned(job, failed)
         job.unfinished -= lost
         retry = (
-            failed.kind == "out_of_memory"
+            failed.kind is FailureKind.OUT_OF_MEMORY
             and bool(lost)
             and self._with_more_room(job, lost, smaller=False)
         )
@@ -569,14 +570,17 @@ class Scheduler:
             for key in map(cell_key, job.work.cells)
             if key in unfinished or any(key == pair[0] for pair in unfinished)
         ]
-        if isinstance(job.work, ScoringTask) and end.kind not in ("lost", "head_lost"):
+        if isinstance(job.work, ScoringTask) and end.kind not in (
+            FailureKind.LOST,
+            FailureKind.HEAD_LOST,
+        ):
             # Cells are scored in order: the first unfinished one is what the process died of, the others were only behind it.
             behind = {pair for pair in unfinished if pair[0] != keys[0]}
             unfinished -= behind
             if behind:
                 self._put_back(dataclasses.replace(job.work, pairs=tuple(self._pairs(job, behind))))
             keys = keys[:1]
-        if end.kind == "out_of_memory":  # a task that ends itself has noted it
+        if end.kind is FailureKind.OUT_OF_MEMORY:  # a task that ends itself has noted it
             with contextlib.suppress(StoreError):
                 if isinstance(
                     job.work, ScoringTask
@@ -596,11 +600,11 @@ class Scheduler:
                     )
                     failures.ran_out(self._store, keys, "quantize", together, 0)
         kind, reason = (
-            end.kind or "error",
+            end.kind or FailureKind.ERROR,
             end.reason or "the task ended without a result for this cell",
         )
         stage = "quantize" if job.quantizes else "evaluate"
-        retry = bool(end.kind) and self._changed_plan(job, end.kind, unfinished)
+        retry = end.kind is not None and self._changed_plan(job, end.kind, unfinished)
         yield Failed(
             time.time(),
             tuple(keys),
@@ -611,12 +615,12 @@ class Scheduler:
             retry=retry,
         )
 
-    def _changed_plan(self, job: RunningTask, kind: str, unfinished: set[Any]) -> bool:
+    def _changed_plan(self, job: RunningTask, kind: FailureKind, unfinished: set[Any]) -> bool:
         """Queue what a process left when it ended; False where there is no other way left to try it."""
-        if kind == "head_lost":  # nothing that the work could have done
+        if kind is FailureKind.HEAD_LOST:  # nothing that the work could have done
             self._give(job, [unfinished])
             return True
-        if kind == "lost":
+        if kind is FailureKind.LOST:
             if job.work.losses + 1 < LOSSES:
                 self._give(job, [unfinished], losses=job.work.losses + 1)
                 return True
@@ -625,14 +629,14 @@ class Scheduler:
         if len(halves) > 1:
             self._give(job, halves, tried=True)
             return True
-        if kind == "out_of_memory":
+        if kind is FailureKind.OUT_OF_MEMORY:
             return self._with_more_room(job, unfinished, smaller=True)
         if (
             isinstance(job.work, ScoringTask) and len(job.work.pairs) > 1
         ):  # others were in memory before it
             self._give(job, [unfinished], tried=True)
             return True
-        if kind == "killed" and not job.work.tried:
+        if kind is FailureKind.KILLED and not job.work.tried:
             self._give(job, [unfinished], tried=True, apart=True)
             return True
         return False

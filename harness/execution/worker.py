@@ -26,6 +26,7 @@ from harness.core import plugins
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.core.errors import HarnessError
 from harness.core.events import Event, Failed, Quantized, Scored, TaskEnded, TaskStarted, Usage
+from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
 from harness.execution.failures import failure, ran_out
@@ -110,7 +111,7 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
             if isinstance(event, Quantized):
                 for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
-            if isinstance(event, Failed) and event.kind == "out_of_memory":
+            if isinstance(event, Failed) and event.kind is FailureKind.OUT_OF_MEMORY:
                 ran_out(store, event.cell_keys, "quantize", len(sharers), peak_memory(device))
             yield event
 
@@ -295,9 +296,9 @@ def _evaluate_cell(
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
             note = functools.partial(_ran_out, store, key, task, device)
-            if failed.kind == "out_of_memory":
+            if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(subject.batch_size)
-            if failed.kind != "out_of_memory" or subject.batch_size == 1:
+            if failed.kind is not FailureKind.OUT_OF_MEMORY or subject.batch_size == 1:
                 yield failed
                 continue
             log.warning(
@@ -312,7 +313,7 @@ def _evaluate_cell(
             yield from _score(dataclasses.replace(subject, batch_size=1), evaluation, store, facts)
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
-            if failed.kind == "out_of_memory":
+            if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(1)
             yield failed
 

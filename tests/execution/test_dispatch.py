@@ -763,7 +763,7 @@ def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPa
     clock[0] += ray_cluster.HEAD_SECONDS + 1
     with pytest.raises(
         ScheduleError,
-        match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command goes on",
+        match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command",
     ):
         cluster._look()
 

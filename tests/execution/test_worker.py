@@ -14,9 +14,10 @@ from harness.core import plugins
 from harness.core.cell import cell_key, from_json, quantize_key, score_key, to_json
 from harness.core.errors import HarnessError
 from harness.core.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
+from harness.core.failures import is_out_of_memory
 from harness.core.sweep import Sweep
 from harness.execution import provenance
-from harness.execution.failures import failure, is_out_of_memory
+from harness.execution.failures import failure
 from harness.execution.logs import describe
 from harness.execution.process import prepare
 from harness.execution.tasks import EvaluateTask, QuantizeTask

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harness.core.events import Event
+from harness.core.failures import FailureKind
 from harness.execution.tasks import Task
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a task's process ended. kind "" is a normal end, else kind, reason and detail are those of `events.Failed`."""
+    """How a task's process ended. kind None is a normal end, else kind, reason and detail are those of `events.Failed`."""
 
-    kind: str = ""
+    kind: FailureKind | None = None
     reason: str = ""
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", None if self.kind is None else FailureKind(self.kind))
 
 
 @dataclass(frozen=True)

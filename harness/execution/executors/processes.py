@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from harness.core.failures import FailureKind
 from harness.core.sweep import Runtime
 from harness.execution import worker
 from harness.execution.executors.base import (
@@ -177,12 +178,12 @@ def _exit_of(code: int, printed: str) -> Exit:
             if -code in {s.value for s in signal.Signals}
             else f"signal {-code}"
         )
-        hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
-        return Exit("killed", f"the worker process was ended by {name}{hint}", printed)
+        killed = FailureKind.KILLED
+        return Exit(killed, f"{killed.sentence} by {name}", printed)
     last = next(
-        (line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing"
+        (line for line in reversed(printed.splitlines()) if line.strip()), "it printed nothing"
     )
-    return Exit("error", f"the worker process ended with code {code}: {last}", printed)
+    return Exit(FailureKind.ERROR, f"the worker process ended with code {code}: {last}", printed)
 
 
 def _end(processes: Sequence[subprocess.Popen[str]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from harness.core.cell import Model
 from harness.core.errors import ScheduleError, StoreError
+from harness.core.failures import FailureKind
 from harness.core.sweep import Runtime
 from harness.core.text import first_line
 from harness.data import model_folders
@@ -272,21 +273,13 @@ class RayCluster:
         except StopIteration:
             return self._forget(number, Exit())
         except self._ray.exceptions.OutOfMemoryError as error:
-            return self._forget(
-                number, Exit("out_of_memory", f"the node ran out of memory: {first_line(error)}")
-            )
+            return self._failed(number, FailureKind.OUT_OF_MEMORY, error)
         except (self._ray.exceptions.NodeDiedError, self._ray.exceptions.ObjectLostError) as error:
-            return self._forget(
-                number, Exit("lost", f"the node of the task was lost: {first_line(error)}")
-            )
+            return self._failed(number, FailureKind.LOST, error)
         except self._ray.exceptions.RayTaskError as error:
-            return self._forget(
-                number, Exit("error", f"the task broke off: {first_line(error.cause or error)}")
-            )
+            return self._failed(number, FailureKind.ERROR, error.cause or error)
         except self._ray.exceptions.RayError as error:
-            return self._forget(
-                number, Exit("killed", f"the worker process was ended: {first_line(error)}")
-            )
+            return self._failed(number, FailureKind.KILLED, error)
         if isinstance(
             news, tuple
         ):  # a task's first word is where it runs, and what it does not see there
@@ -309,7 +302,8 @@ class RayCluster:
             return []
         if now - self._answered < HEAD_SECONDS:
             return []
-        end = Exit("head_lost", f"the head of the cluster at {self._head} no longer answers")
+        kind = FailureKind.HEAD_LOST
+        end = Exit(kind, f"{kind.sentence} at {self._head}")
         lost = [self._forget(number, end) for number in list(self._running)]
         self._ray.shutdown()  # before Ray ends this process
         self._rejoin()
@@ -337,7 +331,7 @@ class RayCluster:
             self._ray.shutdown()
         raise ScheduleError(
             f"the head of the cluster at {self._head} is lost, and none took its place within {RETURN_SECONDS:g} s. "
-            "What was finished is in the store: start the cluster again, then the same command goes on"
+            f"Finished work is in the store: {FailureKind.HEAD_LOST.remedy}"
         )
 
     def _lost(self) -> list[Message]:
@@ -359,8 +353,13 @@ class RayCluster:
             if gone:
                 names = ", ".join(sorted(node[:12] for node in gone))
                 self.cancel(number)
-                lost.append(Message(number, Exit("lost", f"node {names} no longer answers")))
+                kind = FailureKind.LOST
+                reason = f"{kind.sentence}: node {names} no longer answers"
+                lost.append(Message(number, Exit(kind, reason)))
         return lost
+
+    def _failed(self, number: int, kind: FailureKind, error: BaseException) -> Message:
+        return self._forget(number, Exit(kind, f"{kind.sentence}: {first_line(error)}"))
 
     def _forget(self, number: int, end: Exit) -> Message:
         for known in (self._running, self._nodes, self._around, self._heard):
