@@ -88,7 +88,7 @@ class FailureKind(enum.StrEnum):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a device or of the host. torch's own class is known by name: torch stays unloaded."""
+    """Whether an error says that memory ran out, of a device or of the host. torch's own class is known by its name."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()

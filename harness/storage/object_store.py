@@ -7,11 +7,8 @@ as it is complete, the manifest last, so that another node can go on where this 
 checkpoint down and compares it with the SHA-256 of its manifest. The mirror is bounded, what was not used for longest goes first,
 and may be deleted whenever nothing runs. Credentials come from where the provider's own tools have them, never from a URL.
 
-A lock is a lease: an object that is created only if nobody else created it (a conditional write), and rewritten every few seconds
-by a thread of its holder. Who waits takes over when it has not changed for LEASE_SECONDS of the waiter's own clock, so clocks need
-not agree. A lease is weaker than a lock of an operating system: a holder that was stopped for longer than that finds out at its
-next beat or write and gives up, and until then two may make the same checkpoint. Both write the same names, and hashes are checked
-on reading, so this can cost work but no result. Object stores that ignore the condition are found out and named.
+A lock is a lease (`leases`): two processes may hold one for a moment. Both write the same names, and hashes are checked on
+reading, so this can cost work but no result.
 """
 
 from __future__ import annotations
@@ -23,11 +20,9 @@ import fcntl
 import functools
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -38,16 +33,9 @@ from typing import Any
 from harness.core.errors import StoreError
 from harness.core.units import bytes_of
 from harness.storage.files import Entry, LocalDisk, StorageBackend
-from harness.storage.leases import (
-    BEAT_SECONDS,
-    LEASE_SECONDS,
-    Lease,
-    creating,
-    is_refused_condition,
-)
-from harness.storage.locks import Owner, Waiting, wait_until
+from harness.storage.leases import Leases
+from harness.storage.locks import Waiting
 
-log = logging.getLogger(__name__)
 CACHE_SHARE = 0.5  # of the disk space that is free or taken by the mirror; see cache_limit
 CHUNK_BYTES = 1 << 22
 PACKAGES = {
@@ -79,10 +67,7 @@ class ObjectStore:
         self.root = mirror_of(self.url)
         self._disk = LocalDisk()
         self._fs, self._prefix = _connect(self.url)
-        self._leases: list[Lease] = []
-        self._seen: dict[str, tuple[Any, float]] = {}
-        self._beating: threading.Thread | None = None
-        self._checked = False
+        self.leases = Leases(self._fs, self._prefix, self.url)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -101,7 +86,7 @@ class ObjectStore:
             return bytes(self._fs.cat_file(self._key(path)))
 
     def write(self, path: Path, fill: Callable[[Path], object], durable: bool = True) -> None:
-        self._check_leases()
+        self.leases.check()
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +135,7 @@ class ObjectStore:
         return path
 
     def keep(self, path: Path) -> None:
-        self._check_leases()
+        self.leases.check()
         with self._explained("write", path):
             if path.exists():
                 self._fs.put_file(str(path), self._key(path))
@@ -278,116 +263,17 @@ class ObjectStore:
         mark = self.root / ".local" / f"{folder.name}.held"
         return mark.stat().st_mtime if mark.exists() else 0.0
 
-    # -- leases --------------------------------------------------------------------------------------------------------
+    # -- locks ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def lock(
         self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
     ) -> Iterator[None]:
-        key = self._key(path.with_suffix(""))
-        with self._explained("lock", path):
-            lease = wait_until(lambda: self._try_lease(key), self.where(path), timeout, on_wait)
-        try:
+        name = path.relative_to(self.root).with_suffix("").as_posix()
+        with contextlib.ExitStack() as held:
+            with self._explained("lock", path):
+                held.enter_context(self.leases.lock(name, timeout, on_wait))
             yield
-        finally:
-            self._leases.remove(lease)
-            with lease.guard:
-                lease.ended = True
-                if not lease.lost:
-                    with contextlib.suppress(Exception):  # it runs out by itself
-                        self._fs.pipe_file(lease.key, lease.body(free=True))
-
-    def _try_lease(self, key: str) -> tuple[Lease | None, Owner | None]:
-        """Generations of a lease are numbered: whoever creates the next one has it, and only one can."""
-        try:
-            generations = sorted(self._fs.ls(key, detail=False))
-        except FileNotFoundError:
-            generations = []
-        number = 0
-        if generations:
-            number = int(generations[-1].rpartition("/")[2])
-            try:
-                state = json.loads(self._fs.cat_file(generations[-1]))
-            except (FileNotFoundError, ValueError):
-                return None, None  # replaced this moment
-            if not state["free"] and not self._given_up(key, number, state):
-                return None, Owner(**state["owner"])
-        lease = Lease(f"{key}/{number + 1:012}", f"{key}/{number + 2:012}", uuid.uuid4().hex)
-        if not self._create(lease.key, lease.body()):
-            return None, None
-        if json.loads(self._fs.cat_file(lease.key))["token"] != lease.token:
-            return None, None  # the condition was ignored, and another wrote after this one
-        for old in generations:
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(old)
-        self._leases.append(lease)
-        if self._beating is None:
-            self._beating = threading.Thread(target=self._beat, daemon=True)
-            self._beating.start()
-        return lease, None
-
-    def _given_up(self, key: str, number: int, state: dict[str, Any]) -> bool:
-        """Whether the holder is dead for certain, or has shown no sign of life while this process watched."""
-        if Owner(**state["owner"]).is_dead:
-            return True
-        mark, now = (number, state["token"], state["beat"]), time.monotonic()
-        seen = self._seen.get(key)
-        if seen is None or seen[0] != mark:
-            self._seen[key] = mark, now
-            return False
-        return now - seen[1] > LEASE_SECONDS
-
-    def _create(self, key: str, body: bytes) -> bool:
-        """A conditional write; False where the object exists."""
-        with creating:
-            try:
-                self._fs.pipe_file(key, body, mode="create")
-            except TypeError:  # a file system that knows no conditions
-                self._fs.pipe_file(key, body)
-                return True
-            except OSError as error:
-                if is_refused_condition(error):
-                    return False
-                raise
-            if not self._checked:
-                self._checked = True
-                try:
-                    self._fs.pipe_file(key, body, mode="create")
-                except OSError as error:
-                    if not is_refused_condition(error):
-                        raise
-                else:
-                    log.warning(
-                        "%s ignores conditional writes: two drivers that start in the same second may do the same work twice "
-                        "(results stay right)",
-                        self.url,
-                    )
-        return True
-
-    def _beat(self) -> None:
-        while True:
-            time.sleep(BEAT_SECONDS)
-            for lease in list(self._leases):
-                with (
-                    lease.guard,
-                    contextlib.suppress(Exception),
-                ):  # a network that is down for a while
-                    if lease.ended:
-                        continue
-                    if self._fs.exists(lease.following):
-                        lease.lost = True
-                    else:
-                        lease.beat += 1
-                        self._fs.pipe_file(lease.key, lease.body())
-                        lease.renewed = time.monotonic()
-                lease.lost = lease.lost or time.monotonic() - lease.renewed > LEASE_SECONDS
-
-    def _check_leases(self) -> None:
-        lost = [lease.key.rpartition("/")[0] for lease in self._leases if lease.lost]
-        if lost:
-            raise StoreError(
-                f"this process gave no sign of life for {LEASE_SECONDS:g} s; another took over and does its work: {', '.join(lost)}"
-            )
 
 
 class _Prefetched(ObjectStore):

@@ -31,7 +31,7 @@ from harness.execution.tasks import QuantizeTask
 from harness.execution.worker import run
 from harness.planning.planner import make
 from harness.planning.render import render, require
-from harness.storage import files, gc, object_store
+from harness.storage import files, gc, leases, object_store
 from harness.storage.places import is_url, place_of
 from harness.storage.store import Store
 
@@ -231,7 +231,7 @@ def test_what_no_cell_uses_goes(url: str, node: Callable[[str], None]) -> None:
 
 def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """One works, the other waits; a holder that shows no sign of life is followed, and finds out before it writes."""
-    monkeypatch.setattr(object_store, "BEAT_SECONDS", 1e6)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 1e6)
     first, second = Store(url), Store(url)
     waited: list[Any] = []
     order: list[str] = []
@@ -252,11 +252,11 @@ def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.Monke
     thread.join()
     assert order == ["first", "second"] and waited[0].pid == os.getpid()
 
-    monkeypatch.setattr(object_store, "LEASE_SECONDS", 0.0)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.0)
     third = Store(url)
     with first.lock("k"):
         with third.lock("k"):
-            (lease,) = first.files._leases  # type: ignore[attr-defined]
+            (lease,) = first.files.leases.held  # type: ignore[attr-defined]
             assert first.files._fs.exists(lease.following)  # type: ignore[attr-defined]
             lease.lost = True  # as its next beat says
             with pytest.raises(StoreError, match="another took over"):
@@ -290,18 +290,18 @@ def test_object_stores_refuse_conditions_in_several_words(
     monkeypatch.setattr(held._fs, "pipe_file", write)
     if code == "AccessDenied":
         with pytest.raises(OSError, match="refused"):
-            held._create("bucket/once", b"1")
+            held.leases.create("bucket/once", b"1")
     else:
-        assert not held._create("bucket/once", b"1")
+        assert not held.leases.create("bucket/once", b"1")
 
 
 def test_a_lease_lives_as_long_as_its_holder(
     url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.01)
     store = Store(url)
     with store.lock("k"):
-        (lease,) = store.files._leases  # type: ignore[attr-defined]
+        (lease,) = store.files.leases.held  # type: ignore[attr-defined]
         while lease.beat < 3:
             time.sleep(0.01)
         state = json.loads(store.files._fs.cat_file(lease.key))  # type: ignore[attr-defined]
@@ -313,7 +313,7 @@ def test_the_lease_of_a_dead_process_of_this_host_is_free(
 ) -> None:
     store = Store(url)
     with store.lock("k"):
-        (lease,) = store.files._leases  # type: ignore[attr-defined]
+        (lease,) = store.files.leases.held  # type: ignore[attr-defined]
         state = json.loads(lease.body())
         state["owner"]["birth"] = "1"  # its id was given to another process since
         store.files._fs.pipe_file(lease.key, json.dumps(state).encode())  # type: ignore[attr-defined]
@@ -383,7 +383,9 @@ def test_worker_processes_on_s3(bucket: str, node: Callable[[str], None], tmp_pa
     assert made[0] == made[1]
     held = store.files
     assert isinstance(held, object_store.ObjectStore)
-    assert held._create("harness-test/once", b"1") and not held._create("harness-test/once", b"2")
+    assert held.leases.create("harness-test/once", b"1") and not held.leases.create(
+        "harness-test/once", b"2"
+    )
     assert not any(b"planted-secret" in held.read(entry.path) for entry in held.walk(store.root))
     shutil.rmtree(store.root, ignore_errors=True)
     assert "3 of 3 cells done" in status(store.snapshot(sweep.cells), sweep.name, sweep.cells)
