@@ -1,4 +1,4 @@
-"""What a person sees in the shell: a sweep while it runs, its summary, its state, and one record in full. Loads without torch.
+"""The output of a running sweep in the shell. Loads without torch.
 
 `show_events` chooses a live view for a terminal and plain lines for a pipe or a log; both print a line per finished or failed cell.
 """
@@ -33,7 +33,7 @@ class Lines:
 
 
 class Live:
-    """The same lines, and below them a bar, the remaining time and what is being worked on."""
+    """The same lines, and below them a progress bar, the remaining time and the cells that run."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -74,12 +74,12 @@ class Live:
 
 
 def show_events() -> Display:
-    """A live view when a person looks at a terminal, else lines."""
+    """A live view where the output is a terminal, else lines."""
     return Live() if sys.stdout.isatty() else Lines()
 
 
 def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
-    """The lines that an event is worth."""
+    """The lines to print for an event; none for most."""
     lines = []
     if isinstance(event, Quantized):
         for key in event.cell_keys:
@@ -108,12 +108,12 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
                     f"FAIL    {title}    {event.stage}: {reason}    harness show {key[:8]}"
                 )
     if isinstance(event, Turn):
-        waits = (
-            f"waits   {event.behind} goes first; what runs here is finished"
+        lines.append(
+            f"waiting {event.behind} has a higher priority; running tasks are finished, no other starts "
+            f"(own priority {event.priority})"
             if event.behind
-            else "turn    nobody goes first"
+            else f"resumed no sweep of a higher priority is waiting (own priority {event.priority})"
         )
-        lines.append(f"{waits} (priority {event.priority} here)")
     if isinstance(event, Joined):
         lines.append(f"ray     dashboard http://{event.dashboard}")
     if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):

@@ -1,4 +1,4 @@
-"""`harness status`: how far a sweep is."""
+"""`harness status`: the progress of a sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.storage.sweep_state import is_running
 
 
 def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
-    """How far a sweep is: a count per state, the failures with their reasons, and whether a driver is at work on it."""
+    """The progress of a sweep: a count per state, the failures with their reasons and remedies, and the drivers that run it."""
     state = store.sweep_state(name) or {}
     running = bool(state) and is_running(state)
     lines, counts = [], {"done": 0, "partly": 0, "waiting": 0, "failed": 0}
@@ -44,7 +44,7 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
         words.append(f"running since {since} (process {state['owner']['pid']})")
     for each in active_drivers(store):
         if each["sweep"] == name and (each["priority"] or each["behind"]):
-            waits = f", waits for {each['behind']}" if each["behind"] else ""
+            waits = f", waiting for {each['behind']}" if each["behind"] else ""
             lines.append(
                 f"order   process {each['owner']['pid']}: priority {each['priority']}{waits}"
             )

@@ -21,12 +21,12 @@ def ran_out(
     devices: int = 0,
     offload: bool = False,
 ) -> None:
-    """Note in the records that memory ran out, for plans of cells that need as much or more.
+    """Record for cells that memory ran out, so that later plans give them, and larger cells, more memory.
 
     stage    "quantize" or "evaluate"
-    beside   how many checkpoints the task made together (0: it had a machine or a node to itself), or sequences it scored together
-             (0: as many as the evaluator chose)
-    devices  GPUs that it had; 0: it was main memory that ran out
+    beside   checkpoints that the task made together (0: no other task ran on its machine or node), or sequences that it scored
+             together (0: as many as the evaluator chose)
+    devices  GPUs that it had; 0: main memory ran out
     offload  the model's blocks were in main memory
     """
     facts = {

@@ -1,11 +1,11 @@
-"""Files of a store in an object store: s3://, gs://, abfs:// and whatever else fsspec speaks. The only importer of fsspec.
+"""Files of a store in an object store: s3://, gs://, abfs:// and other protocols of fsspec. The only importer of fsspec.
 
     runs=s3://bucket/prefix     objects of the same names as the files of a folder would have
 
-Nodes share no disk. Each has a mirror below HARNESS_CACHE: a worker writes a checkpoint there, and every file of it goes up as soon
-as it is complete, the manifest last, so that another node can go on where this one was lost; a worker that evaluates brings a
-checkpoint down and compares it with the SHA-256 of its manifest. The mirror is bounded, what was not used for longest goes first,
-and may be deleted whenever nothing runs. Credentials come from where the provider's own tools have them, never from a URL.
+Nodes share no disk. Each has a mirror below HARNESS_CACHE: a worker writes a checkpoint there and uploads every file of it as soon
+as it is complete, the manifest last, so that another node can continue where this one was lost; a worker that evaluates downloads
+a checkpoint and compares it with the SHA-256 of its manifest. The mirror is bounded: the least recently used checkpoints are
+deleted first. It may be deleted whenever nothing runs. Credentials come from the provider's own tools, never from a URL.
 
 A lock is a lease (`leases`): two processes may hold one for a moment. Both write the same names, and hashes are checked on
 reading, so this can cost work but no result.
@@ -50,7 +50,7 @@ PACKAGES = {
 
 
 def mirror_of(url: str) -> Path:
-    """The folder of this machine that holds what was written to or read from an object store."""
+    """The folder of this machine that mirrors an object store."""
     cache = Path(os.environ.get("HARNESS_CACHE") or "~/.cache/quantization-harness").expanduser()
     name = re.sub(r"[^A-Za-z0-9]+", "-", url).strip("-")[-40:]
     return cache / "stores" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
@@ -134,7 +134,7 @@ class ObjectStore:
             self._get(path)
         return path
 
-    def keep(self, path: Path) -> None:
+    def upload(self, path: Path) -> None:
         self.leases.check()
         with self._explained("write", path):
             if path.exists():
@@ -146,7 +146,7 @@ class ObjectStore:
         return None
 
     def where(self, path: Path) -> str:
-        """A path of the mirror as people should read it."""
+        """A path of the mirror as the URL of its object, for messages."""
         below = path.relative_to(self.root).as_posix()
         return self.url if below == "." else f"{self.url}/{below}"
 
@@ -161,12 +161,12 @@ class ObjectStore:
 
     @contextmanager
     def _explained(self, verb: str, path: Path) -> Iterator[None]:
-        """What a provider's library raises, as StoreError; that something is not there passes."""
+        """Turn errors of a provider's library into StoreError; FileNotFoundError passes."""
         try:
             yield
         except (StoreError, FileNotFoundError):
             raise
-        except Exception as error:  # each provider has errors of its own
+        except Exception as error:  # each provider has its own errors
             first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise StoreError(
                 f"cannot {verb} {self.where(path)}: {first}. Check the address, the bucket and the credentials of this machine"
@@ -180,17 +180,17 @@ class ObjectStore:
     @contextmanager
     def making(self, folder: Path) -> Iterator[None]:
         with self._held(folder):
-            self._bring(folder)
+            self._download(folder)
             yield
 
     @contextmanager
     def reading(self, folder: Path) -> Iterator[None]:
         with self._held(folder):
-            self._bring(folder)
+            self._download(folder)
             yield
 
-    def _bring(self, folder: Path) -> None:
-        """Make the mirror's copy of a checkpoint that of the object store, every file of it by its hash."""
+    def _download(self, folder: Path) -> None:
+        """Make the mirror's copy of a checkpoint equal to the object store, each file checked by its hash."""
         with self._disk.lock(self.root / ".local" / f"{folder.name}.lock"):
             there = {entry.path: entry.bytes for entry in self.walk(folder)}
             for path in [entry.path for entry in self._disk.walk(folder)]:
@@ -211,7 +211,7 @@ class ObjectStore:
             with self._explained("read", folder):
                 for path in (
                     p for p in there if p.suffix == ".json"
-                ):  # they are small, and hold the hashes
+                ):  # small files, which hold the hashes
                     if not (same and path.exists() and path.stat().st_size == there[path]):
                         self._get(path)
                 hashes = _hashes(folder)
@@ -223,13 +223,13 @@ class ObjectStore:
                     if path.name in hashes and _sha256(path) != hashes[path.name]:
                         path.unlink()
                         raise StoreError(
-                            f"{self.where(path)}: is damaged (another SHA-256 than its manifest's); delete "
+                            f"{self.where(path)}: is damaged (its SHA-256 differs from the manifest); delete "
                             f"{self.where(folder)} and run the sweep again"
                         )
 
     @contextmanager
     def _held(self, folder: Path) -> Iterator[None]:
-        """A mark that keeps others of this machine from making room with this folder; the latest is the youngest."""
+        """Mark a folder as in use, so that no process of this machine deletes it to make room, and as just used."""
         mark = self.root / ".local" / f"{folder.name}.held"
         mark.parent.mkdir(parents=True, exist_ok=True)
         with mark.open("w") as file:
@@ -238,7 +238,7 @@ class ObjectStore:
             yield
 
     def _make_room(self, needed: int, wanted: Path) -> None:
-        """Drop checkpoints of this machine that nobody holds, the one not used for longest first, until `needed` bytes fit."""
+        """Delete checkpoints of this machine that no process holds, least recently used first, until `needed` bytes fit."""
         folders = (
             [path for path in wanted.parent.iterdir() if path.is_dir() and path != wanted]
             if wanted.parent.is_dir()
@@ -277,7 +277,7 @@ class ObjectStore:
 
 
 class _Prefetched(ObjectStore):
-    """Object files as they were when this was made: those in some folders listed and read at once, and kept by their ETag."""
+    """A snapshot of an object store: the files of some folders, listed and read at once and cached by their ETag."""
 
     def __init__(self, live: ObjectStore, folders: Sequence[Path], paths: Sequence[Path]) -> None:
         self.__dict__.update(copy.copy(live).__dict__)
@@ -350,7 +350,7 @@ class _Prefetched(ObjectStore):
 
 
 def cache_limit(root: Path, taken: int) -> int:
-    """Bytes that a mirror may take on this machine. HARNESS_CACHE_LIMIT, in bytes or as 200GB, says otherwise."""
+    """Bytes that a mirror may take on this machine; HARNESS_CACHE_LIMIT, in bytes or as 200GB, overrides it."""
     stated = os.environ.get("HARNESS_CACHE_LIMIT", "")
     if stated:
         return bytes_of(stated, "HARNESS_CACHE_LIMIT")
@@ -374,7 +374,9 @@ def _connect(url: str) -> tuple[Any, str]:
         fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = PACKAGES.get(protocol, "")
-        way_out = f"pip install {package}" if package else "install the package that it names"
+        way_out = (
+            f"pip install {package}" if package else "install the package that the message names"
+        )
         extra = " (or quantization-harness[s3])" if package == "s3fs" else ""
         raise StoreError(f"{url}: {error}; {way_out}{extra}") from error
     except ValueError as error:
@@ -383,7 +385,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _modified(about: dict[str, Any]) -> float:
-    """Seconds since the epoch; now where the file system does not say, so that nothing counts as old by mistake."""
+    """Seconds since the epoch; now where the file system does not say, so that no file counts as old by mistake."""
     for name in ("LastModified", "last_modified", "mtime", "updated", "modified", "created"):
         value = about.get(name)
         if isinstance(value, datetime.datetime):

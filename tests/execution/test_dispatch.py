@@ -55,17 +55,17 @@ class Script:
     """An executor that does what a function says of each task: events, then how the task ends."""
 
     threads = 1
-    share = 0.0
-    most = 0
+    gpu_fraction = 0.0
+    max_gpus = 0
 
     def width(self, gpus: float) -> int:
-        return max(1, int(gpus)) if self.most else 1
+        return max(1, int(gpus)) if self.max_gpus else 1
 
     def waits(self, number: int) -> bool:
         return False
 
-    def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int = 1) -> None:
-        self.act, self.slots = act, slots
+    def __init__(self, act: Callable[[Task], list[Event | Exit]], worker_slots: int = 1) -> None:
+        self.act, self.worker_slots = act, worker_slots
         self.tasks: list[Task] = []
         self.queue: list[Message] = []
         self.cancelled: list[int] = []
@@ -119,7 +119,7 @@ def test_evaluations_follow_their_checkpoints(
 def test_ready_cells_are_spread_over_free_slots(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Script(well, slots=2)
+    script = Script(well, worker_slots=2)
     play(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3", *SMALL)), script, monkeypatch)
     assert sorted(len(task.cells) for task in script.tasks if isinstance(task, EvaluateTask)) in (
         [1, 1, 2],
@@ -234,7 +234,7 @@ def test_a_checkpoint_without_memory_is_tried_with_nothing_beside_it_and_then_no
             return [Exit("out_of_memory", "the node ran out of memory")]
         return well(task)
 
-    script = Script(act, slots=2)
+    script = Script(act, worker_slots=2)
     submit = script.submit
 
     def watched(number: int, task: Task) -> None:
@@ -269,20 +269,22 @@ def test_an_evaluation_that_dies_for_memory_is_tried_in_batches_of_one(
 
 def wide(plan: Plan, devices: int) -> Plan:
     """The plan of models that take so many GPUs each."""
-    asked = {"devices": devices, "least": devices}
+    asked = {"devices": devices, "min_gpus": devices}
     return dataclasses.replace(
         plan, scorings=tuple(dataclasses.replace(each, **asked) for each in plan.scorings)
     )
 
 
 class Cards(Script):
-    """Slots are GPUs of one node; a task ends when the board waits. running: GPUs in use by every task, when one begins."""
+    """Slots are GPUs of one node; a task ends when the scheduler waits. running: GPUs in use by every task, when one begins."""
 
-    share = 1.0
+    gpu_fraction = 1.0
 
-    def __init__(self, act: Callable[[Task], list[Event | Exit]], slots: int, most: int) -> None:
-        super().__init__(act, slots)
-        self.most = most
+    def __init__(
+        self, act: Callable[[Task], list[Event | Exit]], worker_slots: int, max_gpus: int
+    ) -> None:
+        super().__init__(act, worker_slots)
+        self.max_gpus = max_gpus
         self.held: dict[int, int] = {}
         self.used: list[int] = []
 
@@ -303,23 +305,23 @@ class Cards(Script):
 def test_a_model_on_several_gpus_takes_as_many_slots(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Cards(well, slots=4, most=4)
+    script = Cards(well, worker_slots=4, max_gpus=4)
     events = play(
         wide(plan_of(demo_sweep("method=rtn", "scheme=w8,w4,w3,w2", *SMALL)), 2),
         script,
         monkeypatch,
     )
-    looks = [task for task in script.tasks if isinstance(task, EvaluateTask)]
-    assert {task.devices for task in looks} == {2} and sum(
+    scoring_tasks = [task for task in script.tasks if isinstance(task, EvaluateTask)]
+    assert {task.devices for task in scoring_tasks} == {2} and sum(
         isinstance(event, Scored) for event in events
     ) == 5
-    assert max(script.used) == 4 and len(looks) > 1  # two at once, never three
+    assert max(script.used) == 4 and len(scoring_tasks) > 1  # two at once, never three
 
 
 def test_more_gpus_than_a_node_has_are_refused_before_any_work(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Cards(well, slots=8, most=1)  # eight nodes of one GPU
+    script = Cards(well, worker_slots=8, max_gpus=1)  # eight nodes of one GPU
     with pytest.raises(
         ScheduleError,
         match=r'model "demo" takes 2 GPUs of one node .*none has more than 1\. Nothing was started',
@@ -342,7 +344,7 @@ def test_memory_that_ran_out_on_a_gpu_is_tried_on_more_and_then_with_blocks_in_m
         return well(task)
 
     for succeeds in (True, False):
-        script = Cards(act, slots=4, most=4)
+        script = Cards(act, worker_slots=4, max_gpus=4)
         events = play(
             plan_of(demo_sweep("method=none", "scheme=full", *SMALL)), script, monkeypatch
         )
@@ -377,11 +379,11 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(
         1,
         2,
     ]  # gptq each alone, rtn together
-    assert not any(each.apart for each in siblings.passes) and not any(
+    assert not any(each.exclusive for each in siblings.passes) and not any(
         each.batch_size for each in siblings.scorings
     )
     assert any(
-        "demo · gptq · w8 walks alone: memory ran out for demo · gptq · w" in note
+        "demo · gptq · w8 is quantized in a pass of its own, because demo · gptq · w" in note
         for note in siblings.notes
     )
     store, key = Store(sweep.runtime.runs), cell_key(sweep.cells[0])
@@ -392,9 +394,9 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(
         == 10**9
     )
     again = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
-    assert sorted(each.apart for each in again.passes) == [False, True, True]
+    assert sorted(each.exclusive for each in again.passes) == [False, True, True]
     assert [each.batch_size for each in again.scorings] == [1]
-    script = Script(well, slots=2)
+    script = Script(well, worker_slots=2)
     play(again, script, monkeypatch)
     assert {task.batch_size for task in script.tasks if isinstance(task, EvaluateTask)} == {1}
 
@@ -445,13 +447,13 @@ def test_a_measurement_has_its_device_for_itself(
         wanted = task.evaluations if isinstance(task, EvaluateTask) else ()
         return (
             {e.evaluator for each in wanted for e in each if e.evaluator == "efficiency"}
-            if script.share < 1
+            if script.gpu_fraction < 1
             else set()
         )
 
-    for share, expected in ((0.5, {0}), (1.0, set())):
-        script = Script(well, slots=3)
-        script.share, submit = share, script.submit
+    for gpu_fraction, expected in ((0.5, {0}), (1.0, set())):
+        script = Script(well, worker_slots=3)
+        script.gpu_fraction, submit = gpu_fraction, script.submit
         beside.clear()
 
         def watched(number: int, task: Task, script: Script = script, submit: Any = submit) -> None:
@@ -459,7 +461,7 @@ def test_a_measurement_has_its_device_for_itself(
                 e.evaluator for wanted in task.evaluations for e in wanted
             } == {"efficiency"}:
                 beside.append(sum(isinstance(message.news, Exit) for message in script.queue))
-            assert task.share == (1.0 if len(seen_apart(task)) else script.share)
+            assert task.gpu_fraction == (1.0 if len(seen_apart(task)) else script.gpu_fraction)
             submit(number, task)
 
         monkeypatch.setattr(script, "submit", watched)
@@ -484,9 +486,9 @@ def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     runtime = dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
-    for device, share in (("auto", 0.5), ("cpu", 0.0)):
+    for device, gpu_fraction in (("auto", 0.5), ("cpu", 0.0)):
         executor = Processes(4, dataclasses.replace(runtime, device=device))
-        assert executor.share == share
+        assert executor.gpu_fraction == gpu_fraction
         with pytest.raises(Started):
             executor.submit(1, QuantizeTask((), "runs"))
     assert seen == ["0", ""]
@@ -525,7 +527,7 @@ def test_workers_see_the_gpus_of_their_task(
     executor = Processes(
         workers, dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
     )
-    assert executor.most == 4
+    assert executor.max_gpus == 4
     for number in range(workers // executor.width(devices)):
         executor.submit(number, EvaluateTask((), (), "runs", devices=devices))
     assert seen == expected
@@ -638,10 +640,10 @@ def test_after_its_time_a_run_begins_nothing(
 
 
 @pytest.mark.parametrize(
-    ("slots", "order"), [(2, ["w8", "w3", "w2", "w4"]), (1, ["w8", "w4", "w2", "w3"])]
+    ("worker_slots", "order"), [(2, ["w8", "w3", "w2", "w4"]), (1, ["w8", "w4", "w2", "w3"])]
 )
 def test_the_cheapest_pass_comes_first_and_then_the_longest(
-    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, slots: int, order: list[str]
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch, worker_slots: int, order: list[str]
 ) -> None:
     plan = plan_of(demo_sweep("method=rtn", "scheme=w2,w8,w3,w4", "baseline=false"))
     (first,) = plan.passes
@@ -653,7 +655,7 @@ def test_the_cheapest_pass_comes_first_and_then_the_longest(
     passes = tuple(
         dataclasses.replace(each, limit=number + 1) for number, each in enumerate(passes)
     )  # walks of their own
-    script = Script(well, slots=slots)
+    script = Script(well, worker_slots=worker_slots)
     play(dataclasses.replace(plan, passes=passes, scorings=()), script, monkeypatch)
     assert [cell.scheme.name for task in script.tasks for cell in task.cells] == order
 
@@ -719,14 +721,14 @@ def joined(
         {},
         1,
     )
-    cluster._asked, cluster._head, cluster._started, cluster.slots = (
+    cluster._task_resources, cluster._head, cluster._started, cluster.worker_slots = (
         {"CPU": 2.0, "GPU": 0.0},
         "10.0.0.1:6379",
         False,
         1,
     )
-    cluster._looked = cluster._answered = clock[0]
-    cluster._running, cluster._nodes, cluster._heard, cluster._around = (
+    cluster._refreshed = cluster._answered = clock[0]
+    cluster._running, cluster._nodes, cluster._last_message, cluster._nodes_at_submit = (
         {7: "stream"},
         {},
         {7: 0.0},
@@ -749,23 +751,23 @@ def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPa
     clock, back = [0.0], [100.0]
     ray = FakeRay({"CPU": 4.0}, {"CPU": 3.0}, refusals=2)
     cluster = joined(ray, monkeypatch, clock)
-    monkeypatch.setattr(ray_cluster, "_answers", lambda address: clock[0] >= back[0])
+    monkeypatch.setattr(ray_cluster, "_is_listening", lambda address: clock[0] >= back[0])
     clock[0] = ray_cluster.HEAD_SECONDS - 1
-    assert cluster._look() == [] and not ray.shut  # a hiccup
-    clock[0] = ray_cluster.HEAD_SECONDS + ray_cluster.LOOK_SECONDS
-    (message,) = cluster._look()
+    assert cluster._refresh() == [] and not ray.shut  # a hiccup
+    clock[0] = ray_cluster.HEAD_SECONDS + ray_cluster.REFRESH_SECONDS
+    (message,) = cluster._refresh()
     assert (
         message.number == 7 and isinstance(message.news, Exit) and message.news.kind == "head_lost"
     )
     assert ray.joined == 1 and clock[0] >= 100 and not cluster._running
-    assert cluster.slots == 3  # two tasks of two CPUs on the first node, one on the second
+    assert cluster.worker_slots == 3  # two tasks of two CPUs on the first node, one on the second
     cluster._running, back[0] = {8: "stream"}, 1e9
     clock[0] += ray_cluster.HEAD_SECONDS + 1
     with pytest.raises(
         ScheduleError,
         match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command",
     ):
-        cluster._look()
+        cluster._refresh()
 
 
 @pytest.mark.parametrize(("said", "lost"), [(None, True), ("n0", False), ("n1", True)])
@@ -778,11 +780,13 @@ def test_a_silent_task_is_lost_with_its_node(
     cluster = joined(ray, monkeypatch, clock)
     cluster._nodes = {} if said is None else {7: said}
     clock[0] = ray_cluster.SILENCE_SECONDS + 1
-    assert cluster._lost() == [] and 7 in cluster._running  # silent, but nobody is gone
+    assert (
+        cluster._tasks_of_lost_nodes() == [] and 7 in cluster._running
+    )  # silent, but nobody is gone
     ray.resources = ({"CPU": 2.0},)
-    assert cluster._lost() == []  # asked once per SILENCE_SECONDS
+    assert cluster._tasks_of_lost_nodes() == []  # asked once per SILENCE_SECONDS
     clock[0] *= 2
-    found = cluster._lost()
+    found = cluster._tasks_of_lost_nodes()
     assert [message.number for message in found] == [7] * lost and (
         7 not in cluster._running
     ) == lost
@@ -793,13 +797,13 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     clock = [0.0]
     ray = FakeRay({"CPU": 2.0})
     cluster = joined(ray, monkeypatch, clock)
-    monkeypatch.setattr(ray_cluster, "_answers", lambda address: True)
+    monkeypatch.setattr(ray_cluster, "_is_listening", lambda address: True)
     ray.resources = ({"CPU": 2.0}, {"CPU": 16.0}, {})
-    clock[0] = ray_cluster.LOOK_SECONDS + 1
-    assert cluster._look() == [] and cluster.slots == 9
+    clock[0] = ray_cluster.REFRESH_SECONDS + 1
+    assert cluster._refresh() == [] and cluster.worker_slots == 9
     ray.resources = ({},)
-    clock[0] += ray_cluster.LOOK_SECONDS + 1
-    assert cluster._look() == [] and cluster.slots == 0  # nothing but a head
+    clock[0] += ray_cluster.REFRESH_SECONDS + 1
+    assert cluster._refresh() == [] and cluster.worker_slots == 0  # nothing but a head
     began = clock[0]
     assert (
         cluster._joined(60.0) == [{}] and clock[0] > began + 60

@@ -253,7 +253,7 @@ def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None
     sweep = demo_sweep("method=awq", "scheme=w4", "rounding=squeezellm")
     (refusal,) = plan_of(sweep).refused
     assert (
-        "squared gradients are of the model's own weights, which transform awq changes"
+        "squared gradients belong to the original weights of the model, which transform awq changes"
         in " ".join(refusal.reasons)
     )
 

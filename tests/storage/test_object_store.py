@@ -152,11 +152,11 @@ def test_a_pass_goes_on_where_another_node_was_lost(
     events.close()  # type: ignore[attr-defined]
     node("b")
     kept: list[str] = []
-    keep = object_store.ObjectStore.keep
+    upload = object_store.ObjectStore.upload
     monkeypatch.setattr(
         object_store.ObjectStore,
         "keep",
-        lambda self, path: (kept.append(path.name), keep(self, path)),
+        lambda self, path: (kept.append(path.name), upload(self, path)),
     )
     assert any(isinstance(event, Quantized) for event in run(QuantizeTask(sweep.cells, url, "cpu")))
     blocks = [name for name in kept if name.endswith(".safetensors")]
@@ -173,7 +173,7 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
     path = store.checkpoint_folder(key) / "block-00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    store.files.keep(path)  # damaged where it is stored
+    store.files.upload(path)  # damaged where it is stored
     node("b")
     other = Store(url)
     with (
@@ -182,14 +182,14 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
     ):
         pass
     path.write_bytes(whole)
-    store.files.keep(path)
+    store.files.upload(path)
     with other.reading(key) as place:
         (place / path.name).write_bytes(b"short")  # damaged in the mirror alone
     with other.reading(key) as place:
         assert (place / path.name).read_bytes() == whole
     report = path.with_suffix(".json")
     report.write_bytes(report.read_bytes().replace(b'"', b"'", 1))  # as long as before
-    store.files.keep(report)
+    store.files.upload(report)
     node("c")
     with (
         pytest.raises(StoreError, match=r"block-00001\.json: is damaged.*SHA-256"),
