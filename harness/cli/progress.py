@@ -109,10 +109,10 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
                 )
     if isinstance(event, Turn):
         lines.append(
-            f"waiting {event.behind} has a higher priority; running tasks are finished, no other starts "
+            f"waiting: {event.behind} has a higher priority; running tasks finish, no other task starts "
             f"(own priority {event.priority})"
             if event.behind
-            else f"resumed no sweep of a higher priority is waiting (own priority {event.priority})"
+            else f"resumed: no sweep of a higher priority is waiting (own priority {event.priority})"
         )
     if isinstance(event, Joined):
         lines.append(f"ray     dashboard http://{event.dashboard}")

@@ -70,7 +70,7 @@ class ProcessorTime:
 
 
 def _ask_card(device: str, function: str) -> Any:
-    """The answer of an NVML function on the handle of a torch device; None where the library, the driver or the answer is missing."""
+    """The answer of an NVML function for a torch device; None where the library, the driver or the answer is missing."""
     library = _nvml()
     if library is None:
         return None

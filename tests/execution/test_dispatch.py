@@ -5,50 +5,33 @@ The policy is tested against a scripted executor; the executors that start proce
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from executions import one_pass, plan_of
 
-from harness.core.cell import cell_key, quantize_key
+from harness.core.cell import cell_key
 from harness.core.errors import ScheduleError, StoreError
-from harness.core.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
-from harness.core.sweep import Cluster, Runtime, Sweep
+from harness.core.events import Event, Failed, Quantized, Scored, TaskStarted
+from harness.core.sweep import Cluster, Sweep
 from harness.execution import dispatch, failures, scheduler
 from harness.execution.dispatch import make_executor
-from harness.execution.executors import base, processes, ray_cluster
 from harness.execution.executors.base import Exit, Message
 from harness.execution.executors.in_process import InProcess
 from harness.execution.executors.processes import Processes
-from harness.execution.tasks import (
-    EvaluateTask,
-    QuantizeTask,
-    Task,
-    decode,
-    decode_event,
-    encode,
-    encode_event,
-)
+from harness.execution.tasks import EvaluateTask, QuantizeTask, Task
 from harness.planning.plan import Plan
-from harness.planning.planner import make
-from harness.planning.render import render
 from harness.storage import store as store_module
 from harness.storage.files import LocalDisk
 from harness.storage.store import Store
 
 Make = Callable[..., Sweep]
+
+
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
-
-
-def plan_of(sweep: Sweep) -> Plan:
-    return make(sweep, Store(sweep.runtime.runs))
 
 
 class Script:
@@ -470,69 +453,6 @@ def test_a_measurement_has_its_device_for_itself(
         assert sum(isinstance(event, Scored) for event in events) == 6
 
 
-def test_workers_see_the_gpu_they_were_given_and_none_on_a_cpu(
-    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str | None] = []
-
-    class Started(Exception):
-        pass
-
-    def start(command: Any, env: dict[str, str], **others: Any) -> Any:
-        seen.append(env.get("CUDA_VISIBLE_DEVICES"))
-        raise Started
-
-    monkeypatch.setattr(processes, "count_gpus", lambda: 2)
-    monkeypatch.setattr(processes.subprocess, "Popen", start)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    runtime = dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
-    for device, gpu_fraction in (("auto", 0.5), ("cpu", 0.0)):
-        executor = Processes(4, dataclasses.replace(runtime, device=device))
-        assert executor.gpu_fraction == gpu_fraction
-        with pytest.raises(Started):
-            executor.submit(1, QuantizeTask((), "runs"))
-    assert seen == ["0", ""]
-    assert base.process_environment(1)["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] == "1"
-
-
-class Ended:
-    """A process that has ended well."""
-
-    def __init__(self) -> None:
-        self.stdin = open(os.devnull, "w")  # closed by who writes to it
-
-    def wait(self, seconds: float = 0.0) -> int:
-        return 0
-
-
-@pytest.mark.parametrize(
-    ("workers", "devices", "expected"), [(4, 2, ["0,1", "2,3"]), (2, 3, ["0,1,2"]), (8, 2, ["0,1"])]
-)
-def test_workers_see_the_gpus_of_their_task(
-    demo_sweep: Make,
-    monkeypatch: pytest.MonkeyPatch,
-    workers: int,
-    devices: int,
-    expected: list[str],
-) -> None:
-    seen: list[str] = []
-
-    def start(command: Any, env: dict[str, str], **others: Any) -> Any:
-        seen.append(env["CUDA_VISIBLE_DEVICES"])
-        return Ended()
-
-    monkeypatch.setattr(processes, "count_gpus", lambda: 4)
-    monkeypatch.setattr(processes.subprocess, "Popen", start)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    executor = Processes(
-        workers, dataclasses.replace(demo_sweep("method=rtn", "scheme=w4").runtime, device="auto")
-    )
-    assert executor.max_gpus == 4
-    for number in range(workers // executor.width(devices)):
-        executor.submit(number, EvaluateTask((), (), "runs", devices=devices))
-    assert seen == expected
-
-
 def test_a_worker_killed_under_one_cell_is_given_it_once_more(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -681,137 +601,6 @@ def test_a_lost_head_costs_the_work_no_try(
     assert sum(isinstance(event, Scored) for event in events) == 2
 
 
-class FakeRay:
-    """A cluster whose nodes a test chooses. init: fails as often as `refusals` says."""
-
-    def __init__(self, *nodes: dict[str, float], refusals: int = 0) -> None:
-        self.resources, self.refusals, self.joined, self.shut = nodes, refusals, 0, 0
-        self.cancelled: list[str] = []
-
-    def nodes(self) -> list[dict[str, Any]]:
-        return [
-            {"Alive": True, "NodeID": f"n{number}", "Resources": held}
-            for number, held in enumerate(self.resources)
-        ]
-
-    def is_initialized(self) -> bool:
-        return False
-
-    def init(self, **settings: Any) -> None:
-        self.refusals -= 1
-        if self.refusals >= 0:
-            raise ConnectionError("no cluster yet")
-        self.joined += 1
-
-    def shutdown(self) -> None:
-        self.shut += 1
-
-    def cancel(self, stream: str, force: bool) -> None:
-        self.cancelled.append(stream)
-
-
-def joined(
-    ray: FakeRay, monkeypatch: pytest.MonkeyPatch, clock: list[float]
-) -> ray_cluster.RayCluster:
-    """A `RayCluster` in the state in which its cluster was just reached."""
-    cluster = object.__new__(ray_cluster.RayCluster)
-    cluster._ray, cluster._address, cluster._settings, cluster._workers = (
-        ray,
-        "10.0.0.1:6379",
-        {},
-        1,
-    )
-    cluster._task_resources, cluster._head, cluster._started, cluster.worker_slots = (
-        {"CPU": 2.0, "GPU": 0.0},
-        "10.0.0.1:6379",
-        False,
-        1,
-    )
-    cluster._refreshed = cluster._answered = clock[0]
-    cluster._running, cluster._nodes, cluster._last_message, cluster._nodes_at_submit = (
-        {7: "stream"},
-        {},
-        {7: 0.0},
-        {7: {"n0", "n1"}},
-    )
-    cluster._alive = {"n0", "n1"}
-
-    class Time:
-        monotonic = staticmethod(lambda: clock[0])
-
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            clock[0] += seconds
-
-    monkeypatch.setattr(ray_cluster, "time", Time)
-    return cluster
-
-
-def test_a_lost_head_is_waited_for_and_joined_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, back = [0.0], [100.0]
-    ray = FakeRay({"CPU": 4.0}, {"CPU": 3.0}, refusals=2)
-    cluster = joined(ray, monkeypatch, clock)
-    monkeypatch.setattr(ray_cluster, "_is_listening", lambda address: clock[0] >= back[0])
-    clock[0] = ray_cluster.HEAD_SECONDS - 1
-    assert cluster._refresh() == [] and not ray.shut  # a hiccup
-    clock[0] = ray_cluster.HEAD_SECONDS + ray_cluster.REFRESH_SECONDS
-    (message,) = cluster._refresh()
-    assert (
-        message.number == 7 and isinstance(message.news, Exit) and message.news.kind == "head_lost"
-    )
-    assert ray.joined == 1 and clock[0] >= 100 and not cluster._running
-    assert cluster.worker_slots == 3  # two tasks of two CPUs on the first node, one on the second
-    cluster._running, back[0] = {8: "stream"}, 1e9
-    clock[0] += ray_cluster.HEAD_SECONDS + 1
-    with pytest.raises(
-        ScheduleError,
-        match=r"10\.0\.0\.1:6379 is lost, and none took its place .* the same command",
-    ):
-        cluster._refresh()
-
-
-@pytest.mark.parametrize(("said", "lost"), [(None, True), ("n0", False), ("n1", True)])
-def test_a_silent_task_is_lost_with_its_node(
-    monkeypatch: pytest.MonkeyPatch, said: str | None, lost: bool
-) -> None:
-    """Also one whose node went before it said where it runs."""
-    clock = [0.0]
-    ray = FakeRay({"CPU": 2.0}, {"CPU": 2.0})
-    cluster = joined(ray, monkeypatch, clock)
-    cluster._nodes = {} if said is None else {7: said}
-    clock[0] = ray_cluster.SILENCE_SECONDS + 1
-    assert (
-        cluster._tasks_of_lost_nodes() == [] and 7 in cluster._running
-    )  # silent, but nobody is gone
-    ray.resources = ({"CPU": 2.0},)
-    assert cluster._tasks_of_lost_nodes() == []  # asked once per SILENCE_SECONDS
-    clock[0] *= 2
-    found = cluster._tasks_of_lost_nodes()
-    assert [message.number for message in found] == [7] * lost and (
-        7 not in cluster._running
-    ) == lost
-    assert ray.cancelled == ["stream"] * lost
-
-
-def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    ray = FakeRay({"CPU": 2.0})
-    cluster = joined(ray, monkeypatch, clock)
-    monkeypatch.setattr(ray_cluster, "_is_listening", lambda address: True)
-    ray.resources = ({"CPU": 2.0}, {"CPU": 16.0}, {})
-    clock[0] = ray_cluster.REFRESH_SECONDS + 1
-    assert cluster._refresh() == [] and cluster.worker_slots == 9
-    ray.resources = ({},)
-    clock[0] += ray_cluster.REFRESH_SECONDS + 1
-    assert cluster._refresh() == [] and cluster.worker_slots == 0  # nothing but a head
-    began = clock[0]
-    assert (
-        cluster._joined(60.0) == [{}] and clock[0] > began + 60
-    )  # nothing but a head: waited for, then told
-    with pytest.raises(ScheduleError, match="asks for 2 CPU"):
-        cluster._check([{}])
-
-
 def test_a_failed_cell_is_not_evaluated(demo_sweep: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def act(task: Task) -> list[Event | Exit]:
         if isinstance(task, QuantizeTask):
@@ -858,197 +647,9 @@ def test_nothing_to_do_starts_nothing(demo_sweep: Make, monkeypatch: pytest.Monk
     assert list(dispatch.run(plan)) == []
 
 
-def test_events_and_tasks_cross_as_json(demo_sweep: Make) -> None:
-    events: list[Event] = [
-        TaskStarted(1.0, ("a",), worker="h:1", device="cpu"),
-        Progress(1.0, ("a", "b"), "block", 1, 4),
-        Quantized(1.0, ("a",), record={"seconds": 1.0}),
-        Scored(1.0, ("a",), "e", {"e/m": float("inf")}, {}),
-        Failed(1.0, ("a",), "s", "killed", "r", "d", True),
-        TaskEnded(1.0, (), 2.0, 3),
-    ]
-    assert [decode_event(json.loads(json.dumps(encode_event(event)))) for event in events] == events
-    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    for task in (
-        QuantizeTask(sweep.cells, "r"),
-        EvaluateTask(sweep.cells, tuple(c.evaluations for c in sweep.cells), "r"),
-    ):
-        assert decode(json.loads(json.dumps(encode(task)))) == task
-
-
 def test_the_executor_follows_the_cluster(demo_sweep: Make) -> None:
     runtime = demo_sweep("method=rtn", "scheme=w4").runtime
     assert isinstance(make_executor(runtime, 1), InProcess)
     assert isinstance(make_executor(runtime, 2), Processes)
     timed = dataclasses.replace(runtime, cluster=Cluster("local", task_timeout_seconds=9))
     assert isinstance(make_executor(timed, 1), Processes)  # a deadline needs a process to end
-
-
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text()
-
-
-def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 120
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive(pid), f"process {pid} was left behind"
-
-
-def worker(event: Event) -> int:
-    assert isinstance(event, TaskStarted)
-    return int(event.worker.rpartition(":")[2])
-
-
-def checkpoint_bytes(sweep: Sweep) -> dict[str, bytes]:
-    store = Store(sweep.runtime.runs)
-    folders = {
-        quantize_key(cell): store.checkpoint_folder(quantize_key(cell)) for cell in sweep.cells
-    }
-    return {
-        f"{key}/{path.name}": path.read_bytes()
-        for key, folder in folders.items()
-        for path in folder.glob("*.safetensors")
-    }
-
-
-def moved(sweep: Sweep, folder: Path, cluster: Cluster) -> Sweep:
-    return dataclasses.replace(
-        sweep, runtime=dataclasses.replace(sweep.runtime, runs=folder, cluster=cluster)
-    )
-
-
-def test_closing_ends_the_worker_processes(demo_sweep: Make) -> None:
-    sweep = demo_sweep("method=gptq", "scheme=w4", "cluster=local", "cluster.workers=2")
-    events = dispatch.run(plan_of(sweep))
-    pid = worker(next(event for event in events if isinstance(event, TaskStarted)))
-    assert alive(pid)
-    events.close()  # type: ignore[attr-defined]
-    wait_gone(pid)
-
-
-@pytest.mark.slow
-def test_processes_survive_a_kill(demo_sweep: Make, tmp_path: Path) -> None:
-    """A killed worker's pass is split; the checkpoints are those of an undisturbed run, byte for byte."""
-    sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false")
-    list(dispatch.run(plan_of(sweep)))
-    disturbed = moved(sweep, tmp_path / "disturbed", Cluster("local", workers=2))
-    check_recovery(disturb(disturbed), disturbed, sweep)
-
-
-def one_pass(plan: Plan) -> Plan:
-    """All checkpoints in one pass, however many workers there are."""
-    cells = tuple(cell for each in plan.passes for cell in each.cells)
-    return dataclasses.replace(plan, passes=(dataclasses.replace(plan.passes[0], cells=cells),))
-
-
-def disturb(sweep: Sweep) -> list[Event]:
-    """Carry a sweep out whose first block is there already, and kill the first worker while it has all of it before it.
-
-    That worker waits for a lock that is held here, so that it is in its task when the signal comes, however slow the machine is.
-    """
-    begun = dispatch.run(one_pass(plan_of(dataclasses.replace(sweep, runtime=here(sweep)))))
-    next(event for event in begun if isinstance(event, Progress))
-    begun.close()  # type: ignore[attr-defined]
-    seen: list[Event] = []
-    with contextlib.ExitStack() as held:
-        held.enter_context(
-            Store(sweep.runtime.runs).lock(f"checkpoint-{max(map(quantize_key, sweep.cells))}")
-        )
-        for event in dispatch.run(one_pass(plan_of(sweep))):
-            if isinstance(event, TaskStarted) and not seen:
-                os.kill(worker(event), signal.SIGKILL)
-                held.close()
-            seen.append(event)
-    return seen
-
-
-def here(sweep: Sweep) -> Runtime:
-    return dataclasses.replace(sweep.runtime, cluster=Cluster("local", workers=1))
-
-
-def check_recovery(events: list[Event], disturbed: Sweep, undisturbed: Sweep) -> None:
-    failed = [event for event in events if isinstance(event, Failed)]
-    assert failed and all(event.retry and event.kind == "killed" for event in failed), failed
-    assert {k for e in events if isinstance(e, Quantized) for k in e.cell_keys} == set(
-        map(cell_key, disturbed.cells)
-    )
-    assert checkpoint_bytes(disturbed) == checkpoint_bytes(undisturbed)
-
-
-@pytest.fixture(scope="module")
-def own_cluster() -> Iterator[Any]:
-    """One Ray cluster of two processors on the loopback interface."""
-    with ray_cluster._environment(base.process_environment(1)):
-        ray = ray_cluster._import_ray()
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=2,
-            num_gpus=0,
-            log_to_driver=False,
-            logging_level=40,
-            _node_ip_address="127.0.0.1",
-        )
-    yield ray
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_ray_gives_the_same_checkpoints_and_survives_a_kill(
-    own_cluster: Any, demo_sweep: Make, tmp_path: Path
-) -> None:
-    sweep = demo_sweep("method=gptq", "scheme=w4,w3", "baseline=false")
-    list(dispatch.run(plan_of(sweep)))
-    on_ray = moved(sweep, tmp_path / "ray", Cluster("ray", workers=2))
-    check_recovery(disturb(on_ray), on_ray, sweep)
-
-
-@pytest.mark.slow
-def test_ray_refuses_what_no_node_can_take(own_cluster: Any, demo_sweep: Make) -> None:
-    sweep = demo_sweep("method=rtn", "scheme=w4")
-    wanting = dataclasses.replace(sweep.runtime, device="cuda", cluster=Cluster("ray", workers=1))
-    with pytest.raises(ScheduleError, match=r"1 GPU.*gpus_per_task"):
-        make_executor(wanting, 1)
-    many = dataclasses.replace(
-        sweep.runtime, cluster=Cluster("ray", workers=1, settings={"cpus_per_task": 64})
-    )
-    with pytest.raises(ScheduleError, match="64 CPU"):
-        make_executor(many, 1)
-
-
-@pytest.mark.slow
-def test_a_node_that_does_not_see_the_store_is_named(
-    own_cluster: Any, demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In seconds, before any work. Here the one node looks for a file that is not there."""
-    sweep = demo_sweep("method=rtn", "scheme=w4")
-    plan, store = plan_of(sweep), Store(sweep.runtime.runs)
-    executor = make_executor(
-        dataclasses.replace(sweep.runtime, cluster=Cluster("ray", workers=1)), 1
-    )
-    assert isinstance(executor, ray_cluster.RayCluster)
-    with executor.shared(store, plan):
-        assert list(
-            store.root.glob(".probe*")
-        )  # for the tasks, which may run on nodes that join later
-    assert not list(store.root.glob(".probe*"))
-
-    @contextlib.contextmanager
-    def elsewhere(self: Store) -> Iterator[Path]:
-        yield self.root / ".probe.gone"
-
-    monkeypatch.setattr(Store, "probe", elsewhere)
-    with pytest.raises(
-        ScheduleError,
-        match=r"node .* does not see .*runs, where this process writes\. Nothing was started",
-    ):
-        executor.shared(store, plan).__enter__()
-
-
-def test_the_plan_is_what_runs(demo_sweep: Make) -> None:
-    """In this process, for real: after the run the plan has nothing left."""
-    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    events = list(dispatch.run(plan_of(sweep)))
-    assert sum(isinstance(event, Scored) for event in events) == 2
-    assert "nothing to do" in render(plan_of(sweep))

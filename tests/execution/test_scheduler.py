@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,18 +12,18 @@ import pytest
 from harness.core.cell import cell_key
 from harness.core.events import Event, Failed, Quantized
 from harness.core.sweep import First, Sweep
-from harness.execution import coordination, failures, scheduler
-from harness.execution.coordination import Coordination
+from harness.execution import failures, scheduler
 from harness.execution.executors.base import Exit, Message
 from harness.execution.scheduler import Scheduler
 from harness.execution.tasks import EvaluateTask, Task
 from harness.planning.plan import Plan
 from harness.planning.planner import make
 from harness.planning.render import render
-from harness.storage.files import LocalDisk
 from harness.storage.store import Store
 
 Make = Callable[..., Sweep]
+
+
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
 
 
@@ -167,51 +166,6 @@ def test_behind_another_a_driver_begins_nothing_and_takes_back_what_waits(demo_s
     assert not on.submit() and not cluster.held and on.waits
     on.behind = ""
     assert on.submit() and sum(cluster.sizes) == 3 and not on.waits
-
-
-def test_drivers_tell_each_other_their_priority(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
-    store = Store(tmp_path)
-    with Coordination(store, "low") as low, Coordination(store, "high", 3) as high:
-        low.refresh()
-        assert low.behind == ""  # nothing of the other waits
-        high.wants = True
-        high._write()
-        low.refresh()
-        high.refresh()
-        assert "sweep high (priority 3, process" in low.behind and high.behind == ""
-        store.ask_priority("low", 5)
-        low.refresh()
-        assert low.priority == 5 and low.behind == ""
-        content = store.drivers()[high._id]
-        store.write_driver(
-            "dead", {**content, "owner": {**content["owner"], "birth": "0"}, "priority": 9}
-        )
-        low.refresh()
-        assert "dead" not in store.drivers() and low.behind == ""
-    assert not store.drivers()
-
-
-def test_a_silent_driver_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
-    with Coordination(Store(tmp_path), "a", 1) as other:
-        content = {**Store(tmp_path).drivers()[other._id], "wants": True}
-    monkeypatch.setattr(Store, "drivers", lambda self: {"other": content})
-    clock = [0.0]
-    monkeypatch.setattr(
-        coordination, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
-    )
-    mine = Coordination(Store(tmp_path), "b")
-    for now, blocked in (
-        (0.0, True),
-        (coordination.SILENT_SECONDS - 1, True),
-        (coordination.SILENT_SECONDS + 1, False),
-    ):
-        clock[0] = now
-        mine.refresh()
-        assert bool(mine.behind) == blocked
 
 
 def test_what_no_node_can_take_any_more_is_given_up(
