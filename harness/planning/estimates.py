@@ -26,12 +26,10 @@ if TYPE_CHECKING:
     from harness.core.shapes import Shapes
 
 
-FLOPS_PER_THREAD = (
-    2e10  # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
-)
-FLOPS_PER_GPU = (
-    5e13  # sustained in float32 accumulation; an order of magnitude, until records exist
-)
+# float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
+FLOPS_PER_THREAD = 2e10
+# sustained in float32 accumulation; an order of magnitude, until records exist
+FLOPS_PER_GPU = 5e13
 
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:

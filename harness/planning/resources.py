@@ -13,9 +13,8 @@ from harness.core.units import bytes_of, size
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ASSUMED_SLOTS = 4  # of a cluster at an address, in estimates
-MEMORY_SHARE = (
-    0.9  # of the free memory that a plan uses; the rest is for the process and the allocator's gaps
-)
+# of the free memory that a plan uses; the rest is for the process and the allocator's gaps
+MEMORY_SHARE = 0.9
 
 T = TypeVar("T")
 

@@ -121,7 +121,7 @@ def test_failures_are_kept_and_resumed(demo_sweep: Make, monkeypatch: pytest.Mon
     assert "FAIL" in status(store, sweep.name, sweep.cells) and "NaN" in status(
         store, sweep.name, sweep.cells
     )
-    assert sum(line.startswith("again") for line in display.lines) == 2
+    assert sum(line.startswith("retry") for line in display.lines) == 2
     assert driver.run(sweep).exit_code == 0
     assert not store.failures(key)  # forgotten, as the work succeeded
 

@@ -106,7 +106,7 @@ def test_a_pass_goes_on_where_another_node_was_lost(
     upload = object_store.ObjectStore.upload
     monkeypatch.setattr(
         object_store.ObjectStore,
-        "keep",
+        "upload",
         lambda self, path: (kept.append(path.name), upload(self, path)),
     )
     assert any(isinstance(event, Quantized) for event in run(QuantizeTask(sweep.cells, url, "cpu")))

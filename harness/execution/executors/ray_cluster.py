@@ -34,14 +34,12 @@ from harness.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = (
-    90.0  # without a message of a task, after which Ray is asked whether its node is alive
-)
+# Without a message of a task for so long, Ray is asked whether its node is alive.
+SILENCE_SECONDS = 90.0
 PROBE_SECONDS = 60.0  # for every node of a cluster to answer which shared paths it sees
 REFRESH_SECONDS = 5.0  # between two checks of a cluster's head and nodes
-HEAD_SECONDS = (
-    20.0  # without an answer, after which the head counts as lost; Ray ends the driver after 60
-)
+# without an answer, after which the head counts as lost; Ray ends the driver after 60
+HEAD_SECONDS = 20.0
 JOIN_SECONDS = 60.0  # for the first node that can run tasks to join a cluster
 
 
