@@ -117,10 +117,8 @@ class Coordination:
                 self._write()
 
     def _write(self) -> None:
-        with (
-            self._writing,
-            contextlib.suppress(StoreError),
-        ):  # a full store is reported where results are written
+        # A full store is reported where results are written.
+        with self._writing, contextlib.suppress(StoreError):
             self._beat += 1
             self._store.write_driver(
                 self._id,

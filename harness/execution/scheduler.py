@@ -632,13 +632,11 @@ class Scheduler:
                     dataclasses.replace(running.work, pairs=tuple(self._pairs(running, behind)))
                 )
             keys = keys[:1]
-        if (
-            end.kind is FailureKind.OUT_OF_MEMORY
-        ):  # a task that reports its own failure has recorded it
+        # A task that reports its own failure has recorded that memory ran out.
+        if end.kind is FailureKind.OUT_OF_MEMORY:
             with contextlib.suppress(StoreError):
-                if isinstance(
-                    running.work, ScoringTask
-                ):  # main memory ran out, and more GPUs would not help
+                # Main memory ran out, and more GPUs would not help.
+                if isinstance(running.work, ScoringTask):
                     failures.ran_out(
                         self._store,
                         keys,
@@ -685,9 +683,8 @@ class Scheduler:
             return True
         if kind is FailureKind.OUT_OF_MEMORY:
             return self._with_more_room(running, unfinished, smaller=True)
-        if (
-            isinstance(running.work, ScoringTask) and len(running.work.pairs) > 1
-        ):  # earlier cells may have left memory in use
+        # Earlier cells may have left memory in use.
+        if isinstance(running.work, ScoringTask) and len(running.work.pairs) > 1:
             self._requeue(running, [unfinished], tried=True)
             return True
         if kind is FailureKind.KILLED and not running.work.tried:

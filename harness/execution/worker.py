@@ -98,9 +98,8 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
     }  # a cell without tuning is its own
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     with ExitStack() as locks:
-        for key in sorted(
-            {*sharers, *bases}
-        ):  # one order for all drivers, so that no two wait for each other
+        # One order for all drivers, so that no two wait for each other.
+        for key in sorted({*sharers, *bases}):
             locks.enter_context(store.lock(f"checkpoint-{key}"))
         for key, cells in list(sharers.items()):
             manifest = store.manifest(key)

@@ -99,9 +99,8 @@ def try_lock(path: Path) -> tuple[int | None, Owner | None]:
             owner = _read_owner(descriptor)
             os.close(descriptor)
             if owner is not None and owner.is_dead:
-                path.unlink(
-                    missing_ok=True
-                )  # a child that outlived its parent holds it; the next try makes a new file
+                # A child that outlived its parent holds it; the next try makes a new file.
+                path.unlink(missing_ok=True)
             return None, owner
         owner = Owner.current()
         os.ftruncate(descriptor, 0)

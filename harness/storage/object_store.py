@@ -209,9 +209,8 @@ class ObjectStore:
             )
             self._make_room(needed, folder)
             with self._explained("read", folder):
-                for path in (
-                    p for p in there if p.suffix == ".json"
-                ):  # small files, which hold the hashes
+                # Small files, which hold the hashes.
+                for path in (p for p in there if p.suffix == ".json"):
                     if not (same and path.exists() and path.stat().st_size == there[path]):
                         self._get(path)
                 hashes = _hashes(folder)

@@ -161,9 +161,8 @@ class Store:
         known = self.cell(key)
         merged = self._with_earlier(cell, known)
         if known != merged or known.evaluations != merged.evaluations:
-            with self.lock(
-                f"record-{key}"
-            ):  # another driver may request other evaluations of the same cell
+            # Another driver may request other evaluations of the same cell.
+            with self.lock(f"record-{key}"):
                 merged = self._with_earlier(cell, self.cell(key))
                 content = {
                     "title": cell.title,
@@ -397,9 +396,8 @@ class Store:
         return self._read(self._sweep_path(name), [])
 
     def write_sweep_state(self, name: str, state: Mapping[str, Any]) -> None:
-        self._write_json(
-            self._sweep_path(name), state, durable=False
-        )  # written often; losing the last one costs nothing
+        # Written often; losing the last one costs nothing.
+        self._write_json(self._sweep_path(name), state, durable=False)
 
     def sweep_names(self) -> list[str]:
         return [

@@ -99,10 +99,8 @@ class Processes:
             target=self._listen, args=(number, process, ours, printed), daemon=True
         ).start()
         assert process.stdin is not None
-        with (
-            contextlib.suppress(BrokenPipeError),
-            process.stdin,
-        ):  # the exit code of a process that died at once is reported
+        # The exit code of a process that died at once is reported.
+        with contextlib.suppress(BrokenPipeError), process.stdin:
             json.dump(encode(task), process.stdin)
 
     def _gpus_of(self, places: Sequence[int]) -> list[int]:

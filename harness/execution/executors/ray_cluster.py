@@ -291,9 +291,8 @@ class RayCluster:
             return self._failed(number, FailureKind.ERROR, error.cause or error)
         except self._ray.exceptions.RayError as error:
             return self._failed(number, FailureKind.KILLED, error)
-        if isinstance(
-            news, tuple
-        ):  # the first message of a task: where it runs, and the shared paths that are missing there
+        # The first message of a task: where it runs, and the shared paths that are missing there.
+        if isinstance(news, tuple):
             self._nodes[number], name, missing = news
             if missing:
                 raise self._not_shared([f"node {name} does not see {what}" for what in missing])
@@ -447,9 +446,8 @@ def _local(model: Model) -> str | None:
 
 def _import_ray(own: bool = True) -> Any:
     """Import Ray with its environment set. own: for a cluster that is started here and must not be reached from other machines."""
-    os.environ.setdefault(
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1"
-    )  # a task without a GPU must not see all GPUs
+    # A task without a GPU must not see all GPUs.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if own:
         # Otherwise Ray replaces 127.0.0.1 by the machine's address and listens on every interface.
