@@ -223,6 +223,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     """Score one cell after the other. One model is in memory at a time."""
+    # Loaded here, so that the freeze below covers them.
+    import harness.evaluation.protocols
+    import harness.quantization.inference.load  # noqa: F401
 
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     if device != "cpu" and (task.devices > 1 or task.offload):
