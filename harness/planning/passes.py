@@ -29,7 +29,7 @@ def make_passes(
     by_key: dict[str, list[Cell]] = {}
     for cell in unmade:
         by_key.setdefault(quantize_key(cell), []).append(cell)
-    by_pass: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
+    by_group: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
     # A checkpoint that ran out of memory before, itself or a smaller sibling, is made in a pass of its own.
     for key, cells in by_key.items():
         first = cells[0]
@@ -43,21 +43,27 @@ def make_passes(
             first.calibration if first.method.needs else None,
             key if alone else "",
         )
-        by_pass.setdefault(group_key, []).append(cells)
+        by_group.setdefault(group_key, []).append(cells)
     for (priority_tier, model, _, single), group in sorted(
-        by_pass.items(), key=lambda item: item[0][0]
+        by_group.items(), key=lambda item: item[0][0]
     ):
         shapes, checkpoints = checker.shapes(model), by_stream(group)
         assert shapes is not None, "a model without shapes is refused"
         limit = (
             1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
         )
-        share = max(1, workers // len(by_pass))
+        group_workers = max(1, workers // len(by_group))
         while checkpoints:
             count = chunk_size(
-                [stream_of(cells[0]) for cells in checkpoints], -(-len(checkpoints) // share), limit
+                [stream_of(cells[0]) for cells in checkpoints],
+                -(-len(checkpoints) // group_workers),
+                limit,
             )
-            part, checkpoints, share = checkpoints[:count], checkpoints[count:], max(1, share - 1)
+            part, checkpoints, group_workers = (
+                checkpoints[:count],
+                checkpoints[count:],
+                max(1, group_workers - 1),
+            )
             made = [cells[0] for cells in part]
             together = history.ran_out(made[0], "quantize", checker)
             yield Pass(

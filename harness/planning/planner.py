@@ -93,12 +93,12 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
     passes = []
     for each in plan.passes:
         cells = tuple(cell for cell in each.cells if cell_key(cell) not in left)
-        share = len(cells) / len(each.cells)
+        fraction = len(cells) / len(each.cells)
         if cells:
-            cost = None if each.seconds is None else each.seconds * share
+            cost = None if each.seconds is None else each.seconds * fraction
             passes.append(
                 dataclasses.replace(
-                    each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)
+                    each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * fraction)
                 )
             )
     scorings = []
