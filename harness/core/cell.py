@@ -32,6 +32,7 @@ PLACES = (
 )  # settings that say where data lies; which it is says data_digest
 YOUNGER = (
     "apply_chat_template",
+    "kernel",
 )  # settings that came after their evaluators: left out of keys while they are off
 
 
@@ -362,10 +363,25 @@ def digest(value: Any) -> str:
 
 def _execution(scheme: Scheme) -> dict[str, Any]:
     return {
-        "activation": _identity(scheme.activation),
+        "activation": _activation_identity(scheme),
         "kv": _kv_identity(scheme.kv),
         "overrides": [_identity(o, drop=("weight",)) for o in scheme.overrides if o.activation],
     }
+
+
+def _activation_identity(scheme: Scheme) -> Any:
+    """The outliers' rule is 2 since codes beside outliers are computed in float32; without outliers nothing changed."""
+    own = scheme.activation
+    if own is None:
+        return None
+    changed = any(
+        each.outlier_threshold > 0 and each.symmetric and each.grid == "smoothquant"
+        for each in (
+            own,
+            *(dataclasses.replace(own, **dict(o.activation)) for o in scheme.overrides),
+        )
+    )
+    return {**_identity(own), "outlier_rule": 2} if changed else _identity(own)
 
 
 def _kv_identity(kv: KVScheme | None) -> Any:

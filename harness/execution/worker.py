@@ -283,13 +283,25 @@ def _evaluate_cell(
         raise HarnessError(
             f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again"
         )
-    if cell.method.is_baseline:
-        model, tokenizer = place(cell, folder, None)
-    else:
+
+    def load_as(mode: str) -> tuple[Any, Any]:
+        if cell.method.is_baseline:
+            return place(cell, folder, None, mode=mode)
         with store.reading(quantize_key(cell)) as checkpoint:
-            model, tokenizer = place(cell, folder, checkpoint)
+            return place(cell, folder, checkpoint, mode=mode)
+
+    model, tokenizer = load_as("dense")
+    cache = store.root / "cache"
     subject = Subject(
-        cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache"
+        cell,
+        model,
+        tokenizer,
+        device,
+        task.batch_size,
+        manifest,
+        folder,
+        cache,
+        lambda mode: load_as(mode)[0],
     )
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:
