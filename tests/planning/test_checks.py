@@ -1,77 +1,134 @@
-"""Checks of a model before anything runs: its folder, its context, what a plan cannot know."""
+"""Checks of cells: all reasons, said once."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from executions import plan_of
 
-from harness.core.sweep import Sweep
-from harness.planning.plan import Plan
-from harness.planning.planner import make
-from harness.planning.render import render
-from harness.storage.store import Store
+from harness.core.errors import PlanError
+from harness.core.sweep import Cluster, Sweep
+from harness.planning import resources
+from harness.planning.render import require
 
 Make = Callable[..., Sweep]
 
 
-def plan_of(sweep: Sweep) -> Plan:
-    return make(sweep, Store(sweep.runtime.runs))
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_faults_of_a_folder_are_reasons_all_at_once(
-    demo_sweep: Make, tiny_model: Callable[..., Path]
-) -> None:
-    folder = tiny_model("llama")
-    (folder / "tokenizer.json").unlink()
-    configure(folder, num_hidden_layers=4)
-    plan = plan_of(demo_sweep(f"+model={folder}", "method=rtn", "scheme=w4"))
-    assert len(plan.refused) == 2 and not plan.missing
-    text = " ".join(plan.refused[0].reasons)
-    assert all(fact in text for fact in ("no tokenizer", "model.layers.3", str(folder)))
-
-
-def test_tensors_that_are_not_used_stand_in_the_notes(
-    demo_sweep: Make, tiny_model: Callable[..., Path]
-) -> None:
-    folder = tiny_model("llama")
-    configure(folder, num_hidden_layers=2)
-    for method in ("rtn", "none"):  # the baseline's numbers are as much another model's
-        plan = plan_of(demo_sweep(f"+model={folder}", f"method={method}", "scheme=w4"))
-        assert not plan.refused and "model.layers.2" in render(plan)
-
-
-@pytest.mark.parametrize("family", ["opt", "llama"])
-def test_calibration_windows_are_held_against_the_context(demo_sweep: Make, family: str) -> None:
-    """Learned positions end there; rotary ones were never trained beyond."""
-    common = (f"model=tiny:{family}", "method=gptq", "scheme=w4", "calibration.samples=2")
-    (refused,) = plan_of(demo_sweep(*common, "calibration.length=257")).refused
-    text = " ".join(refused.reasons)
-    assert "257" in text and "256" in text and "calibration.length" in text
-    assert not plan_of(demo_sweep(*common, "calibration.length=256")).refused
-
-
-def test_a_plan_says_what_of_the_hub_it_has_not_checked(
-    demo_sweep: Make, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a model that is not downloaded, config.json alone is here."""
-    folder = tiny_model("llama")
-    commit = "0" * 40
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *_, **__: str(folder / "config.json")
+def test_all_reasons_are_given_at_once(demo_sweep: Make) -> None:
+    plan = plan_of(
+        demo_sweep("method=rtn,gptq", "scheme=w4g96,w3g40,w4", "evaluations=demo_perplexity")
     )
-    sweep = demo_sweep("+model=owner/tiny", f"model.revision={commit}", "method=rtn", "scheme=w4")
-    assert not any("not complete" in note for note in plan_of(sweep).notes)
-    (folder / "model.safetensors").unlink()
-    plan = plan_of(sweep)
-    assert not plan.refused
-    (note,) = (note for note in plan.notes if "not complete" in note)
-    assert "owner/tiny" in note and "harness doctor owner/tiny" in note
+    assert {refusal.cell.scheme.name for refusal in plan.refused} == {"w4g96", "w3g40"}
+    assert len(plan.refused) == 4
+    with pytest.raises(PlanError) as caught:
+        require(plan)
+    text = str(caught.value)
+    for words in (
+        "4 of 7 cells cannot run",
+        "Nothing was started",
+        "group size 96",
+        "group size 40",
+        "q_proj",
+        "skip:",
+    ):
+        assert words in text
+    assert caught.value.exit_code == 3
+
+
+def test_a_wrong_group_is_said_once(demo_sweep: Make) -> None:
+    (refusal,) = plan_of(demo_sweep("method=rtn", "scheme=w4g96")).refused
+    assert sum("group size" in reason for reason in refusal.reasons) == 1
+
+
+def test_blocks_that_cross_rows_need_not_divide_them(demo_sweep: Make) -> None:
+    """down_proj of the demo has rows of 160 weights; NF4's blocks of 64 run over the flattened matrix, as in bitsandbytes."""
+    plan = plan_of(
+        demo_sweep("method=nf4,ir_qlora_untuned", "scheme=nf4g64", "evaluations=demo_perplexity")
+    )
+    assert not plan.refused and len(plan.missing) == 3
+    assert plan_of(demo_sweep("method=rtn", "scheme=nf4g64", "evaluations=demo_perplexity")).refused
+
+
+def test_an_unreadable_model_is_a_reason(demo_sweep: Make, tmp_path: Path) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"architectures": ["LlamaForCausalLN"]}')
+    (broken / "x.safetensors").write_bytes(b"")
+    cells = tuple(
+        dataclasses.replace(c, model=dataclasses.replace(c.model, source=str(broken), digest="0"))
+        for c in sweep.cells
+    )
+    plan = plan_of(dataclasses.replace(sweep, cells=cells))
+    assert len(plan.refused) == len(cells)
+    assert all("LlamaForCausal" in " ".join(refusal.reasons) for refusal in plan.refused)
+
+
+def test_missing_calibration_data_is_a_reason(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=gptq", "scheme=w4")
+    cells = []
+    for cell in sweep.cells:
+        if cell.calibration is not None:
+            cell = dataclasses.replace(
+                cell, calibration=dataclasses.replace(cell.calibration, source="/nowhere/at/all")
+            )
+        cells.append(cell)
+    (refusal,) = plan_of(dataclasses.replace(sweep, cells=tuple(cells))).refused
+    assert "/nowhere/at/all" in refusal.reasons[0]
+
+
+def test_a_model_too_large_for_this_machine_is_a_reason(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 1000)
+    plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))
+    assert all("to evaluate" in refusal.reasons[0] for refusal in plan.refused) and plan.refused
+
+
+def test_a_model_too_large_for_one_gpu_takes_several(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_perplexity", "device=auto")
+    need, cards = plan_of(sweep).scorings[0].peak_memory_bytes, [4]
+    monkeypatch.setattr(resources, "count_gpus", lambda: cards[0])
+    monkeypatch.setattr(
+        resources,
+        "free_memory",
+        lambda runtime: (int(need * free / resources.MEMORY_SHARE) + 1, "the GPU"),
+    )
+    for free, devices in (
+        (1.0, 1),
+        (0.9, 2),
+        (0.55, 3),
+    ):  # a quarter of the blocks beside each share
+        assert [each.devices for each in plan_of(sweep).scorings] == [devices], free
+    cards[0] = 2
+    (reason,) = {refusal.reasons[0] for refusal in plan_of(sweep).refused}
+    assert "as float32 to evaluate: 3 GPUs; this machine has 2 GPUs" in reason
+    measured = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_efficiency", "device=auto")
+    cards[0] = 4
+    assert (
+        all("measures one GPU" in refusal.reasons[0] for refusal in plan_of(measured).refused)
+        and plan_of(measured).refused
+    )
+    elsewhere = Cluster(
+        "ray",
+        address="10.0.0.1:6379",
+        gpu_memory=f"{need * 0.9 / resources.MEMORY_SHARE / 1e6:.3f}MB",
+    )
+    plan = plan_of(
+        dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=elsewhere))
+    )
+    assert [each.devices for each in plan.scorings] == [2]
+
+
+def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=awq", "scheme=w4", "rounding=squeezellm")
+    (refusal,) = plan_of(sweep).refused
+    assert (
+        "squared gradients belong to the original weights of the model, which transform awq changes"
+        in " ".join(refusal.reasons)
+    )
