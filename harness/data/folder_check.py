@@ -24,6 +24,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of headers whose numbers are we
 # Any of these, or the two files of a byte-pair vocabulary, lets transformers build a tokenizer.
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt", "*.tiktoken", "tekken.json")
 PAIRED_VOCABULARY = ("vocab.json", "merges.txt")
+# Tokenizers of bytes or code points have no vocabulary.
+WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 POINTER_BYTES = 1024  # a pointer file is never larger
 LIMITS = {  # key of config.json -> largest value that is taken for meant
     "num_hidden_layers": 10_000,
@@ -222,12 +224,22 @@ def _tokenizer(folder: Path) -> tuple[str, list[str]]:
     for path in [*found, *beside]:
         if path.suffix == ".json" and not is_pointer(path):
             faults += _json_fault(path)
+    if not found and not faults and _needs_no_vocabulary(folder / "tokenizer_config.json"):
+        found = [folder / "tokenizer_config.json"]
     if not found:
         faults.append(
             f"{folder}: no tokenizer (none of {', '.join(TOKENIZERS)}, {' with '.join(PAIRED_VOCABULARY)}); copy the tokenizer's "
             "files of the same model into it"
         )
     return ", ".join(path.name for path in found), faults
+
+
+def _needs_no_vocabulary(settings: Path) -> bool:
+    """Whether a tokenizer_config.json, without faults, names a tokenizer of bytes or one that brings its own code."""
+    if not settings.is_file():
+        return False
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    return content.get("tokenizer_class") in WITHOUT_VOCABULARY or bool(content.get("auto_map"))
 
 
 def _json_fault(path: Path) -> list[str]:

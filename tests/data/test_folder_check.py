@@ -113,6 +113,13 @@ def test_files_beside_the_weights_are_looked_at(
     assert fact in fault and str(tmp_path) in fault
 
 
+def test_a_tokenizer_of_bytes_needs_no_vocabulary(tmp_path: Path) -> None:
+    folder = copy(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert folder_check.look(folder).faults == ()
+
+
 def test_all_faults_of_a_folder_stand_together(tmp_path: Path) -> None:
     folder = copy(tmp_path)
     (folder / "config.json").write_text("[1]")

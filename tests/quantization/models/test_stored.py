@@ -283,8 +283,11 @@ def write_layout(folder: Path, tensors: dict[str, Tensor], layout: str) -> None:
     if layout in ("single", "elsewhere"):
         return
     for file, held in halves.items():
-        scale = 2.0 if layout == "both" else 1.0  # of the shards that model.safetensors precedes
-        write(folder / file, {n: tensors[n] * scale if scale > 1 else tensors[n] for n in held})
+        spoilt = layout == "both"  # model.safetensors precedes these shards
+        write(
+            folder / file,
+            {n: torch.zeros_like(tensors[n]) if spoilt else tensors[n] for n in held},
+        )
     where = {name: file for file, held in halves.items() for name in held}
     if layout == "wrong index":
         where = {name: second if file == first else first for name, file in where.items()}
