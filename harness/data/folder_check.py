@@ -26,7 +26,13 @@ TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt", "*.tiktoken", "tekken.js
 PAIRED_VOCABULARY = ("vocab.json", "merges.txt")
 # Tokenizers of bytes or code points have no vocabulary.
 WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
-POINTER_BYTES = 1024  # a pointer file is never larger
+# Read with the tokenizer, each a JSON object.
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 LIMITS = {  # key of config.json -> largest value that is taken for meant
     "num_hidden_layers": 10_000,
     "hidden_size": 2**24,
@@ -215,11 +221,7 @@ def _tokenizer(folder: Path) -> tuple[str, list[str]]:
     found = sorted(path for pattern in TOKENIZERS for path in folder.glob(pattern))
     if all((folder / name).is_file() for name in PAIRED_VOCABULARY):
         found += [folder / name for name in PAIRED_VOCABULARY]
-    beside = [
-        folder / name
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        if (folder / name).is_file()
-    ]
+    beside = [folder / name for name in BESIDE if (folder / name).is_file()]
     faults = [pointer_fault(path) for path in [*found, *beside] if is_pointer(path)]
     for path in [*found, *beside]:
         if path.suffix == ".json" and not is_pointer(path):

@@ -100,6 +100,7 @@ def copy(folder: Path) -> Path:
             ),
             "Git LFS",
         ),
+        (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter"),
     ],
 )

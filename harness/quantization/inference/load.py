@@ -98,9 +98,15 @@ def load(
 
     if (model_folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_folder, trust_remote_code=cell.model.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_folder, trust_remote_code=cell.model.trust_remote_code
+        )
+    except Exception as error:  # each tokenizer class raises errors of its own on odd files
+        raise ModelError(
+            f"{model_folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())}; copy the files of the same "
+            "model's tokenizer into the folder"
+        ) from error
     if cell.scheme.kv is not None:
         kv_cache.simulate(model, cell.scheme.kv)
     static = [quantizer for quantizer in quantizers if not quantizer.scheme.dynamic]

@@ -285,8 +285,7 @@ def write_layout(folder: Path, tensors: dict[str, Tensor], layout: str) -> None:
     for file, held in halves.items():
         spoilt = layout == "both"  # model.safetensors precedes these shards
         write(
-            folder / file,
-            {n: torch.zeros_like(tensors[n]) if spoilt else tensors[n] for n in held},
+            folder / file, {n: torch.zeros_like(tensors[n]) if spoilt else tensors[n] for n in held}
         )
     where = {name: file for file, held in halves.items() for name in held}
     if layout == "wrong index":
