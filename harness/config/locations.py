@@ -39,14 +39,13 @@ def list_names(group: str) -> list[Entry]:
 
 
 def config_roots() -> list[Path]:
-    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those beside plugins of one's own, the project's."""
+    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those in HARNESS_PLUGINS, the project's, installed ones.
+
+    Those of installed packages come last: installing a package adds names and never changes what a name means.
+    """
     named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
-    own = [
-        Path(entry) / "conf"
-        for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep)
-        if entry
-    ]
-    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf"]
+    own, installed = plugins.conf_folders()
+    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf", *installed]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
 
 
