@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wheels
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding.md"
 FILES = dict(
@@ -84,6 +85,7 @@ def test_the_page_has_its_examples() -> None:
 RUNS = [c for c in COMMANDS if " run " in c]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "workers"), [(command, 1 if number else 2) for number, command in enumerate(RUNS)]
 )
@@ -95,6 +97,7 @@ def test_a_command_of_the_page_runs(workplace: Path, command: str, workers: int)
     assert "3 of 3 cells" in printed  # the two of the grid and the baseline
 
 
+@pytest.mark.slow
 def test_the_table_of_the_page(workplace: Path) -> None:
     (command,) = (c for c in COMMANDS if " table " in c)
     harness(
@@ -140,21 +143,10 @@ def site_packages(workplace: Path) -> Path:
         (home / "conf" / group).mkdir()
         yaml = FILES[f"mine/conf/{group}/power_of_two.yaml"]
         (home / "conf" / group / "power_of_two.yaml").write_text(yaml)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", workplace / "wheels", package)
-    (wheel,) = (workplace / "wheels").glob("shifts-*.whl")
-    pip("install", "--target", workplace / "site-packages", wheel)
-    return workplace / "site-packages"
+    return wheels.installed(package, workplace / "installed")
 
 
-def pip(command: str, *words: str | Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", "--no-index", *words],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
+@pytest.mark.slow
 def test_the_package_of_the_page(site_packages: Path) -> None:
     """Its facts are read without importing it; then a cell is made with it."""
     path = os.pathsep.join((str(site_packages), str(PAGE.parents[1])))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +48,8 @@ def config_roots() -> list[Path]:
 
 
 def _project() -> Path:
-    """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/."""
-    shared = (
-        Path(base) / "share" / "quantization-harness"
-        for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent)
-    )
-    for folder in (PACKAGE, PACKAGE.parent, *shared):
+    """The folder with the project's conf/ and sweeps/: the package of an installation, or the checkout around it."""
+    for folder in (PACKAGE, PACKAGE.parent):
         if (folder / "conf" / "config.yaml").is_file():
             return folder
     raise ConfigError(
