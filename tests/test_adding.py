@@ -51,7 +51,7 @@ def harness(folder: Path, command: str, *more: str, **environment: str) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,  # a guard against hanging, not a measure
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -67,7 +67,7 @@ def test_the_demo_runs_away_from_the_checkout(site_packages: Path, tmp_path: Pat
             env={**os.environ, "PYTHONPATH": str(site_packages)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

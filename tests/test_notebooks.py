@@ -47,7 +47,7 @@ def test_the_demo_notebook_goes_from_plan_to_figure(tmp_path: Path) -> None:
         env={**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "STATES ['quantize'] ['done']" in done.stdout
