@@ -156,6 +156,5 @@ def test_the_package_of_the_page(site_packages: Path) -> None:
     assert "power_of_two" in listed and "powers of two" in listed
     grid = "model=demo method=power_of_two scheme=w4g32sym evaluations=demo_perplexity"
     local = ("cluster=local", "cluster.workers=1", "tracking=none")
-    assert "0 done · 2 to do" in harness(away, f"harness plan {grid}", *local, PYTHONPATH=path)
     (site_packages / "shifts" / "__init__.py").write_text("")
     assert "2 of 2 cells" in harness(away, f"harness run {grid}", *local, PYTHONPATH=path)
