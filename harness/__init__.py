@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from harness.quantization.methods.checks import check_tables as check_tables
     from harness.quantization.methods.checks import check_uniform as check_uniform
     from harness.quantization.methods.checks import refusals as refusals
+    from harness.quantization.methods.checks import require_finite as require_finite
+    from harness.quantization.methods.evidence import sensitivity_of as sensitivity_of
+    from harness.quantization.methods.evidence import shared_factor as shared_factor
     from harness.quantization.methods.folding import fold_scales as fold_scales
     from harness.quantization.methods.folding import in_attention as in_attention
     from harness.quantization.methods.folding import put_parameters as put_parameters
@@ -59,9 +62,6 @@ if TYPE_CHECKING:
     from harness.quantization.methods.protocols import Network as Network
     from harness.quantization.methods.protocols import TrainedLinear as TrainedLinear
     from harness.quantization.methods.protocols import WholeModel as WholeModel
-    from harness.quantization.methods.protocols import require_finite as require_finite
-    from harness.quantization.methods.protocols import sensitivity_of as sensitivity_of
-    from harness.quantization.methods.protocols import shared_factor as shared_factor
     from harness.quantization.models.parts import ATTENTION as ATTENTION
     from harness.quantization.models.parts import DOWN as DOWN
     from harness.quantization.models.parts import GATE_UP as GATE_UP
@@ -70,9 +70,10 @@ if TYPE_CHECKING:
     from harness.quantization.models.parts import QKV as QKV
     from harness.quantization.models.parts import MixtureFamily as MixtureFamily
     from harness.quantization.models.parts import attention_pairs as attention_pairs
+    from harness.quantization.models.parts import expert_locations as expert_locations
     from harness.quantization.models.parts import gated_mlp_pairs as gated_mlp_pairs
-    from harness.quantization.models.parts import row_slots as row_slots
-    from harness.quantization.models.parts import whole_slots as whole_slots
+    from harness.quantization.models.parts import row_locations as row_locations
+    from harness.quantization.models.parts import whole_locations as whole_locations
     from harness.quantization.models.protocols import DecoderFamily as DecoderFamily
     from harness.quantization.models.protocols import TensorSource as TensorSource
     from harness.quantization.models.protocols import WeightLocation as WeightLocation
@@ -139,9 +140,6 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "Network",
         "TrainedLinear",
         "WholeModel",
-        "require_finite",
-        "sensitivity_of",
-        "shared_factor",
     ),
     "harness.quantization.methods.checks": (
         "check_grid",
@@ -149,7 +147,9 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "check_tables",
         "check_uniform",
         "refusals",
+        "require_finite",
     ),
+    "harness.quantization.methods.evidence": ("sensitivity_of", "shared_factor"),
     "harness.quantization.methods.folding": (
         "fold_scales",
         "in_attention",
@@ -200,8 +200,9 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "MixtureFamily",
         "attention_pairs",
         "gated_mlp_pairs",
-        "row_slots",
-        "whole_slots",
+        "expert_locations",
+        "row_locations",
+        "whole_locations",
     ),
     # evaluations
     "harness.data.texts": ("read_corpus",),

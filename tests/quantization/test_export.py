@@ -44,8 +44,8 @@ CALIBRATION = Calibration("tiny", "demo", samples=6, length=40, digest="tiny")
 FACTS: dict[str, Any] = {"version": 1, "needs": (), "stochastic": False, "activation_aware": False}
 
 
-def part(name: str, slot: str = "rounding", **settings: Any) -> Part:
-    facts = plugins.facts(slot, name)
+def part(name: str, kind: str = "rounding", **settings: Any) -> Part:
+    facts = plugins.facts(kind, name)
     return Part(
         name,
         freeze(settings),

@@ -1,6 +1,6 @@
 """Checkpoints in the layout of GPTQ-for-LLaMa and AutoGPTQ, version 1, which vLLM, GPTQModel and other kernels load.
 
-Of a linear [out, in] with groups of columns, all codes of b bits run through int32 words without gaps, lowest bits first:
+A linear [out, in] with groups of columns is stored as codes of b bits in int32 words, without gaps, lowest bits first:
 
     qweight  [in · b / 32, out] int32     codes of one output channel, down the columns
     qzeros   [groups, out · b / 32] int32   zero point - 1, across the outputs: a zero point of 0 cannot be stored
@@ -8,7 +8,7 @@ Of a linear [out, in] with groups of columns, all codes of b bits run through in
     g_idx    [in] int32                   the group of each input channel; any order (act_order)
 
 weight = scales[g] · (code - zero), symmetric ones with zero 2^(b-1). quantize_config.json repeats what config.json says.
-transformers itself loads this layout only with a kernel package (gptqmodel); `unpack_linear` reads it with torch alone.
+transformers itself loads this layout only with a kernel package (gptqmodel); `unpack_linear` reads it with nothing but torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Layout:
                 "GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer"
             )
         if activation is not None:
-            reasons.append("GPTQ's layout is of weights alone; the scheme rounds activations too")
+            reasons.append(
+                "GPTQ's layout holds weights only, and the scheme rounds activations too"
+            )
         return reasons
 
     def weight_reasons(self, weight: QuantizedWeight, dtype: torch.dtype) -> list[str]:

@@ -17,16 +17,16 @@ MODES = ("dense", "packed", "native")
 
 
 class QuantizedLinear(nn.Module):
-    """y = round(t(x)) W'ᵀ + b, t what `numerics.inputs` says of the linear's input tensors, if it has any.
+    """y = round(t(x)) W'ᵀ + b, where t applies the linear's input tensors, if it has any (`numerics.inputs`).
 
     A low-rank adapter stays beside its matrix: it is added in the model's dtype and reads its input before that is rounded.
 
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
     Both give the same bits.
-    mode "native" multiplies codes with codes, INT8 or FP8 (`runtime.products`), where weights and activations are of one such
+    mode "native" multiplies codes with codes, INT8 or FP8 (`inference.products`), where weights and activations are of one such
     format; it equals the others up to the order of a sum, and exactly in its codes. MethodError for anything else.
-    Channels that the activation scheme keeps apart multiply a matrix of their own where the weight has one (LLM.int8(), 16 bits).
+    Outlier channels of the activation scheme multiply a second matrix where the weight has one (LLM.int8(), 16 bits).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def _beside_outliers(self) -> Tensor | None:
-        """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
+        """The matrix that outlier channels multiply, in the model's dtype; None where that is `weight`."""
         if not self._threshold or self._product is not None:
             return None
         if self.mode == "dense":
