@@ -70,7 +70,6 @@ if TYPE_CHECKING:
     from harness.quantization.models.parts import QKV as QKV
     from harness.quantization.models.parts import MixtureFamily as MixtureFamily
     from harness.quantization.models.parts import attention_pairs as attention_pairs
-    from harness.quantization.models.parts import expert_locations as expert_locations
     from harness.quantization.models.parts import gated_mlp_pairs as gated_mlp_pairs
     from harness.quantization.models.parts import row_locations as row_locations
     from harness.quantization.models.parts import whole_locations as whole_locations
@@ -110,7 +109,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 FOR_PLUGINS = {  # module -> the names that plugins import from here
-    # what every plugin meets
+    # every plugin
     "harness.core.errors": (
         "ConfigError",
         "DataError",
@@ -200,7 +199,6 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "MixtureFamily",
         "attention_pairs",
         "gated_mlp_pairs",
-        "expert_locations",
         "row_locations",
         "whole_locations",
     ),
