@@ -32,6 +32,7 @@ PLACES = (
 )  # settings that say where data lies; which it is says data_digest
 YOUNGER = (
     "apply_chat_template",
+    "kernel",
 )  # settings that came after their evaluators: left out of keys while they are off
 
 

@@ -54,7 +54,9 @@ def layouts() -> list[str]:
     return sorted(
         path.stem
         for path in files
-        if re.search(r"^class Layout:", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if re.search(
+            r"^class Layout\b(?!\(Protocol)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
     )
 
 

@@ -337,7 +337,7 @@ first:
 """
     sweep = sweep_file(text)
     assert titles(sweep) == titles(sweep_file(text.partition("first:")[0]))
-    ranks = {cell.title: sweep.rank(cell_key(cell)) for cell in sweep.cells}
+    ranks = {cell.title: sweep.priority_tier(cell_key(cell)) for cell in sweep.cells}
     assert ranks == {
         "demo · none · full": 0,
         "demo · gptq · w3": 0,

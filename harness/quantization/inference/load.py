@@ -206,7 +206,7 @@ def _load_block(
                 )
                 setattr(block.get_submodule(parent), leaf, made)
             continue
-        if mode == "native":
+        if mode.startswith("native"):
             names = ", ".join(location.name for location in members)
             raise MethodError(
                 f"{cell.title}: {names} are one fused matrix, whose codes are not multiplied as such; use mode dense"
