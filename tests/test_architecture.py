@@ -64,7 +64,6 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 LARGE = {  # files of more than 700 lines, each whole on purpose
-    "harness.config.grid",
     "harness.quantization.pipeline.passes",
     "harness.execution.scheduler",
     "harness.tracking.mlflow_runs",

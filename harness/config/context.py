@@ -1,15 +1,57 @@
-"""What every step of reading a sweep shares: its file, its overrides, the problems found, values read once."""
+"""What every step of reading a sweep shares: its file, its overrides, the problems found, and the values read once."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import copy
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
 from harness.config.locations import config_roots
-from harness.config.yaml_files import read_yaml
+from harness.config.overrides import Edits
+from harness.config.sweep_file import SweepFile
+from harness.config.typed import Problems, typed
+from harness.config.yaml_files import compose, read_yaml
 from harness.core.errors import ConfigError
-from harness.data import hub
+from harness.core.sweep import Runtime
+from harness.data import hub, texts
+from harness.data.bundle import Bundle
+
+Fields = Sequence[
+    tuple[str, Any, bool]
+]  # edited fields of an axis: (key, value, whether the sweep gives the key several values)
 
 T = TypeVar("T")
+
+
+@dataclass
+class Context:
+    """One sweep while it is read.
+
+    problems          all errors found so far; they are raised together at the end
+    values            results of `once`, by key; None where reading failed
+    composed_files    YAML files of conf/ as composed, by (group, name)
+    used_settings     dotted settings of overrides and axes ("rounding.damping_fraction") that some part of the sweep has
+    evaluation_names  names of all requested evaluations and suites, those that could not be read included
+    runtime, bundle   where the sweep runs and, if `data.root` is a bundle, its index; None until they are read
+    """
+
+    file: SweepFile
+    edits: Edits
+    problems: Problems
+    values: dict[Any, Any] = field(default_factory=dict)
+    composed_files: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    used_settings: set[str] = field(default_factory=set)
+    evaluation_names: set[str] = field(default_factory=set)
+    runtime: Runtime | None = None
+    bundle: Bundle | None = None
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the sweep file, against which its relative paths are read; None without a file."""
+        return self.file.path.parent if self.file.path is not None else None
 
 
 def data_set_commits() -> dict[str, str]:
@@ -23,3 +65,89 @@ def data_set_commits() -> dict[str, str]:
                 )
             found.setdefault(name, commit)
     return found
+
+
+def once(context: Context, key: Any, make: Callable[[], T]) -> T | None:
+    """make() the first time; None if it failed, and its errors are among the problems."""
+    if key not in context.values:
+        context.values[key] = None
+        with context.problems.collect():
+            context.values[key] = make()
+    return typing.cast(T | None, context.values[key])
+
+
+def composed(context: Context, group: str, name: str, where: str = "") -> dict[str, Any]:
+    """`compose`, once per name; a copy that may be edited."""
+    if (group, name) not in context.composed_files:
+        context.composed_files[group, name] = compose(group, name, where)
+    return copy.deepcopy(context.composed_files[group, name])
+
+
+def checked_name(context: Context, axis: str, value: Any) -> str:
+    """The name that an axis has as its value. Raises ConfigError for any other value."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{context.file.where}: {axis}: a name is expected, not {value!r}")
+    return value
+
+
+def localise(context: Context, target: dict[str, Any], content: dict[str, Any]) -> None:
+    """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`.
+
+    Where data.root is a bundle, texts of the hub lie where its index says: `_text` looks there.
+    """
+    local = content.pop("local", None) or {}
+    if context.runtime is None or context.runtime.data_root is None:
+        return
+    if context.bundle is not None and str(target.get("source")).startswith("hub:"):
+        return
+    root = str(context.runtime.data_root)
+    target.update(
+        {
+            key: value.replace("{root}", root) if isinstance(value, str) else value
+            for key, value in local.items()
+        }
+    )
+
+
+def text_of(context: Context, source: str, split: str) -> tuple[str, str]:
+    """Where a text is read and its digest. Of the hub: its source at a commit, or the bundle's copy under the same digest."""
+    if not source.startswith("hub:"):
+        is_named = source in (texts.DEMO, texts.RANDOM_ASCII, texts.RANDOM_TOKENS)
+        place = source if is_named else str(texts.resolve_path(source, context.base))
+        return place, texts.corpus_digest(place, split)
+    pinned = texts.pin(source, pinned_commits(context), ask=context.bundle is None)
+    if context.bundle is None:
+        return pinned, texts.corpus_digest(pinned, split)
+    found = context.bundle.text(pinned, split)
+    if found is None:
+        raise ConfigError(
+            f"{context.bundle.folder} has no text {pinned}, split {split}: it was pulled for another sweep; "
+            f"run `harness data pull` for this one with --output {context.bundle.folder}"
+        )
+    return str(found[0]), texts.corpus_digest(found[1], split)
+
+
+def pinned_commits(context: Context) -> Mapping[str, str]:
+    """Data set -> commit, of conf/data_sets.yaml; the first root that names a data set counts."""
+    return once(context, "pins", data_set_commits) or {}
+
+
+def checked(kind: type[T], content: dict[str, Any], where: str) -> T:
+    """`typed`, raising ConfigError with every problem of the mapping."""
+    problems = Problems()
+    value = typed(kind, content, where, problems)
+    if value is None:
+        raise ConfigError("\n".join(problems.found))
+    return value
+
+
+def refuse_keys(content: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """Raises ConfigError if a mapping sets one of the keys that only the harness sets."""
+    for key in keys:
+        if key in content:
+            raise ConfigError(f"{where}: {key} cannot be set")
+
+
+def varied(fields: Fields) -> list[tuple[str, Any]]:
+    """The edited fields in which cells of one sweep differ: they are shown beside the name."""
+    return [(key, value) for key, value, several in fields if several]

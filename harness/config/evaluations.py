@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.core.cell import Evaluation, digest
-from harness.core.errors import ConfigError
+from harness.config.context import (
+    Context,
+    checked_name,
+    composed,
+    localise,
+    once,
+    pinned_commits,
+    refuse_keys,
+    text_of,
+)
+from harness.config.locations import config_files
+from harness.config.typed import checked_settings, settings_of, types_of
+from harness.core import plugins
+from harness.core.cell import Evaluation, digest, freeze
+from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
-from harness.data import digests, task_files, texts
+from harness.data import digests, hub, task_files, texts
 from harness.data.bundle import Bundle
 from harness.data.task_files import TaskFile
 
@@ -80,3 +94,154 @@ def _wording(task: TaskFile) -> Any:
             json.dumps(task.config, default=str),
         )
     )
+
+
+def read_evaluations(context: Context) -> tuple[Evaluation, ...]:
+    """The evaluations of every cell: the file's or the override's, suites expanded, each name once."""
+    entries = (
+        context.file.evaluations if context.edits.evaluations is None else context.edits.evaluations
+    )
+    found: dict[str, Evaluation] = {}
+    for entry in [*entries, *context.edits.more_evaluations]:
+        with context.problems.collect():
+            name, own = evaluation_entry(entry, context.file.where)
+            for evaluation in _expand(context, name, own, ()):
+                found.setdefault(evaluation.name, evaluation)
+    for dotted in context.edits.evaluation_settings:
+        if dotted != "limit" and dotted.partition(".")[0] not in found:
+            context.problems.add(
+                unknown_name(
+                    "evaluation",
+                    dotted.partition(".")[0],
+                    ["limit", *found],
+                    "override evaluations",
+                )
+            )
+    with context.problems.collect():
+        _check_reported(context, found.values())
+    return tuple(found.values())
+
+
+def _check_reported(context: Context, evaluations: Iterable[Evaluation]) -> None:
+    """A cell has one number of each name: parts of a benchmark, which are called by their own names, stand in one of them."""
+    reporters: dict[str, str] = {}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for evaluation in evaluations:
+        for name in {
+            evaluation.name,
+            *parts_of(evaluation) - {dict(evaluation.settings).get("task")},
+        }:
+            other = reporters.setdefault(name, evaluation.name)
+            if other != evaluation.name:
+                shared.setdefault((other, evaluation.name), []).append(name)
+    for (first, second), names in shared.items():
+        listed = ", ".join(sorted(names)[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else ""
+        )
+        context.problems.add(
+            f"{context.file.where}: evaluations {first} and {second} both report {listed}; ask them in two sweeps"
+        )
+
+
+def _expand(
+    context: Context, name: str, own: Mapping[str, Any], parents: tuple[str, ...], asker: str = ""
+) -> Iterator[Evaluation]:
+    if name in parents:
+        raise ConfigError(
+            f"evaluation {name}: the suite contains itself: {' > '.join((*parents, name))}"
+        )
+    context.evaluation_names.add(name)
+    content = composed(context, "evaluation", name, asker or context.file.where)
+    where = str(config_files("evaluation")[name])
+    if "suite" not in content:
+        yield _evaluation(context, name, content, own, where)
+        return
+    refuse_keys(content, tuple(key for key in content if key != "suite"), where)
+    members = content["suite"] if isinstance(content["suite"], list) else [content["suite"]]
+    for member in members:
+        with context.problems.collect():
+            yield from _expand(context, *evaluation_entry(member, where), (*parents, name), where)
+
+
+def _evaluation(
+    context: Context, name: str, content: dict[str, Any], own: Mapping[str, Any], where: str
+) -> Evaluation:
+    for key in content:
+        if key not in ("evaluator", "settings", "limit", "local"):
+            raise ConfigError(
+                unknown_name(
+                    "key", key, ("evaluator", "settings", "limit", "local", "suite"), where
+                )
+            )
+    evaluator = checked_name(context, "evaluator", content.get("evaluator"))
+    facts = plugins.facts("evaluator", evaluator, where)
+    given = {**(content.get("settings") or {})}
+    localise(context, given, content)
+    edits = {
+        dotted.partition(".")[2]: value
+        for dotted, value in context.edits.evaluation_settings.items()
+        if dotted.partition(".")[0] == name and "." in dotted
+    }
+    limit = context.edits.evaluation_settings.get("limit", edits.pop("limit", content.get("limit")))
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ConfigError(
+            f"evaluation {name}: limit: a whole number from 1 is expected, not {limit!r}"
+        )
+    known = settings_of("evaluator", evaluator) or given
+    settings = checked_settings(
+        known, {**given, **own, **edits}, where, types_of("evaluator", evaluator)
+    )
+    data = _evaluation_data(context, settings)
+    version = facts.get("version", 1)
+    task = settings.get("task")
+    writes = isinstance(task, str) and task_files.generates(task, settings.get("include") or "")
+    generates = bool(facts.get("generates", False)) or writes
+    return Evaluation(name, evaluator, freeze(settings), version, data, limit, generates)
+
+
+def _evaluation_data(context: Context, settings: dict[str, Any]) -> str:
+    """Identity of the data that the settings name; makes their places absolute, in place."""
+    if isinstance(settings.get("source"), str):
+        settings["source"], digest = text_of(
+            context, settings["source"], str(settings.get("split", "test"))
+        )
+        return digest
+    if isinstance(settings.get("task"), str):
+        for place in ("data_root", "include"):
+            if settings.get(place) and settings[place] != texts.DEMO:
+                settings[place] = str(texts.resolve_path(settings[place], context.base))
+        members = task_files.members(settings["task"], settings.get("include") or "")
+        if "revisions" in settings:
+            settings["revisions"] = (
+                _revisions(context, members, settings["revisions"] or {}, settings.get("data_root"))
+                or None
+            )
+        return task_digest(members, settings, context.bundle)
+    return ""
+
+
+def _revisions(
+    context: Context, members: Sequence[TaskFile], given: Mapping[str, str], data_root: str | None
+) -> dict[str, str]:
+    """The commits of the data sets that benchmarks read from the hub: the task's own revision, else a given one, else a pin."""
+    found = {}
+    for member in members:
+        if (
+            member.data_set is None
+            or member.data_set in found
+            or task_files.local_data(member, data_root) is not None
+        ):
+            continue
+        revision = (
+            member.revision
+            or given.get(member.data_set)
+            or pinned_commits(context).get(member.data_set)
+        )
+        commit = once(
+            context,
+            ("commit", member.data_set, revision),
+            functools.partial(hub.hub_commit, member.data_set, "dataset", revision),
+        )
+        if commit is not None:
+            found[member.data_set] = commit
+    return found

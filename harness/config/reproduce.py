@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.core.cell import Cell, cell_key, score_key, to_json
 from harness.core.errors import HarnessError
+from harness.core.labels import without_settings
 
 
 def command_for(cell: Cell) -> str:
@@ -40,10 +41,13 @@ def command_for(cell: Cell) -> str:
 
 def _names(cell: Cell) -> list[str]:
     """Words for the names of a cell's parts; settings that a sweep varies stand in brackets behind a name and are no part of it."""
-    words = [f"model={_plain(cell.model.name)}", f"method={_plain(cell.method.name)}"]
-    words += [] if cell.method.is_baseline else [f"scheme={_plain(cell.scheme.name)}"]
+    words = [
+        f"model={without_settings(cell.model.name)}",
+        f"method={without_settings(cell.method.name)}",
+    ]
+    words += [] if cell.method.is_baseline else [f"scheme={without_settings(cell.scheme.name)}"]
     if cell.calibration is not None:
-        words.append(f"calibration={_plain(cell.calibration.name)}")
+        words.append(f"calibration={without_settings(cell.calibration.name)}")
     if cell.seed:
         words.append(f"seed={cell.seed}")
     latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
@@ -54,10 +58,6 @@ def _names(cell: Cell) -> list[str]:
             [f"evaluations.limit={limits.pop()}"] if len(limits) == 1 and limits != {None} else []
         )
     return words
-
-
-def _plain(name: str) -> str:
-    return name.partition("[")[0]
 
 
 def _differences(cell: Cell, made: Cell) -> list[str]:

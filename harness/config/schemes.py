@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
+from harness.config.context import Context, Fields, checked, composed, varied
 from harness.config.locations import config_files
-from harness.config.typed import Problems, typed
+from harness.config.typed import Problems, set_nested, typed
 from harness.core.cell import ActivationScheme, Override, Scheme, WeightScheme
 from harness.core.errors import ConfigError, unknown_name
+from harness.core.labels import with_settings
 from harness.core.number_formats import FORMATS, SHORT_NAMES
 
 SCHEME_NAME = re.compile(
@@ -64,3 +67,28 @@ def checked_override(override: Override, scheme: Scheme, where: str) -> Override
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return override
+
+
+def read_scheme(context: Context, name: str, fields: Fields) -> Scheme:
+    """The scheme of a name (of conf/scheme/ or NAMED_SCHEMES) with edited fields. Raises ConfigError with every problem."""
+    if name in config_files("scheme"):
+        content, where = composed(context, "scheme", name), str(config_files("scheme")[name])
+    else:
+        content, where = scheme_by_name(name, context.file.where), f"scheme {name}"
+    for key, value, _ in fields:
+        set_nested(content, key, value)
+    scheme = checked(Scheme, {"name": name, **content}, where)
+    scheme = dataclasses.replace(
+        scheme, overrides=tuple(checked_override(o, scheme, where) for o in scheme.overrides)
+    )
+    for weight in (
+        scheme.weight,
+        *(dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides),
+    ):
+        if weight.group_size == 0 or weight.group_size < -1:
+            raise ConfigError(
+                f"{where}: weight.group_size {weight.group_size}: neither -1 (per output channel) nor positive"
+            )
+        if weight.format == "int" and not 1 <= weight.bits <= 8:
+            raise ConfigError(f"{where}: weight.bits {weight.bits}: integers have 1 to 8 bits")
+    return dataclasses.replace(scheme, name=with_settings(name, varied(fields)))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import evaluations, schemes, yaml_files
+from harness.config import context, evaluations, runtime, schemes, yaml_files
 from harness.config import grid as grid_module
 from harness.config.axes import GROUPS
 from harness.config.grid import load_runtime, load_sweep
@@ -742,8 +742,8 @@ def test_a_thousand_cells_compose_each_value_once(monkeypatch: pytest.MonkeyPatc
         composed[name] += 1
         return real_hydra(root, name, overrides)
 
-    monkeypatch.setattr(grid_module, "compose", compose)
-    monkeypatch.setattr(grid_module, "compose_with_hydra", hydra)
+    monkeypatch.setattr(context, "compose", compose)
+    monkeypatch.setattr(runtime, "compose_with_hydra", hydra)
     sweep = load_sweep(
         None, [*GRID, "method=gptq,awq", "scheme=glob(w*)", "seed=range(0,25)", "evaluations=demo"]
     )
