@@ -16,6 +16,7 @@ PACKAGE = ROOT / "harness"
 ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "hydra": "harness.config",
     "omegaconf": "harness.config",
+    "pydantic": "harness.config.typed",
     "ray": "harness.execution.executors.ray_cluster",
     "mlflow": "harness.tracking.mlflow_runs",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ from harness.config.context import Context
 from harness.config.locations import config_files
 from harness.config.schemes import FORMAT_NAME, SCHEME_NAME
 from harness.config.sweep_file import is_axis
-from harness.config.typed import hints_of
+from harness.config.typed import field_names
 from harness.core.cell import Calibration, Cell, Model, Part, Scheme, baseline_of, cell_key
 from harness.core.errors import unknown_name
 from harness.core.labels import without_settings
@@ -131,12 +129,8 @@ def _check_rule_field(context: Context, key: str, where: str) -> None:
                 unknown_name("setting", key, [f"{head}.{name}" for name in known], where)
             )
         return
-    for name in names:
-        fields = hints_of(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+    for depth, name in enumerate(names):
+        fields = field_names(kind, names[:depth])
         if name not in fields:
             context.problems.add(unknown_name("field", name, fields, f"{where}: {key}"))
             return
-        kind = next(
-            (arg for arg in typing.get_args(fields[name]) if dataclasses.is_dataclass(arg)),
-            fields[name],
-        )

@@ -81,14 +81,8 @@ def read_scheme(context: Context, name: str, fields: Fields) -> Scheme:
     scheme = dataclasses.replace(
         scheme, overrides=tuple(checked_override(o, scheme, where) for o in scheme.overrides)
     )
-    for weight in (
-        scheme.weight,
-        *(dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides),
-    ):
-        if weight.group_size == 0 or weight.group_size < -1:
-            raise ConfigError(
-                f"{where}: weight.group_size {weight.group_size}: neither -1 (per output channel) nor positive"
-            )
-        if weight.format == "int" and not 1 <= weight.bits <= 8:
-            raise ConfigError(f"{where}: weight.bits {weight.bits}: integers have 1 to 8 bits")
+    named = [dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides]
+    wrong = [reason for weight in (scheme.weight, *named) for reason in weight.contradictions()]
+    if wrong:
+        raise ConfigError("\n".join(f"{where}: weight.{reason}" for reason in dict.fromkeys(wrong)))
     return dataclasses.replace(scheme, name=with_settings(name, varied(fields)))

@@ -1,7 +1,8 @@
 """A cell: one frozen point of a grid, and the keys that identify what it produces.
 
 Nothing here imports another module of the harness, nor torch: cells travel between processes as JSON
-(`to_json`, `from_json`) and are compared by key.
+(`to_json`, `from_json`) and are compared by key. The annotations of fields state their limits (`Literal`, `Ge`); they are
+checked where values come from people, in config/typed.py, and not again where a cell is read back.
 
 Two keys, each the SHA-256 of everything that changes numbers and of nothing else:
 
@@ -21,8 +22,13 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from annotated_types import Ge
+
+ScaleType = Literal[
+    "float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"
+]  # what the scales of weights are stored in
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 PLACES = (
     "source",
@@ -109,7 +115,7 @@ class Model:
     source: str
     revision: str | None = None
     digest: str = ""
-    dtype: str = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     generation: str = ""
 
@@ -129,11 +135,22 @@ class WeightScheme:
     """
 
     format: str = "int"
-    bits: float = 4
+    bits: Annotated[float, Ge(1)] = 4
     group_size: int = -1
     symmetric: bool = False
-    scale_dtype: str = "float16"
-    zero_point: str = "integer"
+    scale_dtype: ScaleType = "float16"
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def contradictions(self) -> list[str]:
+        """Limits that no single field can state: each as "field value: reason"; empty if there are none."""
+        found = []
+        if self.group_size == 0 or self.group_size < -1:
+            found.append(
+                f"group_size {self.group_size}: neither -1 (per output channel) nor positive"
+            )
+        if self.format == "int" and not 1 <= self.bits <= 8:
+            found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,8 +162,8 @@ class ActivationScheme:
     """
 
     format: str = "int"
-    bits: int = 8
-    granularity: str = "token"
+    bits: Annotated[int, Ge(2)] = 8
+    granularity: Literal["token", "tensor", "group"] = "token"
     group_size: int = -1
     symmetric: bool = True
     dynamic: bool = True
@@ -158,8 +175,8 @@ class ActivationScheme:
 class KVScheme:
     """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI)."""
 
-    bits: int = 4
-    group_size: int = 32
+    bits: Annotated[int, Ge(1)] = 4
+    group_size: Annotated[int, Ge(1)] = 32
     residual: int = 32  # most recent tokens kept in full precision
     key_axis: str = "channel"
     value_axis: str = "token"
@@ -220,9 +237,9 @@ class Calibration:
     name: str
     source: str
     split: str = "train"
-    packing: str = "window"
-    samples: int = 128
-    length: int = 2048
+    packing: Literal["window", "document", "join"] = "window"
+    samples: Annotated[int, Ge(1)] = 128
+    length: Annotated[int, Ge(2)] = 2048
     seed: int = 0
     separator: str = "\n\n"
     digest: str = ""
