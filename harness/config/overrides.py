@@ -10,6 +10,7 @@ from typing import Any
 
 from harness.config.axes import AXES, EDITABLE, GROUPS, RUNTIME
 from harness.config.locations import config_files
+from harness.config.renamed import current_key, current_names
 from harness.config.typed import Problems
 from harness.config.yaml_files import one_line
 from harness.core.errors import ConfigError, unknown_name
@@ -98,9 +99,13 @@ def _plain(value: Any) -> Any:
 
 
 def _apply(edits: Edits, key: str, values: list[Any], add: bool, where: str) -> None:
+    key = current_key(key)
+    key = current_key(key)
     head, _, rest = key.partition(".")
-    if key in AXES or (rest and head in EDITABLE):
-        edits.axes[key] = _flat(values) if key in AXES else values
+    if key in AXES:
+        edits.axes[key] = current_names(key, _flat(values))
+    elif rest and head in EDITABLE:
+        edits.axes[key] = values
     elif key == "evaluations":
         (
             edits.more_evaluations.extend

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from harness.config.renamed import current_name
 from harness.core.cell import Cell, cell_key, score_key, to_json
 from harness.core.errors import HarnessError
 from harness.core.labels import without_settings
@@ -43,7 +44,7 @@ def _names(cell: Cell) -> list[str]:
     """Words for the names of a cell's parts; settings that a sweep varies stand in brackets behind a name and are no part of it."""
     words = [
         f"model={without_settings(cell.model.name)}",
-        f"method={without_settings(cell.method.name)}",
+        f"method={current_name('method', without_settings(cell.method.name))}",
     ]
     words += [] if cell.method.is_baseline else [f"scheme={without_settings(cell.scheme.name)}"]
     if cell.calibration is not None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import context, evaluations, runtime, schemes, yaml_files
+from harness.config import context, evaluations, renamed, runtime, schemes, yaml_files
 from harness.config import grid as grid_module
 from harness.config.axes import GROUPS
 from harness.config.grid import load_runtime, load_sweep
 from harness.config.locations import list_names
+from harness.config.reproduce import command_for
 from harness.core.cell import (
     Cell,
     Method,
@@ -781,3 +782,56 @@ def test_two_evaluations_must_not_report_under_one_name() -> None:
     assert load_sweep(
         None, ["model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,arc_easy]"]
     ).cells
+
+
+# --- names of before -----------------------------------------------------------------------------------------------------------
+
+
+def test_old_names_of_methods_are_read_and_the_new_one_is_said(
+    sweep_file: Callable[..., Sweep], capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed._announce.cache_clear()
+    text = """
+model: demo
+grids: {method: [rtn, keep], scheme: [w8a8, w4a8]}
+skip: [{method: keep, scheme: w4a8, reason: once is enough}]
+first: [{method: keep}]
+evaluations: [demo_perplexity]
+tables: [{name: t, methods: {keep: weights as they are}, columns: [demo_perplexity/perplexity]}]
+findings: [{text: t, table: t, column: demo_perplexity/perplexity, better: [{method: keep}, {method: rtn}]}]
+"""
+    old = sweep_file(text)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and '"keep"' in said[0] and '"activation_only"' in said[0]
+    new = sweep_file(text.replace("keep", "activation_only"))
+    assert (old.cells, old.skips, old.first) == (new.cells, new.skips, new.first)
+    assert (old.tables, old.findings) == (new.tables, new.findings)
+    assert not capsys.readouterr().err
+    grid = ["model=demo", "scheme=w8a8"]
+    (cell,) = quantized(load_sweep(None, [*grid, "method=keep"]))
+    assert cell.method.name == "activation_only" and cell.method.rounding is not None
+    assert cell.method.rounding.name == "keep"
+    recorded = dataclasses.replace(cell, method=dataclasses.replace(cell.method, name="keep"))
+    assert command_for(recorded) == "harness run model=demo method=activation_only scheme=w8a8"
+
+
+def test_a_file_of_ones_own_may_have_an_old_name(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "conf" / "method"
+    folder.mkdir(parents=True)
+    (folder / "keep.yaml").write_text("# Mine\nrounding: rtn\n")
+    (cell,) = quantized(load_sweep(None, ["model=demo", "scheme=w4", "method=keep"]))
+    assert cell.method.name == "keep"
+
+
+def test_old_keys_are_read_and_the_new_one_is_said(
+    sweep_file: Callable[..., Sweep],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(renamed.KEYS, "corpus", "calibration")
+    old = sweep_file("model: demo\nmethod: gptq\nscheme: w4\ncorpus: demo\ncorpus.samples: 8\n")
+    new = sweep_file(
+        "model: demo\nmethod: gptq\nscheme: w4\ncalibration: demo\n", "corpus.samples=8"
+    )
+    assert old.cells == new.cells and quantized(new)[0].calibration is not None
+    assert '"corpus.samples" is now called "calibration.samples"' in capsys.readouterr().err
