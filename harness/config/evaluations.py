@@ -31,7 +31,7 @@ from harness.data.task_files import TaskFile
 
 def parts_of(evaluation: Evaluation) -> frozenset[str]:
     """Names of the groups and tasks that a benchmark consists of, its own among them; empty where it is one task."""
-    if evaluation.evaluator != "lm_eval_tasks":
+    if not plugins.facts("evaluator", evaluation.evaluator).get("groups_tasks", False):
         return frozenset()
     settings = dict(evaluation.settings)
     groups = task_files.groups(settings["task"], settings.get("include") or "")

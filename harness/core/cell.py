@@ -1,6 +1,6 @@
 """A cell: one frozen point of a grid, and the keys that identify what it produces.
 
-Nothing here imports another module of the harness, nor torch: cells travel between processes as JSON
+Nothing here imports a plugin, nor torch: cells travel between processes as JSON
 (`to_json`, `from_json`) and are compared by key. The annotations of fields state their limits (`Literal`, `Ge`); they are
 checked where values come from people, in config/typed.py, and not again where a cell is read back.
 
@@ -26,19 +26,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 
+from harness.core import plugins
+
 ScaleType = Literal[
     "float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"
 ]  # what the scales of weights are stored in
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
-PLACES = (
-    "source",
-    "include",
-    "data_root",
-    "revisions",
-)  # settings that say where data lies; which it is says data_digest
-YOUNGER = (
-    "apply_chat_template",
-)  # settings that came after their evaluators: left out of keys while they are off
+PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -249,6 +243,9 @@ class Calibration:
 class Evaluation:
     """One scorer with its settings. data_digest identifies the data it reads; limit marks a smoke run on the first items.
 
+    Settings called as in PLACES say where data lies, for every evaluator: `config` resolves them to `data_digest`, and keys hash
+    the digest instead.
+
     generates: the model writes text in it, so that its scores depend on the model's generation config.
     """
 
@@ -349,13 +346,22 @@ def score_key(cell: Cell, evaluation: Evaluation) -> str:
     identity = _identity(evaluation, drop=("name", "generates"))
     if evaluation.generates and cell.model.generation:
         identity["generation"] = cell.model.generation
-    dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(
-        PLACES if evaluation.data_digest else ()
-    )
+    dropped = {
+        name for name in _added_later(evaluation.evaluator) if not identity["settings"].get(name)
+    } | set(PLACES if evaluation.data_digest else ())
     identity["settings"] = {
         name: value for name, value in identity["settings"].items() if name not in dropped
     }
     return digest({"cell": cell_key(cell), "evaluation": identity})
+
+
+def _added_later(evaluator: str) -> tuple[str, ...]:
+    """Settings that the evaluator got after scores existed: a key leaves them out while they are off.
+
+    A literal `settings_added_later` of the plugin's class, read from its source, so that records of any age have one key.
+    """
+    facts = plugins.find("evaluator").get(evaluator)
+    return () if facts is None else tuple(facts.get("settings_added_later", ()))
 
 
 def baseline_of(cell: Cell) -> Cell:

@@ -22,7 +22,10 @@ Description = dict[str, Any]  # of a linear in the layout's own words: JSON valu
 
 
 class Layout(Protocol):
-    """dtype is always that of the model: of what is not quantized, and of the weights once they are read back."""
+    """dtype is always that of the model: of what is not quantized, and of the weights once they are read back.
+
+    A layout whose groups are always neighbouring channels states `stores_group_order = False` in its class body.
+    """
 
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None
