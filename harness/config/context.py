@@ -55,7 +55,7 @@ class Context:
 
 
 def data_set_commits() -> dict[str, str]:
-    """Data set -> commit, from data_sets.yaml of every conf/ root. Raises ConfigError for what is no commit."""
+    """Data set -> commit, from data_sets.yaml of every conf/ root. Raises ConfigError for a value that is not a commit."""
     found: dict[str, str] = {}
     for path in (root / "data_sets.yaml" for root in config_roots()):
         for name, commit in (read_yaml(path) if path.is_file() else {}).items():
@@ -68,7 +68,7 @@ def data_set_commits() -> dict[str, str]:
 
 
 def once(context: Context, key: Any, make: Callable[[], T]) -> T | None:
-    """make() the first time; None if it failed, and its errors are among the problems."""
+    """The result of make(), which is called once per key; None if it failed (its errors are then among the problems)."""
     if key not in context.values:
         context.values[key] = None
         with context.problems.collect():
@@ -77,7 +77,7 @@ def once(context: Context, key: Any, make: Callable[[], T]) -> T | None:
 
 
 def composed(context: Context, group: str, name: str, where: str = "") -> dict[str, Any]:
-    """`compose`, once per name; a copy that may be edited."""
+    """A YAML file of conf/ as `compose` returns it; each file is composed once, and the caller gets a copy to edit."""
     if (group, name) not in context.composed_files:
         context.composed_files[group, name] = compose(group, name, where)
     return copy.deepcopy(context.composed_files[group, name])
@@ -91,9 +91,9 @@ def checked_name(context: Context, axis: str, value: Any) -> str:
 
 
 def localise(context: Context, target: dict[str, Any], content: dict[str, Any]) -> None:
-    """With data.root, what a YAML's `local` says replaces where its data lies; {root} is that folder. Removes `local`.
+    """Removes `local` from a YAML's content and, if data.root is set, copies its values to `target`; "{root}" means data.root.
 
-    Where data.root is a bundle, texts of the hub lie where its index says: `_text` looks there.
+    Texts of the hub are left alone if data.root is a bundle: `text_of` finds them through the bundle's index.
     """
     local = content.pop("local", None) or {}
     if context.runtime is None or context.runtime.data_root is None:
@@ -110,7 +110,7 @@ def localise(context: Context, target: dict[str, Any], content: dict[str, Any]) 
 
 
 def text_of(context: Context, source: str, split: str) -> tuple[str, str]:
-    """Where a text is read and its digest. Of the hub: its source at a commit, or the bundle's copy under the same digest."""
+    """(place, digest) of a text. A text of the hub is read at a pinned commit, or from the bundle; both have the same digest."""
     if not source.startswith("hub:"):
         is_named = source in (texts.DEMO, texts.RANDOM_ASCII, texts.RANDOM_TOKENS)
         place = source if is_named else str(texts.resolve_path(source, context.base))
@@ -128,7 +128,7 @@ def text_of(context: Context, source: str, split: str) -> tuple[str, str]:
 
 
 def pinned_commits(context: Context) -> Mapping[str, str]:
-    """Data set -> commit, of conf/data_sets.yaml; the first root that names a data set counts."""
+    """Data set -> commit, read from data_sets.yaml; the first conf/ folder that names a data set wins."""
     return once(context, "pins", data_set_commits) or {}
 
 

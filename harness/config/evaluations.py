@@ -30,7 +30,7 @@ from harness.data.task_files import TaskFile
 
 
 def parts_of(evaluation: Evaluation) -> frozenset[str]:
-    """Names of the groups and tasks that a benchmark consists of, its own among them; empty where it is one task."""
+    """Names of the groups and tasks of a benchmark, including its own; empty if the benchmark is a single task."""
     if not plugins.facts("evaluator", evaluation.evaluator).get("groups_tasks", False):
         return frozenset()
     settings = dict(evaluation.settings)
@@ -54,7 +54,7 @@ def evaluation_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 def task_digest(
     members: Sequence[TaskFile], settings: Mapping[str, Any], bundle: Bundle | None = None
 ) -> str:
-    """Identity of a benchmark: its task files and its data, of the hub by commit (a bundle's copy too), other files by content."""
+    """Digest of a benchmark's task files and data: data of the hub counts by commit (also in a bundle), local files by content."""
     include, data_root = settings.get("include") or "", settings.get("data_root")
     identity: list[Any] = []
     for member in members:
@@ -86,7 +86,7 @@ def task_digest(
 
 
 def _wording(task: TaskFile) -> Any:
-    """A task's YAML as JSON values. A function of the harness counts by its name; the module that it lies in may move."""
+    """A task's YAML as JSON values; functions of the harness are written without their module, which may move."""
     return json.loads(
         re.sub(
             r'"!function harness\.[\w.]*\.(\w+)"',
@@ -123,7 +123,7 @@ def read_evaluations(context: Context) -> tuple[Evaluation, ...]:
 
 
 def _check_reported(context: Context, evaluations: Iterable[Evaluation]) -> None:
-    """A cell has one number of each name: parts of a benchmark, which are called by their own names, stand in one of them."""
+    """Adds a problem if two evaluations would report a metric under one name, such as two benchmarks that share a task."""
     reporters: dict[str, str] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     for evaluation in evaluations:
@@ -139,7 +139,7 @@ def _check_reported(context: Context, evaluations: Iterable[Evaluation]) -> None
             f" and {len(names) - 3} more" if len(names) > 3 else ""
         )
         context.problems.add(
-            f"{context.file.where}: evaluations {first} and {second} both report {listed}; ask them in two sweeps"
+            f"{context.file.where}: evaluations {first} and {second} both report {listed}; request them in two sweeps"
         )
 
 
@@ -200,7 +200,7 @@ def _evaluation(
 
 
 def _evaluation_data(context: Context, settings: dict[str, Any]) -> str:
-    """Identity of the data that the settings name; makes their places absolute, in place."""
+    """Digest of the data that the settings name, "" if they name none; makes paths in the settings absolute, in place."""
     if isinstance(settings.get("source"), str):
         settings["source"], digest = text_of(
             context, settings["source"], str(settings.get("split", "test"))
@@ -211,6 +211,7 @@ def _evaluation_data(context: Context, settings: dict[str, Any]) -> str:
             if settings.get(place) and settings[place] != texts.DEMO:
                 settings[place] = str(texts.resolve_path(settings[place], context.base))
         members = task_files.members(settings["task"], settings.get("include") or "")
+        _check_data_root(context, members, settings)
         if "revisions" in settings:
             settings["revisions"] = (
                 _revisions(context, members, settings["revisions"] or {}, settings.get("data_root"))
@@ -220,10 +221,26 @@ def _evaluation_data(context: Context, settings: dict[str, Any]) -> str:
     return ""
 
 
+def _check_data_root(
+    context: Context, members: Sequence[TaskFile], settings: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError where data.root was given for a task without public data whose YAML does not use data.root."""
+    root = context.runtime.data_root if context.runtime is not None else None
+    if root is None or settings.get("data_root") or "data_root" not in settings:
+        return
+    for member in members:
+        files = (member.config.get("dataset_kwargs") or {}).get("data_files")
+        if member.config.get("dataset_path") == "json" and not files:
+            raise ConfigError(
+                f"task {member.name}: data.root={root} was given, but the evaluation's YAML does not use it; "
+                'add `local: {data_root: "{root}"}` to that YAML'
+            )
+
+
 def _revisions(
     context: Context, members: Sequence[TaskFile], given: Mapping[str, str], data_root: str | None
 ) -> dict[str, str]:
-    """The commits of the data sets that benchmarks read from the hub: the task's own revision, else a given one, else a pin."""
+    """Data set -> commit for tasks read from the hub: the task's revision, else the given one, else the pin of data_sets.yaml."""
     found = {}
     for member in members:
         if (

@@ -1,11 +1,11 @@
-"""From YAML and overrides to a checked sweep: the one module that knows Hydra.
+"""From YAML and overrides to a checked sweep.
 
     sweeps/<name>.yaml + overrides  ->  axes of every grid  ->  each axis value composed once  ->  their product  ->  frozen cells
 
-A sweep of a thousand cells has some forty distinct axis values. Hydra composes config.yaml and every value whose YAML has a
-`defaults` list (60 to 140 ms each); a value without one is its file. The product is taken here. Everything is typed by the
-dataclasses it ends in (`harness.cell`, `harness.sweep`), settings of plugins by their own YAML and source.
-All that is wrong with a sweep is said in one ConfigError: file, key, value and the nearest name that exists.
+A sweep of a thousand cells has about forty distinct axis values, and Hydra takes 60 to 140 ms for each composition. It therefore
+composes config.yaml and only those values whose YAML has a `defaults` list; this module takes the product. Values are checked
+against the dataclasses of core/cell.py and core/sweep.py, settings of plugins against their YAML and source.
+One ConfigError reports all problems of a sweep: file, key, value and the nearest name that exists.
 The language of a sweep file and of overrides is described in docs/sweeps.md.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from harness.config.context import (
     varied,
 )
 from harness.config.evaluations import read_evaluations
-from harness.config.locations import config_files
+from harness.config.locations import config_files, listing, unknown_config
 from harness.config.overrides import Edits, parse_overrides
 from harness.config.rules import check_rules, first_cells, skip_reason
 from harness.config.runtime import read_runtime
@@ -53,6 +54,7 @@ from harness.core.cell import (
     Scheme,
     baseline_of,
     cell_key,
+    digest,
     freeze,
     has_static_activations,
 )
@@ -69,10 +71,10 @@ Point = dict[str, tuple[Any, bool]]  # axis of a grid -> (value, whether the axi
 
 
 def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep of a file (a name below sweeps/ or a path) with overrides applied; None: the grid that the overrides state.
+    """The sweep of a file (a name below sweeps/ or a path) with overrides applied; without a name, the grid of the overrides.
 
-    Reads configs, plugin facts, and what digests need (model folders, corpora); starts nothing and writes nothing but a cache
-    of digests. Raises ConfigError with everything that is wrong.
+    Reads configurations, facts of plugins, and model folders and corpora for their digests. Starts nothing, and writes only
+    a cache of digests. Raises ConfigError with every problem.
     """
     problems = Problems()
     file = SweepFile() if name is None else read_sweep_file(sweep_path(name), problems)
@@ -82,7 +84,7 @@ def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
 
 
 def load_runtime(overrides: Sequence[str] = ()) -> Runtime:
-    """Where and how things run, without a sweep: conf/config.yaml with overrides of runs, cluster, tracking, … applied."""
+    """Where and how tasks run, without a sweep: conf/config.yaml with overrides of runs, cluster, tracking, … applied."""
     problems = Problems()
     edits = parse_overrides(overrides, problems)
     if (
@@ -99,6 +101,9 @@ def load_runtime(overrides: Sequence[str] = ()) -> Runtime:
 
 
 # --- from axes to cells --------------------------------------------------------------------------------------------------------
+
+
+AD_HOC_NAME_LENGTH = 48  # without its digest
 
 
 def _context(file: SweepFile, edits: Edits, problems: Problems) -> Context:
@@ -122,10 +127,10 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
     findings = read_findings(context, tables)
     context.problems.check()
     file = context.file
-    name = file.path.stem if file.path is not None else "grid"
+    title = file.title or _ad_hoc_title(cells)
     return Sweep(
-        name=name,
-        title=file.title or _ad_hoc_title(cells),
+        name=file.path.stem if file.path is not None else _ad_hoc_name(title, cells),
+        title=title,
         description=file.description,
         cells=cells,
         skips=skips,
@@ -203,7 +208,7 @@ def _cell(context: Context, point: Point) -> Cell | None:
         missing.append("method")
     for axis in missing:
         context.problems.add(
-            f"{context.file.where}: no {axis}; add {axis}=<name> (known: {', '.join(config_files(axis))})"
+            f"{context.file.where}: no {axis}; add {axis}=<name> (`{listing(axis)}` lists all)"
         )
     if missing:
         return None
@@ -249,7 +254,7 @@ def _quantizing_scheme(
         )
     elif method is not None:
         context.problems.add(
-            f"{where}: scheme full belongs to method none, not to {method.name}; that cell is always added"
+            f"{where}: scheme full belongs to method none, not to {method.name}; the full-precision cell is always added"
         )
     return None
 
@@ -269,9 +274,8 @@ def _calibration_of(
             if method is not None and needs
             else "a static activation scheme"
         )
-        known = ", ".join(config_files("calibration"))
         context.problems.add(
-            f"{context.file.where}: {who} needs calibration data; add calibration=<name> (known: {known})"
+            f"{context.file.where}: {who} needs calibration data; add calibration=<name> (`{listing('calibration')}` lists all)"
         )
         return None
     return _resolve(
@@ -308,9 +312,7 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
         name = name.rsplit("/", 1)[1]
     else:
         hint = " A folder or a hub id owner/name is also a model."
-        raise ConfigError(
-            unknown_name("model", name, config_files("model"), context.file.where) + "." + hint
-        )
+        raise ConfigError(unknown_config("model", name, context.file.where) + hint)
     for key, value, _ in fields:
         set_nested(content, key, value)
     content = {"name": name, **content}
@@ -330,7 +332,7 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
         and asked != pulled[1]
     ):
         raise ConfigError(
-            f"{where}: revision {asked} is asked for, and {context.bundle.folder} has commit {pulled[1]} of "
+            f"{where}: revision {asked} is requested, but {context.bundle.folder} has commit {pulled[1]} of "
             f"{source}; run `harness data pull` for this sweep with --output {context.bundle.folder}"
         )
     digest = model_folders.model_digest(source, model.revision) if pulled is None else pulled[1]
@@ -358,11 +360,8 @@ def _calibration(context: Context, name: str, fields: Fields, seed: int) -> Cali
         content = {"source": name}
         name = texts.resolve_path(name, context.base).name.split(".")[0]
     else:
-        hint = ". A text file or a folder of splits is one too."
-        raise ConfigError(
-            unknown_name("calibration", name, config_files("calibration"), context.file.where)
-            + hint
-        )
+        hint = " A text file or a folder of splits is also a calibration."
+        raise ConfigError(unknown_config("calibration", name, context.file.where) + hint)
     localise(context, content, content)
     for key, value, _ in fields:
         set_nested(content, key, value)
@@ -418,7 +417,7 @@ def _method_yaml(context: Context, name: str) -> dict[str, Any]:
 
 
 def _method_inputs(context: Context, point: Point) -> str:
-    """What the method is calibrated on as published, where neither sweep nor override says it: the YAML's `inputs`."""
+    """The `inputs` of the method's YAML (its published calibration), used if neither sweep nor override sets `inputs`."""
     name = point["method"][0] if "method" in point else None
     if not isinstance(name, str) or name not in config_files("method"):
         return INPUTS[0]
@@ -427,7 +426,7 @@ def _method_inputs(context: Context, point: Point) -> str:
 
 
 def _method_name(context: Context, chosen: Mapping[str, str | None]) -> str:
-    """The method of conf/method/ with these parts and no settings of its own, else the parts' names joined."""
+    """The name of the method in conf/method/ with these parts and no settings; the joined names of the parts if there is none."""
     for name in config_files("method"):
         content = read_yaml(
             config_files("method")[name]
@@ -445,7 +444,7 @@ def _method_name(context: Context, chosen: Mapping[str, str | None]) -> str:
 def _part(
     context: Context, slot: str, name: str, own: Mapping[str, Any], fields: Fields
 ) -> tuple[Part, list[tuple[str, Any, bool]]]:
-    """The part, and those of the edited fields that it has."""
+    """The part with its settings checked, and the edited fields that are settings of this part."""
     facts = plugins.facts(slot, name, context.file.where)
     known, types = {**settings_of(slot, name)}, types_of(slot, name)
     where = f"{slot} {name}"
@@ -472,7 +471,7 @@ def _part(
 
 
 def _check_settings_used(context: Context, points: list[Point]) -> None:
-    """A setting applies to the methods that have it; one that no method of the sweep has is a mistake."""
+    """Adds a problem for each edited setting that no method of the sweep has."""
     asked = {
         key for point in points for key in point if key.partition(".")[0] in SLOTS and "." in key
     }
@@ -488,6 +487,15 @@ def _check_settings_used(context: Context, points: list[Point]) -> None:
         context.problems.add(
             unknown_name(f"setting of a {slot} in this sweep", key, known, context.file.where)
         )
+
+
+def _ad_hoc_name(title: str, cells: Sequence[Cell]) -> str:
+    """A name for a grid without a file, safe as a file name: its title, and a digest of its cells in any order.
+
+    The same grid has the same name whatever its evaluations and wherever it runs; another grid has another.
+    """
+    words = re.sub(r"[^\w.]+", "-", title, flags=re.ASCII).strip("-.")[:AD_HOC_NAME_LENGTH]
+    return f"{words.rstrip('-.') or 'grid'}-{digest(sorted(map(cell_key, cells)))[:8]}"
 
 
 def _ad_hoc_title(cells: Sequence[Cell]) -> str:

@@ -1,4 +1,4 @@
-"""The rules of a sweep file: which cells are skipped, which come first."""
+"""The rules of a sweep file: which cells are skipped and which are computed first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.config.axes import AXES, GROUPS, SLOTS
 from harness.config.context import Context
-from harness.config.locations import config_files
+from harness.config.locations import config_files, unknown_config
 from harness.config.schemes import FORMAT_NAME, SCHEME_NAME
 from harness.config.sweep_file import is_axis
 from harness.config.typed import field_names
@@ -19,12 +19,15 @@ from harness.core.sweep import First
 
 
 def in_words(wanted: Any) -> str:
-    """What a rule asks for, as a person reads it."""
+    """The values that a rule accepts for an axis, as text: "w4 or w3"."""
     return " or ".join(map(str, wanted)) if isinstance(wanted, list) else str(wanted)
 
 
 def matches(cell: Cell, key: str, wanted: Any) -> bool:
-    """Whether an axis of a rule fits the cell. One on calibration, or on a slot that the method leaves empty, fits null alone."""
+    """Whether a cell has one of the wanted values (names, patterns, null) of an axis or dotted field.
+
+    A calibration or a part that the cell does not have equals null only.
+    """
     value: Any = cell
     for attribute in key.split("."):
         owner = cell.method if value is cell and attribute in SLOTS else value
@@ -41,7 +44,7 @@ def matches(cell: Cell, key: str, wanted: Any) -> bool:
 
 
 def first_cells(context: Context, cells: Sequence[Cell]) -> tuple[First, ...]:
-    """The cells that each entry of `first` fits, with the baselines that they are compared with."""
+    """For each entry of `first`, the cells that match it and their full-precision baselines."""
     found = []
     for rule in filter(lambda rule: isinstance(rule, dict), context.file.first):
         fitting = [
@@ -110,7 +113,7 @@ def _check_rule_names(context: Context, group: str, wanted: Any, where: str) -> 
             and not fnmatch.filter(known, name)
             and not set("*?[+") & set(name)
         ):
-            context.problems.add(unknown_name(group, name, known, where))
+            context.problems.add(unknown_config(group, name, where))
 
 
 def _check_rule_field(context: Context, key: str, where: str) -> None:

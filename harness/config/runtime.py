@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.config.context import Context
-from harness.config.locations import config_files, config_roots
+from harness.config.locations import config_files, config_roots, unknown_config
 from harness.config.typed import Problems, set_nested, typed
 from harness.config.yaml_files import compose_with_hydra
 from harness.core.errors import unknown_name
@@ -16,6 +16,8 @@ from harness.core.sweep import Runtime
 from harness.core.units import bytes_of
 from harness.data import texts
 from harness.storage.places import place_of
+
+AD_HOC_EXPERIMENT = "grid"  # grids without a file share an experiment; each has a run of its own
 
 
 def read_runtime(context: Context) -> Runtime | None:
@@ -26,7 +28,7 @@ def read_runtime(context: Context) -> Runtime | None:
     for group in ("cluster", "tracking"):
         name = given.pop(group, None)
         if isinstance(name, str) and name not in config_files(group):
-            problems.add(unknown_name(group, name, config_files(group), context.file.where))
+            problems.add(unknown_config(group, name, context.file.where))
         elif isinstance(name, str):
             choices.append(f"{group}={name}")
         elif name is not None:
@@ -78,4 +80,7 @@ def _make_runtime(
     if runtime.store.quota:
         with problems.collect():
             bytes_of(runtime.store.quota, f"{context.file.where}: store.quota")
+    if context.file.path is None and not runtime.tracking.experiment:
+        tracking = dataclasses.replace(runtime.tracking, experiment=AD_HOC_EXPERIMENT)
+        runtime = dataclasses.replace(runtime, tracking=tracking)
     return dataclasses.replace(runtime, runs=place_of(str(place)), data_root=data_root)

@@ -1,4 +1,4 @@
-"""A sweep file as it is read: axes per grid, everything else as it stands."""
+"""Reading a sweep file: axes are sorted by grid, all other keys are kept for the modules that check them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.axes import AXES, EDITABLE, RUNTIME
-from harness.config.locations import config_files, head_comment
+from harness.config.locations import config_files, head_comment, unknown_config
 from harness.config.overrides import override_values
 from harness.config.renamed import current_key, current_name, current_names
 from harness.config.typed import Problems
@@ -20,7 +20,7 @@ from harness.core.errors import ConfigError, unknown_name
 
 @dataclass
 class SweepFile:
-    """A sweep file as read: axes per grid, everything else as it stands."""
+    """The content of a sweep file: the axes of each grid, and all other keys unchecked."""
 
     path: Path | None = None
     title: str = ""
@@ -41,14 +41,14 @@ class SweepFile:
 
 @dataclass
 class Grid:
-    """axes: axis or dotted field -> its values; zips: groups of axes that advance together."""
+    """One grid. axes: axis or dotted field -> values; zips: groups of axes whose values are paired."""
 
     axes: dict[str, list[Any]]
     zips: list[dict[str, list[Any]]]
 
 
 def sweep_path(name: str) -> Path:
-    """The file that a name or a path of a sweep means. Raises ConfigError with the nearest names."""
+    """The file of a sweep, given its name or path. Raises ConfigError with the nearest names if there is none."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         path = Path(name).expanduser()
         if not path.is_file():
@@ -56,12 +56,12 @@ def sweep_path(name: str) -> Path:
         return path.absolute()
     known = config_files("sweeps")
     if name not in known:
-        raise ConfigError(unknown_name("sweep", name, known))
+        raise ConfigError(unknown_config("sweeps", name))
     return known[name]
 
 
 def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
-    """A sweep file, its keys checked; what is wrong goes to problems."""
+    """A sweep file with its keys checked; errors go to `problems`."""
     content = {current_key(key): value for key, value in read_yaml(path).items()}
     comment = head_comment(read_text(path))
     file = SweepFile(
@@ -105,7 +105,7 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
 
 
 def _with_current_names(key: str, entry: Any) -> Any:
-    """An entry of `skip`, `first`, `tables` or `findings` with today's names of the methods and axes that it speaks of."""
+    """An entry of `skip`, `first`, `tables` or `findings` in which old names of methods and axes are replaced by the new ones."""
     if not isinstance(entry, dict):
         return entry
     if key in ("skip", "first"):
@@ -183,7 +183,7 @@ def is_axis(key: str) -> bool:
 
 
 def _axis_values(key: str, value: Any, where: str) -> list[Any]:
-    """A list is the axis; a scalar is one value; range(…) and glob(…) mean what they mean in an override."""
+    """The values of an axis: a list, one scalar, or range(…), glob(…), … with the meaning that they have in an override."""
     if isinstance(value, str) and re.match(r"(range|glob|choice|sort)\(", value):
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException

@@ -17,7 +17,7 @@ from harness.core.sweep import Column, Finding, Table, Term
 
 
 def place_of_term(term: Term, finding: Finding) -> tuple[str, str]:
-    """The table and the column that a term of a finding speaks of."""
+    """(table, column) in which a term of a finding is looked up."""
     return term.table or finding.table, term.column or finding.column
 
 
@@ -98,7 +98,10 @@ def _checked_table(
 
 
 def check_models(context: Context, tables: Sequence[Table], known: Iterable[str]) -> None:
-    """Tables speak of models that the sweep has; a run that was narrowed to some models keeps the file's tables, with gaps."""
+    """Adds a problem for each model that a table names and the sweep does not have.
+
+    Overrides of `model` narrow a sweep; its tables then keep their models and show gaps.
+    """
     if "model" in context.edits.axes:
         return
     names = sorted(known)
@@ -113,7 +116,7 @@ def check_models(context: Context, tables: Sequence[Table], known: Iterable[str]
 
 
 def _parts_of_benchmarks(evaluations: tuple[Evaluation, ...]) -> frozenset[str]:
-    """Names of the groups and tasks that the sweep's benchmarks consist of; they have metrics of their own."""
+    """Names of the groups and tasks within the sweep's benchmarks; each has metrics under its own name."""
     return frozenset[str]().union(*map(parts_of, evaluations))
 
 

@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class Problems:
-    """Everything that is wrong so far, each sentence once."""
+    """The errors found so far, each sentence once, in order."""
 
     def __init__(self) -> None:
         self.found: dict[str, None] = {}
@@ -60,7 +60,7 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Turns a HarnessError of the body into problems."""
+        """A context that turns a HarnessError of its body into problems, one per line."""
         try:
             yield
         except HarnessError as error:
@@ -68,7 +68,7 @@ class Problems:
                 self.add(line)
 
     def check(self) -> None:
-        """Raises ConfigError if there are any."""
+        """Raises ConfigError with all problems if there are any."""
         if self.found:
             count = len(self.found)
             head = "" if count == 1 else f"{count} problems:\n  "
@@ -152,12 +152,12 @@ def _as_list(value: Any) -> Any:
 
 
 def _whole(value: float) -> float:
-    """4 and 4.0 are one value and one key."""
+    """A whole number as int, so that 4 and 4.0 are one value and one key."""
     return int(value) if value.is_integer() else value
 
 
 def _sentence(error: Mapping[str, Any], kind: Any, where: str) -> str:
-    """What is wrong, with the dotted path of the field and the value, or the nearest name that exists."""
+    """The message of one error: the dotted path of the field, and the value or the nearest name that exists."""
     *parents, last = error["loc"] or ("",)
     above, path = _path(where, parents), _path(where, error["loc"])
     value, context = error["input"], error.get("ctx", {})

@@ -835,3 +835,73 @@ def test_old_keys_are_read_and_the_new_one_is_said(
     )
     assert old.cells == new.cells and quantized(new)[0].calibration is not None
     assert '"corpus.samples" is now called "calibration.samples"' in capsys.readouterr().err
+
+
+# --- messages that help --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, facts",
+    [
+        ("+model=модель/ёж", ["quotes", "+model='модель/ёж'"]),
+        ("model=demo,ж", ["quotes", "model=demo,'ж'"]),
+        ("evaluations=[demo,ё]", ["quotes", "evaluations=[demo,'ё']"]),
+        ("model=[demo", ["unbalanced bracket", "]"]),
+        ("model=demo)", ["unbalanced bracket", "("]),
+        ("model", ["KEY=VALUE"]),
+        ("model=demo,", ["last comma"]),
+        ("model='a", ["quotes"]),
+    ],
+)
+def test_an_unreadable_override_is_answered_in_plain_words(override: str, facts: list[str]) -> None:
+    said = problem("method=rtn", "scheme=w4", override)
+    for fact in facts:
+        assert fact in said
+    for word in ("token", "viable", "mismatched", "extraneous", "EOF"):
+        assert word not in said
+
+
+def test_what_the_message_says_to_type_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "модель"
+    shutil.copytree(PACKAGE / "data" / "demo" / "model", folder / "ёж")
+    said = problem("+model=модель/ёж", "method=none")
+    (word,) = shlex.split(said.partition("write ")[2].splitlines()[0])
+    (cell,) = load_sweep(None, [word, "method=none"]).cells
+    assert cell.model.name == "ёж"
+
+
+def test_of_many_names_the_nearest_three_are_said_and_the_command_that_lists_all() -> None:
+    said = problem("model=demo", "method=rtn", "scheme=w4g12")
+    assert 'did you mean "w4g128"' in said and "`harness list schemes` lists all" in said
+    assert len(said) < 400
+
+
+def test_grids_without_a_file_have_names_of_their_own() -> None:
+    def name(*overrides: str) -> str:
+        return load_sweep(None, [*GRID, *overrides]).name
+
+    first = name("method=rtn,gptq", "scheme=w4,w3")
+    assert first.startswith("demo-rtn-gptq-w4-w3-")
+    assert first == name("scheme=w3,w4", "method=gptq,rtn", "device=cpu").replace(
+        "gptq-rtn-w3-w4", "rtn-gptq-w4-w3"
+    ), "the digest is that of the cells in any order"
+    assert first == name("method=rtn,gptq", "scheme=w4,w3", "evaluations=demo", "cluster=local")
+    others = {name("method=rtn", "scheme=w4"), name("method=rtn", "scheme=w3")}
+    others |= {name("method=gptq", "scheme=w4", f"seed={seed}") for seed in (0, 1)}
+    assert len(others) == 4
+    long = name("method=rtn", "scheme=w2,w3,w4,w5,w6,w7,w8,w2g16,w3g16,w4g16,w5g16,w6g16,w7g16")
+    assert len(long) < 64 and all(each.isascii() and "/" not in each for each in (long, *others))
+
+
+def test_a_task_that_does_not_use_the_given_data_root_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "conf" / "evaluation"
+    folder.mkdir(parents=True)
+    task = "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+    (tmp_path / "here" / "tasks").mkdir()
+    (tmp_path / "here" / "tasks" / "mine.yaml").write_text(task)
+    text = "# Mine\nevaluator: lm_eval_tasks\nsettings: {task: mine, include: tasks}\n"
+    (folder / "mine.yaml").write_text(text)
+    grid = ["model=demo", "method=none", "evaluations=mine", f"data.root={tmp_path}"]
+    assert "`local: {data_root:" in problem(*grid)
+    (folder / "mine.yaml").write_text(text + 'local: {data_root: "{root}"}\n')
+    assert load_sweep(None, grid).cells
