@@ -223,6 +223,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
     """Score one cell after the other; a model is in memory while its cell is scored."""
+    import harness.evaluation.protocols
+    import harness.quantization.inference.load  # noqa: F401  (both before the freeze below)
 
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     if device != "cpu" and (task.devices > 1 or task.offload):

@@ -268,6 +268,8 @@ def warm(ray: Any) -> None:
 
     @ray.remote(num_gpus=1, max_calls=0)
     def wait_together(seconds: float) -> None:
+        import harness.execution.dispatch
+        import harness.execution.worker  # noqa: F401
 
         time.sleep(seconds)
 
