@@ -19,9 +19,7 @@ from harness.core.sweep import Runtime
 from harness.data import hub, texts
 from harness.data.bundle import Bundle
 
-Fields = Sequence[
-    tuple[str, Any, bool]
-]  # edited fields of an axis: (key, value, whether the sweep gives the key several values)
+Fields = Sequence[tuple[str, Any, bool]]  # of an axis: (field, value, whether it has several)
 
 T = TypeVar("T")
 

@@ -104,9 +104,9 @@ def _adapter(kind: Any) -> Any:
 
 
 def _strict(kind: Any) -> Any:
-    """The pydantic type of an annotation: no text becomes a number, no unknown field passes, one value stands for a list of one.
+    """The pydantic type of an annotation: text never becomes a number, and one value stands for a list of one.
 
-    Of a union only null and its first type are read: `Path | str` is a path.
+    A union means its first type, and null if that is among the others: `Path | str` is read as a path.
     """
     from pydantic import AfterValidator, BeforeValidator, Strict
 
@@ -182,13 +182,9 @@ def _sentence(error: Mapping[str, Any], kind: Any, where: str) -> str:
 def _path(where: str, steps: Sequence[str | int]) -> str:
     """ "study.yaml", ("weight", "bits") -> "study.yaml: weight.bits"; a number is the place in a list: "columns[2]"."""
     dotted = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
-    return (
-        f"{where}{dotted}"
-        if dotted.startswith("[")
-        else f"{where}: {dotted[1:]}"
-        if dotted
-        else where
-    )
+    if not dotted or dotted.startswith("["):
+        return f"{where}{dotted}"
+    return f"{where}: {dotted[1:]}"
 
 
 def field_names(kind: Any, steps: Sequence[str | int]) -> Sequence[str]:
@@ -198,9 +194,8 @@ def field_names(kind: Any, steps: Sequence[str | int]) -> Sequence[str]:
             kind = hints_of(typing.cast(type, kind)).get(step)
         while typing.get_args(kind):
             kind = typing.get_args(kind)[0]
-    return (
-        [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    )
+    known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [each.name for each in known]
 
 
 @functools.cache

@@ -28,9 +28,7 @@ from annotated_types import Ge
 
 from harness.core import plugins
 
-ScaleType = Literal[
-    "float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"
-]  # what the scales of weights are stored in
+ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
 

@@ -2,8 +2,8 @@
 
 What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is
 written. Tensors go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype.
-The folder is written aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
-weights alone.
+The folder is written aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was
+trained beside the weights alone.
 """
 
 from __future__ import annotations
