@@ -383,10 +383,25 @@ def digest(value: Any) -> str:
 
 def _execution(scheme: Scheme) -> dict[str, Any]:
     return {
-        "activation": _identity(scheme.activation),
+        "activation": _activation_identity(scheme),
         "kv": _kv_identity(scheme.kv),
         "overrides": [_identity(o, drop=("weight",)) for o in scheme.overrides if o.activation],
     }
+
+
+def _activation_identity(scheme: Scheme) -> Any:
+    """The outliers' rule is 2 since codes beside outliers are computed in float32; without outliers nothing changed."""
+    own = scheme.activation
+    if own is None:
+        return None
+    changed = any(
+        each.outlier_threshold > 0 and each.symmetric and each.grid == "smoothquant"
+        for each in (
+            own,
+            *(dataclasses.replace(own, **dict(o.activation)) for o in scheme.overrides),
+        )
+    )
+    return {**_identity(own), "outlier_rule": 2} if changed else _identity(own)
 
 
 def _kv_identity(kv: KVScheme | None) -> Any:

@@ -207,10 +207,11 @@ class Sweep:
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
 
-    def rank(self, key: str) -> int:
+    def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""
         return next(
-            (rank for rank, each in enumerate(self.first) if key in each.keys), len(self.first)
+            (priority_tier for priority_tier, each in enumerate(self.first) if key in each.keys),
+            len(self.first),
         )
 
     @property

@@ -296,8 +296,8 @@ def test_only_a_running_sweep_gets_another_priority(tmp_path: Path) -> None:
     with Coordination(Store(runs), "mine", 1) as control:
         code, out = invoke("prioritize", "mine", "3", "--runs", str(runs))
         assert code == 0 and Store(runs).asked_priority("mine") == 3
-        control._looked = -float("inf")
-        control.look()
+        control._refreshed = -float("inf")
+        control.refresh()
         assert control.priority == 3
 
 

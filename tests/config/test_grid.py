@@ -338,7 +338,7 @@ first:
 """
     sweep = sweep_file(text)
     assert titles(sweep) == titles(sweep_file(text.partition("first:")[0]))
-    ranks = {cell.title: sweep.rank(cell_key(cell)) for cell in sweep.cells}
+    ranks = {cell.title: sweep.priority_tier(cell_key(cell)) for cell in sweep.cells}
     assert ranks == {
         "demo · none · full": 0,
         "demo · gptq · w3": 0,
@@ -871,7 +871,7 @@ def test_what_the_message_says_to_type_is_read(tmp_path: Path) -> None:
 
 
 def test_of_many_names_the_nearest_three_are_said_and_the_command_that_lists_all() -> None:
-    said = problem("model=demo", "method=rtn", "scheme=w4g12")
+    said = problem("model=demo", "method=rtn", "scheme=w4gq128")
     assert 'did you mean "w4g128"' in said and "`harness list schemes` lists all" in said
     assert len(said) < 400
 

@@ -31,9 +31,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.codebooks import cluster_vectors, nearest_vectors
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
@@ -275,7 +276,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all matrices on one input share: U and its column order, dead columns, H's diagonal as weights of the columns."""
+    """Shared by all matrices with one input: U and its column order, dead columns, H's diagonal as weights of the columns."""
 
     upper: Tensor
     order: Tensor
