@@ -16,6 +16,7 @@ PACKAGE = ROOT / "harness"
 ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "hydra": "harness.config",
     "omegaconf": "harness.config",
+    "pydantic": "harness.config.typed",
     "ray": "harness.execution.executors.ray_cluster",
     "mlflow": "harness.tracking.mlflow_runs",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
@@ -65,7 +66,6 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 LARGE = {  # files of more than 700 lines, each whole on purpose
-    "harness.config.grid",
     "harness.execution.scheduler",
     "harness.tracking.mlflow_runs",
     "harness.evaluation.evaluators.lm_eval_tasks",
