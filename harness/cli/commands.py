@@ -493,7 +493,7 @@ def doctor(
     ] = None,
     runs: Runs = "runs",
 ) -> None:
-    """Check this machine (versions, cores, memory, disk, GPUs, Ray, MLflow, permissions) or a model; exit code 1 if something is wrong.
+    """Check this machine (packages, cores, memory, disk, GPUs, Ray, permissions) or a model; exit code 1 if anything is wrong.
 
     \b
     Examples:
