@@ -98,9 +98,8 @@ def test_pickled_weights_are_refused_unread(
         WeightReader(folder)
     with pytest.raises(ModelError, match="unpickled, which is refused"):
         model_folders.model_folder(Model("hostile", str(folder)))
-    (folder / "model.safetensors").write_bytes(
-        pickle.dumps(Payload(proof))
-    )  # a pickle by another name
+    # a pickle by another name
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(proof)))
     with pytest.raises(ModelError, match="not a readable safetensors"):
         WeightReader(folder)
     assert not proof.exists()

@@ -18,9 +18,8 @@ from harness.core.errors import StoreError
 from harness.storage.store import Store
 
 YOUNG_SECONDS = 3600.0
-ASIDE = re.compile(
-    r"\..+\.(?:[0-9a-f]{12}|\d+\.aside)|\.probe\.[0-9a-f]{32}"
-)  # of the store, of checkpoints, of probes
+# of the store, of checkpoints, of probes
+ASIDE = re.compile(r"\..+\.(?:[0-9a-f]{12}|\d+\.aside)|\.probe\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)

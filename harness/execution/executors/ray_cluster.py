@@ -101,17 +101,15 @@ class RayCluster:
             else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         )
         if gpus:
-            options["max_calls"] = (
-                1  # a new process per task; on a CPU a process is reused, which saves its imports (5 s)
-            )
+            # a new process per task; on a CPU a process is reused, which saves its imports (5 s)
+            options["max_calls"] = 1
         self._remote = self._ray.remote(
             num_cpus=self.threads, num_gpus=gpus, max_retries=0, num_returns="streaming", **options
         )(_stream)
         self._running: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # where a task runs, from its first message
-        self._nodes_at_submit: dict[
-            int, set[str]
-        ] = {}  # the nodes that were alive when it was submitted
+        # the nodes that were alive when it was submitted
+        self._nodes_at_submit: dict[int, set[str]] = {}
         self._last_message: dict[int, float] = {}
 
     def _connect(self, address: str, settings: dict[str, Any]) -> bool:
@@ -132,9 +130,8 @@ class RayCluster:
             # "local", because a stale cluster file makes a plain init join what no longer runs.
             with _environment(process_environment(self.threads)):
                 self._ray.init(address="local", **{**own, **quiet, **settings})
-        except (
-            Exception
-        ) as error:  # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
+        except Exception as error:
+            # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
             where = (
                 f"the Ray cluster at {address} cannot be reached"
                 if address
@@ -428,9 +425,8 @@ def _missing_paths(shared: Sequence[str]) -> list[str]:
         found = (
             [] if store.files.exists(store.root / probe) else [f"{runs}, where this process writes"]
         )
-    except (
-        StoreError
-    ) as error:  # no package, no credentials, no connection; the error names the store
+    except StoreError as error:
+        # no package, no credentials, no connection; the error names the store
         found = [str(error)]
     return found + [path for path in paths if not os.path.exists(path)]
 

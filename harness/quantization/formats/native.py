@@ -272,9 +272,8 @@ def _read_block(
     stored = _read_tensors(
         tensors_path, description["file"] if files is None else files[tensors_path.name]
     )
-    tensors = {
-        name: tensor.to(device) for name, tensor in stored.items()
-    }  # layouts dequantize where a pass would
+    # layouts dequantize where a pass would
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
         parts = {

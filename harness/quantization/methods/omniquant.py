@@ -320,9 +320,8 @@ class _Scales:
             columns = repeat_scales(parameter, pair, self.shapes)
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
-        keys = torch.cat(
-            (self.rotary, self.rotary), dim=-1
-        )  # rotary positions mix channel i with i + head_dim / 2
+        # rotary positions mix channel i with i + head_dim / 2
+        keys = torch.cat((self.rotary, self.rotary), dim=-1)
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
         _scale_rows(tensors, self.query_key[1], keys.reshape(-1))

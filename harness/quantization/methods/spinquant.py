@@ -52,10 +52,8 @@ from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.rotations import cayley_step
 from harness.quantization.numerics.training import nearest_through, round_through
 
-RESIDUAL, VALUES = (
-    "residual",
-    "values.{}",
-)  # names of what is learned; a block's number in the second
+# names of what is learned; a block's number in the second
+RESIDUAL, VALUES = "residual", "values.{}"
 
 
 class Transform:
@@ -160,9 +158,8 @@ class Transform:
         losses: list[float] = []
         for step in range(settings.steps + 1):
             last = step == settings.steps
-            begin = (
-                0 if step in (0, settings.steps) else step * settings.sequences
-            )  # the first and last loss: of one text
+            # the first and last loss: of one text
+            begin = 0 if step in (0, settings.steps) else step * settings.sequences
             batch = [
                 (begin + position) % model.sequences
                 for position in range(min(settings.sequences, model.sequences))
@@ -240,9 +237,8 @@ class _Rounded:
         def enter(hidden: Tensor) -> Tensor:
             return (hidden.float() @ matrix(hidden)).to(hidden.dtype)
 
-        def leave(
-            hidden: Tensor,
-        ) -> Tensor:  # the head is not rounded: the original one reads the stream rotated back
+        # the head is not rounded: the original one reads the stream rotated back
+        def leave(hidden: Tensor) -> Tensor:
             return (hidden.float() @ matrix(hidden).T).to(hidden.dtype)
 
         def run(block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
