@@ -146,16 +146,16 @@ class RayCluster:
         return True
 
     def _joined(self, seconds: float) -> list[dict[str, float]]:
-        """Resources of each living node, once a node can run tasks or the time is over: nodes may still be starting."""
+        """Resources of each live node, once a node can run tasks or the time is over: nodes may still be starting."""
         ends = time.monotonic() + seconds
         while True:
-            nodes = self._living()
+            nodes = self._live_nodes()
             if any(node.get("CPU", 0) for node in nodes) or time.monotonic() > ends:
                 return nodes
             time.sleep(POLL_SECONDS)
 
-    def _living(self) -> list[dict[str, float]]:
-        """Resources of each living node."""
+    def _live_nodes(self) -> list[dict[str, float]]:
+        """Resources of each live node."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         self._alive = {str(node["NodeID"]) for node in nodes}
         return [node["Resources"] for node in nodes]
@@ -191,7 +191,7 @@ class RayCluster:
             all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes
         ):
             return
-        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         have = (
             "; ".join(
                 ", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes
@@ -200,7 +200,7 @@ class RayCluster:
         )
         total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
         raise ScheduleError(
-            f"no node of the cluster can run a task, which asks for {asked}. Nodes have: {have} (in total {total}). "
+            f"no node of the cluster can run a task, which needs {needs}. Nodes have: {have} (in total {total}). "
             "Lower cluster.gpus_per_task, set device=cpu, or add a node."
         )
 
@@ -304,7 +304,7 @@ class RayCluster:
         self._refreshed = now
         if _is_listening(self._head):
             self._answered = now
-            nodes = self._living()
+            nodes = self._live_nodes()
             self.worker_slots, self.max_gpus = (
                 self._count_worker_slots(nodes),
                 self._count_max_gpus(nodes),
@@ -358,7 +358,7 @@ class RayCluster:
         ]
         if not silent:
             return []
-        self._living()
+        self._live_nodes()
         alive, lost = self._alive, []
         for number in silent:
             self._last_message[number] = now

@@ -147,7 +147,7 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     began = clock[0]
     # nothing but a head: waited for, then reported
     assert cluster._joined(60.0) == [{}] and clock[0] > began + 60
-    with pytest.raises(ScheduleError, match="asks for 2 CPU"):
+    with pytest.raises(ScheduleError, match="needs 2 CPU"):
         cluster._check([{}])
 
 
