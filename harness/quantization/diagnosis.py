@@ -190,13 +190,13 @@ def _round_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def _round_input(x: Tensor, bits: int, group_size: int) -> Tensor:
-    granularity = "token" if group_size == -1 else "group"
-    return round_dynamic(
-        x,
-        ActivationScheme(
-            bits=bits, granularity=granularity, group_size=group_size, grid="llama_quant"
-        ),
+    scheme = ActivationScheme(
+        bits=bits,
+        granularity="token" if group_size == -1 else "group",
+        group_size=group_size,
+        grid="llama_quant",
     )
+    return round_dynamic(x, scheme)
 
 
 def _ratio(channels: Tensor) -> float:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from harness.core import plugins
 from harness.core.cell import Cell, cell_key, quantize_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.data import hub, model_folders
@@ -75,6 +76,19 @@ def layout_of(name: str) -> Layout | AdapterLayout:
         ) from error
 
 
+def _groups_follow_activations(cell: Cell) -> bool:
+    """Whether groups of channels are formed in the order of activations, as the rounding's `reordered_groups` states.
+
+    That literal maps settings to whether they are on when groups are reordered.
+    """
+    rounding = cell.method.rounding
+    if rounding is None or cell.scheme.weight.group_size == -1:
+        return False
+    states = plugins.facts("rounding", rounding.name).get("reordered_groups", {})
+    settings = dict(rounding.settings)
+    return bool(states) and all(bool(settings.get(key)) == on for key, on in states.items())
+
+
 def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
     """Why the cell's checkpoint cannot be exported, as far as its scheme and the model's shapes tell; reads no weights."""
     layout = layout_of(name)
@@ -96,14 +110,7 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
         reasons[
             "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
         ] = None
-    rounding = cell.method.rounding
-    settings = dict(rounding.settings) if rounding is not None else {}
-    dynamic_order = (
-        settings.get("act_order")
-        and not settings.get("static_groups")
-        and cell.scheme.weight.group_size != -1
-    )
-    if name == "compressed_tensors" and dynamic_order:
+    if not getattr(layout, "stores_group_order", True) and _groups_follow_activations(cell):
         reasons[
             "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
         ] = None

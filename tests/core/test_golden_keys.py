@@ -41,7 +41,10 @@ QUANTIZE_KEYS = {  # method, scheme -> quantize_key of the demo model's cell
         "llm_int8",
         "w8a8_llm_int8",
     ): "e0f247250deb88a6ede517feb36acb0c25dbc2700033254e670617c81bfe020c",
-    ("keep", "w16kv4"): "9add2e570839e90ff1d4e8a2c229916f09a1c530f04bbe0049678438e6d48aff",
+    (
+        "activation_only",
+        "w16kv4",
+    ): "9add2e570839e90ff1d4e8a2c229916f09a1c530f04bbe0049678438e6d48aff",
     (
         "quarot",
         "w4a4kv4_quarot",

@@ -57,6 +57,7 @@ class Evaluator:
     """Size and speed of one model."""
 
     version = 1
+    settings_added_later = ("kernel",)  # keys leave it out while it is off
     exclusive = True  # of its device: nothing else may run there meanwhile
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "prefill_seconds": {"higher_is_better": False, "unit": "seconds to the first token"},

@@ -22,7 +22,10 @@ Description = dict[str, Any]  # a linear as the layout describes it: JSON values
 
 
 class Layout(Protocol):
-    """In all methods dtype is the model's: the dtype of unquantized tensors, and of the weights once they are read back."""
+    """In all methods dtype is the model's: the dtype of unquantized tensors, and of the weights once they are read back.
+
+    A layout whose groups are always neighbouring channels states `stores_group_order = False` in its class body.
+    """
 
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None

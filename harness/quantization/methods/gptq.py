@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -46,6 +47,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True, "static_groups": False}
 
     @dataclass(frozen=True)
     class Settings:

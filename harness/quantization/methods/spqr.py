@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
@@ -173,6 +173,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True}
 
     @dataclass(frozen=True)
     class Settings:

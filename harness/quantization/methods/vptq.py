@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
@@ -137,6 +137,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = True
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True}
     sequential = False
 
     @dataclass(frozen=True)
