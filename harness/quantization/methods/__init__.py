@@ -1,1 +1,1 @@
-"""Methods, one file per paper, found by name. `protocols` is their contract; `checks`, `evidence`, `folding` are tools they share."""
+"""Methods, one file per paper, found by name. `protocols` is their contract; `checks`, `evidence`, `folding` are shared tools."""
