@@ -25,11 +25,20 @@ from typing import TYPE_CHECKING, Any
 from harness.core import plugins
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.core.errors import HarnessError
-from harness.core.events import Event, Failed, Quantized, Scored, TaskEnded, TaskStarted, Usage
+from harness.core.events import (
+    Event,
+    Failed,
+    Quantized,
+    Scored,
+    TaskEnded,
+    TaskStarted,
+    Usage,
+    failure,
+)
 from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
-from harness.execution.failures import failure, ran_out
+from harness.execution.failures import ran_out
 from harness.execution.logs import TaskLogs
 from harness.execution.process import (
     UsageMeter,

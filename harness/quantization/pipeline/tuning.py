@@ -109,12 +109,14 @@ def run_tuning(
 
     parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
     student = LanguageModel(model, device)
-    walk = tuning.tune(student, teacher, parameters, windows, generator(cell.seed, -1, "tuning"))
+    training = tuning.tune(
+        student, teacher, parameters, windows, generator(cell.seed, -1, "tuning")
+    )
     notes, shown = {}, 0.0
     while True:
         try:
             with torch.enable_grad():
-                step, steps = next(walk)
+                step, steps = next(training)
         except StopIteration as end:
             notes = end.value
             break
