@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,20 @@ class LocalData:
     splits: Mapping[str, Path]
     subject: str | None = None
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
-        """The items of a split in the file's order. Raises DataError naming file and line, or an unknown subject."""
+    def rows(self, split: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The items of a split in the file's order, each with these fields.
+
+        Raises DataError naming file and line, or an unknown subject.
+        """
         path = self.splits[split]
-        rows = [row for _, row in json_lines.rows(path, KIND)]
+        rows = []
+        for number, row in json_lines.rows(path, KIND):
+            absent = [name for name in fields if row.get(name) is None]
+            if absent:
+                raise DataError(
+                    f"{KIND} {path}, line {number}: {', '.join(absent)} missing; every row has {', '.join(fields)}"
+                )
+            rows.append(row)
         if self.subject is not None:
             subjects = {str(row["subject"]) for row in rows if row.get("subject") is not None}
             rows = [row for row in rows if row.get("subject") == self.subject]
@@ -148,6 +158,8 @@ def local_data(task: TaskFile, data_root: str | Path | None) -> LocalData | None
     if folder is None:
         return None
     splits = {str(task.config[key]) for key in SPLITS if task.config.get(key)}
+    examples = (task.config.get("fewshot_config") or {}).get("split")
+    splits |= {str(examples)} if examples else set()
     files = {split: folder / f"{split}.jsonl" for split in sorted(splits)}
     present = {split: file for split, file in files.items() if file.is_file()}
     whole = folder.name != task.name and task.data_set in FOLDER_OF_SUBJECTS

@@ -47,7 +47,9 @@ ASKED_AND_ANSWERED = (
 )
 KIND = "text"  # of a file, in messages
 LOOK_BYTES = 64 * 2**20  # a plan reads a text of at most so many bytes to its end,
-LOOK_ROWS = 1000  # and of a larger one so many rows: a fault behind them is found when the text is used
+LOOK_ROWS = (
+    1000  # and of a larger one so many rows: a fault behind them is found when the text is used
+)
 QUESTIONS = (
     ("question", "choices", "answerKey"),
     ("goal", "sol1", "sol2", "label"),
