@@ -1,6 +1,6 @@
 """A cell: one frozen point of a grid, and the keys that identify what it produces.
 
-Nothing here imports another module of the harness, nor torch: cells travel between processes as JSON
+Nothing here imports another module of the harness but its errors, nor torch: cells travel between processes as JSON
 (`to_json`, `from_json`) and are compared by key.
 
 Two keys, each the SHA-256 of everything that changes numbers and of nothing else:
@@ -18,10 +18,14 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from harness.core.errors import ConfigError
 
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 PLACES = (
@@ -355,9 +359,32 @@ def baseline_of(cell: Cell) -> Cell:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits.
+
+    Raises ConfigError for NaN and infinity, which JSON lacks: what changes numbers must be one itself.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        found = ", ".join(f"{place}={number}" for place, number in _non_finite(value))
+        raise ConfigError(
+            f"{found or error}: a finite number is expected; change it where it was set (a YAML file or an override), "
+            "or leave it out"
+        ) from error
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _non_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Where in a JSON value NaN and infinities are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _non_finite(item, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        pair = len(value) == 2 and isinstance(value[0], str)  # a setting with its value
+        for number, item in enumerate(value):
+            yield from _non_finite(item, f"{place}.{value[0] if pair else number}".lstrip("."))
 
 
 def _execution(scheme: Scheme) -> dict[str, Any]:

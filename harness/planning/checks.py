@@ -11,7 +11,7 @@ from harness.core.cell import Cell, Evaluation, Model, Part, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
-from harness.data import model_folders, texts
+from harness.data import hub, model_folders, texts, tokenizer_files
 from harness.planning import resources
 from harness.planning.resources import (
     DTYPE_BYTES,
@@ -35,6 +35,9 @@ class Checker:
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
+        if cell.method.needs or cell.evaluations:
+            ask = functools.partial(self._tokenizer_reasons, cell.model)
+            found += self._once(("tokenizer", cell.model), ask)
         if cell.method.needs:
             found += self._once(
                 ("calibration", cell.calibration, cell.method.needs),
@@ -155,6 +158,16 @@ class Checker:
                 )
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
+
+    def _tokenizer_reasons(self, model: Model) -> list[str]:
+        """Why a local model's tokenizer cannot be loaded. A hub id's files are seen when they are here."""
+        if hub.is_hub_id(model.source):
+            return []
+        try:
+            fault = tokenizer_files.tokenizer_fault(model_folders.config_folder(model))
+        except (HarnessError, OSError):
+            return []  # a model that cannot be read is refused under its own name
+        return [] if fault is None else [f'model "{model.name}": {fault}']
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
         needs = ", ".join(cell.method.needs)

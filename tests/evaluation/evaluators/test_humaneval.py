@@ -34,7 +34,7 @@ def test_reference_solutions_pass(shared: Path, monkeypatch: pytest.MonkeyPatch)
     ][:3]
     answers = {row["prompt"]: row["canonical_solution"] for row in rows}
     monkeypatch.setattr(
-        humaneval, "complete", lambda subject, prompt, new_tokens, stop: answers[prompt]
+        humaneval, "complete", lambda subject, prompt, new_tokens, stop: Completion(answers[prompt], False)
     )
     made = Evaluator(Evaluator.Settings(data_root=str(shared / "data"), run_generated_code=True))
     assert made.check(EVALUATION, stories(shared).cell.model) == []
