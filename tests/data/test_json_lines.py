@@ -42,8 +42,11 @@ def same(ours: Any, theirs: Any) -> bool:
         return ours.keys() == theirs.keys() and all(same(ours[k], theirs[k]) for k in ours)
     if isinstance(ours, list) and isinstance(theirs, list):
         return len(ours) == len(theirs) and all(map(same, ours, theirs))
-    if isinstance(ours, float) and isinstance(theirs, float) and math.isnan(ours):
-        return math.isnan(theirs)
+    if isinstance(ours, float) and not math.isfinite(ours):
+        # Beside a column of mixed types the official loader writes and reads its rows again, and null comes back.
+        return (
+            theirs is None or math.isnan(ours) == math.isnan(theirs) and (ours > 0) == (theirs > 0)
+        )
     return bool(ours == theirs)
 
 
@@ -168,7 +171,8 @@ def test_two_outcomes_only(
     if any(row == {} for row in ours):
         return
     theirs = official(path, tmp_path / f"cache{hash(content)}")
-    assert theirs is None or same(table, theirs), (table, theirs)
+    # It also refuses valid rows that its table has no type for, a list of nulls for instance.
+    assert theirs is None or same(table, theirs), (content, table, theirs)
 
 
 def test_a_text_is_never_the_word_none(tmp_path: Path) -> None:
