@@ -22,10 +22,10 @@ def tokenizer_fault(folder: Path) -> str | None:
     for path in found:
         with path.open("rb") as file:
             if file.read(len(POINTER)) == POINTER:
-                return f"{path} is a pointer file of Git LFS, not the tokenizer; fetch it: git lfs pull"
+                return f"{path} is a pointer file of Git LFS, no tokenizer; fetch it: git lfs pull"
     if not found and not _needs_none(folder / "tokenizer_config.json"):
         return (
-            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json with merges.txt); copy the tokenizer's files "
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); copy its files "
             "of the model that it was made from into it"
         )
     whole = folder / "tokenizer.json"

@@ -12,11 +12,15 @@ an item whose right answer is "7 of 4 choices" as wrong, and leaves items withou
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from harness.core.errors import EvaluationError
+from harness.core.text import first_line
 
 UNANSWERED = float(
     "nan"
@@ -29,6 +33,7 @@ REPORTED = (  # warnings of lm-eval that are reported here in other words, or th
         r"|pretrained. model kwarg|Passed an already-initialized model|Both target_delimiter"
     )
 )
+ITEM_SHOWN = 300  # characters of an item in an error
 NAMED = 3  # items that a sentence names
 
 
@@ -73,7 +78,16 @@ def guard(task: Any) -> None:
     def process_results(document: Any, results: Sequence[Any]) -> dict[str, Any]:
         if task.OUTPUT_TYPE != "generate_until" and not is_answered(results):
             return dict.fromkeys(task.aggregation(), UNANSWERED)
-        return dict(own(document, results))
+        try:
+            return dict(own(document, results))
+        except (
+            Exception
+        ) as error:  # of the task's function, or of lm-eval over data that it does not expect
+            item = json.dumps(document, ensure_ascii=False, default=str)
+            raise EvaluationError(
+                f"{task.config.task}: an item cannot be scored ({type(error).__name__}: {first_line(error)}); "
+                f"correct the item or leave it out: {item[:ITEM_SHOWN]}{'…' if len(item) > ITEM_SHOWN else ''}"
+            ) from error
 
     task.process_results = process_results
     aggregations = task.aggregation()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from subjects import last
 
 from harness.core.cell import Cell, Evaluation, Method, Model, Scheme
-from harness.core.errors import DataError, HarnessError
+from harness.core.errors import DataError, EvaluationError, HarnessError
 from harness.data import model_folders
 from harness.evaluation import flips
 from harness.evaluation.evaluators import lm_eval_tasks
@@ -190,20 +190,25 @@ def test_a_finite_perplexity_whose_error_overflows_has_none(
     assert "far/acc" in found.stderr
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"), [(7, "answer 7 of 4"), (-1, "answer -1 of 4"), (None, "None")]
-)
+@pytest.mark.parametrize(("answer", "said"), [(7, "answer 7 of 4"), (-1, "answer -1 of 4")])
 def test_answers_out_of_range_are_counted_and_said(
-    tmp_path: Path, demo: Subject, answer: int | None, said: str
+    tmp_path: Path, demo: Subject, answer: int | str, said: str
 ) -> None:
     task = {**CHOICE, "metric_list": CHOICE["metric_list"][:1]}
     rows = [{**row, "a": answer} if i == 3 else row for i, row in enumerate(questions())]
+    task |= {"doc_to_target": "{{a}}"} if isinstance(answer, str) else {}
     found = score(make(tmp_path, "range", task, rows), demo)
     (sentence,) = found.problems["sentences"]
     assert "out of range" in sentence and "1 of 8 items" in sentence
     assert "item 3" in sentence and said in sentence
     assert found.items is not None and found.items["acc"][3] == 0.0
     assert score(make(tmp_path, "fine", task, questions()), demo).problems == {}
+
+
+def test_an_item_that_lm_eval_cannot_score_is_shown(tmp_path: Path, demo: Subject) -> None:
+    rows = [{**row, "a": None} if i == 3 else row for i, row in enumerate(questions())]
+    with pytest.raises(EvaluationError, match='"Box 3 is :".*"a": null'):
+        score(make(tmp_path, "null", CHOICE, rows), demo)
 
 
 def test_items_that_leave_the_denominator_and_warnings_are_said(
