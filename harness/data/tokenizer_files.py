@@ -25,8 +25,8 @@ def tokenizer_fault(folder: Path) -> str | None:
                 return f"{path} is a pointer file of Git LFS, no tokenizer; fetch it: git lfs pull"
     if not found and not _needs_none(folder / "tokenizer_config.json"):
         return (
-            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); copy its files "
-            "of the model that it was made from into it"
+            f"{folder} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); copy them "
+            "from the model that it was made from"
         )
     whole = folder / "tokenizer.json"
     if whole.is_file():
