@@ -39,7 +39,7 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        print("interrupted; the same command continues from the finished work", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # `harness table … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
