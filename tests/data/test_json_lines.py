@@ -45,7 +45,7 @@ def same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) and not math.isfinite(ours):
         # Beside a column of mixed types the official loader writes and reads its rows again, and null comes back.
         return (
-            theirs is None or math.isnan(ours) == math.isnan(theirs) and (ours > 0) == (theirs > 0)
+            theirs is None or (math.isnan(ours) == math.isnan(theirs) and (ours > 0) == (theirs > 0))
         )
     return bool(ours == theirs)
 

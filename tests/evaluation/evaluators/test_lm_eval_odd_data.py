@@ -207,7 +207,7 @@ def test_answers_out_of_range_are_counted_and_said(
 
 def test_an_item_that_lm_eval_cannot_score_is_shown(tmp_path: Path, demo: Subject) -> None:
     rows = [{**row, "a": None} if i == 3 else row for i, row in enumerate(questions())]
-    with pytest.raises(EvaluationError, match='"Box 3 is :".*"a": null'):
+    with pytest.raises(EvaluationError, match=r'"Box 3 is :".*"a": null'):
         score(make(tmp_path, "null", CHOICE, rows), demo)
 
 
