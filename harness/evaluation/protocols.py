@@ -91,12 +91,15 @@ class Score:
     stderr   full name -> standard error, for the metrics that have one
     items    per-item columns of equal length, with "id": what paired comparisons between cells read
     details  how the numbers came about: window length, counts, versions; "smoke": True where a limit cut the data
+    problems what a reader must know of the numbers, empty when all is well: "unscored", the number of items without a score of
+             their own, and "sentences", each of which says how many items, which, and what to do; no key holds them
     """
 
     metrics: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
     items: dict[str, list[Any]] | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, Any] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
@@ -136,6 +139,17 @@ def model_context_length(model: Model) -> int | None:
         return folder_check.context_length(folder_check.read_config(folder))
     except HarnessError:
         return None  # a model that cannot be read is refused under its own name, not here
+
+
+def no_answers(task: str, lost: int, items: int) -> dict[str, Any]:
+    """The problems of a score in which some items have no answer; empty where all have one."""
+    if not lost:
+        return {}
+    sentence = (
+        f"{task}: {lost} of {items} items {'has' if lost == 1 else 'have'} no answer, because the model's logits are not numbers; "
+        "its metrics have no value"
+    )
+    return {"unscored": lost, "sentences": [sentence]}
 
 
 def finite(value: float) -> float | None:

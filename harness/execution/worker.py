@@ -56,6 +56,13 @@ if TYPE_CHECKING:
     from harness.evaluation.protocols import Subject
 
 
+SCORED_FIELDS = (
+    "stderr",
+    "seconds",
+    "batch_size",
+    "problems",
+)  # of a score, that travel with its event
+
 log = logging.getLogger(__name__)
 
 
@@ -379,6 +386,7 @@ def _score(
         "metrics": score.metrics,
         "stderr": score.stderr,
         "details": score.details,
+        **({"problems": score.problems} if score.problems else {}),
         "seconds": time.monotonic() - began,
         "batch_size": subject.batch_size,
         "provenance": dict(facts),
@@ -388,7 +396,7 @@ def _score(
 
 
 def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Scored:
-    record = {name: score[name] for name in ("stderr", "seconds", "batch_size") if name in score}
+    record = {name: score[name] for name in SCORED_FIELDS if name in score}
     return Scored(
         time.time(),
         (key,),
