@@ -10,6 +10,7 @@ Overrides are those of the shell. Everything is imported when it is used: import
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "plan", "run", "table"]
 __version__ = "0.1.0"
+
+# Idle threads of torch sleep at barriers. By default they spin, and beside other busy processes an operation then waits for
+# threads that do not run: a pass can take a hundred times as long. OpenMP reads this once, when torch is loaded, and this
+# package is imported first on every road: shell, workers, notebooks.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def plan(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:

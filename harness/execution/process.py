@@ -19,9 +19,6 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
     """
     import torch
 
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # spinning idle threads slow the other workers some tenfold
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         torch.set_num_threads(threads)
