@@ -1,8 +1,8 @@
 """What cells in one pass cost, against the sum of the same cells alone: `python tests/benchmarks/bench_grid.py [--hidden 256]`.
 
 A random model of Llama's shape with some large channels is quantized by {RTN, GPTQ, AWQ, SmoothQuant} × {2, 3, 4, 8} bits × {one
-scale per channel, groups of 64}, calibrated on full-precision inputs: every cell in a pass of its own, then all in one pass. CPU time of
-one thread; the files of every checkpoint are compared, byte by byte. Before it, one cell is run to warm up.
+scale per channel, groups of 64}, calibrated on full-precision inputs: every cell in a pass of its own, then all in one pass. CPU
+time of one thread; the files of every checkpoint are compared, byte by byte. Before it, one cell is run to warm up.
 """
 
 from __future__ import annotations

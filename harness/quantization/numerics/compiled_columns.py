@@ -27,8 +27,8 @@ from harness.quantization.numerics.grids import Grid, tables
 TILE = 64  # rows of a tile; with 128 columns its weights and errors take 64 KiB
 ROWS_PER_THREAD = 256  # fewer rows than this are not worth a second thread
 
-# How a column is rounded; the first four are the kinds of `grids.Grid`.
-STEPS, FLOAT_ZERO, ELEMENT, ELEMENT_BY_INVERSE, BINARY = 0, 1, 2, 3, 4
+# How a column is rounded: the kinds of `grids.Grid`.
+STEPS, FLOAT_ZERO, ELEMENT, ELEMENT_BY_INVERSE = 0, 1, 2, 3
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -44,14 +44,11 @@ def _kept_on_disk(function: Callable[..., Any]) -> Any:
         return _compiled(function)
 
 
-def kind_of(form: Grid) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
-    """How columns on grids of this form are rounded, and the tables of its element (empty where it has none)."""
+def kind_of(form: Grid) -> int:
+    """How columns on grids of this form are rounded."""
     if form.element is not None:
-        kind = ELEMENT_BY_INVERSE if form.by_inverse else ELEMENT
-        return kind, tables(form.element, torch.device("cpu"))
-    empty = torch.empty(0)
-    kind = FLOAT_ZERO if form.float_zero else STEPS
-    return kind, (empty, empty, torch.empty(0, dtype=torch.uint8))
+        return ELEMENT_BY_INVERSE if form.by_inverse else ELEMENT
+    return FLOAT_ZERO if form.float_zero else STEPS
 
 
 def round_block(
@@ -62,9 +59,8 @@ def round_block(
     scale: Tensor,
     zero: Tensor,
     group_of: Tensor,
-    kind: int,
-    top: int,
-    of_element: tuple[Tensor, Tensor, Tensor],
+    form: Grid,
+    binary: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
     """Round every column of a block to its grid and feed its error to the later columns of the block.
 
@@ -74,20 +70,24 @@ def round_block(
     codes     [columns, out] uint8, written
     scale     [groups, out] float32, zero [groups, out] float32
     group_of  [columns] int64, the group of each column
-    kind      one of the constants above
-    top       the largest code
-    of_element  what `kind_of` gives
+    form      bits and kind of the grids
+    binary    of entries that are one bit: their mask [columns, out] bool, scale and mean [groups, out] float32
 
     All are contiguous but for the factor, and on the CPU.
     """
-    arrays = [
-        t.numpy()
-        for t in (block, factor.contiguous(), errors, codes, scale, zero, group_of, *of_element)
-    ]
+    empty = torch.empty(0)
+    of_element = (empty, empty, torch.empty(0, dtype=torch.uint8))
+    if form.element is not None:
+        of_element = tables(form.element, block.device)
+    if binary is None:
+        binary = (torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0), torch.empty(0, 0))
+    inputs = (block, factor.contiguous(), errors, codes, scale, zero, group_of)
+    arrays = [tensor.numpy() for tensor in (*inputs, *of_element, *binary)]
+    kind, top = kind_of(form), np.float32(form.top)
     rows = block.shape[1]
 
     def work(first: int, end: int) -> None:
-        _round_block(*arrays, kind, np.float32(top), first, end)
+        _round_block(*arrays, kind, top, first, end)
 
     threads = max(1, min(torch.get_num_threads(), rows // ROWS_PER_THREAD))
     if threads == 1:
@@ -154,14 +154,6 @@ def _round_float_zero(w: Any, codes: Any, scale: Any, zero: Any, top: Any) -> No
 
 
 @_compiled
-def _round_binary(w: Any, codes: Any, scale: Any, mean: Any) -> None:
-    for row in range(w.shape[0]):
-        code = np.float32(1) if w[row] >= mean[row] else np.float32(0)
-        codes[row] = _to_code(code)
-        w[row] = w[row] - (mean[row] + scale[row] * (np.float32(2) * code - np.float32(1)))
-
-
-@_compiled
 def _round_element(
     w: Any, codes: Any, scale: Any, values: Any, borders: Any, ordered: Any, by_inverse: bool
 ) -> None:
@@ -184,6 +176,16 @@ def _round_element(
 
 
 @_compiled
+def _round_binary(w: Any, left: Any, codes: Any, mask: Any, scale: Any, mean: Any) -> None:
+    """Overwrite codes, and what rounding left of the weights w, where the mask is set."""
+    for row in range(w.shape[0]):
+        if mask[row]:
+            plus = w[row] >= mean[row]
+            codes[row] = np.uint8(1) if plus else np.uint8(0)
+            left[row] = w[row] - (mean[row] + (scale[row] if plus else -scale[row]))
+
+
+@_compiled
 def _to_code(code: Any) -> Any:
     return np.uint8(np.int32(code)) if code == code else np.uint8(0)
 
@@ -200,13 +202,17 @@ def _round_block(
     values: Any,
     borders: Any,
     ordered: Any,
+    mask: Any,
+    binary_scale: Any,
+    mean: Any,
     kind: int,
     top: Any,
     first: int,
     end: int,
 ) -> None:
     columns = block.shape[0]
-    tile = np.empty((columns, TILE), np.float32)
+    partly_binary = mask.shape[0] > 0
+    tile, before = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
     for start in range(first, end, TILE):
         size = min(TILE, end - start)
         for column in range(columns):
@@ -216,15 +222,25 @@ def _round_block(
             _subtract(tile, factor, column, size)
             group = group_of[column]
             s, z = scale[group, start : start + size], zero[group, start : start + size]
+            if partly_binary:
+                for row in range(size):
+                    before[row] = error[row]
             code = codes[column, start : start + size]
             if kind == STEPS:
                 _round_steps(error, code, s, z, top)
             elif kind == FLOAT_ZERO:
                 _round_float_zero(error, code, s, z, top)
-            elif kind == BINARY:
-                _round_binary(error, code, s, z)
             else:
                 _round_element(error, code, s, values, borders, ordered, kind == ELEMENT_BY_INVERSE)
+            if partly_binary:
+                _round_binary(
+                    before[:size],
+                    error,
+                    code,
+                    mask[column, start : start + size],
+                    binary_scale[group, start : start + size],
+                    mean[group, start : start + size],
+                )
             diagonal, out = factor[column, column], errors[column, start : start + size]
             for row in range(size):
                 error[row] = error[row] / diagonal

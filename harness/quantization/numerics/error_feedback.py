@@ -98,16 +98,31 @@ def _blocks(
         weight[:, end:] -= errors.T @ factor[start:end, end:]
 
 
+@dataclass(frozen=True)
+class BinaryEntries:
+    """Entries that are one bit, beside others on a grid: a weight of at least the mean becomes mean + scale, another mean - scale.
+
+    mask   [in, out] bool: the entries
+    scale  [groups, out] float32, of the groups of the grids beside them
+    mean   [groups, out] float32
+    """
+
+    mask: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
 @dataclass
 class GridColumns:
     """The rounding of columns to grids that are known when their block begins; given to `feed_forward` or `round_on_grids`.
 
-    form      bits and kind of all grids; its own scale and zero are not read
+    form      bits and kind of the grids; its own scale and zero are not read
     scale     [groups, out] float32
     zero      [groups, out] float32
     group_of  the group of each column
     codes     [in, out] uint8, written as columns are rounded
-    begin     called with each block before its first column is rounded: may fill scale and zero of groups in it
+    begin     called with each block before its first column is rounded: may fill scale and zero of groups in it, and set form
+    binary    entries that are not on their grid but one bit; their codes are 0 and 1
     """
 
     form: Grid
@@ -116,6 +131,7 @@ class GridColumns:
     group_of: list[int]
     codes: Tensor
     begin: Callable[[Columns], None] | None = None
+    binary: BinaryEntries | None = None
 
     def __call__(self, column: int, matrix: Columns) -> Tensor:
         """The rounded values [out] of one column of the matrix."""
@@ -123,9 +139,17 @@ class GridColumns:
             self.begin(matrix)
         group = self.group_of[column]
         grid = dataclasses.replace(self.form, scale=self.scale[group], zero=self.zero[group])
-        code = grid.quantize(matrix[column])
+        w = matrix[column]
+        code = grid.quantize(w)
+        values = grid.dequantize(code)
+        if self.binary is not None:
+            mask, scale = self.binary.mask[column], self.binary.scale[group]
+            mean = self.binary.mean[group]
+            plus = w >= mean
+            code = torch.where(mask, plus.to(code.dtype), code)
+            values = torch.where(mask, mean + torch.where(plus, scale, -scale), values)
         self.codes[column] = code
-        return grid.dequantize(code)
+        return values
 
 
 def round_on_grids(
@@ -140,12 +164,11 @@ def round_on_grids(
     if compiled is None:
         feed_forward(weight, factor, columns, block_size=block_size)
         return
-    kind, tables = compiled.kind_of(columns.form)
     group_of = torch.tensor(columns.group_of, dtype=torch.int64)
     for view, local, errors in _blocks(weight.clone(), factor, block_size):
-        here = slice(view.start, view.start + errors.shape[0])
         if columns.begin is not None:
             columns.begin(view)
+        here, binary = slice(view.start, view.start + errors.shape[0]), columns.binary
         compiled.round_block(
             view.block.T,
             local,
@@ -154,9 +177,8 @@ def round_on_grids(
             columns.scale,
             columns.zero,
             group_of[here],
-            kind,
-            columns.form.top,
-            tables,
+            columns.form,
+            binary if binary is None else (binary.mask[here], binary.scale, binary.mean),
         )
 
 

@@ -18,6 +18,7 @@ from harness.core.cell import WeightScheme
 from harness.core.number_formats import FORMATS
 from harness.quantization.numerics import compiled_columns, error_feedback
 from harness.quantization.numerics.error_feedback import (
+    BinaryEntries,
     Columns,
     GridColumns,
     feed_forward,
@@ -51,7 +52,7 @@ DAMAGE = (
 
 
 def problem(
-    rows: int, columns: int, size: int, form: str, damage: str, seed: int
+    rows: int, columns: int, size: int, form: str, damage: str, seed: int, binary: float = 0
 ) -> tuple[Tensor, Tensor, GridColumns]:
     """A matrix, a factor, and grids of groups fitted on the matrix as it is when their block begins."""
     rng = torch.Generator().manual_seed(seed)
@@ -86,7 +87,12 @@ def problem(
     codes = torch.zeros(columns, rows, dtype=torch.uint8)
     form_grid = fitting.fit(torch.randn(2, 4, generator=rng))
     group_of = [column // size for column in range(columns)]
-    return weight, factor, GridColumns(form_grid, scale, zero, group_of, codes, begin)
+    rule = GridColumns(form_grid, scale, zero, group_of, codes, begin)
+    if binary:
+        mask = torch.rand(columns, rows, generator=rng) < binary
+        low, mean = torch.randn(2, groups, rows, generator=rng)
+        rule.binary = BinaryEntries(mask, low, mean)
+    return weight, factor, rule
 
 
 @settings(max_examples=150, deadline=None)
@@ -97,16 +103,33 @@ def problem(
     block_size=st.integers(1, 60),
     form=st.sampled_from(sorted(FORMS)),
     damage=st.sampled_from(DAMAGE),
+    binary=st.sampled_from((0, 0.3, 1)),
     seed=st.integers(0, 2**31),
 )
-@example(rows=0, columns=3, size=2, block_size=2, form="steps", damage="none", seed=0)
-@example(rows=3, columns=1, size=1, block_size=128, form="steps", damage="zero diagonal", seed=0)
-@example(rows=65, columns=40, size=12, block_size=16, form="steps", damage="nan", seed=1)
+@example(rows=0, columns=3, size=2, block_size=2, form="steps", damage="none", binary=0, seed=0)
+@example(
+    rows=3,
+    columns=1,
+    size=1,
+    block_size=128,
+    form="steps",
+    damage="zero diagonal",
+    binary=0.3,
+    seed=0,
+)
+@example(rows=65, columns=40, size=12, block_size=16, form="steps", damage="nan", binary=0, seed=1)
 def test_both_loops_agree_to_the_bit(
-    rows: int, columns: int, size: int, block_size: int, form: str, damage: str, seed: int
+    rows: int,
+    columns: int,
+    size: int,
+    block_size: int,
+    form: str,
+    damage: str,
+    binary: float,
+    seed: int,
 ) -> None:
-    weight, factor, compiled = problem(rows, columns, size, form, damage, seed)
-    _, _, plain = problem(rows, columns, size, form, damage, seed)
+    weight, factor, compiled = problem(rows, columns, size, form, damage, seed, binary)
+    _, _, plain = problem(rows, columns, size, form, damage, seed, binary)
     before = weight.clone()
     round_on_grids(weight, factor, compiled, block_size=block_size)
     feed_forward(weight, factor, plain, block_size=block_size)
@@ -167,10 +190,29 @@ def test_without_a_folder_for_the_cache_functions_still_compile() -> None:
 
 def test_kinds_are_those_of_the_grid() -> None:
     kinds = {
-        name: compiled_columns.kind_of(Fitting(scheme).fit(torch.randn(2, 4)))[0]
+        name: compiled_columns.kind_of(Fitting(scheme).fit(torch.randn(2, 4)))
         for name, scheme in FORMS.items()
     }
     assert kinds["steps"] == kinds["symmetric"] == compiled_columns.STEPS
     assert kinds["float zero"] == compiled_columns.FLOAT_ZERO
     assert kinds["nf4"] == compiled_columns.ELEMENT
     assert kinds["by inverse"] == compiled_columns.ELEMENT_BY_INVERSE
+
+
+def test_the_form_may_change_from_block_to_block() -> None:
+    """SliM-LLM gives each group, a block of its own, another width."""
+    found = []
+    for loop in (round_on_grids, feed_forward):
+        weight, factor, rule = problem(70, 24, 8, "eight bits", "none", 5)
+        fit = rule.begin
+        assert fit is not None
+
+        def begin(matrix: Columns, rule: GridColumns = rule, fit: Any = fit) -> None:
+            fit(matrix)
+            rule.form = dataclasses.replace(rule.form, bits=2 + matrix.start // 8)
+
+        rule.begin = begin
+        loop(weight, factor, rule, block_size=8)  # type: ignore[operator]
+        found.append(rule.codes)
+    assert torch.equal(*found)
+    assert [int(part.max()) for part in found[0].split(8)] == [3, 7, 15]
