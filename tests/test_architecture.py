@@ -16,12 +16,14 @@ PACKAGE = ROOT / "harness"
 ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "hydra": "harness.config",
     "omegaconf": "harness.config",
+    "pydantic": "harness.config.typed",
     "ray": "harness.execution.executors.ray_cluster",
     "mlflow": "harness.tracking.mlflow_runs",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
     "fsspec": "harness.storage.object_store",
     "peft": "harness.quantization.formats.peft",
     "numba": "harness.quantization.numerics.compiled_columns",
+    "pynvml": "harness.evaluation.meters",
 }
 MAY_IMPORT = {  # folder -> what of the harness it may import besides itself
     "core": (),
@@ -65,8 +67,6 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 LARGE = {  # files of more than 700 lines, each whole on purpose
-    "harness.config.grid",
-    "harness.quantization.pipeline.passes",
     "harness.execution.scheduler",
     "harness.tracking.mlflow_runs",
     "harness.evaluation.evaluators.lm_eval_tasks",
@@ -220,6 +220,7 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
         "harness.quantization.formats.peft",
         "harness.quantization.numerics.compiled_columns",  # Numba; a torch loop gives the same bits without it
         "harness.evaluation.flips",
+        "harness.evaluation.meters",  # pynvml, and only where it is installed
         "harness.evaluation.statistics",  # of results, where no model is
         "harness.quantization.inference.placement",  # accelerate, and only where a model exceeds one device
     }
