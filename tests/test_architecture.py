@@ -274,6 +274,39 @@ def test_a_method_is_a_file_and_its_yaml(slot: str, folder: str) -> None:
     assert configured == set(plugins.find(slot))
 
 
+def test_the_tree_of_the_readme_is_the_tree_of_the_folders() -> None:
+    """Every path of README's tree exists, and it shows every folder of harness/ with a remark."""
+    shown = readme_tree()
+    assert len(shown) > 40, "the rule has lost its subject"
+    missing = [
+        path
+        for path in shown
+        if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())
+    ]
+    assert not missing, f"README's tree shows what is not there: {missing}"
+    folders = {
+        f"{folder.relative_to(ROOT).as_posix()}/"
+        for folder in PACKAGE.rglob("*")
+        if folder.is_dir() and folder.name != "__pycache__" and any(folder.glob("*.*"))
+    }
+    assert not folders - set(shown), f"README's tree lacks {sorted(folders - set(shown))}"
+    bare = [path for path, remark in shown.items() if not remark and path != "harness/"]
+    assert not bare, f"README's tree has no remark on {bare}"
+
+
+def readme_tree() -> dict[str, str]:
+    """path -> remark of the tree that README draws: one path per line, two spaces deeper for what lies in a folder."""
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree\n\n```\n")[1]
+    shown: dict[str, str] = {}
+    parents: list[str] = []
+    for line in block.split("```")[0].splitlines():
+        name, _, remark = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], name]
+        shown["".join(parents)] = remark.strip()
+    return shown
+
+
 def test_markdown_links_resolve() -> None:
     import re
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,24 +38,19 @@ def list_names(group: str) -> list[Entry]:
 
 
 def config_roots() -> list[Path]:
-    """conf/ folders in order of precedence: working directory, HARNESS_CONF, beside the user's plugins, the project's own."""
+    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those in HARNESS_PLUGINS, the project's, installed ones.
+
+    Those of installed packages come last: installing a package adds names and never changes what a name means.
+    """
     named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
-    own = [
-        Path(entry) / "conf"
-        for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep)
-        if entry
-    ]
-    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf"]
+    own, installed = plugins.conf_folders()
+    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf", *installed]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
 
 
 def _project() -> Path:
-    """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/."""
-    shared = (
-        Path(base) / "share" / "quantization-harness"
-        for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent)
-    )
-    for folder in (PACKAGE, PACKAGE.parent, *shared):
+    """The folder with the project's conf/ and sweeps/: the package of an installation, or the checkout around it."""
+    for folder in (PACKAGE, PACKAGE.parent):
         if (folder / "conf" / "config.yaml").is_file():
             return folder
     raise ConfigError(

@@ -268,13 +268,14 @@ def _type_of(node: ast.expr) -> Any:
 
 
 def _home(name: str, tree: ast.Module) -> ast.Module:
-    for node in tree.body:
+    """The source that defines a class: this file, or the one it imports the class from, however many files pass it on."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(
             (alias.asname or alias.name) == name for alias in node.names
         ):
             spec = importlib.util.find_spec(node.module or "")
             if spec is not None and spec.origin is not None:
-                return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+                return _home(name, ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     return tree
 
 

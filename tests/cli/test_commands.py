@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import harness
 from harness.cli import commands, completion, doctor
 from harness.config import overrides
 from harness.core.cell import cell_key
@@ -55,6 +56,23 @@ def test_help_names_every_command() -> None:
     assert code == 0
     for name in ("plan", "run", "status", "table", "show", "publish", "ui", "list", "doctor"):
         assert name in out
+
+
+def test_help_has_exit_codes_and_every_command_an_example() -> None:
+    _, out = invoke("--help")
+    assert all(f"\n   {number}" in out for number in (0, 1, 2, 3, 130)), out
+    names = [
+        command.name or command.callback.__name__ for command in commands.app.registered_commands
+    ]
+    assert len(names) >= 14
+    for name in names:
+        code, out = invoke(name, "--help")
+        assert code == 0 and f"  harness {name}" in out.partition("Examples:")[2], name
+
+
+def test_the_version() -> None:
+    code, out = invoke("--version")
+    assert code == 0 and out == f"harness {harness.__version__}\n"
 
 
 def test_plan_run_status_show(tmp_path: Path) -> None:
