@@ -13,6 +13,7 @@ Overrides are those of the command line. Importing the package takes no time: ev
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ if TYPE_CHECKING:
     from harness.quantization.numerics.weights import on_grid as on_grid
 
 __version__ = "0.1.0"
+
+# Idle threads of torch sleep at barriers. By default they spin, and beside other busy processes an operation then waits for
+# threads that do not run: a pass can take a hundred times as long. OpenMP reads this once, when torch is loaded, and this
+# package is imported first on every road: shell, workers, notebooks.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FOR_PLUGINS = {  # module -> the names that plugins import from here
     # every plugin

@@ -22,6 +22,7 @@ ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
     "fsspec": "harness.storage.object_store",
     "peft": "harness.quantization.formats.peft",
+    "numba": "harness.quantization.numerics.compiled_columns",
     "pynvml": "harness.evaluation.meters",
 }
 MAY_IMPORT = {  # folder -> what of the harness it may import besides itself
@@ -217,6 +218,7 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
         "harness.evaluation.evaluators.lm_eval_tasks",
         "harness.quantization.formats.compressed_tensors",
         "harness.quantization.formats.peft",
+        "harness.quantization.numerics.compiled_columns",  # Numba; a torch loop gives the same bits without it
         "harness.evaluation.flips",
         "harness.evaluation.meters",  # pynvml, and only where it is installed
         "harness.evaluation.statistics",  # of results, where no model is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,15 @@ def test_importing_takes_no_time() -> None:
     heavy = ("torch", "ray", "mlflow", "pandas", "hydra", "psutil")
     code = f"import sys, harness; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_the_user_says_otherwise(given: str | None) -> None:
+    """The package sets the policy before torch, which reads it when it is loaded."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    code = "import harness, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [given or "PASSIVE", "False"]

@@ -19,8 +19,6 @@ def prepare(device: str, threads: int, gpu_fraction: float = 1.0, devices: int =
     """
     import torch
 
-    # Idle threads that spin slow the other workers about tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         torch.set_num_threads(threads)

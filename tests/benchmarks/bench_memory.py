@@ -37,7 +37,7 @@ import json, resource, sys, threading, time
 from pathlib import Path
 import psutil, torch, transformers
 from harness.core.cell import Cell, Method, Model, Part, Scheme, WeightScheme, freeze, quantize_key, to_json
-from harness import plugins
+from harness.core import plugins
 from harness.core.events import Failed
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.models import shapes

@@ -17,7 +17,7 @@ fails, so here it is left out then.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from harness.quantization.methods.checks import check_grid, require_finite
 from harness.quantization.methods.folding import fold_scales, repeat_scales
 from harness.quantization.methods.protocols import BlockView, Evidence
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.pruned_search import first_least
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
 
 QUERY_AND_KEY = ("q_", "k_", "query", "key", "Wqkv")
@@ -111,49 +112,77 @@ class Transform:
         activity = block.evidence[pair.consumers[0]]["abs_mean"].float()
         if pair.repeats > 1:  # [kv heads, repeats, head_dim] -> one per kv channel
             activity = activity.reshape(-1, pair.repeats, block.shapes.head_dim).mean(1).reshape(-1)
-        compared = _OutputLoss(block, pair, weights) if pair.region else None
 
-        best, lowest, unscaled, exponent = None, float("inf"), float("nan"), 0.0
-        for step in range(self.settings.exponents):
-            ratio = step / self.settings.exponents
-            scales = activity.pow(ratio).clamp(min=1e-4)
-            scales = scales / (scales.max() * scales.min()).sqrt()
-            columns = repeat_scales(scales, pair, block.shapes)
-            rounded = {
+        def scales_of(step: int) -> Tensor:
+            scales = activity.pow(step / self.settings.exponents).clamp(min=1e-4)
+            return scales / (scales.max() * scales.min()).sqrt()
+
+        def rounded(step: int) -> dict[str, Tensor]:
+            columns = repeat_scales(scales_of(step), pair, block.shapes)
+            return {
                 name: _nearest(weight * columns, schemes[name], self.settings.grid) / columns
                 for name, weight in weights.items()
             }
-            loss = compared(rounded) if compared else _hessian_loss(block, weights, rounded)
-            unscaled = loss if step == 0 else unscaled
-            if loss < lowest:
-                best, lowest, exponent = scales, loss, ratio
+
+        def of_linears(step: int, start: int) -> Iterator[float]:
+            if start == 0:
+                yield _hessian_loss(block, weights, rounded(step))
+
+        steps, terms, divisor, tried = self.settings.exponents, of_linears, 1, 1
+        if pair.region:
+            outputs = _OutputLoss(block, pair)
+            divisor, tried = outputs.count, max(1, len(outputs.originals) // 8)
+
+            def terms(step: int, start: int) -> Iterator[float]:
+                return outputs.terms(rounded(step), start)
+
+        found = first_least(steps, terms, divisor, tried=tried, complete=(0,))
+        best = None if found.index is None else scales_of(found.index)
         # NaN to the power 0 is 1: broken activations would pass as no scaling at all.
-        if best is None or not bool(torch.isfinite(best).all() & torch.isfinite(activity).all()):
+        if (
+            found.index is None
+            or best is None
+            or not bool(torch.isfinite(best).all() & torch.isfinite(activity).all())
+        ):
             raise MethodError(
                 f"block {block.index}: no scale for {pair.producer} → {', '.join(pair.consumers)} has a finite loss; "
                 "the activations or weights hold NaN or infinity; load the model in a wider dtype (model.dtype=float32)"
             )
-        return best, {"exponent": exponent, "loss": lowest, "loss_without": unscaled}
+        return best, {
+            "exponent": found.index / steps,
+            "loss": found.values[found.index],
+            "loss_without": found.values[0],
+        }
 
 
 class _OutputLoss:
-    """Mean squared change of a region's output when its linears are rounded; holds the region's outputs on all sequences."""
+    """Squared change of a region's output when its linears are rounded.
 
-    def __init__(self, block: BlockView, pair: ScalePair, weights: Mapping[str, Tensor]) -> None:
+    originals  the region's full-precision outputs, one per sequence: the same for all cells of a stream, so computed once for them
+    count      of numbers in all of them
+    """
+
+    def __init__(self, block: BlockView, pair: ScalePair) -> None:
         self.block, self.region = block, pair.region
-        self.dtypes = {name: block.linear(name).weight.dtype for name in weights}
-        self.originals = [
-            block.run_region(pair.region, index) for index in range(len(block.inputs()))
+        self.dtypes = {name: block.linear(name).weight.dtype for name in pair.consumers}
+        self.originals: list[Tensor] = block.evidence[pair.consumers[0]].once(
+            ("outputs of the original region", pair.region), self._run_original
+        )
+        self.count = sum(original.numel() for original in self.originals)
+
+    def _run_original(self) -> list[Tensor]:
+        return [
+            self.block.run_region(self.region, index).to(hidden.device)
+            for index, hidden in enumerate(self.block.inputs())
         ]
 
-    def __call__(self, rounded: Mapping[str, Tensor]) -> float:
+    def terms(self, rounded: Mapping[str, Tensor], start: int) -> Iterator[float]:
+        """The sum of squares over each sequence, from sequence `start` on."""
         named = {f"{name}.weight": weight.to(self.dtypes[name]) for name, weight in rounded.items()}
-        total, count = 0.0, 0
-        for index, original in enumerate(self.originals):
-            change = (self.block.run_region(self.region, index, named) - original).float()
-            total += float(change.square().sum(dtype=torch.float64))
-            count += change.numel()
-        return total / count
+        for index in range(start, len(self.originals)):
+            output = self.block.run_region(self.region, index, named)
+            change = (output - self.originals[index].to(output.device)).float()
+            yield float(change.square().sum(dtype=torch.float64))
 
 
 def _hessian_loss(

@@ -34,7 +34,7 @@ from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_grid, refusals
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.numerics.error_feedback import Columns, feed_forward
+from harness.quantization.numerics.error_feedback import Columns, GridColumns, round_on_grids
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
@@ -135,24 +135,24 @@ class Rounding:
         group_of = (positions // size).tolist()
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
 
-        def round_column(column: int, matrix: Columns) -> Tensor:
-            if dynamic and column == matrix.start:  # fit all groups that begin in this block
-                first, last = -(-column // size), -(-(column + matrix.block.shape[1]) // size)
-                if first < last:
-                    grid = fitting.fit(
-                        matrix.weight[:, first * size : last * size].reshape(
-                            rows, last - first, size
-                        )
-                    )
-                    scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
-            grid = dataclasses.replace(
-                form, scale=scale[group_of[column]], zero=zero[group_of[column]]
+        def fit_groups(matrix: Columns) -> None:
+            """Fit all groups that begin in this block."""
+            first, last = (
+                -(-matrix.start // size),
+                -(-(matrix.start + matrix.block.shape[1]) // size),
             )
-            code = grid.quantize(matrix[column])
-            codes[column] = code
-            return grid.dequantize(code)
+            if first < last:
+                grid = fitting.fit(
+                    matrix.weight[:, first * size : last * size].reshape(rows, last - first, size)
+                )
+                scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
 
-        feed_forward(w, factor.upper, round_column, block_size=self.settings.block_size)
+        round_on_grids(
+            w,
+            factor.upper,
+            GridColumns(form, scale, zero, group_of, codes, fit_groups if dynamic else None),
+            block_size=self.settings.block_size,
+        )
 
         column_group = None
         if order is None:

@@ -31,8 +31,13 @@ from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals, require_finite
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.numerics.error_feedback import Columns, feed_forward
-from harness.quantization.numerics.grids import SCALE_DTYPES, Grid, as_stored, fit
+from harness.quantization.numerics.error_feedback import (
+    BinaryEntries,
+    Columns,
+    GridColumns,
+    round_on_grids,
+)
+from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored, fit
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight
@@ -219,28 +224,23 @@ def _round(
     masked = (weight * low).reshape(rows, -1, size)
     mean = as_stored(masked.mean(-1), scheme.scale_dtype)  # [out, groups]
     scale = as_stored((masked - mean.unsqueeze(-1)).abs().mean(-1), scheme.scale_dtype)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-
-    def round_column(column: int, view: Columns) -> Tensor:
-        w, group = view[column], column // size
-        is_low, plus = low[:, column], w >= mean[:, group]
-        high_codes = _column_codes(high, w)
-        codes[:, column] = torch.where(is_low, plus.to(high_codes.dtype), high_codes)
-        binary = mean[:, group] + torch.where(plus, scale[:, group], -scale[:, group])
-        return torch.where(is_low, binary, high.scale[:, 0] * (high_codes - high.zero[:, 0]))
-
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    rounding = GridColumns(
+        high,
+        high.scale.T.expand(mean.shape[1], -1).contiguous(),  # one grid for all groups of a row
+        high.zero.T.expand(mean.shape[1], -1).contiguous(),
+        [column // size for column in range(columns)],
+        codes,
+        binary=BinaryEntries(low.T.contiguous(), scale.T.contiguous(), mean.T.contiguous()),
+    )
     if settings.feedback:
-        feed_forward(weight, factor.upper, round_column, block_size=settings.block_size)
+        round_on_grids(weight, factor.upper, rounding, block_size=settings.block_size)
     else:
         view = Columns(weight, weight, 0)
         for column in range(columns):
-            round_column(column, view)
+            rounding(column, view)
+    codes = codes.T.contiguous()
     return PartlyBinaryWeight(low, codes, mean, scale, high.scale, high.zero, scheme.scale_dtype)
-
-
-def _column_codes(grid: Grid, column: Tensor) -> Tensor:
-    """Codes of one column [out] on per-row grids."""
-    return grid.quantize(column.unsqueeze(1))[:, 0]
 
 
 def least(salience: Tensor, fraction: float) -> Tensor:

@@ -26,6 +26,7 @@ weight on its group's mean takes the upper of two values.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +36,13 @@ from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_uniform, refusals, require_finite
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.numerics.error_feedback import Columns, feed_forward
-from harness.quantization.numerics.grids import from_range
+from harness.quantization.numerics.error_feedback import (
+    BinaryEntries,
+    Columns,
+    GridColumns,
+    round_on_grids,
+)
+from harness.quantization.numerics.grids import Grid, from_range
 from harness.quantization.numerics.hessians import damped, factored, inverse_factor
 from harness.quantization.numerics.mixed_width import (
     MixedWidthWeight,
@@ -133,22 +139,28 @@ class Rounding:
         offset = torch.empty_like(scale)
         codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
 
-        def round_column(column: int, matrix: Columns) -> Tensor:
-            group, bits = column // size, widths[column // size]
-            if column == matrix.start:
-                diagonal = factor.diagonal()[column : column + size]
-                fitted = self._fit(matrix.block, diagonal, bits, scheme.scale_dtype)
-                scale[group], offset[group] = fitted[0][:, 0], fitted[1][:, 0]
-            values, s, o = matrix[column], scale[group], offset[group]
-            if bits == 1:
-                code = (values >= o).float()
-                codes[column] = code
-                return o + s * (2 * code - 1)
-            code = (torch.round(values / s) + o).clamp_(0, 2**bits - 1)
-            codes[column] = code
-            return s * (code - o)
+        def fit_group(matrix: Columns) -> None:
+            """A block is a group: fit it as it stands."""
+            group = matrix.start // size
+            bits = widths[group]
+            diagonal = factor.diagonal()[matrix.start : matrix.start + size]
+            fitted = self._fit(matrix.block, diagonal, bits, scheme.scale_dtype)
+            scale[group], offset[group] = fitted[0][:, 0], fitted[1][:, 0]
+            rounding.form = dataclasses.replace(form, bits=bits)
 
-        feed_forward(weight, factor, round_column, block_size=size)
+        one_bit = torch.tensor([width == 1 for width in widths], device=weight.device)
+        mask = one_bit.repeat_interleave(size).unsqueeze(1).expand(columns, rows).contiguous()
+        form = Grid(scale[:1], offset[:1], 1)
+        rounding = GridColumns(
+            form,
+            scale,
+            offset,
+            [column // size for column in range(columns)],
+            codes,
+            fit_group,
+            BinaryEntries(mask, scale, offset),
+        )
+        round_on_grids(weight, factor, rounding, block_size=size)
         return MixedWidthWeight(
             codes.T.contiguous(),
             scale.T.contiguous(),

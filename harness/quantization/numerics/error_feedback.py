@@ -11,11 +11,16 @@ inside the cache; the rest of the matrix is updated by one product per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from harness.quantization.numerics.grids import Grid
 
 
 @dataclass
@@ -65,24 +70,126 @@ def feed_forward(
     """
     weight = weight.clone()
     rounded = torch.empty_like(weight)
-    columns = weight.shape[1]
-    for start in range(0, columns, block_size):
-        end = min(start + block_size, columns)
-        local = factor[start:end, start:end]
-        block = weight[
-            :, start:end
-        ].T.contiguous()  # [columns of the block, out]: a column is contiguous
-        errors = torch.empty_like(block)
-        view = Columns(weight, block.T, start)
-        for i in range(end - start):
+    for view, local, errors in _blocks(weight, factor, block_size):
+        block, start = view.block.T, view.start
+        for i in range(block.shape[0]):
             values = round_column(start + i, view)
             rounded[:, start + i] = values
             errors[i] = (block[i] - values) / local[i, i]
             if update_block:
                 # A product and a subtraction, not one fused step: the rounding of each update in the authors' code of GPTQ.
                 block[i + 1 :] -= local[i, i + 1 :, None] * errors[i]
-        weight[:, end:] -= errors.T @ factor[start:end, end:]
     return rounded
+
+
+def _blocks(
+    weight: Tensor, factor: Tensor, block_size: int
+) -> Iterator[tuple[Columns, Tensor, Tensor]]:
+    """Each block of columns, its part of the factor, and room for its errors [columns of the block, out].
+
+    The errors that the caller has written when it asks for the next block are fed to all columns behind this one, in weight.
+    """
+    columns = weight.shape[1]
+    for start in range(0, columns, block_size):
+        end = min(start + block_size, columns)
+        block = weight[:, start:end].T.contiguous()  # a column is contiguous
+        errors = torch.empty_like(block)
+        yield Columns(weight, block.T, start), factor[start:end, start:end], errors
+        weight[:, end:] -= errors.T @ factor[start:end, end:]
+
+
+@dataclass(frozen=True)
+class BinaryEntries:
+    """Entries that are one bit, beside others on a grid: a weight of at least the mean becomes mean + scale, another mean - scale.
+
+    mask   [in, out] bool: the entries
+    scale  [groups, out] float32, of the groups of the grids beside them
+    mean   [groups, out] float32
+    """
+
+    mask: Tensor
+    scale: Tensor
+    mean: Tensor
+
+
+@dataclass
+class GridColumns:
+    """The rounding of columns to grids that are known when their block begins; given to `feed_forward` or `round_on_grids`.
+
+    form      bits and kind of the grids; its own scale and zero are not read
+    scale     [groups, out] float32
+    zero      [groups, out] float32
+    group_of  the group of each column
+    codes     [in, out] uint8, written as columns are rounded
+    begin     called with each block before its first column is rounded: may fill scale and zero of groups in it, and set form
+    binary    entries that are not on their grid but one bit; their codes are 0 and 1
+    """
+
+    form: Grid
+    scale: Tensor
+    zero: Tensor
+    group_of: list[int]
+    codes: Tensor
+    begin: Callable[[Columns], None] | None = None
+    binary: BinaryEntries | None = None
+
+    def __call__(self, column: int, matrix: Columns) -> Tensor:
+        """The rounded values [out] of one column of the matrix."""
+        if column == matrix.start and self.begin is not None:
+            self.begin(matrix)
+        group = self.group_of[column]
+        grid = dataclasses.replace(self.form, scale=self.scale[group], zero=self.zero[group])
+        w = matrix[column]
+        code = grid.quantize(w)
+        values = grid.dequantize(code)
+        if self.binary is not None:
+            mask, scale = self.binary.mask[column], self.binary.scale[group]
+            mean = self.binary.mean[group]
+            plus = w >= mean
+            code = torch.where(mask, plus.to(code.dtype), code)
+            values = torch.where(mask, mean + torch.where(plus, scale, -scale), values)
+        self.codes[column] = code
+        return values
+
+
+def round_on_grids(
+    weight: Tensor, factor: Tensor, columns: GridColumns, *, block_size: int = 128
+) -> None:
+    """`feed_forward` for columns on grids: columns.codes are written, and the values that they stand for are not returned.
+
+    On the CPU in float32 each block is rounded by one compiled function, some ten times faster than column by column and to the
+    same bits; elsewhere, and where Numba is not installed, by `feed_forward`.
+    """
+    compiled = _compiled_columns(weight, factor, columns.scale)
+    if compiled is None:
+        feed_forward(weight, factor, columns, block_size=block_size)
+        return
+    group_of = torch.tensor(columns.group_of, dtype=torch.int64)
+    for view, local, errors in _blocks(weight.clone(), factor, block_size):
+        if columns.begin is not None:
+            columns.begin(view)
+        here, binary = slice(view.start, view.start + errors.shape[0]), columns.binary
+        compiled.round_block(
+            view.block.T,
+            local,
+            errors,
+            columns.codes[here],
+            columns.scale,
+            columns.zero,
+            group_of[here],
+            columns.form,
+            binary if binary is None else (binary.mask[here], binary.scale, binary.mean),
+        )
+
+
+def _compiled_columns(*tensors: Tensor) -> ModuleType | None:
+    """The compiled loop, where it can take these tensors."""
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):
+        return None
+    try:
+        return importlib.import_module("harness.quantization.numerics.compiled_columns")
+    except ImportError:  # Numba is not installed
+        return None
 
 
 def ldlq(

@@ -302,8 +302,8 @@ def _shrink(
 
 
 @functools.cache
-def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Values by code [2^bits], borders between neighbouring values, and the code of each interval between borders."""
+def tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of an element: values by code [2^bits], borders between neighbouring values, the code of each interval between borders."""
     codes = [code for code, value in enumerate(element.values) if math.isfinite(value)]
     if element.signed:  # -0 below +0, larger magnitudes further out
         sign = 2 ** (element.bits - 1)
@@ -331,13 +331,13 @@ def _tables(element: Element, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 def encode(values: Tensor, element: Element) -> Tensor:
     """Codes, uint8, of the nearest elements; values beyond the largest take the largest. Small negative values become -0."""
-    _, borders, codes = _tables(element, values.device)
+    _, borders, codes = tables(element, values.device)
     return codes[torch.bucketize(values, borders)]
 
 
 def decode(codes: Tensor, element: Element) -> Tensor:
     """The elements of codes, float32."""
-    return _tables(element, codes.device)[0][codes.long()]
+    return tables(element, codes.device)[0][codes.long()]
 
 
 # ---- how scales are stored -------------------------------------------------------------------------------------------

@@ -183,7 +183,11 @@ class StreamedBlock:
         )
         self._locations = {location.name: location for location in blocks.locations(index)}
         self.shapes, self.left_out = self._own(blocks.shapes, without_evidence)
-        self._regions: dict[tuple[str, int], Call] = {}
+        # Inputs of regions belong to the block and the stream, as evidence does, and are kept with it for the stream's other cells.
+        first = next(iter(evidence.values()), None)
+        self._regions: dict[tuple[str, int], Call] = (
+            first.once("inputs of regions", dict) if first is not None else {}
+        )
         self._pristine: nn.Module | None = None
         self.notes: dict[str, Any] = {}
 

@@ -239,3 +239,58 @@ def test_what_cannot_run_is_refused_or_fails_by_name() -> None:
     ):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             plugins.build(kind, "awq", settings)
+
+
+def exhaustive(block: FakeBlock, pair: ScalePair, exponents: int) -> dict[str, float]:
+    """The search as published: the loss of every exponent over all sequences, the first least one."""
+    weights = {name: block.linear(name).weight.detach().float() for name in pair.consumers}
+    activity = block.evidence[pair.consumers[0]]["abs_mean"]
+    losses = []
+    for step in range(exponents):
+        scales = activity.pow(step / exponents).clamp(min=1e-4)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        named = {
+            f"{name}.weight": awq._nearest(weight * scales, SCHEME.weight, "awq") / scales
+            for name, weight in weights.items()
+        }
+        total, count = 0.0, 0
+        for index in range(len(block.inputs())):
+            original = block.run_region(pair.region, index)
+            change = block.run_region(pair.region, index, named) - original
+            total += float(change.square().sum(dtype=torch.float64))
+            count += change.numel()
+        losses.append(total / count)
+    best = losses.index(min(losses))
+    return {"exponent": best / exponents, "loss": losses[best], "loss_without": losses[0]}
+
+
+@pytest.mark.parametrize("sequences", [1, 4, 9])
+def test_pruning_finds_what_the_exhaustive_search_finds(sequences: int) -> None:
+    with torch.no_grad():
+        for seed in range(4):
+            block = FakeBlock(seed=seed, sequences=sequences)
+            pairs = [pair for pair in block.shapes.pairs if pair.region]
+            expected = [exhaustive(block, pair, 20) for pair in pairs]
+            notes = rewrite(block)["scales"]
+            assert expected == [
+                notes[f"{pair.producer} → {', '.join(pair.consumers)}"] for pair in pairs
+            ]
+
+
+def test_outputs_of_the_original_regions_are_computed_once_for_all_cells() -> None:
+    first = FakeBlock()
+    schemes = [Scheme(f"w{b}", WeightScheme("int", b, 16, False, "float32")) for b in (2, 4)]
+    runs: list[str] = []
+    for scheme in schemes:
+        block = FakeBlock()
+        block.evidence = first.evidence  # as in a pass: cells of one stream share it
+        run = block.run_region
+
+        def counting(region: str, index: int, weights: Any = None, run: Any = run) -> Tensor:
+            runs.extend([] if weights else [region])
+            return run(region, index, weights)
+
+        block.run_region = counting  # type: ignore[method-assign]
+        alone = FakeBlock()
+        assert rewrite(block, scheme) == rewrite(alone, scheme)
+    assert len(runs) == 2 * len(first.inputs())  # two regions, each sequence once

@@ -1,0 +1,247 @@
+"""The loop over the columns of one block, compiled by Numba for the CPU: what `error_feedback` does in torch, to the same bits.
+
+Rows are independent of each other once the factor is known, so each thread takes a range of rows, and a tile of `TILE` rows stays
+in the fast cache while the columns of the block pass over it. Every weight sees the same operations in the same order as in the
+torch loop: divisions are divisions, products and sums are rounded one by one (no fused step, no reassociation), and updates of
+earlier columns are subtracted first to last. Tests hold the two loops against each other.
+
+Machine code is compiled on first use, in seconds, and kept on disk: beside this file, or in the user's cache folder where that
+cannot be written, or in NUMBA_CACHE_DIR.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.quantization.numerics.block_maxima import SMALLEST
+from harness.quantization.numerics.grids import Grid, tables
+
+TILE = 64  # rows of a tile; with 128 columns its weights and errors take 64 KiB
+ROWS_PER_THREAD = 256  # fewer rows than this are not worth a second thread
+
+# How a column is rounded: the kinds of `grids.Grid`.
+STEPS, FLOAT_ZERO, ELEMENT, ELEMENT_BY_INVERSE = 0, 1, 2, 3
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """A function that only other compiled functions call."""
+    # "numpy": a division by zero gives infinity or NaN, as in torch, and raises nothing.
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def _kept_on_disk(function: Callable[..., Any]) -> Any:
+    try:
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder can be written: compiled once in each process
+        return _compiled(function)
+
+
+def kind_of(form: Grid) -> int:
+    """How columns on grids of this form are rounded."""
+    if form.element is not None:
+        return ELEMENT_BY_INVERSE if form.by_inverse else ELEMENT
+    return FLOAT_ZERO if form.float_zero else STEPS
+
+
+def round_block(
+    block: Tensor,
+    factor: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_of: Tensor,
+    form: Grid,
+    binary: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Round every column of a block to its grid and feed its error to the later columns of the block.
+
+    block     [columns, out] float32, not written to
+    factor    [columns, columns] float32, of the block
+    errors    [columns, out] float32, written: (weight - rounded) / diagonal of the factor
+    codes     [columns, out] uint8, written
+    scale     [groups, out] float32, zero [groups, out] float32
+    group_of  [columns] int64, the group of each column
+    form      bits and kind of the grids
+    binary    of entries that are one bit: their mask [columns, out] bool, scale and mean [groups, out] float32
+
+    All are contiguous but for the factor, and on the CPU.
+    """
+    empty = torch.empty(0)
+    of_element = (empty, empty, torch.empty(0, dtype=torch.uint8))
+    if form.element is not None:
+        of_element = tables(form.element, block.device)
+    if binary is None:
+        binary = (torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0), torch.empty(0, 0))
+    inputs = (block, factor.contiguous(), errors, codes, scale, zero, group_of)
+    arrays = [tensor.numpy() for tensor in (*inputs, *of_element, *binary)]
+    kind, top = kind_of(form), np.float32(form.top)
+    rows = block.shape[1]
+
+    def work(first: int, end: int) -> None:
+        _round_block(*arrays, kind, top, first, end)
+
+    threads = max(1, min(torch.get_num_threads(), rows // ROWS_PER_THREAD))
+    if threads == 1:
+        work(0, rows)
+        return
+    tiles = -(-rows // TILE)
+    borders = [min(rows, TILE * (tiles * number // threads)) for number in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        for done in [pool.submit(work, *pair) for pair in itertools.pairwise(borders)]:
+            done.result()
+
+
+@_compiled
+def _subtract(tile: Any, factor: Any, column: int, size: int) -> None:
+    """Subtract the errors of the columns before `column`, first to last, each by its entry of the factor."""
+    target = tile[column]
+    before = 0
+    while before + 8 <= column:
+        f0, f1 = factor[before, column], factor[before + 1, column]
+        f2, f3 = factor[before + 2, column], factor[before + 3, column]
+        f4, f5 = factor[before + 4, column], factor[before + 5, column]
+        f6, f7 = factor[before + 6, column], factor[before + 7, column]
+        e = tile[before : before + 8]
+        for row in range(size):
+            w = target[row]
+            w -= f0 * e[0, row]
+            w -= f1 * e[1, row]
+            w -= f2 * e[2, row]
+            w -= f3 * e[3, row]
+            w -= f4 * e[4, row]
+            w -= f5 * e[5, row]
+            w -= f6 * e[6, row]
+            w -= f7 * e[7, row]
+            target[row] = w
+        before += 8
+    while before < column:
+        f, last = factor[before, column], tile[before]
+        for row in range(size):
+            target[row] -= f * last[row]
+        before += 1
+
+
+# Each of these turns the weights of one column into what rounding leaves of them, and writes the codes.
+
+
+@_compiled
+def _round_steps(w: Any, codes: Any, scale: Any, zero: Any, top: Any) -> None:
+    for row in range(w.shape[0]):
+        code = np.rint(w[row] / scale[row]) + zero[row]
+        code = np.float32(0) if code < 0 else code
+        code = top if code > top else code
+        codes[row] = _to_code(code)
+        w[row] = w[row] - scale[row] * (code - zero[row])
+
+
+@_compiled
+def _round_float_zero(w: Any, codes: Any, scale: Any, zero: Any, top: Any) -> None:
+    for row in range(w.shape[0]):
+        code = np.rint(w[row] / scale[row] + zero[row])
+        code = np.float32(0) if code < 0 else code
+        code = top if code > top else code
+        codes[row] = _to_code(code)
+        w[row] = w[row] - scale[row] * (code - zero[row])
+
+
+@_compiled
+def _round_element(
+    w: Any, codes: Any, scale: Any, values: Any, borders: Any, ordered: Any, by_inverse: bool
+) -> None:
+    smallest = np.float32(SMALLEST)
+    for row in range(w.shape[0]):
+        s = scale[row]
+        if by_inverse:
+            x = w[row] * (np.float32(1) / (smallest if s < smallest else s))
+        else:
+            x = w[row] / s
+        low, high = 0, borders.shape[0]
+        while low < high:  # the first border that is not below x; NaN is behind all of them
+            middle = (low + high) >> 1
+            if borders[middle] >= x:
+                high = middle
+            else:
+                low = middle + 1
+        codes[row] = ordered[low]
+        w[row] = w[row] - s * values[ordered[low]]
+
+
+@_compiled
+def _round_binary(w: Any, left: Any, codes: Any, mask: Any, scale: Any, mean: Any) -> None:
+    """Overwrite codes, and what rounding left of the weights w, where the mask is set."""
+    for row in range(w.shape[0]):
+        if mask[row]:
+            plus = w[row] >= mean[row]
+            codes[row] = np.uint8(1) if plus else np.uint8(0)
+            left[row] = w[row] - (mean[row] + (scale[row] if plus else -scale[row]))
+
+
+@_compiled
+def _to_code(code: Any) -> Any:
+    return np.uint8(np.int32(code)) if code == code else np.uint8(0)
+
+
+@_kept_on_disk
+def _round_block(
+    block: Any,
+    factor: Any,
+    errors: Any,
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    group_of: Any,
+    values: Any,
+    borders: Any,
+    ordered: Any,
+    mask: Any,
+    binary_scale: Any,
+    mean: Any,
+    kind: int,
+    top: Any,
+    first: int,
+    end: int,
+) -> None:
+    columns = block.shape[0]
+    partly_binary = mask.shape[0] > 0
+    tile, before = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
+    for start in range(first, end, TILE):
+        size = min(TILE, end - start)
+        for column in range(columns):
+            w, error = block[column, start : start + size], tile[column, :size]
+            for row in range(size):
+                error[row] = w[row]
+            _subtract(tile, factor, column, size)
+            group = group_of[column]
+            s, z = scale[group, start : start + size], zero[group, start : start + size]
+            if partly_binary:
+                for row in range(size):
+                    before[row] = error[row]
+            code = codes[column, start : start + size]
+            if kind == STEPS:
+                _round_steps(error, code, s, z, top)
+            elif kind == FLOAT_ZERO:
+                _round_float_zero(error, code, s, z, top)
+            else:
+                _round_element(error, code, s, values, borders, ordered, kind == ELEMENT_BY_INVERSE)
+            if partly_binary:
+                _round_binary(
+                    before[:size],
+                    error,
+                    code,
+                    mask[column, start : start + size],
+                    binary_scale[group, start : start + size],
+                    mean[group, start : start + size],
+                )
+            diagonal, out = factor[column, column], errors[column, start : start + size]
+            for row in range(size):
+                error[row] = error[row] / diagonal
+                out[row] = error[row]
