@@ -302,9 +302,9 @@ def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
     if kind not in QuantizedWeight.kinds:
         if defined_in in {path.stem for path in NUMERICS.glob("*.py")}:
             importlib.import_module(f"harness.quantization.numerics.{defined_in}")
-        for kind in ("rounding", "transform", "tuning"):
-            if defined_in in plugins.find(kind):
-                plugins.load(kind, defined_in)
+        for part in ("rounding", "transform", "tuning"):
+            if defined_in in plugins.find(part):
+                plugins.load(part, defined_in)
     if kind not in QuantizedWeight.kinds:
         raise StoreError(
             f'{folder}: the layout "{kind}" is defined in "{defined_in}", which is not installed here'
