@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from harness.quantization.models.parts import row_locations as row_locations
     from harness.quantization.models.parts import whole_locations as whole_locations
     from harness.quantization.models.protocols import DecoderFamily as DecoderFamily
-    from harness.quantization.models.protocols import TensorSource as TensorSource
     from harness.quantization.models.protocols import WeightLocation as WeightLocation
     from harness.quantization.numerics.activations import round_dynamic as round_dynamic
     from harness.quantization.numerics.adapters import AdapterTuning as AdapterTuning
@@ -194,7 +193,7 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "on_grid",
     ),
     # model families
-    "harness.quantization.models.protocols": ("DecoderFamily", "TensorSource", "WeightLocation"),
+    "harness.quantization.models.protocols": ("DecoderFamily", "WeightLocation"),
     "harness.quantization.models.parts": (
         "ATTENTION",
         "DOWN",

@@ -13,9 +13,8 @@ import pytest
 for switch in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):  # no test may reach out, wherever it runs
     os.environ.setdefault(switch, "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # files are tested side by side, and their models are tiny
+# files are tested side by side, and their models are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"

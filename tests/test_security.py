@@ -69,7 +69,7 @@ def test_passwords_in_addresses_stay_out_of_records(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         sys, "argv", ["harness", "run", "demo", "tracking.uri=http://me:canary@server:5000"]
     )
-    assert provenance.command_line() == "harness run demo tracking.uri=http://server:5000"
+    assert provenance.typed_command() == "harness run demo tracking.uri=http://server:5000"
     assert (
         text.without_password("http://me:can@ary@server:5000/a and http://b@c")
         == "http://server:5000/a and http://c"
@@ -98,9 +98,8 @@ def test_pickled_weights_are_refused_unread(
         WeightReader(folder)
     with pytest.raises(ModelError, match="unpickled, which is refused"):
         model_folders.model_folder(Model("hostile", str(folder)))
-    (folder / "model.safetensors").write_bytes(
-        pickle.dumps(Payload(proof))
-    )  # a pickle by another name
+    # a pickle by another name
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(proof)))
     with pytest.raises(ModelError, match="not a readable safetensors"):
         WeightReader(folder)
     assert not proof.exists()

@@ -486,17 +486,30 @@ def list_command(
 
 
 @app.command()
-def doctor(runs: Runs = "runs") -> None:
-    """Check this machine: versions, cores, memory, disk, GPUs, Ray, MLflow, permissions; exit code 1 if something is wrong.
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="check only this model: a name, a folder or a hub id", metavar="MODEL"),
+    ] = None,
+    runs: Runs = "runs",
+) -> None:
+    """Check this machine (packages, cores, memory, disk, GPUs, Ray, permissions) or a model; exit code 1 if anything is wrong.
 
     \b
     Examples:
       harness doctor
+      harness doctor path/to/model
     """
     from harness.cli import doctor as doctor_module
 
-    found = doctor_module.examine(runs)
-    print(doctor_module.render(found))
+    if model is not None:
+        found = doctor_module.examine_model(model)
+        print(
+            doctor_module.render(found, f"ready   harness plan model={model} method=rtn scheme=w4")
+        )
+    else:
+        found = doctor_module.examine(runs)
+        print(doctor_module.render(found))
     raise typer.Exit(int(any(each.level == "wrong" for each in found)))
 
 

@@ -1,4 +1,4 @@
-"""What `harness doctor` looks at: whether this machine can run sweeps, what is wrong and what to do. Changes nothing."""
+"""What `harness doctor` looks at: whether this machine can run sweeps, or whether a model can be used. Changes nothing."""
 
 from __future__ import annotations
 
@@ -72,8 +72,39 @@ def examine(runs: str = "runs") -> list[Check]:
     return found
 
 
-def render(found: Iterable[Check]) -> str:
-    """One line per finding, its advice below it; a last line that says whether anything is wrong."""
+def examine_model(name: str) -> list[Check]:
+    """Everything that config, headers of weight files and tokenizer of a model say, without reading weights.
+
+    name: of a model in conf/model, a folder, a hub id, demo or tiny:NAME. Of a hub id that is not on this machine config.json alone
+    is looked at.
+    """
+    from harness.config.grid import load_sweep
+    from harness.data import model_folders
+    from harness.quantization import models
+
+    try:
+        (cell,) = load_sweep(None, [f"model={name}", "method=none"]).cells
+        folder = model_folders.config_folder(cell.model)
+    except HarnessError as error:
+        return [Check("wrong", "model", str(error))]
+    found = [Check("ok", "folder", str(folder))]
+    missing = model_folders.unchecked(cell.model)
+    if missing:
+        found.append(Check("note", "download", missing))
+        try:
+            shapes = models.shapes(folder)
+        except HarnessError as error:
+            return [*found, Check("wrong", "model", str(error))]
+        return [*found, *(Check("note", "model", note) for note in shapes.notes)]
+    seen = models.examine(folder)
+    found += [Check("ok", subject, fact) for subject, fact in seen.facts]
+    of_family = seen.shapes.notes if seen.shapes is not None else ()
+    found += [Check("note", "model", note) for note in (*of_family, *seen.notes)]
+    return [*found, *(Check("wrong", "model", fault) for fault in seen.faults)]
+
+
+def render(found: Iterable[Check], ready: str = "ready   harness run demo") -> str:
+    """One line per finding, its advice below it; a last line that says whether anything is wrong. ready: that line if not."""
     found = list(found)
     width = max(len(each.subject) for each in found)
     lines = []
@@ -82,9 +113,7 @@ def render(found: Iterable[Check]) -> str:
         if each.advice:
             lines.append(f"{'':<6}  {'':<{width}}  -> {each.advice}")
     wrong = sum(each.level == "wrong" for each in found)
-    lines.append(
-        f"{wrong} wrong: repair these before a sweep" if wrong else "ready   harness run demo"
-    )
+    lines.append(f"{wrong} wrong: repair these before a sweep" if wrong else ready)
     return "\n".join(lines)
 
 

@@ -1,14 +1,18 @@
-"""What happens while a sweep runs: small frozen facts that tasks yield, schedulers carry and drivers record.
+"""Events of a running sweep: small frozen facts that tasks yield, schedulers carry and drivers record.
 
 Every event travels between processes as is (plain data, no tensors, no paths but strings).
 """
 
 from __future__ import annotations
 
+import time
+import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.core.failures import FailureKind
+from harness.core.errors import HarnessError
+from harness.core.failures import FailureKind, failure_kind
+from harness.core.text import first_line
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,10 @@ class Joined(Event):
 
 @dataclass(frozen=True)
 class Turn(Event):
-    """The sweep's priority among those on its store, or whether it is its turn, has changed. behind: who goes first; "": nobody."""
+    """The priority of the sweep on its store, or the driver that it waits for, has changed.
+
+    behind  the driver with a higher priority whose tasks wait for slots, in words; "" for none
+    """
 
     priority: int = 0
     behind: str = ""
@@ -100,3 +107,11 @@ class TaskEnded(Event):
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
+
+
+def failure(error: BaseException, cell_keys: tuple[str, ...], stage: str) -> Failed:
+    """The Failed event of an exception: its kind, its message in one line, and the traceback as detail."""
+    line = first_line(error)
+    reason = line if isinstance(error, HarnessError) else f"{type(error).__name__}: {line}"
+    detail = "".join(traceback.format_exception(error))
+    return Failed(time.time(), cell_keys, stage, failure_kind(error), reason, detail)

@@ -53,12 +53,10 @@ class Shapes:
     parameters: int  # of the whole model
     tied_head: bool = False
     rotations: bool = False  # residual-stream rotations leave the function unchanged (RMSNorm only)
-    ends: tuple[str, str, str] | None = (
-        None  # parameters of embeddings, final norm and head, where rotations are allowed
-    )
-    query_key: tuple[str, str] | None = (
-        None  # linears that make queries and keys, with nothing but rotary positions (halves of
-    )
-    # a head turned against each other) between them and their product
+    # parameters of embeddings, final norm and head, where rotations are allowed
+    ends: tuple[str, str, str] | None = None
+    # linears that make queries and keys, with nothing but rotary positions (halves of a head rotated against each other)
+    # between them and their product
+    query_key: tuple[str, str] | None = None
     experts: int = 0
     notes: tuple[str, ...] = ()

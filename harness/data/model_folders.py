@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.core.cell import Model, digest
 from harness.core.errors import ModelError
 from harness.core.text import first_line
+from harness.data import folder_check
 from harness.data.digests import cache_folder, file_digest
 from harness.data.hub import COMMIT, UNRESOLVED, hub_commit, is_hub_id, unresolved_reason
 from harness.data.texts import DEMO, TINY
@@ -94,7 +95,30 @@ def lacks_chat_template(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if any(folder.glob("chat_template.*")) or not config.is_file():
         return False
-    return "chat_template" not in json.loads(config.read_text(encoding="utf-8"))
+    try:
+        return "chat_template" not in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{config}: is no readable JSON: {error}; download it again") from error
+
+
+def unchecked(model: Model) -> str:
+    """What a plan cannot have checked of a hub id, whose weights are not on this machine yet; "" where all is here.
+
+    The run checks it as soon as the files are here.
+    """
+    if not is_hub_id(model.source):
+        return ""
+    try:
+        folder = config_folder(model)
+    except ModelError:
+        return ""  # a refusal of its own
+    if folder_check.is_complete(folder):
+        return ""
+    return (
+        f"{model.source} is not complete on this machine: config.json alone was checked, the names, shapes and dtypes of its "
+        f"weights and its tokenizer were not. They are checked once they are downloaded; to do so now: "
+        f"hf download {model.source}, then harness doctor {model.source}"
+    )
 
 
 def generation_digest(source: str) -> str:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import yaml
 
 from harness.core.errors import ConfigError, DataError, unknown_name
 from harness.core.package import PACKAGE
-from harness.data import digests
+from harness.data import digests, json_lines
 
 OWN = PACKAGE / "evaluation" / "tasks"
 DEMO = Path(__file__).parent / "demo" / "tasks"
@@ -51,6 +51,7 @@ FOLDER_OF_TASK = {
     "flores_zho_eng": "flores",
     "humaneval_completion": "humaneval",
 }
+KIND = "task data"  # of a file, in messages
 FOLDER_OF_SUBJECTS = {"cais/mmlu": "mmlu", "ceval/ceval-exam": "ceval"}
 
 
@@ -91,21 +92,30 @@ class LocalData:
     splits: Mapping[str, Path]
     subject: str | None = None
 
-    def rows(self, split: str) -> list[dict[str, Any]]:
-        """The items of a split in the file's order. Raises DataError naming the line that is not JSON, or an unknown subject."""
+    def rows(self, split: str, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The items of a split in the file's order, each with these fields.
+
+        Raises DataError naming file and line, or an unknown subject.
+        """
         path = self.splits[split]
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        for number, row in json_lines.rows(path, KIND):
+            absent = [name for name in fields if row.get(name) is None]
+            if absent:
+                raise DataError(
+                    f"{KIND} {path}, line {number}: {', '.join(absent)} missing; every row has {', '.join(fields)}"
+                )
+            rows.append(row)
         if self.subject is not None:
-            subjects = {row.get("subject", "") for row in rows}
+            subjects = {str(row["subject"]) for row in rows if row.get("subject") is not None}
             rows = [row for row in rows if row.get("subject") == self.subject]
             if not rows:
                 raise DataError(unknown_name("subject", self.subject, subjects, str(path)))
         return rows
+
+    def summary(self, split: str) -> tuple[int, int]:
+        """(items of a split, how many of them the most frequent one equals). Raises DataError as `rows` does."""
+        return json_lines.summary(self.splits[split], self.subject, KIND)
 
 
 def members(name: str, include: str = "") -> list[TaskFile]:
@@ -148,10 +158,13 @@ def local_data(task: TaskFile, data_root: str | Path | None) -> LocalData | None
     if folder is None:
         return None
     splits = {str(task.config[key]) for key in SPLITS if task.config.get(key)}
+    examples = (task.config.get("fewshot_config") or {}).get("split")
+    splits |= {str(examples)} if examples else set()
     files = {split: folder / f"{split}.jsonl" for split in sorted(splits)}
     present = {split: file for split, file in files.items() if file.is_file()}
     whole = folder.name != task.name and task.data_set in FOLDER_OF_SUBJECTS
-    return LocalData(folder, present, str(task.config.get("dataset_name")) if whole else None)
+    subject = task.config.get("dataset_name") if whole else None
+    return LocalData(folder, present, None if subject is None else str(subject))
 
 
 def data_folder(task: TaskFile, data_root: Path) -> Path | None:

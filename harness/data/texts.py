@@ -17,9 +17,8 @@ What a branch stands for is asked once and kept (`hub_commit`). Nothing here ask
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import io
-import json
+import functools
+import itertools
 import os
 import random
 import re
@@ -27,11 +26,12 @@ import string
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from harness.core.cell import digest
 from harness.core.errors import DataError, HarnessError, unknown_name
 from harness.core.text import first_line
+from harness.data import json_lines
 from harness.data.digests import file_digest
 from harness.data.hub import COMMIT, hub_commit, hub_error, hub_rows, missing_data_set
 
@@ -44,6 +44,11 @@ ASKED_AND_ANSWERED = (
     ("inputs", "targets"),
     ("prompt", "completion"),
     ("prompt", "response"),
+)
+KIND = "text"  # of a file, in messages
+LOOK_BYTES = 64 * 2**20  # a plan reads a text of at most so many bytes to its end,
+LOOK_ROWS = (
+    1000  # and of a larger one so many rows: a fault behind them is found when the text is used
 )
 QUESTIONS = (
     ("question", "choices", "answerKey"),
@@ -118,17 +123,21 @@ def read_corpus(source: str, split: str) -> list[str]:
         return list(_read_texts(_hub_file(hub)))
     rows = hub_rows(hub.repo, hub.config, split, hub.revision)
     fields = _text_fields(rows.column_names, hub.repo)
-    return (
-        [_text(row) for row in rows.select_columns(list(fields))]
-        if len(fields) > 1
-        else [str(t) for t in rows[fields[0]]]
-    )
+    return [
+        _text(row, f"{hub.repo}, row {number}")
+        for number, row in enumerate(rows.select_columns(list(fields)), start=1)
+    ]
 
 
 def missing_text(source: str, split: str) -> list[str]:
-    """Why a text cannot be read here, or would have no identity; empty if it can be read."""
+    """Why a text cannot be read here, or would have no identity; empty when all is well. Looks into its files (`LOOK_BYTES`)."""
     try:
         corpus_digest(source, split)
+        if source not in (DEMO, RANDOM_ASCII, RANDOM_TOKENS) and not source.startswith("hub:"):
+            for path in corpus_files(source, split):
+                status = path.stat()
+                if reason := _fault(path, status.st_size, status.st_mtime_ns):
+                    return [reason]
         reason = (
             missing_data_set(hub_text(source).repo, hub_text(source).revision)
             if source.startswith("hub:")
@@ -139,6 +148,27 @@ def missing_text(source: str, split: str) -> list[str]:
     return (
         [f"{reason}; set data.root to a folder with text/<name>/{split}.jsonl.gz"] if reason else []
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _fault(path: Path, size: int, modified: int) -> str | None:
+    """Why a file's rows are no texts, as far as a look shows; asked again when the file changes."""
+    try:
+        if path.name.endswith(".parquet"):
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                _text_fields(pyarrow.parquet.read_schema(path).names, str(path))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise _no_parquet(path, error) from error
+        else:
+            found = _read_texts(path)
+            for _ in found if size <= LOOK_BYTES else itertools.islice(found, LOOK_ROWS):
+                pass
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def random_ascii(split: str) -> list[str]:
@@ -230,30 +260,14 @@ def _hub_file(hub: HubText) -> Path:
 
 
 def _read_texts(path: Path) -> Iterator[str]:
-    try:
-        if path.name.endswith(".parquet"):
-            yield from _parquet_texts(path)
-        elif ".txt" in path.suffixes:
-            with _open(path) as file:
-                yield file.read()  # verbatim: a plain text is one document
-        else:
-            with _open(path) as file:
-                yield from _json_texts(path, file)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"text {path}: cannot be read: {error}") from error
-
-
-def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"text {path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"text {path}, line {number}: an object is expected, not {type(row).__name__}"
-            )
-        yield _text({name: row[name] for name in _text_fields(row, f"{path}, line {number}")})
+    if path.name.endswith(".parquet"):
+        yield from _parquet_texts(path)
+    elif ".txt" in path.suffixes:
+        yield json_lines.plain_text(path, KIND)  # verbatim: a plain text is one document
+    else:
+        for number, row in json_lines.rows(path, KIND):
+            where = f"{path}, line {number}"
+            yield _text({name: row[name] for name in _text_fields(row, where)}, where)
 
 
 def _parquet_texts(path: Path) -> Iterator[str]:
@@ -262,11 +276,20 @@ def _parquet_texts(path: Path) -> Iterator[str]:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"text {path}: not a Parquet file: {first_line(error)}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _no_parquet(path, error) from error
     columns = table.select(list(_text_fields(table.column_names, str(path))))
+    number = 0
     for batch in columns.to_batches():
-        yield from map(_text, batch.to_pylist())
+        for row in batch.to_pylist():
+            number += 1
+            yield _text(row, f"{path}, row {number}")
+
+
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"text {path}: not a Parquet file: {first_line(error)}; fetch or copy it again"
+    )
 
 
 def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
@@ -287,15 +310,15 @@ def _text_fields(fields: Iterable[str], where: str) -> tuple[str, ...]:
     )
 
 
-def _text(row: Mapping[str, Any]) -> str:
+def _text(row: Mapping[str, Any], where: str) -> str:
     """A row with one field is its text; an instruction with its answer is written as Alpaca's own texts are; a question of a
-    benchmark is followed by its right answer."""
+    benchmark is followed by its right answer. Raises DataError for a value that is no text: the word "None" is none."""
     if tuple(row) in QUESTIONS:
-        return _answered(row)
-    values = [str(value) for value in row.values()]
-    if len(values) == 1:
-        return values[0]
-    asked, answered, *about = values
+        return _answered(row, where)
+    asked, *others = [_string(row, name, where, optional=name == "input") for name in row]
+    if not others:
+        return asked
+    answered, *about = others
     context = f"\n\n### Input:\n{about[0]}" if about and about[0] else ""
     with_it = ", paired with an input that provides further context" if context else ""
     return (
@@ -304,20 +327,29 @@ def _text(row: Mapping[str, Any]) -> str:
     )
 
 
-def _answered(row: Mapping[str, Any]) -> str:
+def _string(row: Mapping[str, Any], name: str, where: str, optional: bool = False) -> str:
+    value = row[name]
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        kind = "null" if value is None else f"{value!r:.40}"
+        raise DataError(
+            f'text {where}: the field "{name}" is {kind}, and a string is expected; leave the row out, or write the text'
+        )
+    return value
+
+
+def _answered(row: Mapping[str, Any], where: str) -> str:
     """Question and right answer on one line; the question alone where the answer is withheld."""
-    if "goal" in row:
-        label = int(row["label"])
-        return f"{row['goal']} {row[f'sol{label + 1}']}" if label in (0, 1) else str(row["goal"])
-    choices = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
-    return (
-        f"{row['question']} {choices[row['answerKey']]}"
-        if row["answerKey"] in choices
-        else str(row["question"])
-    )
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+    try:
+        if "goal" in row:
+            label, goal = int(row["label"]), _string(row, "goal", where)
+            return f"{goal} {_string(row, f'sol{label + 1}', where)}" if label in (0, 1) else goal
+        question = _string(row, "question", where)
+        choices = dict(zip(row["choices"]["label"], row["choices"]["text"], strict=True))
+        answer = row["answerKey"]
+        return f"{question} {_string(choices, answer, where)}" if answer in choices else question
+    except (TypeError, ValueError, KeyError) as error:
+        raise DataError(
+            f"text {where}: not a question with its choices as ARC or PIQA has them: {error}"
+        ) from error

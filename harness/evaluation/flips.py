@@ -14,6 +14,7 @@ without torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from harness.storage.store import Store
 
 
+ANSWERS = ("chosen", "chosen_before", "correct", "correct_before")
 METRICS = ("flips", "flips_lost", "flips_won", "choice_kl")
 
 
@@ -72,7 +74,10 @@ def _of_evaluation(
 
 
 def of_items(items: pandas.DataFrame) -> dict[str, float]:
-    """Metrics of matched items: columns of the cell, and those of full precision with `_before` behind their names."""
+    """Metrics of matched items: columns of the cell, and those of full precision with `_before` behind their names.
+
+    An item without an answer, in either, has no choice (None): then there is no number for all of them, and the metrics are NaN.
+    """
     found: dict[str, float] = {}
     has_choices, has_marks = (
         ("chosen" in items and "chosen_before" in items),
@@ -91,7 +96,8 @@ def of_items(items: pandas.DataFrame) -> dict[str, float]:
         found["choice_kl"] = float(
             _divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean()
         )
-    return found
+    answers = [name for name in ANSWERS if name in items]
+    return dict.fromkeys(found, math.nan) if items[answers].isna().any(axis=None) else found
 
 
 def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
@@ -105,7 +111,7 @@ def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
         )
         share = np.exp(p)
         with np.errstate(invalid="ignore"):
-            found[chosen] = np.where(share > 0, share * (p - q), 0.0).sum(1)
+            found[chosen] = np.where(share == 0, 0.0, share * (p - q)).sum(1)  # NaN stays NaN
     return found
 
 

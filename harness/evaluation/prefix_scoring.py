@@ -77,9 +77,12 @@ def unsupported(model: nn.Module) -> str | None:
         return f"its attention ({implementation}) takes no mask of its own"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return "it takes no position_ids"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if not rope and getattr(config, "rope_theta", None) is None:
+    # Asked of the model: a config may hold rope settings that its class does not use (Falcon with ALiBi).
+    if getattr(config, "alibi", False):
+        return "its positions are ALiBi's, which it adds to a mask of its own"
+    if not any(name.endswith("inv_freq") for name, _ in model.named_buffers()):
         return "it has no rotary positions"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {
         str(part.get("rope_type", "default"))
         for part in (rope, *rope.values())

@@ -14,7 +14,6 @@ A metric's full name is "<evaluation>/<metric>": "wikitext2/perplexity", "arc_ea
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from torch import nn
 from harness.core.cell import Cell, Evaluation, Model, cell_key
 from harness.core.errors import HarnessError
 from harness.core.events import Progress
-from harness.data import model_folders
+from harness.data import folder_check, model_folders
 
 LOGITS_BYTES = (
     512 * 2**20
@@ -81,7 +80,7 @@ class Subject:
     def context_length(self) -> int | None:
         """Positions that the model was made for; None where its config does not say."""
         config: Any = self.model.config
-        return _context_length(config.to_dict())
+        return folder_check.context_length(config.to_dict())
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,15 @@ class Score:
     stderr   full name -> standard error, for the metrics that have one
     items    per-item columns of equal length, with "id": what paired comparisons between cells read
     details  how the numbers came about: window length, counts, versions; "smoke": True where a limit cut the data
+    problems what a reader must know of the numbers, empty when all is well: "unscored", the number of items without a score of
+             their own, and "sentences", each of which says how many items, which, and what to do; no key holds them
     """
 
     metrics: dict[str, float]
     stderr: dict[str, float] = field(default_factory=dict)
     items: dict[str, list[Any]] | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, Any] = field(default_factory=dict)
 
 
 class Evaluator(Protocol):
@@ -133,20 +135,23 @@ def depends_on_company(cell: Cell) -> bool:
 def model_context_length(model: Model) -> int | None:
     """Positions that a model was made for, from its config.json alone; None where that is not on this machine or does not say."""
     try:
-        config = model_folders.config_folder(model) / "config.json"
-        return _context_length(json.loads(config.read_text(encoding="utf-8")))
-    except (HarnessError, OSError, ValueError):
+        folder = model_folders.config_folder(model)
+        return folder_check.context_length(folder_check.read_config(folder))
+    except HarnessError:
         return None  # a model that cannot be read is refused under its own name, not here
+
+
+def no_answers(task: str, lost: int, items: int) -> dict[str, Any]:
+    """The problems of a score in which some items have no answer; empty where all have one."""
+    if not lost:
+        return {}
+    sentence = (
+        f"{task}: {lost} of {items} items {'has' if lost == 1 else 'have'} no answer, because the model's logits are not numbers; "
+        "its metrics have no value"
+    )
+    return {"unscored": lost, "sentences": [sentence]}
 
 
 def finite(value: float) -> float | None:
     """The value, or None where it is infinite or NaN: what details may hold as JSON."""
     return value if math.isfinite(value) else None
-
-
-def _context_length(config: dict[str, Any]) -> int | None:
-    config = {**config, **(config.get("text_config") or {})}
-    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    return None

@@ -85,7 +85,7 @@ class Coordination:
             self.behind = self._driver_ahead(now)
 
     def _driver_ahead(self, now: float) -> str:
-        """The living driver of the highest priority above this one's whose tasks wait for slots, in words; "" for none."""
+        """The running driver of the highest priority above this one's whose tasks wait for slots, in words; "" for none."""
         first: dict[str, Any] | None = None
         for name, content in self._store.drivers().items():
             if name == self._id:

@@ -73,7 +73,7 @@ def run(plan: Plan, command: str = "", seconds: float | None = None) -> Iterator
             f"{asked}, and none has more than {executor.max_gpus}. Nothing was started. Leave the model out, or add a node"
         )
     scheduler = Scheduler(
-        plan, executor, command or provenance.command_line(), cheapest_first=seconds is not None
+        plan, executor, command or provenance.typed_command(), cheapest_first=seconds is not None
     )
     store, runtime = Store(plan.sweep.runtime.runs), plan.sweep.runtime
     try:

@@ -238,6 +238,9 @@ class _Recorder:
         self.plan, self.store, self.display = plan, store, display
         self.tally = Tally(plan)
         self.warnings: list[str] = []
+        self.noted: set[str] = (
+            set()
+        )  # problems of scores that were shown: data have them in every cell
         self.cells = self.tally.cells
         waiting = {cell_key(cell) for cell in plan.missing}
         store.open_cells([self.cells[key] for key in sorted(waiting)])
@@ -304,6 +307,15 @@ class _Recorder:
                     self.state.update(key, "failed", reason=event.reason)
                     self.tracker.note(key, "failed")
         self.display.event(event, self.tally, finished)
+        if isinstance(event, Scored):
+            self._note(event)
+
+    def _note(self, event: Scored) -> None:
+        """Show what a reader must know of a score, each sentence once in a run."""
+        for sentence in event.record.get("problems", {}).get("sentences", ()):
+            if sentence not in self.noted:
+                self.noted.add(sentence)
+                self.display.line(f"note    {sentence}")
 
     def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
         """Write tables and figures, finish tracking, and return the summary."""

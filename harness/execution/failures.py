@@ -1,14 +1,10 @@
-"""Events of failures, and marks in the records of cells whose memory ran out."""
+"""Marks in the records of cells whose memory ran out, by which later plans give them more."""
 
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Iterable
 
-from harness.core.errors import HarnessError
-from harness.core.events import Failed
-from harness.core.failures import failure_kind
 from harness.storage.store import Store
 
 
@@ -38,18 +34,3 @@ def ran_out(
     }
     for key in keys:
         store.write_provenance(key, {f"out_of_memory_{stage}": facts})
-
-
-def failure(error: BaseException, keys: tuple[str, ...], stage: str) -> Failed:
-    """The Failed event of an exception: its kind, its message in one line, and the traceback as detail."""
-    text = str(error) or type(error).__name__
-    reason = text if isinstance(error, HarnessError) else f"{type(error).__name__}: {text}"
-    detail = "".join(traceback.format_exception(error))
-    return Failed(
-        time.time(),
-        keys,
-        stage=stage,
-        kind=failure_kind(error),
-        reason=reason.strip().splitlines()[0],
-        detail=detail,
-    )

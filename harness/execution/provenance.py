@@ -107,7 +107,7 @@ def changes() -> str:
     return without_password(diff.strip())
 
 
-def command_line() -> str:
+def typed_command() -> str:
     """The command line of this process for records, without the user and password of an address."""
     program = (
         "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name

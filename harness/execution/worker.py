@@ -25,11 +25,20 @@ from typing import TYPE_CHECKING, Any
 from harness.core import plugins
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.core.errors import HarnessError
-from harness.core.events import Event, Failed, Quantized, Scored, TaskEnded, TaskStarted, Usage
+from harness.core.events import (
+    Event,
+    Failed,
+    Quantized,
+    Scored,
+    TaskEnded,
+    TaskStarted,
+    Usage,
+    failure,
+)
 from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
-from harness.execution.failures import failure, ran_out
+from harness.execution.failures import ran_out
 from harness.execution.logs import TaskLogs
 from harness.execution.process import (
     UsageMeter,
@@ -46,6 +55,13 @@ from harness.storage.store import Store
 if TYPE_CHECKING:
     from harness.evaluation.protocols import Subject
 
+
+SCORED_FIELDS = (
+    "stderr",
+    "seconds",
+    "batch_size",
+    "problems",
+)  # of a score, that travel with its event
 
 log = logging.getLogger(__name__)
 
@@ -370,6 +386,7 @@ def _score(
         "metrics": score.metrics,
         "stderr": score.stderr,
         "details": score.details,
+        **({"problems": score.problems} if score.problems else {}),
         "seconds": time.monotonic() - began,
         "batch_size": subject.batch_size,
         "provenance": dict(facts),
@@ -379,7 +396,7 @@ def _score(
 
 
 def _scored(key: str, evaluation: Evaluation, score: Mapping[str, Any]) -> Scored:
-    record = {name: score[name] for name in ("stderr", "seconds", "batch_size") if name in score}
+    record = {name: score[name] for name in SCORED_FIELDS if name in score}
     return Scored(
         time.time(),
         (key,),

@@ -11,7 +11,7 @@ from harness.core.cell import Cell, Evaluation, Model, Part, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
-from harness.data import model_folders, texts
+from harness.data import folder_check, model_folders, texts
 from harness.planning import resources
 from harness.planning.resources import (
     DTYPE_BYTES,
@@ -39,6 +39,11 @@ class Checker:
             found += self._once(
                 ("calibration", cell.calibration, cell.method.needs),
                 lambda: self._calibration_reasons(cell),
+            )
+        if cell.calibration is not None:
+            found += self._once(
+                ("lengths", cell.calibration, cell.method.tuning, cell.model),
+                lambda: self._length_reasons(cell),
             )
         for slot, part in _slots(cell):
             question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
@@ -125,9 +130,22 @@ class Checker:
         from harness.quantization import models
 
         try:
-            return models.shapes(model_folders.config_folder(model)), []
+            folder = model_folders.config_folder(model)
+            if self._once(("unchecked", model), lambda: model_folders.unchecked(model)):
+                return models.shapes(folder), []
         except HarnessError as error:
             return None, [str(error)]
+        found = models.examine(folder)
+        return found.shapes, list(found.faults)
+
+    def notes(self, model: Model) -> tuple[str, ...]:
+        """What a user should know of a model before it runs: what of its files is not used, what a plan could not check."""
+        from harness.quantization import models
+
+        reason = self._once(("unchecked", model), lambda: model_folders.unchecked(model))
+        if reason or self.shapes(model) is None:
+            return (reason,) if reason else ()
+        return models.examine(model_folders.config_folder(model)).notes
 
     def _model_reasons(self, model: Model) -> list[str]:
         shapes, reasons = self._once(("shapes", model), lambda: self._shapes(model))
@@ -169,6 +187,38 @@ class Checker:
             reasons.append(f"calibration {calibration.name}: {windows} are empty")
         missing = texts.missing_text(calibration.source, calibration.split)
         return [*reasons, *(f"calibration {calibration.name}: {reason}" for reason in missing)]
+
+    def _length_reasons(self, cell: Cell) -> list[str]:
+        """Why the model cannot read texts as long as calibration and tuning make them."""
+        calibration, context = cell.calibration, self._context_length(cell.model)
+        if calibration is None or context is None:
+            return []
+        model, reasons = cell.model.name, []
+        if calibration.length > context:
+            reasons.append(
+                f"calibration {calibration.name}: windows of {calibration.length} tokens, but {model} was made for at most "
+                f"{context}; set calibration.length to {context} or less"
+            )
+        tuning = cell.method.tuning
+        settings = dict(tuning.settings) if tuning is not None else {}
+        parts = [settings.get(name) for name in ("prompt_length", "answer_length")]
+        if tuning is not None and all(isinstance(part, int) for part in parts):
+            longest = sum(part for part in parts if isinstance(part, int))
+            if longest > context:
+                reasons.append(
+                    f"tuning {tuning.name}: texts of up to {parts[0]} + {parts[1]} tokens, but {model} was made for at most "
+                    f"{context}; lower tuning.prompt_length or tuning.answer_length"
+                )
+        return reasons
+
+    def _context_length(self, model: Model) -> int | None:
+        """Positions that a model was made for; None where its config does not say or cannot be read."""
+        try:
+            return folder_check.context_length(
+                folder_check.read_config(model_folders.config_folder(model))
+            )
+        except HarnessError:
+            return None  # a refusal of its own
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
         if slot == "tuning" and cell.method.rounding is None:

@@ -62,6 +62,12 @@ def make(sweep: Sweep, store: Store) -> Plan:
         if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
+    files = dict.fromkeys(
+        f"{model.name}: {note}"
+        for model in dict.fromkeys(cell.model for cell in missing)
+        for note in checker.notes(model)
+    )
+    notes = files | notes
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )

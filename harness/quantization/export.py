@@ -138,8 +138,8 @@ def export(
     import torch
 
     from harness.quantization.formats.protocols import AdapterLayout
-    from harness.quantization.formats.weight_files import DTYPES, WeightReader
-    from harness.quantization.models import family_of, read_config
+    from harness.quantization.formats.weight_files import DTYPES
+    from harness.quantization.models import family_of, read_config, shapes
 
     found = store.find(key)
     cell = store.cell(found)
@@ -150,7 +150,7 @@ def export(
     layout, source = layout_of(name), model_folders.model_folder(cell.model)
     data = read_config(source)
     family = family_of(data)
-    reasons = refusals(cell, family.shapes(data), name)
+    reasons = refusals(cell, shapes(source), name)
     _refuse(cell, name, reasons)
     if store.manifest(quantize_key(cell)) is None:
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
@@ -162,9 +162,7 @@ def export(
         )
     dtype = DTYPES[cell.model.dtype]
     with torch.no_grad(), store.reading(quantize_key(cell)) as checkpoint:
-        writing = _Writing(
-            cell, layout, family, family.config(data), dtype, WeightReader(source), checkpoint
-        )
+        writing = _Writing(cell, layout, family, family.config(data), dtype, source, checkpoint)
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
         settings = layout.quantization_config(described, writing.other_linears(described))
@@ -268,27 +266,29 @@ class _Writing:
         family: Any,
         config: Any,
         dtype: Any,
-        reader: Any,
+        source: Path,
         checkpoint: Path,
     ) -> None:
         from harness.quantization.formats.native import Checkpoint
 
-        self.cell, self.layout, self.family, self.config, self.dtype, self.reader = (
+        self.cell, self.layout, self.family, self.config, self.dtype = (
             cell,
             layout,
             family,
             config,
             dtype,
-            reader,
         )
         self.checkpoint = Checkpoint.open(checkpoint)
         self.model = family.skeleton(config, dtype)
         self.blocks = family.blocks(self.model)
+        from harness.quantization.formats.weight_files import ModelWeights
         from harness.quantization.models.protocols import tied
 
-        self.tied = tied(self.model)
+        self.weights = ModelWeights(source, self.model)
+        own = self.weights.untied(dtype)
+        self.tied = {name: of for name, of in tied(self.model).items() if name not in own}
         self.ends = self.checkpoint.ends()
-        self.unties_head = any(name in self.ends for name in self.tied)
+        self.unties_head = bool(own) or any(name in self.ends for name in self.tied)
 
     def survey(self) -> tuple[dict[str, Description | None], list[str]]:
         """The layout's description of every linear, by module name, and reasons why some cannot be stored."""
@@ -333,16 +333,7 @@ class _Writing:
             if name in self.ends:
                 yield name, self.ends[name].to(self.dtype)
             elif name not in self.tied:
-                source = next(
-                    (
-                        a
-                        for a, of in self.tied.items()
-                        if of == name and self.family.has(self.reader, a)
-                    ),
-                    name,
-                )
-                held = name if self.family.has(self.reader, name) else source
-                yield name, self.family.read(self.reader, held, self.dtype, "cpu")
+                yield name, self.weights.read(name, self.dtype, "cpu")
         for index, block in enumerate(self.blocks):
             content, prefix = self.checkpoint.block(index), self.family.block_prefix(index)
             owners = self._owners(index)
@@ -351,7 +342,7 @@ class _Writing:
                 if name not in stored:
                     tensor = content.dense.get(name)
                     tensor = (
-                        self.family.read(self.reader, prefix + name, self.dtype, "cpu")
+                        self.weights.read(prefix + name, self.dtype, "cpu")
                         if tensor is None
                         else tensor
                     )

@@ -18,9 +18,8 @@ from harness.core.errors import StoreError
 from harness.storage.store import Store
 
 YOUNG_SECONDS = 3600.0
-ASIDE = re.compile(
-    r"\..+\.(?:[0-9a-f]{12}|\d+\.aside)|\.probe\.[0-9a-f]{32}"
-)  # of the store, of checkpoints, of probes
+# of the store, of checkpoints, of probes
+ASIDE = re.compile(r"\..+\.(?:[0-9a-f]{12}|\d+\.aside)|\.probe\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Leftover:
 def find(store: Store, young_seconds: float = YOUNG_SECONDS) -> list[Leftover]:
     """All leftovers, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any of them."""
     before = time.time() - young_seconds
-    return [*_checkpoints(store, before), *_asides(store, before), *_words(store, before)]
+    return [*_checkpoints(store, before), *_asides(store, before), *_notices(store, before)]
 
 
 def remove(store: Store, found: Sequence[Leftover]) -> int:
@@ -89,8 +88,8 @@ def _asides(store: Store, before: float) -> Iterator[Leftover]:
             )
 
 
-def _words(store: Store, before: float) -> Iterator[Leftover]:
-    """Old files of drivers, cancellations and priorities; a living driver rewrites its file every few seconds."""
+def _notices(store: Store, before: float) -> Iterator[Leftover]:
+    """Old files of drivers, cancellations and priorities; a running driver rewrites its file every few seconds."""
     reasons = {
         "cancelled": "a cancellation that was read, or that concerns no run",
         "priorities": "a priority that was read, or that concerns no run",

@@ -177,10 +177,8 @@ class Leases:
         while True:
             time.sleep(BEAT_SECONDS)
             for lease in list(self.held):
-                with (
-                    lease.guard,
-                    contextlib.suppress(Exception),  # the network may be down for a while
-                ):
+                # the network may be down for a while
+                with lease.guard, contextlib.suppress(Exception):
                     if lease.ended:
                         continue
                     if self._files.exists(lease.following):

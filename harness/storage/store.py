@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -521,6 +522,10 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                raise StoreError(
+                    f"{self.place}: a name in this path is too long for the disk; choose a shorter one (runs=FOLDER)"
+                ) from error
             _report(
                 f"{self.where(path)} cannot be read and counts as missing ({first_line(error)})",
                 problems,

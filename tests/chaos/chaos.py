@@ -63,10 +63,8 @@ tables:
     columns: [checkpoint/bits_per_weight, {metric: demo_perplexity/perplexity, digits: 6}]
 """
 ROUNDS = 60  # of one sweep; more would mean that it makes no progress
-WEIGHTS = {
-    "head": 1,
-    "mlflow": 2,
-}  # instead of 4: a head comes back after minutes, once its former nodes have noticed
+# instead of 4: a head comes back after minutes, once its former nodes have noticed
+WEIGHTS = {"head": 1, "mlflow": 2}
 PATIENCE = 900  # seconds for one start to end; a loaded machine needs minutes
 
 
@@ -115,9 +113,8 @@ class Setting:
                 "driver": (9, 0),
             }.items():
                 place = Here(folder, name)
-                place.address = (
-                    f"127.0.0.{number}"  # Ray would replace 127.0.0.1 by the machine's address
-                )
+                # Ray would replace 127.0.0.1 by the machine's address
+                place.address = f"127.0.0.{number}"
                 head = self.nodes["head"].address if self.nodes else ""
                 self.nodes[name] = RayNode(
                     place, token, temp, head=head, cpus=cpus, port=free_port(place.address)
@@ -182,9 +179,8 @@ class Setting:
     def environment(self, folder: Path, disturbed: bool) -> dict[str, str]:
         own = self.nodes["head"].environment if self.nodes else {}
         home = {"HOME": str(self.home)} if self.mlflow else {}
-        threads = (
-            1 if disturbed or self.nodes else max(1, count_cores() // 2)
-        )  # those of one of two workers
+        # those of one of two workers
+        threads = 1 if disturbed or self.nodes else max(1, count_cores() // 2)
         shared = {
             "OMP_NUM_THREADS": str(threads),
             "HARNESS_CACHE": str(folder.parent / "cache"),
@@ -448,9 +444,8 @@ def chaos(
             place = folder / f"sweep-{number}"
             disturb(place, report, rng, kills, setting, longest)
             if not report.problems:
-                if (
-                    setting.mlflow is not None
-                ):  # what it missed while it was down is told by the next run
+                # what it missed while it was down is sent by the next run
+                if setting.mlflow is not None:
                     setting.mlflow.wait(PATIENCE)
                     setting.ready()
                     setting.start(place).wait(PATIENCE)

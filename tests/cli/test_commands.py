@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -260,6 +261,25 @@ def test_doctor_finds_this_machine_well(tmp_path: Path) -> None:
         each.subject for each in found
     }
     assert not (tmp_path / "runs").exists()  # it leaves nothing behind
+
+
+def test_doctor_looks_at_a_model(tiny_model: Callable[..., Path]) -> None:
+    assert {each.level for each in doctor.examine_model("demo")} == {"ok"}
+    folder = tiny_model("llama")
+    (folder / "tokenizer.json").unlink()
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 128}))
+    found = doctor.examine_model(str(folder))
+    text = doctor.render(found)
+    assert sum(each.level == "wrong" for each in found) == 2
+    assert all(fact in text for fact in ("no tokenizer", "[96, 64]", "[128, 64]", str(folder)))
+    missing = doctor.examine_model(str(folder / "nowhere"))
+    assert [each.level for each in missing] == ["wrong"]
+
+
+@pytest.mark.parametrize("model,code", [("demo", 0), ("no-such-model", 1)])
+def test_the_exit_code_of_doctor_says_whether_a_model_can_be_used(model: str, code: int) -> None:
+    assert RUNNER.invoke(commands.app, ["doctor", model]).exit_code == code
 
 
 def test_doctor_names_what_is_wrong_and_what_to_do(

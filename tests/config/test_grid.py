@@ -576,11 +576,8 @@ def test_a_setting_that_may_be_null_takes_null_and_no_other_type() -> None:
     assert "outlier_threshold: a number is expected, not 'few'" in problem(
         *grid, "rounding.outlier_threshold=few"
     )
-    binary = [
-        *GRID,
-        "method=pb_llm",
-        "scheme=w1.7",
-    ]  # null unless set: the annotation says what it may be
+    # null unless set: the annotation says what it may be
+    binary = [*GRID, "method=pb_llm", "scheme=w1.7"]
     (cell,) = quantized(load_sweep(None, [*binary, "rounding.low_fraction=0.5"]))
     assert cell.method.rounding is not None and cell.method.rounding["low_fraction"] == 0.5
     assert "low_fraction: a number is expected, not 'half'" in problem(
@@ -771,9 +768,8 @@ tables: [{name: t, models: [demoo], columns: [{metric: demo_perplexity/perplexit
         "tables[0]",
     ):
         assert part in str(error.value)
-    assert grid_module.load_sweep(
-        str(path), ["model=demo_weight_outliers"]
-    ).tables  # narrowed: the file's table stays, with gaps
+    # narrowed: the file's table stays, with gaps
+    assert grid_module.load_sweep(str(path), ["model=demo_weight_outliers"]).tables
 
 
 def test_two_evaluations_must_not_report_under_one_name() -> None:

@@ -76,9 +76,8 @@ def test_codes_are_those_of_torch(name: str) -> None:
     assert torch.equal(torch.isfinite(decode(codes, element)), finite)
     assert torch.equal(decode(codes, element)[finite], theirs[finite])
     ordered = theirs[finite].sort().values
-    middles = (
-        ordered[1:] + ordered[:-1]
-    ) / 2  # ties between every two neighbours, to the even code
+    # ties between every two neighbours, to the even code
+    middles = (ordered[1:] + ordered[:-1]) / 2
     noise = torch.randn(20_000, generator=torch.Generator().manual_seed(1)) * torch.logspace(
         -6, 2, 20_000
     )

@@ -141,3 +141,18 @@ def test_a_layer_of_its_own_scheme_may_depend_on_company() -> None:
     assert not depends(down(granularity="tensor", dynamic=False)), (
         "fixed scales are the same in any company"
     )
+
+
+def test_rope_settings_do_not_make_rotary_positions() -> None:
+    """Falcon with ALiBi has rope settings that it does not use, and so may any config."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    small = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    falcon = FalconForCausalLM(FalconConfig(**small, alibi=True))
+    assert falcon.config.rope_parameters
+    assert "ALiBi" in str(prefix_scoring.unsupported(falcon))
+    assert prefix_scoring.unsupported(FalconForCausalLM(FalconConfig(**small))) is None
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, rope_theta=10000.0)
+    )
+    assert "rotary" in str(prefix_scoring.unsupported(gpt2))

@@ -230,9 +230,8 @@ def test_a_checkpoint_without_memory_is_tried_with_nothing_beside_it_and_then_no
     )
     tried = [running for cells, running in beside if "gptq w3" in cells and "gptq w4" not in cells]
     assert len([event for event in events if isinstance(event, Failed) and not event.retry]) == 1
-    assert tried[-1] == 0 and beside[-1][0] == {
-        "gptq w3"
-    }  # the last try ran by itself, after all else
+    # the last try ran by itself, after all else
+    assert tried[-1] == 0 and beside[-1][0] == {"gptq w3"}
     assert len(tried) <= 3 and sum(isinstance(event, Scored) for event in events) == 2
 
 
@@ -357,11 +356,8 @@ def test_what_ran_out_of_memory_is_remembered_for_its_siblings(
     Store(sweep.runtime.runs).open_cells(sweep.cells)
     play(one_pass(plan_of(sweep)), Script(act), monkeypatch)
     siblings = plan_of(demo_sweep("method=gptq,rtn", "scheme=w8,w2", "baseline=false", *SMALL))
-    assert sorted(len(each.cells) for each in siblings.passes) == [
-        1,
-        1,
-        2,
-    ]  # gptq each alone, rtn together
+    # gptq each alone, rtn together
+    assert sorted(len(each.cells) for each in siblings.passes) == [1, 1, 2]
     assert not any(each.exclusive for each in siblings.passes) and not any(
         each.batch_size for each in siblings.scorings
     )

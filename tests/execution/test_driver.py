@@ -303,9 +303,8 @@ def test_tracking_that_comes_back_is_told_everything(
     monkeypatch.setattr(driver.mlflow_runs, "open_tracker", open_tracker)
     sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
     summary = driver.run(sweep, Patient())
-    assert (
-        len(tries) == 2 and len(summary.warnings) == 1
-    )  # at the start and at the end, not in between
+    # at the start and at the end, not in between
+    assert len(tries) == 2 and len(summary.warnings) == 1
     assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told[
         "finish"
     ]
@@ -402,9 +401,8 @@ def test_a_killed_driver_loses_nothing(
     sweep_file.write_text(SWEEP_FILE)
     with contextlib.ExitStack() as held:
         last = load_sweep(str(sweep_file), [f"runs={killed}", *COMMON]).cells[-1]
-        held.enter_context(
-            Store(killed).lock(f"cell-{cell_key(last)}")
-        )  # it cannot end before the signal comes
+        # it cannot end before the signal comes
+        held.enter_context(Store(killed).lock(f"cell-{cell_key(last)}"))
         process = harness("run", str(sweep_file), f"runs={killed}", *COMMON)
         wait_for(lambda: any(killed.glob("cells/*/scores/*.json")), process)
         process.send_signal(how)

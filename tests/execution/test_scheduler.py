@@ -128,9 +128,8 @@ def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: M
     list(on.receive(Message(1, Exit())))
     del cluster.held[1]
     on.submit()
-    assert (
-        isinstance(cluster.held[3], EvaluateTask) and len(cluster.held[3].cells) == 6 < ready
-    )  # half of the twelve
+    # half of the twelve
+    assert isinstance(cluster.held[3], EvaluateTask) and len(cluster.held[3].cells) == 6 < ready
 
 
 def test_what_was_tried_is_not_joined_and_memory_is_kept(demo_sweep: Make) -> None:
@@ -210,10 +209,8 @@ def test_memory_that_ran_out_on_gpus_is_remembered_with_their_number(demo_sweep:
     plan = planned(demo_sweep, "method=rtn", "scheme=w3", *SMALL)
     assert [(each.batch_size, each.devices) for each in plan.scorings] == [(1, 4)]
     assert any("is scored in batches of 1, on 4 GPUs, because" in note for note in plan.notes)
-    for max_gpus, expected in (
-        (4, (4, False)),
-        (2, (1, True)),
-    ):  # more than any node has: main memory
+    # more than any node has: main memory
+    for max_gpus, expected in ((4, (4, False)), (2, (1, True))):
         cluster = Cluster(worker_slots=4, max_gpus=max_gpus)
         on = Scheduler(dataclasses.replace(plan, passes=()), cluster, "")
         on.submit()

@@ -74,9 +74,8 @@ def test_one_checkpoint_for_cells_that_share_it(demo_sweep: Make) -> None:
         if isinstance(event, Scored)
     }
     assert len(scored) == 3
-    assert (
-        len({metrics["demo_perplexity/perplexity"] for metrics in scored.values()}) == 3
-    )  # executed differently
+    # executed differently
+    assert len({metrics["demo_perplexity/perplexity"] for metrics in scored.values()}) == 3
 
 
 def test_a_failing_evaluation_fails_alone(
@@ -153,9 +152,8 @@ def test_out_of_memory_is_tried_once_more_with_batches_of_one(
     assert sum(isinstance(event, Scored) for event in events) == 1
     cell = sweep.cells[0]
     content = Store(sweep.runtime.runs).score(cell_key(cell), score_key(cell, cell.evaluations[0]))
-    assert (
-        content is not None and content["batch_size"] == 1
-    )  # what it was scored with is in the record
+    # what it was scored with is in the record
+    assert content is not None and content["batch_size"] == 1
 
 
 def test_a_missing_checkpoint_fails_its_cell_and_no_other(demo_sweep: Make) -> None:

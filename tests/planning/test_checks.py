@@ -99,11 +99,8 @@ def test_a_model_too_large_for_one_gpu_takes_several(
         "free_memory",
         lambda runtime: (int(need * free / resources.MEMORY_SHARE) + 1, "the GPU"),
     )
-    for free, devices in (
-        (1.0, 1),
-        (0.9, 2),
-        (0.55, 3),
-    ):  # a quarter of the blocks beside each share
+    # a quarter of the blocks beside each share
+    for free, devices in ((1.0, 1), (0.9, 2), (0.55, 3)):
         assert [each.devices for each in plan_of(sweep).scorings] == [devices], free
     cards[0] = 2
     (reason,) = {refusal.reasons[0] for refusal in plan_of(sweep).refused}

@@ -33,9 +33,8 @@ def test_data_free_and_calibrated_cells_walk_apart(demo_sweep: Make) -> None:
 def test_workers_get_a_pass_each(demo_sweep: Make) -> None:
     sweep = demo_sweep("method=gptq", "scheme=w8,w4,w3,w2", "cluster=local", "cluster.workers=2")
     calibrated = [each for each in plan_of(sweep).passes if each.cells[0].method.needs]
-    assert [len(each.checkpoints) for each in calibrated] == [
-        4
-    ]  # one walk per worker: the baseline has the other
+    # one pass per worker: the baseline has the other
+    assert [len(each.checkpoints) for each in calibrated] == [4]
     sweep = dataclasses.replace(
         sweep, runtime=dataclasses.replace(sweep.runtime, cluster=Cluster("local", workers=4))
     )

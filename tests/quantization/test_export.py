@@ -190,9 +190,8 @@ def test_rounded_activations_travel_with_the_weights(
     )
     plain = tiny.cell(RTN, weights)
     theirs, ours = logits(model), logits(tiny.ours(cell))
-    assert relative(theirs, ours) < 0.2 * relative(
-        logits(tiny.ours(plain)), ours
-    )  # the rounding itself is seen, and is ours
+    # the rounding itself is seen, and is ours
+    assert relative(theirs, ours) < 0.2 * relative(logits(tiny.ours(plain)), ours)
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen2", "phi3", "gpt_neox", "gemma"])

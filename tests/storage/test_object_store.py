@@ -84,9 +84,8 @@ def test_a_sweep_over_nodes_that_share_no_disk(
         }
         assert blocks == same and same
         assert b"scored" in store.files.read(store.log_path(cell_key(cell)))
-        assert b"quantized" in store.files.read(
-            store.log_path(cell_key(cell))
-        )  # of another node, kept
+        # of another node, kept
+        assert b"quantized" in store.files.read(store.log_path(cell_key(cell)))
     again = make(sweep, store)
     assert not again.missing and "nothing to do" in render(again) and url in render(again)
     assert "3 of 3 cells done" in status(store.snapshot(sweep.cells), sweep.name, sweep.cells)
@@ -111,10 +110,8 @@ def test_a_pass_goes_on_where_another_node_was_lost(
     )
     assert any(isinstance(event, Quantized) for event in run(QuantizeTask(sweep.cells, url, "cpu")))
     blocks = [name for name in kept if name.endswith(".safetensors")]
-    assert blocks == [
-        "block-00002.safetensors",
-        "block-00003.safetensors",
-    ]  # those of the first node came up with it
+    # those of the first node came up with it
+    assert blocks == ["block-00002.safetensors", "block-00003.safetensors"]
 
 
 def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) -> None:

@@ -177,7 +177,7 @@ def test_keys_are_folders(store: Store) -> None:
 
 def test_loads_without_torch() -> None:
     program = (
-        "import sys, harness.store, harness.tracking, harness.tables, harness.plots, harness.statistics\n"
+        "import sys, harness.storage.store, harness.storage.gc, harness.storage.sweep_state\n"
         "heavy = {'torch', 'mlflow', 'ray', 'hydra', 'transformers', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

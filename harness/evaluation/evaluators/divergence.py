@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from harness.core.cell import Evaluation, Model, digest
-from harness.core.errors import EvaluationError
+from harness.core.cell import Evaluation, Model, baseline_of, digest
+from harness.core.errors import EvaluationError, ModelError
 from harness.core.events import Progress
 from harness.data import model_folders
 from harness.evaluation.protocols import Score, Subject
@@ -85,7 +85,7 @@ class Evaluator:
             }
             log_q = log_probabilities(subject.model, ids)
             kl.append(divergences(against, log_q).cpu())
-            agree.append((against["top"] == log_q.argmax(-1)).double().cpu())
+            agree.append(agreement(against, log_q).cpu())
             delta.append(
                 (against["targets"].double() - target_log_probabilities(log_q, ids).double()).cpu()
             )
@@ -95,12 +95,17 @@ class Evaluator:
     def _score(
         self, evaluation: Evaluation, kl: list[Tensor], agree: list[Tensor], delta: list[Tensor]
     ) -> Score:
-        values = torch.cat(kl)
+        values = torch.cat(kl)  # sorted below, where NaN would stand behind the 99th percentile
+        ordered = (
+            values.sort().values
+            if not bool(values.isnan().any())
+            else torch.full_like(values, math.nan)
+        )
         found = {
             "kl": float(values.mean()),
             "kl_median": float(values.median()),
             "kl_max": float(values.max()),
-            "kl_p99": float(values.sort().values[math.ceil(0.99 * len(values)) - 1]),
+            "kl_p99": float(ordered[math.ceil(0.99 * len(values)) - 1]),
             "top1_agreement": float(torch.cat(agree).mean()),
             "delta_nll": float(torch.cat(delta).mean()),
         }
@@ -184,17 +189,11 @@ class Reference:
         if cell.method.is_baseline and cell.scheme.activation is None and cell.scheme.kv is None:
             return self.subject.model
         if self._model is None:
-            from transformers import AutoModelForCausalLM
+            from harness.quantization.inference import load, placement
 
-            from harness.quantization.inference import placement
-
-            options = {
-                "dtype": getattr(torch, cell.model.dtype),
-                "trust_remote_code": cell.model.trust_remote_code,
-            }
-            try:
-                loaded = AutoModelForCausalLM.from_pretrained(self.subject.model_folder, **options)
-            except (OSError, ValueError) as error:
+            try:  # the baseline's own loader, so that the reference is the model that tables call full precision
+                loaded, _ = load.load(baseline_of(cell), self.subject.model_folder, None)
+            except ModelError as error:
                 raise EvaluationError(
                     f"{cell.model.name}: the full-precision reference cannot be loaded: {error}"
                 ) from error
@@ -222,11 +221,18 @@ def divergences(reference: dict[str, Tensor], log_q: Tensor) -> Tensor:
     known = log_q.gather(1, reference["tokens"]) if "tokens" in reference else log_q
     known = known.double()
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - known), 0.0).sum(-1)
+    kl = torch.where(p == 0, 0.0, p * (log_p - known)).sum(-1)  # NaN is not 0 and stays NaN
     if "tokens" not in reference or log_p.shape[-1] == log_q.shape[-1]:
         return kl
     rest_p = (1 - p.sum(-1)).clamp_min(0)
     rest_q = (1 - known.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     return kl + torch.where(
-        rest_p > 0, rest_p * (rest_p.clamp_min(1e-300).log() - rest_q.log()), 0.0
+        rest_p == 0, 0.0, rest_p * (rest_p.clamp_min(1e-300).log() - rest_q.log())
     )
+
+
+def agreement(reference: dict[str, Tensor], log_q: Tensor) -> Tensor:
+    """1 where the most likely token is the reference's, else 0, NaN where logits are not numbers; [length] float64."""
+    same = (reference["top"] == log_q.argmax(-1)).double()
+    nowhere = log_q.isnan().any(-1) | reference["log_p"].isnan().any(-1)
+    return same.masked_fill(nowhere, math.nan)

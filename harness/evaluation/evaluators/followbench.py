@@ -18,6 +18,7 @@ sources, and the judge's prompt is worded anew. Judges differ: name yours with a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -28,14 +29,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from harness.core.cell import Evaluation, Model
-from harness.core.errors import EvaluationError, HarnessError
+from harness.core.errors import DataError, EvaluationError, HarnessError
 from harness.core.events import Progress
 from harness.data import task_files
-from harness.evaluation.generation import complete
-from harness.evaluation.protocols import Score, Subject
+from harness.evaluation.generation import Completion, complete
+from harness.evaluation.protocols import Score, Subject, no_answers
 
 TASK = "followbench"
 LEVELS = range(1, 6)
+RATES = ("hsr", "ssr", "csl")
+FIELDS = ("group", "example_id", "level", "instruction")
 ATTEMPTS = 3  # per question to the judge; an endpoint under load answers 429 or 503
 REQUEST_SECONDS = 120
 Row = Mapping[str, Any]
@@ -105,14 +108,18 @@ class Evaluator:
                 "followbench: no judge is configured and none of the items has a reference answer"
             )
         yield subject.progress(evaluation, 0, len(judged))
-        answers: list[str] = []
-        met: list[list[bool]] = []
+        answers: list[Completion] = []
+        met: list[list[bool] | None] = []
         for row in judged:
             answer = complete(
                 subject, str(row["instruction"]), self.settings.new_tokens, self.settings.chat
             )
             answers.append(answer)
-            met.append(self._verdicts(row, series[_series_of(row)], answer))
+            met.append(
+                None
+                if answer.text is None
+                else self._verdicts(row, series[_series_of(row)], answer.text)
+            )
             yield subject.progress(evaluation, len(answers), len(judged))
         yield self._score(evaluation, judged, answers, met, len(asked) - len(judged))
 
@@ -120,26 +127,32 @@ class Evaluator:
         self,
         evaluation: Evaluation,
         rows: Sequence[Row],
-        answers: list[str],
-        met: list[list[bool]],
+        answers: list[Completion],
+        met: list[list[bool] | None],
         not_run: int,
     ) -> Score:
-        by_rule = [all(own) for row, own in zip(rows, met, strict=True) if row.get("target")]
+        """met: None for an item without an answer, which leaves every metric without a value."""
+        lost = met.count(None)
+        known = [own or [] for own in met]
+        by_rule = [all(own) for row, own in zip(rows, known, strict=True) if row.get("target")]
         metrics = {"rules": sum(by_rule) / len(by_rule)} if by_rule else {}
         if self.settings.judge_url:
-            metrics |= rates(rows, met)
+            metrics |= dict.fromkeys(RATES, math.nan) if lost else rates(rows, known)
+        if lost:
+            metrics = dict.fromkeys(metrics, math.nan)
         items: dict[str, list[Any]] = {
             "id": [f"{row['group']}/{row['example_id']}/{row['level']}" for row in rows],
-            "hsr": [float(all(own)) for own in met],
-            "ssr": [sum(own) / len(own) for own in met],
+            "hsr": [math.nan if own is None else float(all(own)) for own in met],
+            "ssr": [math.nan if own is None else sum(own) / len(own) for own in met],
             "by_rule": [bool(row.get("target")) for row in rows],
-            "response": answers,
+            "response": [answer.text for answer in answers],
         }
         details: dict[str, Any] = {
             "judge": self.settings.judge_model or "none",
             "not_run": not_run,
             "rule_checked": len(by_rule),
             "new_tokens": self.settings.new_tokens,
+            "truncated_prompts": sum(answer.truncated for answer in answers),
             "chat": self.settings.chat,
         }
         if evaluation.limit is not None:
@@ -149,6 +162,7 @@ class Evaluator:
             {},
             items,
             details,
+            no_answers(TASK, lost, len(rows)),
         )
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -158,7 +172,13 @@ class Evaluator:
             raise EvaluationError(
                 f"{TASK} has no public data set; give data.root=DIR with DIR/tasks/{TASK}/test.jsonl"
             )
-        return local.rows("test")
+        rows = local.rows("test", FIELDS)
+        wrong = [str(row["level"]) for row in rows if not isinstance(row["level"], int)]
+        if wrong:
+            raise DataError(
+                f"{local.splits['test']}: levels are whole numbers from 0 to 5, not {', '.join(dict.fromkeys(wrong))}"
+            )
+        return rows
 
     def _verdicts(self, row: Row, series: Mapping[int, str], answer: str) -> list[bool]:
         """Which constraints an answer meets, one for each level up to its own."""

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness.core.cell import Evaluation, Model
-from harness.core.errors import EvaluationError
+from harness.core.errors import EvaluationError, HarnessError
 from harness.core.events import Progress
 from harness.data import hub, task_files
 from harness.data.task_files import LocalData, TaskFile
 from harness.evaluation.generation import complete
-from harness.evaluation.protocols import Score, Subject
+from harness.evaluation.protocols import Score, Subject, no_answers
 from harness.evaluation.statistics import mean_error
 
 TASK = "humaneval_completion"
@@ -36,6 +36,8 @@ FOLDER = "humaneval"
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 FILE_BYTES = 2**20  # the largest file that a program may write
 PROCESSES = 64  # of its user, those of other programs included
+NO_ANSWER = "no answer"  # the outcome where the model's logits are not numbers
+FIELDS = ("task_id", "prompt", "test", "entry_point")
 FINISHED = 77  # exit status of a program that came to its end
 
 
@@ -85,12 +87,14 @@ class Evaluator:
                 f"set evaluations.{evaluation.name}.run_generated_code=true"
             )
         task, local = self._task()
+        if local is not None and "test" not in local.splits:
+            return [*reasons, f"humaneval: no test.jsonl in {local.folder}"]
         if local is not None:
-            return (
-                reasons
-                if "test" in local.splits
-                else [*reasons, f"humaneval: no test.jsonl in {local.folder}"]
-            )
+            try:
+                local.rows("test", FIELDS)
+            except HarnessError as error:
+                reasons.append(str(error))
+            return reasons
         missing = hub.missing_data_set(
             str(task.data_set), (self.settings.revisions or {}).get(str(task.data_set))
         )
@@ -106,21 +110,27 @@ class Evaluator:
                 "humaneval runs code that the model writes; set run_generated_code=true where that is acceptable"
             )
         rows = self._rows()[: evaluation.limit]
-        completions: list[str] = []
+        completions: list[str | None] = []
         outcomes: list[str] = []
+        truncated = 0
         yield subject.progress(evaluation, 0, len(rows))
         for row in rows:
             completion = complete(subject, str(row["prompt"]), self.settings.new_tokens, stop=STOP)
-            completions.append(completion)
+            completions.append(completion.text)
+            truncated += completion.truncated
             outcomes.append(
-                run_program(
-                    f"{row['prompt']}{completion}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
+                NO_ANSWER
+                if completion.text is None
+                else run_program(
+                    f"{row['prompt']}{completion.text}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
                     self.settings.timeout_seconds,
                     self.settings.memory_bytes,
                 )
             )
             yield subject.progress(evaluation, len(outcomes), len(rows))
-        passed = [float(outcome == "passed") for outcome in outcomes]
+        passed = [
+            math.nan if outcome == NO_ANSWER else float(outcome == "passed") for outcome in outcomes
+        ]
         rate, error = mean_error(passed)
         items: dict[str, list[Any]] = {
             "id": [str(row["task_id"]) for row in rows],
@@ -130,18 +140,21 @@ class Evaluator:
         }
         details: dict[str, Any] = {
             "new_tokens": self.settings.new_tokens,
+            "truncated_prompts": truncated,
             "timeout_seconds": self.settings.timeout_seconds,
             "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))},
         }
         if evaluation.limit is not None:
             details["smoke"] = True
         name = f"{evaluation.name}/pass_at_1"
-        yield Score({name: rate}, {name: error} if math.isfinite(error) else {}, items, details)
+        stderr = {name: error} if math.isfinite(error) else {}
+        problems = no_answers(TASK, outcomes.count(NO_ANSWER), len(outcomes))
+        yield Score({name: rate}, stderr, items, details, problems)
 
     def _rows(self) -> list[dict[str, Any]]:
         task, local = self._task()
         if local is not None:
-            return local.rows("test")
+            return local.rows("test", FIELDS)
         data_set = str(task.data_set)
         return [
             dict(row)

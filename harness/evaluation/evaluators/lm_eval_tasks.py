@@ -21,7 +21,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,16 +31,20 @@ import numpy as np
 from harness.core.cell import Evaluation, Model, digest
 from harness.core.errors import DataError, EvaluationError, HarnessError, unknown_name
 from harness.core.events import Progress
-from harness.data import hub, model_folders, task_files
+from harness.core.failures import is_out_of_memory
+from harness.core.text import first_line
+from harness.data import hub, json_lines, model_folders, task_files
 from harness.data.task_files import LocalData, TaskFile
-from harness.evaluation import prefix_scoring
-from harness.evaluation.protocols import Score, Subject, depends_on_company
+from harness.evaluation import generation, prefix_scoring, task_checks, task_problems
+from harness.evaluation.protocols import Score, Subject, depends_on_company, model_context_length
+from harness.evaluation.task_checks import LIKELIHOOD_TASKS
+from harness.evaluation.task_problems import UNANSWERED
 from harness.evaluation.windows import tokenizer_digest
 
 SCORERS = ("auto", "shared_prefix", "lm_eval")
-LIKELIHOOD_TASKS = ("loglikelihood", "multiple_choice")
 BOOTSTRAPS = 100  # resamples for standard errors that have no closed form
 FEWSHOT_SEED = 1234  # simple_evaluate's default
+NUMBER = (int, float, np.number)
 KEPT = 32  # built tasks that stay in memory for the next cell
 Pair = tuple[np.ndarray, np.ndarray]  # tokens of a context and of its continuation, int32
 
@@ -123,12 +127,15 @@ class Evaluator:
             tasks = task_files.members(self.settings.task, self.settings.include)
         except HarnessError as error:
             return [str(error)]
+        settings, context = self.settings, model_context_length(model)
         reasons: dict[
             str, None
-        ] = {}  # ordered and without repeats: the 57 tasks of a group lack one data set
+        ] = {}  # in order, each once: the 57 tasks of a group lack one data set
         for task in tasks:
-            for reason in _reasons(task, self.settings):
-                reasons[reason] = None
+            found = task_checks.refusals(
+                task, settings.num_fewshot, settings.data_root, settings.revisions or {}, context
+            )
+            reasons |= dict.fromkeys(found)
         if self.settings.apply_chat_template and not hub.is_hub_id(model.source):
             with contextlib.suppress(
                 HarnessError
@@ -169,13 +176,15 @@ class Evaluator:
                 done += len(answers)
                 if done < len(built.instances):
                     yield subject.progress(evaluation, done, len(built.instances))
-        results = _evaluate(language_model, built.tasks, evaluation.limit)
+        results, warnings = _evaluate(language_model, built.tasks, evaluation.limit)
         yield subject.progress(evaluation, len(built.instances), len(built.instances))
         details = {
             "scorer": scorer,
             "batch_size": language_model.batch_size,
             "context_length": language_model.max_length,
             "truncated_requests": truncated,
+            "truncated_prompts": language_model.count(language_model.truncated, built.instances),
+            "split_texts": language_model.count(language_model.split, built.instances),
             "add_bos_token": self.settings.add_bos_token,
             "apply_chat_template": self.settings.apply_chat_template,
             "lm_eval": importlib.metadata.version("lm_eval"),
@@ -183,79 +192,13 @@ class Evaluator:
         }
         if evaluation.limit is not None:
             details["smoke"] = True
-        yield _score(self.settings, evaluation, results, built, details)
-
-
-# --- what can be known before any work -----------------------------------------------------------------------------------------
-
-
-def _reasons(task: TaskFile, settings: Evaluator.Settings) -> Iterator[str]:
-    """Why one task cannot run."""
-    kind = task.config.get("output_type", "generate_until")
-    if task.config.get("unsafe_code"):
-        yield f"{task.name} runs the code that the model writes; it is not run here"
-    if task.config.get("doc_to_image") or task.config.get("doc_to_audio"):
-        yield f"{task.name} shows images or plays sounds; only text is scored here"
-    if "class" in task.config:
-        yield f"{task.name} is a Python class, not a YAML file, and its data cannot be checked beforehand"
-    fixed = task.config.get("num_fewshot")
-    if settings.num_fewshot and fixed == 0:
-        yield f"{task.name} fixes num_fewshot at 0 in {task.path.name}, not {settings.num_fewshot}; leave num_fewshot out"
-    if kind not in (*LIKELIHOOD_TASKS, "loglikelihood_rolling", "generate_until"):
-        yield f"{task.name} has the unknown output_type {kind}"
-    local = task_files.local_data(task, settings.data_root)
-    if local is None:
-        yield from _missing_data(task, settings)
-        return
-    wanted = [
-        str(task.config[key]) for key in ("test_split", "validation_split") if task.config.get(key)
-    ]
-    if not any(split in local.splits for split in wanted):
-        yield f"{task.name}: none of {', '.join(f'{split}.jsonl' for split in wanted)} in {local.folder}"
-    shots = settings.num_fewshot if settings.num_fewshot is not None and fixed != 0 else fixed
-    if (
-        shots
-        and _examples_split(task, local) is None
-        and not (task.config.get("fewshot_config") or {}).get("samples")
-    ):
-        examples = str(
-            task.config.get("fewshot_split") or task.config.get("training_split") or "train"
+        outcome = task_problems.examine(
+            built.tasks, results["samples"], language_model.unanswered, [*built.warnings, *warnings]
         )
-        yield (
-            f"{task.name}: {shots} worked examples are asked for, but {local.folder} has no {examples}.jsonl, and taking them from "
-            "the scored items would show answers; add the file or set num_fewshot=0"
-        )
+        yield _score(self.settings, evaluation, results, built, details, outcome)
 
 
-def _missing_data(task: TaskFile, settings: Evaluator.Settings) -> Iterator[str]:
-    """Why a task without local files has no items."""
-    place = (
-        "data.root=DIR with DIR/tasks/"
-        + task_files.FOLDER_OF_SUBJECTS.get(task.data_set or "", task.name)
-        + "/<split>.jsonl"
-    )
-    if task.data_set is not None:
-        missing = hub.missing_data_set(task.data_set, (settings.revisions or {}).get(task.data_set))
-        if missing:
-            given = (
-                f" (data.root={settings.data_root} has no folder for it)"
-                if settings.data_root
-                else ""
-            )
-            yield f"{missing}; give {place}{given}"
-    elif task.config.get("dataset_path") == "json" and not (
-        task.config.get("dataset_kwargs") or {}
-    ).get("data_files"):
-        yield f"{task.name} has no public data set; give {place}"
-
-
-def _examples_split(task: TaskFile, local: LocalData) -> str | None:
-    """The local split that worked examples come from."""
-    for key in ("fewshot_split", "training_split"):
-        split = task.config.get(key)
-        if split and str(split) in local.splits:
-            return str(split)
-    return None
+# --- scorers -----------------------------------------------------------------------------------------------------------------
 
 
 def _scorer(settings: Evaluator.Settings, subject: Subject) -> str:
@@ -289,8 +232,9 @@ class Built:
     """Tasks with their requests built, and the tokens of those requests by tokenizer."""
 
     tasks: dict[str, Any]
-    splits: dict[str, str]
+    splits: dict[str, str | None]
     groups: dict[str, list[str]]
+    warnings: list[str] = field(default_factory=list)  # of lm-eval, while it built them
     _pairs: dict[str, list[Pair]] = field(default_factory=dict)
 
     @property
@@ -362,7 +306,8 @@ def _build(settings: Evaluator.Settings, limit: int | None, chat: Chat | None) -
     from lm_eval.tasks import TaskManager
 
     files = task_files.members(settings.task, settings.include)
-    overrides, splits = [], {}
+    overrides: list[dict[str, Any]] = []
+    splits: dict[str, str | None] = {}
     for file in files:
         local = task_files.local_data(file, settings.data_root)
         changes = (
@@ -371,10 +316,13 @@ def _build(settings: Evaluator.Settings, limit: int | None, chat: Chat | None) -
             else _local_overrides(file, local)
         )
         config = {**file.config, **changes}
-        splits[file.name] = str(config.get("test_split") or config.get("validation_split"))
+        splits[file.name] = task_checks.scored_split(config)
+        own = file.config.get("num_fewshot")
+        if settings.num_fewshot if settings.num_fewshot is not None and own != 0 else own:
+            changes |= task_checks.scored_as_test(config)
         overrides.append({"task": file.name, **changes})
     folders = sorted({str(file.path.parent) for file in files})
-    with _quiet():
+    with _quiet() as warnings:
         try:
             manager = TaskManager(include_path=folders, include_defaults=False)
             tasks = manager.load([{"group": "harness", "task": overrides}])["tasks"]
@@ -383,28 +331,47 @@ def _build(settings: Evaluator.Settings, limit: int | None, chat: Chat | None) -
         except HarnessError:
             raise
         except Exception as error:  # YAML, templates, data sets and the hub each raise their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise DataError(
-                f"lm-eval could not build {settings.task}: {type(error).__name__}: {reason}"
-            ) from error
-    return Built(dict(tasks), splits, task_files.groups(settings.task, settings.include))
+            raise _not_built(settings, files, error) from error
+    for task in tasks.values():
+        task_problems.guard(task)
+    groups = task_files.groups(settings.task, settings.include)
+    return Built(dict(tasks), splits, groups, list(warnings))
+
+
+def _not_built(
+    settings: Evaluator.Settings, files: Sequence[TaskFile], error: Exception
+) -> DataError:
+    """Why lm-eval could not make the tasks, with the files to look at and what to do."""
+    what, reason = (
+        f"lm-eval could not build {settings.task}",
+        f"{type(error).__name__}: {first_line(error)}",
+    )
+    if "out of bounds for size 0" in str(error):
+        reason = "no items are left once the task's process_docs has chosen among them"
+    elif "larger than population" in str(error) or "exceeds the" in str(error):
+        reason = "fewer worked examples are left than are asked for; lower num_fewshot, or add rows"
+    elif isinstance(error, KeyError):
+        reason = f"the data have no field or split {error}, which the task file names"
+    names = {str(file.path) for file in files}
+    read = [task_files.local_data(file, settings.data_root) for file in files]
+    names |= {str(local.folder) for local in read if local is not None}
+    return DataError(f"{what}: {reason}; see {_some(names)}")
 
 
 def _local_overrides(file: TaskFile, local: LocalData) -> dict[str, Any]:
     """What to change in a task's config so that it reads local files: its data set, and no split that has no file."""
-    changes: dict[str, Any] = {
-        key: None for key in task_files.SPLITS if str(file.config.get(key)) not in local.splits
-    }
 
     def read_local(**metadata: Any) -> Any:
         import datasets
 
+        # As the official loader does: a field that some rows lack is None there, one of mixed types stays as it is.
+        read = functools.partial(datasets.Dataset.from_list, on_mixed_types="use_json")
         return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list(local.rows(split)) for split in local.splits}
+            {split: read(json_lines.filled(local.rows(split))) for split in local.splits}
         )
 
     return {
-        **changes,
+        **task_checks.without_absent_splits(file.config, local),
         "custom_dataset": read_local,
         "dataset_path": None,
         "dataset_name": None,
@@ -538,12 +505,54 @@ def _language_model_class() -> type[Any]:
     from lm_eval.models.huggingface import HFLM
 
     class LanguageModel(HFLM):
-        """lm-eval's model over a loaded one; the tokens of its requests are given, and their answers where they are known."""
+        """lm-eval's model over a loaded one; the tokens of its requests are given, and their answers where they are known.
+
+        It remembers what lm-eval does not count: prompts whose beginning was cut off, texts that were split into windows, and
+        prompts after which the model's logits were no numbers, so that it wrote nothing.
+        """
 
         def __init__(self, **arguments: Any) -> None:
             super().__init__(**arguments)
             self.encoded: dict[int, Pair] = {}
             self.answers: dict[int, prefix_scoring.Answer] = {}
+            self.truncated: set[str] = set()
+            self.split: set[str] = set()
+            self.unanswered: set[str] = set()
+            self._batch: list[str] = []
+
+        @staticmethod
+        def count(texts: set[str], instances: Sequence[Any]) -> int:
+            """How many requests have one of these texts."""
+            return sum(instance.args[0] in texts for instance in instances) if texts else 0
+
+        def loglikelihood_rolling(
+            self, requests: list[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            texts = {request.args[0] for request in requests}
+            self.split |= {text for text in texts if len(self.tok_encode(text)) > self.max_length}
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+        def tok_batch_encode(
+            self, strings: list[str], *arguments: Any, left_truncate_len: int = 0, **options: Any
+        ) -> Any:
+            self._batch = list(strings)
+            ids, mask = super().tok_batch_encode(strings, *arguments, **options)
+            if left_truncate_len:
+                lengths = mask.sum(1).tolist()
+                self.truncated |= {
+                    text for text, n in zip(strings, lengths, strict=True) if n > left_truncate_len
+                }
+                ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+            return ids, mask
+
+        def _model_generate(self, context: Any, *arguments: Any, **options: Any) -> Any:
+            watch = generation.NumberWatch()
+            written = super()._model_generate(
+                context, *arguments, logits_processor=[watch], **options
+            )
+            lost = watch.lost(len(self._batch))
+            self.unanswered |= {text for text, no in zip(self._batch, lost, strict=True) if no}
+            return written
 
         def loglikelihood(
             self, requests: list[Any], disable_tqdm: bool = False
@@ -583,56 +592,95 @@ def _language_model(subject: Subject, settings: Evaluator.Settings) -> Any:
         )
 
 
-def _evaluate(language_model: Any, tasks: dict[str, Any], limit: int | None) -> Mapping[str, Any]:
+def _evaluate(
+    language_model: Any, tasks: dict[str, Any], limit: int | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """lm-eval's results with their standard errors, and the warnings that it gave."""
     from lm_eval.evaluator import evaluate
 
-    with _quiet():
+    with _quiet() as warnings:
         try:
             results = evaluate(
                 lm=language_model,
                 task_dict={"tasks": tasks},
                 limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
+                bootstrap_iters=0,
                 log_samples=True,
             )
+            assert results is not None
+            for name, task in tasks.items():
+                results["results"][name] |= _standard_errors(task, results["samples"][name])
         except HarnessError:
             raise
-        except (
-            AssertionError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            ZeroDivisionError,
-        ) as error:
+        except Exception as error:  # of lm-eval, of the task's functions and templates
+            if isinstance(error, RuntimeError) or is_out_of_memory(error):
+                raise
             raise EvaluationError(
-                f"lm-eval could not score {', '.join(sorted(tasks))}: {type(error).__name__}: {error}"
+                f"lm-eval could not score {', '.join(sorted(tasks))}: {type(error).__name__}: {first_line(error)}; "
+                "run with HARNESS_DEBUG=1, or see `harness show`, for the place in the task's functions"
             ) from error
-    assert results is not None
-    return results
+    return results, list(warnings)
+
+
+def _standard_errors(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Standard errors by lm-eval's own functions, "<metric>_stderr,<filter>"; none where a value is too large to be squared."""
+    from lm_eval.api.metrics import mean, stderr_for_metric
+
+    columns: dict[tuple[str, str], list[Any]] = {}
+    for sample in samples:
+        for metric in sample["metrics"]:
+            columns.setdefault((metric, sample["filter"]), []).append(sample[metric])
+    found = {}
+    for (metric, filter_name), values in columns.items():
+        function = stderr_for_metric(
+            task_problems.unguarded(task.aggregation().get(metric, mean)), BOOTSTRAPS
+        )
+        if function is None or len(values) < 2 or any(value is UNANSWERED for value in values):
+            continue
+        with contextlib.suppress(OverflowError):
+            found[f"{metric}_stderr,{filter_name}"] = function(values)
+    return found
 
 
 _quiet_lock = threading.RLock()
 
 
+class _Warnings(logging.Handler):
+    """Keeps each warning of lm-eval once, its first line."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = record.getMessage().strip().splitlines()
+        if lines:
+            self.found[lines[0]] = None
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, prints or process pools of lm-eval's own; its errors are raised, its warnings are in the details."""
-    logger = logging.getLogger("lm_eval")
+def _quiet() -> Iterator[Iterable[str]]:
+    """No progress bars, prints or process pools of lm-eval's own; its errors are raised, its warnings are what is yielded."""
+    logger, handler = logging.getLogger("lm_eval"), _Warnings()
     with (
         _quiet_lock,
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        level, pools = logger.level, os.environ.get("DISABLE_MULTIPROC")
-        logger.setLevel(logging.ERROR)
+        level, passes_on = logger.level, logger.propagate
+        pools = os.environ.get("DISABLE_MULTIPROC")
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(handler)
         os.environ["DISABLE_MULTIPROC"] = (
             "1"  # its bootstrap would start a process per core of the machine
         )
         try:
-            yield
+            yield handler.found
         finally:
+            logger.removeHandler(handler)
             logger.setLevel(level)
+            logger.propagate = passes_on
             if pools is None:
                 os.environ.pop("DISABLE_MULTIPROC", None)
             else:
@@ -648,17 +696,19 @@ def _score(
     results: Mapping[str, Any],
     built: Built,
     details: dict[str, Any],
+    outcome: task_problems.Outcome,
 ) -> Score:
     metrics: dict[str, float] = {}
     stderr: dict[str, float] = {}
+    scored = {task: outcome.settled(task, results["results"][task]) for task in built.tasks}
     for task in built.tasks:
         prefix = evaluation.name if task == settings.task else task
-        values, errors = task_metrics(results["results"][task])
+        values, errors = task_metrics(scored[task])
         metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
         stderr |= {f"{prefix}/{name}": value for name, value in errors.items()}
     for group, tasks in built.groups.items():
         prefix = evaluation.name if group == settings.task else group
-        values, errors = group_metrics([results["results"][task] for task in tasks])
+        values, errors = group_metrics([scored[task] for task in tasks])
         metrics |= {f"{prefix}/{name}": value for name, value in values.items()}
         stderr |= {f"{prefix}/{name}": value for name, value in errors.items()}
     details["tasks"] = {
@@ -672,7 +722,12 @@ def _score(
         }
         for task in built.tasks
     }
-    return Score(metrics, stderr, _items(results["samples"], built.tasks), details)
+    if not metrics:
+        raise EvaluationError(
+            f"{settings.task}: lm-eval gave no metric for any item; see process_results and metric_list of its task file"
+        )
+    items = _items(results["samples"], built.tasks, outcome)
+    return Score(metrics, stderr, items, details, outcome.problems)
 
 
 def task_metrics(result: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -680,9 +735,11 @@ def task_metrics(result: Mapping[str, Any]) -> tuple[dict[str, float], dict[str,
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in result.items():
-        if "," not in key or isinstance(value, bool) or not isinstance(value, int | float):
+        if "," not in key or isinstance(value, bool) or not isinstance(value, NUMBER):
             continue  # names, counts, "N/A"
         metric, filter_name = key.split(",", 1)
+        if metric == "bypass":
+            continue  # lm-eval's placeholder, always 999
         suffix = "" if filter_name == "none" else f"/{filter_name}"
         if metric.endswith("_stderr"):
             if math.isfinite(value):
@@ -722,12 +779,18 @@ def group_metrics(
 
 
 def _items(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Mapping[str, Any]
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    tasks: Mapping[str, Any],
+    outcome: task_problems.Outcome,
 ) -> dict[str, list[Any]]:
-    """Columns with one row per item: identity, answers, and every metric that is one number per item."""
+    """Columns with one row per item: identity, answers, and every metric that is one number per item.
+
+    An item without an answer has no choice and no mark (None), and NaN in every metric.
+    """
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     for task in tasks:
         for sample in samples[task]:
+            answered = (task, sample["doc_id"]) not in outcome.unanswered
             row = rows.setdefault(
                 (task, sample["doc_id"]),
                 {
@@ -736,34 +799,31 @@ def _items(
                     "doc_id": sample["doc_id"],
                     "doc_hash": sample["doc_hash"],
                     "prompt_hash": sample["prompt_hash"],
-                    **_answers(tasks[task], sample),
+                    **_answers(tasks[task], sample, answered),
                 },
             )
             suffix = "" if sample["filter"] == "none" else f"/{sample['filter']}"
             for name in sample["metrics"]:
                 value = sample[name]
-                if isinstance(value, bool | int | float | np.number):
-                    row[name + suffix] = float(value)
+                if isinstance(value, NUMBER):
+                    row[name + suffix] = float(value) if answered else math.nan
             correct = next(
                 (row[name + suffix] for name in ("acc", "exact_match") if name + suffix in row),
                 None,
             )
-            if correct is not None:
-                row["correct"] = max(
-                    correct, row.get("correct", 0.0)
-                )  # by any of the task's filters
+            if correct is not None:  # by any of the task's filters
+                row["correct"] = max(correct, row.get("correct", 0.0)) if answered else math.nan
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     items = {name: [row.get(name) for row in rows.values()] for name in columns}
-    correct_column = items.pop("correct", [None])
-    if all(
-        value in (0.0, 1.0) for value in correct_column
-    ):  # not a probability, as truthfulqa_mc2 has
-        items["correct"] = [value == 1.0 for value in correct_column]
+    marks = [math.inf if mark is None else mark for mark in items.pop("correct", [None])]
+    # Not where an item has no mark, nor where marks are probabilities, as those of truthfulqa_mc2.
+    if all(math.isnan(mark) or mark in (0.0, 1.0) for mark in marks):
+        items["correct"] = [None if math.isnan(mark) else mark == 1.0 for mark in marks]
     return items
 
 
-def _answers(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model said: log-likelihoods per choice and the chosen one, or its text."""
+def _answers(task: Any, sample: Mapping[str, Any], answered: bool) -> dict[str, Any]:
+    """What the model said: log-likelihoods per choice and the chosen one, or its text. None where there is no answer."""
     if task.OUTPUT_TYPE in LIKELIHOOD_TASKS:
         answers = [response[0] for response in sample["resps"]]
         found: dict[str, Any] = {
@@ -771,6 +831,6 @@ def _answers(task: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
             "greedy": [bool(answer[1]) for answer in answers],
         }
         if task.OUTPUT_TYPE == "multiple_choice":
-            found["chosen"] = int(np.argmax(found["log_likelihoods"]))
+            found["chosen"] = int(np.argmax(found["log_likelihoods"])) if answered else None
         return found
-    return {"response": str(sample["resps"][0][0])}
+    return {"response": str(sample["resps"][0][0]) if answered else None}

@@ -134,9 +134,8 @@ class Processes:
                 messages.append(self._news.get_nowait())
         except queue.Empty:
             pass
-        known = [
-            message for message in messages if message.number in self._running
-        ]  # a cancelled task sends no more messages
+        # a cancelled task sends no more messages
+        known = [message for message in messages if message.number in self._running]
         for message in known:
             if isinstance(message.news, Exit):
                 del self._running[message.number]

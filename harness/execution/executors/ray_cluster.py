@@ -101,17 +101,15 @@ class RayCluster:
             else {"runtime_env": {"env_vars": process_environment(self.threads)}}
         )
         if gpus:
-            options["max_calls"] = (
-                1  # a new process per task; on a CPU a process is reused, which saves its imports (5 s)
-            )
+            # a new process per task; on a CPU a process is reused, which saves its imports (5 s)
+            options["max_calls"] = 1
         self._remote = self._ray.remote(
             num_cpus=self.threads, num_gpus=gpus, max_retries=0, num_returns="streaming", **options
         )(_stream)
         self._running: dict[int, Any] = {}
         self._nodes: dict[int, str] = {}  # where a task runs, from its first message
-        self._nodes_at_submit: dict[
-            int, set[str]
-        ] = {}  # the nodes that were alive when it was submitted
+        # the nodes that were alive when it was submitted
+        self._nodes_at_submit: dict[int, set[str]] = {}
         self._last_message: dict[int, float] = {}
 
     def _connect(self, address: str, settings: dict[str, Any]) -> bool:
@@ -132,9 +130,8 @@ class RayCluster:
             # "local", because a stale cluster file makes a plain init join what no longer runs.
             with _environment(process_environment(self.threads)):
                 self._ray.init(address="local", **{**own, **quiet, **settings})
-        except (
-            Exception
-        ) as error:  # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
+        except Exception as error:
+            # Ray raises its own, OSError, ValueError, ConnectionError and RuntimeError
             where = (
                 f"the Ray cluster at {address} cannot be reached"
                 if address
@@ -149,16 +146,16 @@ class RayCluster:
         return True
 
     def _joined(self, seconds: float) -> list[dict[str, float]]:
-        """Resources of each living node, once a node can run tasks or the time is over: nodes may still be starting."""
+        """Resources of each live node, once a node can run tasks or the time is over: nodes may still be starting."""
         ends = time.monotonic() + seconds
         while True:
-            nodes = self._living()
+            nodes = self._live_nodes()
             if any(node.get("CPU", 0) for node in nodes) or time.monotonic() > ends:
                 return nodes
             time.sleep(POLL_SECONDS)
 
-    def _living(self) -> list[dict[str, float]]:
-        """Resources of each living node."""
+    def _live_nodes(self) -> list[dict[str, float]]:
+        """Resources of each live node."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         self._alive = {str(node["NodeID"]) for node in nodes}
         return [node["Resources"] for node in nodes]
@@ -194,7 +191,7 @@ class RayCluster:
             all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in nodes
         ):
             return
-        asked = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
+        needs = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items() if amount)
         have = (
             "; ".join(
                 ", ".join(f"{node.get(name, 0):g} {name}" for name in wanted) for node in nodes
@@ -203,7 +200,7 @@ class RayCluster:
         )
         total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in wanted)
         raise ScheduleError(
-            f"no node of the cluster can run a task, which asks for {asked}. Nodes have: {have} (in total {total}). "
+            f"no node of the cluster can run a task, which needs {needs}. Nodes have: {have} (in total {total}). "
             "Lower cluster.gpus_per_task, set device=cpu, or add a node."
         )
 
@@ -307,7 +304,7 @@ class RayCluster:
         self._refreshed = now
         if _is_listening(self._head):
             self._answered = now
-            nodes = self._living()
+            nodes = self._live_nodes()
             self.worker_slots, self.max_gpus = (
                 self._count_worker_slots(nodes),
                 self._count_max_gpus(nodes),
@@ -361,7 +358,7 @@ class RayCluster:
         ]
         if not silent:
             return []
-        self._living()
+        self._live_nodes()
         alive, lost = self._alive, []
         for number in silent:
             self._last_message[number] = now
@@ -428,9 +425,8 @@ def _missing_paths(shared: Sequence[str]) -> list[str]:
         found = (
             [] if store.files.exists(store.root / probe) else [f"{runs}, where this process writes"]
         )
-    except (
-        StoreError
-    ) as error:  # no package, no credentials, no connection; the error names the store
+    except StoreError as error:
+        # no package, no credentials, no connection; the error names the store
         found = [str(error)]
     return found + [path for path in paths if not os.path.exists(path)]
 

@@ -59,10 +59,10 @@ class CheckpointWriter:
         self,
         folder: Path,
         fingerprint: Mapping[str, Any],
-        keep: Callable[[Path], None] = lambda path: None,
+        changed: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """keep: called with every file that was written or removed, in that order, so that a remote store can mirror the folder."""
-        self.folder, self._keep = folder, keep
+        """changed: called with every file that was written or removed, in that order, so that a remote store mirrors the folder."""
+        self.folder, self._changed = folder, changed
         self.fingerprint = json.loads(json.dumps(fingerprint))
         path = folder / "fingerprint.json"
         try:
@@ -213,7 +213,7 @@ class CheckpointWriter:
         }
         self._write(self.folder / "manifest.json", _json(manifest))
         (self.folder / "seconds.json").unlink(missing_ok=True)
-        self._keep(self.folder / "seconds.json")
+        self._changed(self.folder / "seconds.json")
         return manifest
 
     def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ class CheckpointWriter:
 
     def _write(self, path: Path, data: bytes) -> None:
         _write(path, data)
-        self._keep(path)
+        self._changed(path)
 
 
 class Checkpoint:
@@ -272,9 +272,8 @@ def _read_block(
     stored = _read_tensors(
         tensors_path, description["file"] if files is None else files[tensors_path.name]
     )
-    tensors = {
-        name: tensor.to(device) for name, tensor in stored.items()
-    }  # layouts dequantize where a pass would
+    # layouts dequantize where a pass would
+    tensors = {name: tensor.to(device) for name, tensor in stored.items()}
     weights: dict[str, QuantizedWeight] = {}
     for name, linear in description["linears"].items():
         parts = {

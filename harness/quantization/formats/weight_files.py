@@ -1,36 +1,34 @@
-"""The weight files of a model folder: one or many safetensors files, read tensor by tensor.
+"""The weight files of a model folder, read tensor by tensor: by their own names, or by the names of a model's parameters.
 
 A file is opened for the requested tensors and closed again, so that its pages never count as the process's memory.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from harness.core.errors import ModelError
+from harness.data.safetensors_headers import INDEX, weight_files
+from harness.quantization.models import stored
+from harness.quantization.models.protocols import tied
 
-INDEX = "model.safetensors.index.json"
-SUFFIX = ".safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _is_own(file: object) -> bool:
-    """Whether an index names a safetensors file that lies in its own folder."""
-    return isinstance(file, str) and Path(file).name == file and file.endswith(SUFFIX)
-
-
 class WeightReader:
-    """names(), read(name, dtype, device). Raises ModelError for a folder without readable safetensors."""
+    """names(), read(name, dtype, device) by the names in the files. Raises ModelError for a folder without readable safetensors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file_of = self._find(folder)
+        self.files = weight_files(folder)
+        self._file_of = {name: each.file for name, each in self.files.tensors.items()}
 
     def names(self) -> Collection[str]:
         return self._file_of.keys()
@@ -66,61 +64,65 @@ class WeightReader:
 
     def stored_bits(self) -> dict[str, int]:
         """Bits per number of each tensor as the files store it, from their headers."""
-        widths: dict[str, int] = {}
-        for path in sorted(set(self._file_of.values())):
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    count = 1
-                    for size in entry["shape"]:
-                        count *= size
-                    start, end = entry["data_offsets"]
-                    widths[name] = 8 * (end - start) // max(count, 1)
-        return widths
+        return {
+            name: 8 * stored.bytes // max(math.prod(stored.shape), 1)
+            for name, stored in self.files.tensors.items()
+        }
 
-    @staticmethod
-    def _find(folder: Path) -> dict[str, Path]:
-        index = folder / INDEX
-        if index.exists():
-            try:
-                listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ModelError(f"{index}: is not an index of weight files: {error}") from error
-            if not isinstance(listed, dict):
-                raise ModelError(
-                    f"{index}: is not an index of weight files: weight_map is no mapping"
-                )
-            # Somebody else wrote this file: a name with a folder in it could point anywhere on this machine.
-            foreign = sorted({str(file) for file in listed.values() if not _is_own(file)})
-            if foreign:
-                raise ModelError(
-                    f"{index}: names what is no safetensors file of this folder: {', '.join(foreign[:3])}; refused"
-                )
-            missing = sorted({file for file in listed.values() if not (folder / file).exists()})
-            if missing:
-                raise ModelError(
-                    f"{folder}: weight files are missing: {', '.join(missing)}; download the model again"
-                )
-            return {name: folder / file for name, file in listed.items()}
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickles = [
-                path.name
-                for kind in ("*.bin", "*.pt", "*.pth")
-                for path in sorted(folder.glob(kind))
-            ]
-            if pickles:
-                raise ModelError(
-                    f"{folder}: only pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
-                    "convert them to safetensors (transformers: save_pretrained)"
-                )
-            raise ModelError(f"{folder}: no safetensors file; is this a model folder?")
-        found: dict[str, Path] = {}
-        for path in files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found.update(dict.fromkeys(file.keys(), path))
-            except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path}: is not a readable safetensors file: {error}") from error
-        return found
+
+class ModelWeights:
+    """The parameters and stored buffers of a model by its own names, read from the weight files of its folder.
+
+    What transformers would load is what is read: its rules for names, its choice of files, its treatment of tied heads. Raises
+    ModelError with every fault at once where the files do not fit the model (names, shapes, dtypes).
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.reader = WeightReader(folder)
+        self.stored = stored.require(model, self.reader.files)
+        self._tied = tied(model)
+
+    def holds(self, name: str) -> bool:
+        """Whether the files hold this parameter under its own name; a tied head may be held as the embeddings alone."""
+        return name in self.stored.parts
+
+    def read(self, name: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+        """A parameter or buffer of the model, a copy. Floating tensors are cast to dtype, others keep theirs.
+
+        Of tied parameters of which the files hold one, that one is read for all.
+        """
+        held = next((each for each in self._same(name) if each in self.stored.parts), None)
+        if held is None:
+            raise ModelError(f"{self.reader.folder}: no weight file holds {name}")
+        return self.stored.read(held, lambda part: self.reader.read(part, dtype, device))
+
+    def untied(self, dtype: torch.dtype) -> set[str]:
+        """Tied parameters that the files nevertheless hold with numbers of their own: transformers does not tie these.
+
+        dtype: in which they are compared, that of the model.
+        """
+        return {
+            name
+            for name, of in self._tied.items()
+            if self.holds(name)
+            and self.holds(of)
+            and not torch.equal(self.read(name, dtype), self.read(of, dtype))
+        }
+
+    def stored_bits(self) -> dict[str, int]:
+        """Bits per number of each parameter as the files store it; those put together of several tensors are left out."""
+        widths = self.reader.stored_bits()
+        return {
+            name: widths[parts.all()[0]]
+            for name, parts in self.stored.parts.items()
+            if parts.converter is None
+        }
+
+    def _same(self, name: str) -> list[str]:
+        """The names under which a parameter may be held: its own, then those it is tied to."""
+        source = self._tied.get(name, name)
+        others = [target for target, of in self._tied.items() if of == source]
+        return list(dict.fromkeys([name, source, *others]))
+
+
+__all__ = ["DTYPES", "INDEX", "ModelWeights", "WeightReader"]

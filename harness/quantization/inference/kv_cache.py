@@ -79,9 +79,8 @@ def round_cache(
     whole = tokens - tokens % group_size
     parts = []
     if whole:
-        groups = (
-            x[:, :, :whole].unflatten(2, (-1, group_size)).transpose(-1, -2)
-        )  # [batch, heads, groups, head_dim, g]
+        # [batch, heads, groups, head_dim, g]
+        groups = x[:, :, :whole].unflatten(2, (-1, group_size)).transpose(-1, -2)
         parts.append(_round_groups(groups, bits, to_integers).transpose(-1, -2).flatten(2, 3))
     if whole < tokens:
         parts.append(

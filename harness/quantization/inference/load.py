@@ -21,11 +21,11 @@ from harness.core.errors import MethodError, ModelError, StoreError
 from harness.core.shapes import Shapes
 from harness.quantization.calibration import draw_windows
 from harness.quantization.formats.native import BlockContent, Checkpoint
-from harness.quantization.formats.weight_files import DTYPES, WeightReader
+from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference import activations, kv_cache, placement
 from harness.quantization.inference.activations import ActivationQuantizer
 from harness.quantization.inference.linear import QuantizedLinear
-from harness.quantization.models import family_of, read_config
+from harness.quantization.models import family_of, read_config, shapes
 from harness.quantization.models.protocols import (
     DecoderFamily,
     WeightLocation,
@@ -57,10 +57,11 @@ def load(
     stored = Checkpoint.open(checkpoint) if checkpoint is not None else None
     data = read_config(model_folder)
     family = family_of(data)
-    _check(cell, family.shapes(data))
+    _check(cell, shapes(model_folder))
     config = family.config(data)
-    reader, dtype = WeightReader(model_folder), DTYPES[cell.model.dtype]
+    dtype = DTYPES[cell.model.dtype]
     model = family.skeleton(config, dtype)
+    weights = ModelWeights(model_folder, model)
     placed = placement.device_map(model, family, devices if len(devices) > 1 else [device])
     if offload:
         placed |= {name: "cpu" for name in placed if name.startswith(f"{family.blocks_name}.")}
@@ -76,13 +77,13 @@ def load(
             f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given"
         )
 
-    _load_ends(model, family, reader, stored, dtype, where)
+    _load_ends(model, family, weights, stored, dtype, where)
     quantizers: list[ActivationQuantizer] = []
     for index in range(count):
         target = where(family.block_prefix(index))
         content = stored.block(index, target) if stored is not None and quantized else None
         quantizers += _load_block(
-            cell, model, family, config, reader, index, content, dtype, target, mode
+            cell, model, family, config, weights, index, content, dtype, target, mode
         )
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(where(name)))
@@ -97,9 +98,15 @@ def load(
 
     if (model_folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_folder, trust_remote_code=cell.model.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_folder, trust_remote_code=cell.model.trust_remote_code
+        )
+    except Exception as error:  # each tokenizer class raises errors of its own on odd files
+        raise ModelError(
+            f"{model_folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())}; copy the files of the same "
+            "model's tokenizer into the folder"
+        ) from error
     if cell.scheme.kv is not None:
         kv_cache.simulate(model, cell.scheme.kv)
     static = [quantizer for quantizer in quantizers if not quantizer.scheme.dynamic]
@@ -119,26 +126,22 @@ def _check(cell: Cell, shapes: Shapes) -> None:
 def _load_ends(
     model: PreTrainedModel,
     family: DecoderFamily,
-    reader: WeightReader,
+    weights: ModelWeights,
     stored: Checkpoint | None,
     dtype: torch.dtype,
     where: Callable[[str], torch.device],
 ) -> None:
-    """Everything outside the blocks. A tied head stays one tensor, unless the checkpoint holds a head of its own."""
+    """Everything outside the blocks. A tied head stays one tensor, unless the checkpoint or the files hold a head of its own."""
     changed = stored.ends() if stored is not None else {}
-    same = tied(model)
+    own = weights.untied(dtype)
+    same = {name: of for name, of in tied(model).items() if name not in own}
     inside = f"{family.blocks_name}."
     outside = [name for name in model.state_dict() if not name.startswith(inside)]
     for name in outside:
         if name in changed:
             set_tensor(model, name, changed[name].to(where(name), dtype))
         elif name not in same:
-            source = next(
-                (alias for alias, of in same.items() if of == name and family.has(reader, alias)),
-                name,
-            )
-            held = name if family.has(reader, name) else source
-            set_tensor(model, name, family.read(reader, held, dtype, where(name)))
+            set_tensor(model, name, weights.read(name, dtype, where(name)))
     for name, of in same.items():
         if name in outside and name not in changed:
             parent, _, leaf = name.rpartition(".")
@@ -146,7 +149,7 @@ def _load_ends(
             model.get_submodule(parent)._parameters[leaf] = model.get_submodule(owner)._parameters[
                 owner_leaf
             ]
-    if any(name in changed for name in same):
+    if own or any(name in changed for name in same):
         model.config.tie_word_embeddings = False
 
 
@@ -155,7 +158,7 @@ def _load_block(
     model: PreTrainedModel,
     family: DecoderFamily,
     config: PretrainedConfig,
-    reader: WeightReader,
+    weights: ModelWeights,
     index: int,
     content: BlockContent | None,
     dtype: torch.dtype,
@@ -173,7 +176,7 @@ def _load_block(
     )
     for name in list(block.state_dict()):
         if name not in whole:
-            set_tensor(block, name, family.read(reader, prefix + name, dtype, device))
+            set_tensor(block, name, weights.read(prefix + name, dtype, device))
     if content is not None:
         for name, tensor in content.dense.items():
             set_tensor(

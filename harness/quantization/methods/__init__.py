@@ -1,1 +1,1 @@
-"""One file per paper, found by name."""
+"""Methods, one file per paper, found by name. `protocols` is their contract; `checks`, `evidence`, `folding` are shared tools."""

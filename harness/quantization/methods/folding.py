@@ -45,10 +45,20 @@ def in_attention(name: str) -> bool:
     return "att" in name.rpartition(".")[0]
 
 
+def makes_values(pair: ScalePair) -> bool:
+    """Whether a pair lies inside attention: its producer makes the values that its consumers read."""
+    return pair.kind == "linear" and in_attention(pair.producer)
+
+
 def writes_residual(shapes: Shapes) -> list[str]:
     """Linears that write to the residual stream: those behind no norm."""
     behind = {name for pair in shapes.pairs if pair.kind == "norm" for name in pair.consumers}
     return [linear.name for linear in shapes.linears if linear.name not in behind]
+
+
+def mlp_outputs(shapes: Shapes) -> list[str]:
+    """Linears that write to the residual stream outside attention: the outputs of the MLP, or of its experts."""
+    return [name for name in writes_residual(shapes) if not in_attention(name)]
 
 
 def rotate_block(
@@ -87,9 +97,7 @@ def rotate_block(
         put(f"{name}.weight", residual.T @ linear.weight.to(dtype), linear.weight)
         if linear.bias is not None:
             put(f"{name}.bias", residual.T @ linear.bias.to(dtype), linear.bias)
-    for pair in (
-        pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)
-    ):
+    for pair in filter(makes_values, shapes.pairs):
         rows = shapes.kv_heads * shapes.head_dim  # in a fused q, k, v the last rows are the values
         for name in (f"{pair.producer}.weight", f"{pair.producer}.bias"):
             if (values := take(name)) is not None:

@@ -30,9 +30,9 @@ from torch import Generator, Tensor, nn
 
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
-from harness.core.shapes import ScalePair, Shapes
+from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform, require_finite
-from harness.quantization.methods.folding import repeat_scales
+from harness.quantization.methods.folding import makes_values, repeat_scales
 from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Grid
@@ -123,7 +123,7 @@ class Rounding:
                 f"{heads}, which the authors' transformation does not allow; use transform=false, or grouped_heads=true"
             )
         if self.settings.shift:
-            used = [pair for pair in shapes.pairs if pair.kind == "norm" or _makes_values(pair)]
+            used = [pair for pair in shapes.pairs if pair.kind == "norm" or makes_values(pair)]
             moved = {name for pair in used for name in (pair.producer, *pair.consumers)}
             bare = [
                 linear.name for linear in shapes.linears if linear.name in moved and not linear.bias
@@ -269,7 +269,7 @@ class _Scales:
         shapes = block.shapes
         assert shapes.query_key is not None, "refused by check"
         self.shapes, self.query_key = shapes, shapes.query_key
-        self.pairs = [pair for pair in shapes.pairs if pair.kind == "norm" or _makes_values(pair)]
+        self.pairs = [pair for pair in shapes.pairs if pair.kind == "norm" or makes_values(pair)]
         ranges = _input_ranges(block)
         groups = {linear.name: linear.group for linear in shapes.linears}
         self.scales: list[nn.Parameter] = []
@@ -320,9 +320,8 @@ class _Scales:
             columns = repeat_scales(parameter, pair, self.shapes)
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
-        keys = torch.cat(
-            (self.rotary, self.rotary), dim=-1
-        )  # rotary positions mix channel i with i + head_dim / 2
+        # rotary positions mix channel i with i + head_dim / 2
+        keys = torch.cat((self.rotary, self.rotary), dim=-1)
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
         _scale_rows(tensors, self.query_key[1], keys.reshape(-1))
@@ -336,11 +335,6 @@ def _scale_rows(tensors: dict[str, Tensor], name: str, factor: Tensor, offset: f
     tensors[f"{name}.weight"] = (weight + offset) * rows - offset if offset else weight * rows
     if f"{name}.bias" in tensors:
         tensors[f"{name}.bias"] = tensors[f"{name}.bias"] * factor
-
-
-def _makes_values(pair: ScalePair) -> bool:
-    """Whether the producer is the value projection: the authors do not scale up → down."""
-    return pair.kind == "linear" and "att" in pair.producer.rpartition(".")[0]
 
 
 @torch.no_grad()

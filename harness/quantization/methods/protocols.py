@@ -73,9 +73,8 @@ class BlockView(Protocol):
     module: nn.Module
     shapes: Shapes
     evidence: Mapping[str, Evidence]  # by linear name
-    notes: dict[
-        str, Any
-    ]  # a block-wise rounding writes here what the record should hold: JSON values
+    # a block-wise rounding writes here what the record should hold: JSON values
+    notes: dict[str, Any]
 
     def linear(self, name: str) -> nn.Linear: ...
 

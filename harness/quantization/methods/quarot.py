@@ -29,7 +29,8 @@ from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations
 from harness.quantization.methods.folding import (
-    in_attention,
+    makes_values,
+    mlp_outputs,
     put_parameters,
     rotate_block,
     rotate_ends,
@@ -74,7 +75,7 @@ class Transform:
             inner = {
                 linear.name: linear.in_features
                 for linear in shapes.linears
-                if linear.name in _down(shapes)
+                if linear.name in mlp_outputs(shapes)
             }
             sizes |= {"the heads": shapes.heads, **inner}
             fused = [
@@ -107,16 +108,12 @@ class Transform:
 
         put_parameters(block, rotate_block(block, turn, hadamard.transform, outputs))
         if online:
-            for pair in (
-                pair
-                for pair in shapes.pairs
-                if pair.kind == "linear" and in_attention(pair.producer)
-            ):
+            for pair in filter(makes_values, shapes.pairs):
                 for name in pair.consumers:
                     block.set_input(
                         name, "input_hadamard", torch.tensor([[1, shapes.heads, shapes.head_dim]])
                     )
-            for name in _down(shapes):
+            for name in mlp_outputs(shapes):
                 weight = block.linear(name).weight
                 weight.copy_(hadamard.transform(weight.double()))
                 block.set_input(name, "input_hadamard", torch.tensor([[1, weight.shape[1], 1]]))
@@ -124,8 +121,3 @@ class Transform:
 
     def _rotation(self, shapes: Shapes, device: torch.device) -> Tensor:
         return hadamard.random_hadamard(shapes.hidden_size, self.settings.rotation_seed).to(device)
-
-
-def _down(shapes: Shapes) -> list[str]:
-    """Outputs of the MLP."""
-    return [name for name in writes_residual(shapes) if not in_attention(name)]

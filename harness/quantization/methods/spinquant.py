@@ -39,11 +39,10 @@ from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations, check_uniform
 from harness.quantization.methods.folding import (
-    in_attention,
+    mlp_outputs,
     put_parameters,
     rotate_block,
     rotate_ends,
-    writes_residual,
 )
 from harness.quantization.methods.protocols import BlockView, WholeModel
 from harness.quantization.numerics import hadamard
@@ -52,10 +51,8 @@ from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.rotations import cayley_step
 from harness.quantization.numerics.training import nearest_through, round_through
 
-RESIDUAL, VALUES = (
-    "residual",
-    "values.{}",
-)  # names of what is learned; a block's number in the second
+# names of what is learned; a block's number in the second
+RESIDUAL, VALUES = "residual", "values.{}"
 
 
 class Transform:
@@ -111,12 +108,12 @@ class Transform:
             sizes |= {
                 linear.name: linear.in_features
                 for linear in shapes.linears
-                if linear.name in _down(shapes)
+                if linear.name in mlp_outputs(shapes)
             }
             fused = [
                 linear.name
                 for linear in shapes.linears
-                if linear.fused and linear.name in _down(shapes)
+                if linear.fused and linear.name in mlp_outputs(shapes)
             ]
             if fused:
                 reasons.append(
@@ -160,9 +157,8 @@ class Transform:
         losses: list[float] = []
         for step in range(settings.steps + 1):
             last = step == settings.steps
-            begin = (
-                0 if step in (0, settings.steps) else step * settings.sequences
-            )  # the first and last loss: of one text
+            # the first and last loss: of one text
+            begin = 0 if step in (0, settings.steps) else step * settings.sequences
             batch = [
                 (begin + position) % model.sequences
                 for position in range(min(settings.sequences, model.sequences))
@@ -206,11 +202,13 @@ class Transform:
         by_head = _along(values)
         put_parameters(block, rotate_block(block, residual, by_head, by_head))
         if self.settings.online:
-            for name in _down(block.shapes):
+            for name in mlp_outputs(block.shapes):
                 weight = block.linear(name).weight
                 weight.copy_(hadamard.transform(weight.double()))
                 block.set_input(name, "input_hadamard", torch.tensor([[1, weight.shape[1], 1]]))
-        notes: dict[str, Any] = {"online": _down(block.shapes) if self.settings.online else []}
+        notes: dict[str, Any] = {
+            "online": mlp_outputs(block.shapes) if self.settings.online else []
+        }
         if block.index == 0:
             losses = self._learned["loss"].tolist()
             notes["learned"] = {
@@ -240,9 +238,8 @@ class _Rounded:
         def enter(hidden: Tensor) -> Tensor:
             return (hidden.float() @ matrix(hidden)).to(hidden.dtype)
 
-        def leave(
-            hidden: Tensor,
-        ) -> Tensor:  # the head is not rounded: the original one reads the stream rotated back
+        # the head is not rounded: the original one reads the stream rotated back
+        def leave(hidden: Tensor) -> Tensor:
             return (hidden.float() @ matrix(hidden).T).to(hidden.dtype)
 
         def run(block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -250,14 +247,14 @@ class _Rounded:
                 rotations[VALUES.format(block.index)].to(hidden[0].device, torch.float32)
             )
             weights = self._weights(block, rotate_block(block, matrix(hidden[0]), by_head, by_head))
-            down = set(_down(block.shapes)) if self.settings.online else set()
+            down = set(mlp_outputs(block.shapes)) if self.settings.online else set()
             return [block.run(one, weights, self._receive(block.index, down)) for one in hidden]
 
         return model.gradients(asking, sequences, enter, run, leave)
 
     def _weights(self, block: BlockView, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every parameter that rotations change, matrices rounded; down's as its rotated input needs it."""
-        down = _down(block.shapes) if self.settings.online else []
+        down = mlp_outputs(block.shapes) if self.settings.online else []
         for linear in block.shapes.linears:
             name = f"{linear.name}.weight"
             weight = parameters[name]
@@ -298,8 +295,3 @@ def _along(rotation: Tensor) -> Callable[[Tensor, int], Tensor]:
         return (values.movedim(axis, -1) @ rotation).movedim(-1, axis)
 
     return turn
-
-
-def _down(shapes: Shapes) -> list[str]:
-    """Outputs of the MLP."""
-    return [name for name in writes_residual(shapes) if not in_attention(name)]

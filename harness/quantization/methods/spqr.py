@@ -282,9 +282,8 @@ class _Layer:
         self.zeros: list[_Level] = []
 
     def round(self, order: Tensor | None) -> BilevelWeight:
-        block = self.size * max(
-            1, self.settings.block_size // self.size
-        )  # whole groups, so that a fit sees every update
+        # whole groups, so that a fit sees every update
+        block = self.size * max(1, self.settings.block_size // self.size)
         rounded = feed_forward(self.weight, self.upper, self._round_column, block_size=block)
         kept = self.kept
         if order is not None:

@@ -254,9 +254,8 @@ class Rounding:
 
         A vector with padding beyond `rows` counts by its share of real weights.
         """
-        vectors = matrix.T.reshape(
-            matrix.shape[1], -1, self.settings.vector_length
-        )  # [in, vectors, v]
+        # [in, vectors, v]
+        vectors = matrix.T.reshape(matrix.shape[1], -1, self.settings.vector_length)
         real = (
             (torch.arange(matrix.shape[0], device=matrix.device) < rows)
             .float()

@@ -3,29 +3,58 @@
 family_of(config)       the family of a config.json
 read_config(folder)     that config.json
 shapes(folder)          what a plan knows of a model, without its weights
+examine(folder)         all that can be known of a folder without reading weights: shapes, faults, notes
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
 from harness.core import plugins
-from harness.core.errors import ModelError, unknown_name
+from harness.core.errors import HarnessError, ModelError, unknown_name
 from harness.core.shapes import Shapes
+from harness.core.text import first_line
+from harness.data import folder_check
+from harness.data.folder_check import FolderLook
 from harness.quantization.models.protocols import DecoderFamily
 
-__all__ = ["family_of", "read_config", "shapes"]
+__all__ = ["Examined", "examine", "family_of", "read_config", "shapes"]
 
 ANY = "*"  # in `architectures`: serves what no other family names
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What a folder is, from its config and the headers of its files.
+
+    shapes   None where the config cannot be used
+    faults   every reason why the model cannot be used
+    notes    what a user should know of the files; what the family says of the model is in shapes.notes
+    facts    (subject, what was found), for people
+    """
+
+    shapes: Shapes | None
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+
+
 def family_of(config: Mapping[str, Any]) -> DecoderFamily:
-    """The family that names the config's architecture. Raises ModelError with the nearest known one when none does."""
-    wanted = config.get("architectures") or ()
+    """The family of the model that transformers builds from a config: by model_type, which decides there too, then by
+    `architectures`. Raises ModelError with the nearest known one when no family serves it.
+    """
+    named = list(config.get("architectures") or ())
+    wanted = [*_classes(config, named), *named]
     by_architecture = {
         a: name
         for name, facts in plugins.find("family").items()
@@ -35,21 +64,70 @@ def family_of(config: Mapping[str, Any]) -> DecoderFamily:
         (by_architecture[a] for a in wanted if a in by_architecture), by_architecture.get(ANY)
     )
     if name is None:
-        named = wanted[0] if wanted else "(config.json names none)"
+        first = wanted[0] if wanted else "(config.json names none)"
         raise ModelError(
-            unknown_name("model family for the architecture", named, set(by_architecture))
+            unknown_name("model family for the architecture", first, set(by_architecture))
             + ". Add one as harness/quantization/models/<name>.py (docs: how to add a model)"
         )
     return plugins.load("family", name)()
 
 
+def _classes(config: Mapping[str, Any], named: list[str]) -> list[str]:
+    """The classes that transformers has for a model_type; of several those that the config names, else the first."""
+    found: list[str] = []
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        classes = mapping.get(config.get("model_type"), ())
+        several = [classes] if isinstance(classes, str) else list(classes)
+        found += [each for each in several if each in named] or several[:1]
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder. Raises ModelError when it is missing or not JSON."""
-    path = folder / "config.json"
+    """The config.json of a model folder. Raises ModelError when it is missing, no config, or that of a quantized checkpoint."""
+    data = folder_check.read_config(folder)
+    if data.get("model_type") == "mistral" and "layer_types" in data:
+        data["model_type"] = "ministral"  # as transformers takes it
+    return data
+
+
+def examine(folder: Path) -> Examined:
+    """All that config, headers and tokenizer files say, held against the architecture. Reads no weights, raises nothing.
+
+    A model with 80 blocks takes 2 s the first time; a folder whose files did not change is remembered.
+    """
+    return _examine(folder, _stamp(folder))
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of change of a folder's files."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as a model's config: {error}") from error
+        found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    except OSError:
+        return ()
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in found)
+
+
+@functools.lru_cache(maxsize=64)
+def _examine(folder: Path, stamp: object) -> Examined:
+    seen: FolderLook = folder_check.look(folder)
+    faults, facts = list(seen.faults), list(seen.facts)
+    notes: tuple[str, ...] = ()
+    found = None
+    if seen.config is not None:
+        try:
+            found = shapes(folder)
+            facts.append(("family", f"{found.family}, {found.parameters:,} parameters"))
+        except HarnessError as error:
+            faults.append(str(error))
+    if found is not None and seen.weights.files and not seen.weights.faults:
+        from harness.quantization.models.stored import compare
+
+        data = read_config(folder)
+        family = family_of(data)
+        compared = compare(family.skeleton(family.config(data), torch.float32), seen.weights)
+        faults += compared.faults
+        notes = compared.notes
+    return Examined(found, tuple(faults), notes, tuple(facts))
 
 
 def shapes(folder: Path) -> Shapes:
@@ -66,3 +144,8 @@ def _shapes(folder: Path, stamp: int) -> Shapes:
         return family_of(config).shapes(config)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from error
+    except Exception as error:  # a config of odd values: whatever the class raises for it
+        raise ModelError(
+            f"{folder / folder_check.CONFIG}: transformers builds no model from it: {type(error).__name__}: {first_line(error)}; "
+            "compare it with the config.json that the model was published with"
+        ) from error

@@ -6,8 +6,6 @@ own, side by side or in sequence. Between the two linears of the MLP stands a GE
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
@@ -40,8 +38,3 @@ class Family(DecoderFamily):
 
     def kv_heads(self, config: PretrainedConfig) -> int:
         return config.num_attention_heads
-
-    def file_names(self, name: str) -> Iterator[str]:
-        yield from super().file_names(name)
-        if name == "lm_head.weight":
-            yield "embed_out.weight"  # what the head was called when the published files were written

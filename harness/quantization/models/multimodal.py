@@ -1,12 +1,10 @@
 """Language parts of LLaVA-NeXT and Qwen2-VL: Llama's block inside a model that also sees images.
 
 Quantized and calibrated on text only, as the published studies did; vision tower and projector stay as they are and are loaded
-with the model, so that it still answers about images. Files of the hub predate the module's names, in two ways.
+with the model, so that it still answers about images.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from transformers import AutoModelForImageTextToText, PretrainedConfig
 
@@ -28,7 +26,6 @@ BIASED = {
     "qwen2": QKV,
     "qwen2_vl_text": QKV,
 }  # language part -> its linears with biases
-LANGUAGE, HEAD, TOWER = "model.language_model.", "lm_head.", "model.vision_tower."
 
 
 class Family(DecoderFamily):
@@ -56,13 +53,3 @@ class Family(DecoderFamily):
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
         return ("only the language part is quantized; vision tower and projector stay as they are",)
-
-    def file_names(self, name: str) -> Iterator[str]:
-        yield from super().file_names(name)
-        if name.startswith(LANGUAGE):
-            yield f"language_model.model.{name.removeprefix(LANGUAGE)}"  # LLaVA-NeXT
-            yield f"model.{name.removeprefix(LANGUAGE)}"  # Qwen2-VL
-        elif name.startswith(HEAD):
-            yield f"language_model.{name}"
-        elif name.startswith(TOWER):
-            yield f"vision_tower.vision_model.{name.removeprefix(TOWER)}"

@@ -6,7 +6,6 @@ No family is in this file; family files import it, and never each other.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,13 +16,7 @@ from transformers import PretrainedConfig
 
 from harness.core.errors import ModelError
 from harness.core.shapes import ScalePair
-from harness.quantization.models.protocols import (
-    DecoderFamily,
-    Receive,
-    Replace,
-    TensorSource,
-    WeightLocation,
-)
+from harness.quantization.models.protocols import DecoderFamily, Receive, Replace, WeightLocation
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
@@ -98,11 +91,6 @@ class MixtureFamily(DecoderFamily):
 
     fused_experts = True
     experts_name: ClassVar[str] = "mlp.experts"
-    # one matrix of one expert in the files of the hub, behind the block's prefix
-    expert_files: ClassVar[dict[str, str]] = {
-        name: f"mlp.experts.{{expert}}.{name}.weight"
-        for name in ("gate_proj", "up_proj", "down_proj")
-    }
 
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
         """How many experts, and their inner width."""
@@ -155,58 +143,6 @@ class MixtureFamily(DecoderFamily):
         return (
             "scales on the inputs of experts are not folded into the norm: the router reads the same input",
         )
-
-    # --- files ----------------------------------------------------------------------------------------------------------------
-
-    def file_names(self, name: str) -> Iterator[str]:
-        yield from super().file_names(name)
-        yield from self._files_of(name, 0)
-
-    def has(self, source: TensorSource, name: str) -> bool:
-        names = source.names()
-        parts = list(self._files_of(name, 0))
-        return any(n in names for n in super().file_names(name)) or (
-            bool(parts) and all(n in names for n in parts)
-        )
-
-    def read(
-        self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device
-    ) -> Tensor:
-        names = source.names()
-        parts = list(self._files_of(name, 0))
-        if not parts or any(candidate in names for candidate in super().file_names(name)):
-            return super().read(source, name, dtype, device)
-        count = next(
-            expert
-            for expert in range(len(names) + 1)
-            if next(self._files_of(name, expert)) not in names
-        )
-        first = [source.read(part, dtype, device) for part in parts]
-        fused = torch.empty(
-            (count, sum(t.shape[0] for t in first), first[0].shape[1]), dtype=dtype, device=device
-        )
-        for expert in range(count):
-            matrices = (
-                first
-                if expert == 0
-                else [source.read(part, dtype, device) for part in self._files_of(name, expert)]
-            )
-            torch.cat(matrices, out=fused[expert])
-        return fused
-
-    def _files_of(self, name: str, expert: int) -> Iterator[str]:
-        """The names in the files of one expert's share of a fused parameter; none for any other parameter."""
-        blocks, experts = re.escape(self.blocks_name), re.escape(self.experts_name)
-        found = re.fullmatch(rf"({blocks}\.\d+\.){experts}\.(gate_up_proj|down_proj)", name)
-        for matrix in (
-            ()
-            if found is None
-            else ("gate_proj", "up_proj")
-            if found[2] == "gate_up_proj"
-            else ("down_proj",)
-        ):
-            assert found is not None
-            yield found[1] + self.expert_files[matrix].format(expert=expert)
 
     # --- running --------------------------------------------------------------------------------------------------------------
 

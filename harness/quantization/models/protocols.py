@@ -2,33 +2,28 @@
 
 A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`:
 `architectures` as a literal, then whatever is particular to it. Fused projections, transposed
-weights, fused experts, odd names in files are absorbed here and nowhere else:
+weights and fused experts are absorbed here and nowhere else:
 
     locations      the quantizable matrices of a block, each [out, in], wherever the module keeps them
     watch          the input of every group of locations while the block runs
     pairs          where a diagonal scale can be folded
     ends           modules before and after the blocks
-    read           tensors of the files under the names of the module
+
+Tensors are found in the files by the rules of transformers (`stored.py`).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from harness.core.errors import ModelError
 from harness.core.shapes import LinearShape, ScalePair, Shapes
@@ -37,14 +32,6 @@ Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
 Replace = Callable[
     [str, Tensor], Tensor
 ]  # (a location's name, inputs [..., in]) -> the inputs that the matrix multiplies instead
-
-
-class TensorSource(Protocol):
-    """The weight files of a model."""
-
-    def names(self) -> Collection[str]: ...
-
-    def read(self, name: str, dtype: torch.dtype, device: str | torch.device) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -140,10 +127,12 @@ class DecoderFamily:
                 f'{names}: transformers {transformers.__version__} knows no model_type "{kind}"; a newer one may'
             )
         try:
-            return AutoConfig.for_model(**data)
+            return CONFIG_MAPPING[kind].from_dict(dict(data))
         except Exception as error:  # validation differs by class and raises many types
+            said = " ".join(str(error).split()) or type(error).__name__
             raise ModelError(
-                f"transformers does not accept this config.json ({names}): {error}"
+                f"transformers does not accept this config.json ({names}): {said}; compare it with the one that the model was "
+                "published with"
             ) from error
 
     def skeleton(self, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -173,31 +162,6 @@ class DecoderFamily:
     def output(self, result: Any) -> Tensor:
         """The hidden state [1, length, hidden] in what a block returned."""
         return result[0] if isinstance(result, tuple) else result
-
-    def file_names(self, name: str) -> Iterator[str]:
-        """The names under which a parameter may lie in the files, the usual one first."""
-        yield name
-        base, _, rest = name.partition(".")
-        if rest:
-            yield rest  # saved from the model without its head
-        yield f"{base}.{name}"
-
-    def has(self, source: TensorSource, name: str) -> bool:
-        """The files hold this parameter."""
-        names = source.names()
-        return any(candidate in names for candidate in self.file_names(name))
-
-    def read(
-        self, source: TensorSource, name: str, dtype: torch.dtype, device: str | torch.device
-    ) -> Tensor:
-        """A parameter of the model from its files. Raises ModelError when no file holds it."""
-        names = source.names()
-        for candidate in self.file_names(name):
-            if candidate in names:
-                return source.read(candidate, dtype, device)
-        raise ModelError(
-            f'no weight file holds the tensor "{name}"; is the folder complete, and of this architecture?'
-        )
 
     @contextmanager
     def watch(

@@ -19,10 +19,10 @@ from torch.func import functional_call
 
 from harness.core.errors import ConfigError, MethodError, unknown_name
 from harness.core.shapes import Shapes
-from harness.quantization.formats.weight_files import DTYPES, WeightReader
+from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.models import family_of, read_config
-from harness.quantization.models.protocols import WeightLocation, get_tensor, set_tensor, tied
+from harness.quantization.models import family_of, read_config, shapes
+from harness.quantization.models.protocols import WeightLocation, get_tensor, set_tensor
 from harness.quantization.numerics.inputs import attach_all, hold
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -42,10 +42,10 @@ class Blocks:
         data = read_config(folder)
         self.folder, self.dtype, self.device = folder, DTYPES[dtype], torch.device(device)
         self.family = family_of(data)
+        self.shapes: Shapes = shapes(folder)
         self.config = self.family.config(data)
-        self.shapes: Shapes = self.family.shapes(data)
-        self.reader = WeightReader(folder)
         self.model = self.family.skeleton(self.config, self.dtype)
+        self.weights = ModelWeights(folder, self.model)
         self.parameters = {
             name: p.numel() for name, p in self.model.named_parameters()
         }  # a tied head counts once
@@ -64,10 +64,7 @@ class Blocks:
         """Every parameter and stored buffer of a block, by its name within it, on the device in the model's dtype."""
         prefix = self.family.block_prefix(index)
         names = list(self._meta[index].state_dict())
-        return {
-            name: self.family.read(self.reader, prefix + name, self.dtype, self.device)
-            for name in names
-        }
+        return {name: self.weights.read(prefix + name, self.dtype, self.device) for name in names}
 
     def build(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A block that uses these tensors, without copying them."""
@@ -105,14 +102,9 @@ class Blocks:
 
     def ends(self) -> dict[str, Tensor]:
         """Every parameter outside the blocks, a tied head as a tensor of its own; on the CPU in the model's dtype."""
-        same = tied(self.model)
         inside = f"{self.family.blocks_name}."
         names = [n for n in self.model.state_dict() if not n.startswith(inside)]
-        found: dict[str, Tensor] = {}
-        for name in names:
-            stored = name if self.family.has(self.reader, name) else same.get(name, name)
-            found[name] = self.family.read(self.reader, stored, self.dtype, "cpu")
-        return found
+        return {name: self.weights.read(name, self.dtype, "cpu") for name in names}
 
     # --- running --------------------------------------------------------------------------------------------------------------
 
@@ -402,15 +394,10 @@ class _Ends:
             for n in blocks.model.state_dict()
             if any(n.startswith(f"{module}.") for module in self._modules)
         ]
-        same = tied(blocks.model)
         for name in names:
-            stored = name if blocks.family.has(blocks.reader, name) else same.get(name, name)
             given = self._values.get(name)
             self._put(
-                name,
-                blocks.family.read(blocks.reader, stored, blocks.dtype, "cpu")
-                if given is None
-                else given,
+                name, blocks.weights.read(name, blocks.dtype, "cpu") if given is None else given
             )
         for name, buffer in list(blocks.model.named_buffers()):
             if not buffer.is_meta:

@@ -1,4 +1,4 @@
-"""The loss of a whole model and its gradients, with one block at a time on the device: for transforms that learn before the walk.
+"""The loss of a whole model and its gradients, with one block at a time on the device: for transforms that learn before the pass.
 
 A step runs the blocks forward without gradients and keeps their inputs on the CPU; the loss gives the gradient behind the last
 block, and each block is run again, backwards from the last, to pass it on. Every block is read twice per step.

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -43,8 +42,7 @@ from harness.core.cell import (
     to_json,
 )
 from harness.core.errors import DataError, HarnessError, MethodError
-from harness.core.events import Event, Failed, Progress, Quantized
-from harness.core.failures import failure_kind
+from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.models.protocols import WeightLocation, get_tensor
 from harness.quantization.numerics.randomness import generator
@@ -214,12 +212,12 @@ class _Pass(Walk):
         model = StreamedModel(
             folder, dtype, str(self.blocks.device), self.windows, first.cell.scheme.kv
         )
-        walk = first.transform.learn(
+        learning = first.transform.learn(
             model, first.cell.scheme, generator(first.cell.seed, -1, "learning")
         )
         while True:
             try:
-                step, steps = next(walk)
+                step, steps = next(learning)
             except StopIteration as end:
                 learned: dict[str, Tensor] = end.value
                 return learned
@@ -304,22 +302,24 @@ class _Pass(Walk):
         references: list[Tensor] | None = None
         for history in histories:
             members = [job for job in readers if job.history == history and not job.failed]
-            keep = history == first and any(self._reads_full(job, index) for job in self._alive())
+            is_read = history == first and any(
+                self._reads_full(job, index) for job in self._alive()
+            )
             working = [job for job in members if job.finished <= index]
-            if not (members or keep):
+            if not (members or is_read):
                 continue
             hidden = self.streams.pop(history)
             try:
                 with self.shared.measure("stream"):
                     statistics, outputs = self._observe(
-                        index, blocks.build(index, original), hidden, _first_needs(working), keep
+                        index, blocks.build(index, original), hidden, _first_needs(working), is_read
                     )
             except Exception as error:  # nothing of this stream can go on
                 for job in self._alive():
-                    if job in members or (keep and self._reads_full(job, index)):
+                    if job in members or (is_read and self._reads_full(job, index)):
                         self._fail(job, f"block {index}", error)
                 continue
-            if keep:
+            if is_read:
                 following[FULL] = references = outputs
             self._walk_stream(
                 BlockInStream(index, original, original, statistics, hidden, references, gradients),
@@ -636,12 +636,7 @@ class _Pass(Walk):
         if job.failed:
             return
         job.failed = True
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        reason = reason if isinstance(error, HarnessError) else f"{type(error).__name__}: {reason}"
-        detail = "".join(traceback.format_exception(error))
-        self.failures.append(
-            Failed(time.time(), job.cell_keys, stage, failure_kind(error), reason, detail)
-        )
+        self.failures.append(failure(error, job.cell_keys, stage))
 
     def _report_failures(self) -> Iterator[Event]:
         failures, self.failures = self.failures, []

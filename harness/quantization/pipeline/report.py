@@ -130,14 +130,11 @@ def manifest_content(
                 elements = location.view(parameters[location.parameter]).numel()
                 matrices[name] = matrices.get(name, 0) + elements
                 linears += 1
-    widths = blocks.reader.stored_bits()
+    widths = blocks.weights.stored_bits()
     total, bits = 0, job.added_bits
     for name, elements in blocks.parameters.items():
         total += elements
-        width = next(
-            (widths[n] for n in blocks.family.file_names(name) if n in widths),
-            8 * blocks.dtype.itemsize,
-        )
+        width = widths.get(name, 8 * blocks.dtype.itemsize)
         bits += width * (elements - matrices.get(name, 0))
     covered = sum(matrices.values())
     content: dict[str, Any] = {

@@ -24,7 +24,7 @@ from harness.core.errors import DataError, MethodError
 from harness.core.events import Event, Progress, Quantized
 from harness.quantization.calibration import documents_digest, windows_digest
 from harness.quantization.formats.native import BlockContent, Checkpoint, CheckpointWriter
-from harness.quantization.formats.weight_files import DTYPES, WeightReader
+from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference.linear import QuantizedLinear
 from harness.quantization.inference.load import load
 from harness.quantization.models import family_of, read_config
@@ -109,12 +109,14 @@ def run_tuning(
 
     parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
     student = LanguageModel(model, device)
-    walk = tuning.tune(student, teacher, parameters, windows, generator(cell.seed, -1, "tuning"))
+    training = tuning.tune(
+        student, teacher, parameters, windows, generator(cell.seed, -1, "tuning")
+    )
     notes, shown = {}, 0.0
     while True:
         try:
             with torch.enable_grad():
-                step, steps = next(walk)
+                step, steps = next(training)
         except StopIteration as end:
             notes = end.value
             break
@@ -157,7 +159,7 @@ def _make_trainable(
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
-    reader = WeightReader(folder)
+    weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     model.requires_grad_(False)
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
@@ -171,7 +173,9 @@ def _make_trainable(
                     "and tuning replaces whole linears"
                 )
             bias = None if module.bias is None else module.bias.detach()
-            original = None if content.dense else _original(family, reader, config, index, location)
+            original = (
+                None if content.dense else _original(family, weights, config, index, location)
+            )
             try:
                 linear = tuning.linear(
                     location.name, content.weights[location.name], bias, original
@@ -204,7 +208,7 @@ def _write(
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
-    reader = WeightReader(folder)
+    model_weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     for index in range(stored.manifest["blocks"]):
         base = stored.block(index)
         weights = {
@@ -221,7 +225,7 @@ def _write(
                 )
             entries[name] = {"bits_per_weight": weight.bits_per_weight}
             if not base.dense:  # a rescaled block has no matrix of the model to compare with
-                original = _original(family, reader, config, index, locations[name])
+                original = _original(family, model_weights, config, index, locations[name])
                 entries[name] = {
                     "weight_error": _share(values - original, original),
                     **entries[name],
@@ -236,11 +240,11 @@ def _write(
 
 
 def _original(
-    family: DecoderFamily, reader: WeightReader, config: Any, index: int, location: WeightLocation
+    family: DecoderFamily, weights: ModelWeights, config: Any, index: int, location: WeightLocation
 ) -> Tensor:
     """The model's own matrix [out, in], float32 on the CPU."""
     return location.view(
-        family.read(reader, family.block_prefix(index) + location.parameter, torch.float32, "cpu")
+        weights.read(family.block_prefix(index) + location.parameter, torch.float32, "cpu")
     )
 
 

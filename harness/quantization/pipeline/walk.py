@@ -1,4 +1,4 @@
-"""Run each block of a model on all sequences and gather statistics of its inputs."""
+"""A walk over the blocks of a model: each runs on all sequences, and statistics of its inputs are gathered."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from harness.quantization.pipeline.observers import OF_INPUTS, Collector, Statis
 def survey(
     folder: Path, dtype: str, windows: Tensor, needs: Collection[str], device: str = "cpu"
 ) -> Iterator[tuple[int, dict[str, Tensor], Statistics]]:
-    """Walk the unrounded model once. Yields for each block its index, its matrices [out, in] by name, and statistics by linear.
+    """Run the blocks of the unrounded model in order.
 
+    Yields for each block its index, its matrices [out, in] by name, and statistics by linear.
     needs: names of statistics of inputs. Memory: one block and the statistics of its inputs.
     """
     walk = Walk(folder, dtype, device)
@@ -50,9 +51,13 @@ class Walk:
         block: nn.Module,
         hidden: Sequence[Tensor],
         needs: Mapping[str, Collection[str]],
-        keep: bool,
+        with_outputs: bool,
     ) -> tuple[Statistics, list[Tensor]]:
-        """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
+        """Run a block on every sequence.
+
+        needs         statistics by group, all groups where {"*": …}
+        with_outputs  whether its outputs are returned, else no tensors
+        """
         locations = self._locations(index, dict(block.named_parameters()))
         wanted = {
             location.group: frozenset(needs.get(location.group, needs.get("*", ())))
@@ -72,7 +77,7 @@ class Walk:
                 collectors[group].add(current, inputs)
 
         outputs: list[Tensor] = []
-        if not collectors and not keep:
+        if not collectors and not with_outputs:
             return {}, outputs
         with (
             torch.no_grad(),
@@ -80,7 +85,7 @@ class Walk:
         ):
             for current, sequence in enumerate(hidden):  # `receive` reads current
                 result = self.blocks.run(block, index, current, sequence)
-                if keep:
+                if with_outputs:
                     outputs.append(result.to(self.storage))
         return {group: collector.finish() for group, collector in collectors.items()}, outputs
 

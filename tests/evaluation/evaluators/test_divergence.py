@@ -126,3 +126,27 @@ def test_documents_of_unequal_length_count_by_their_tokens_in_the_standard_error
         mean, error = mean_error(items[name], items[weights])
         assert score.metrics[f"d/{name}"] == pytest.approx(mean, rel=1e-9)
         assert score.stderr[f"d/{name}"] == pytest.approx(error, rel=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_logits_that_are_no_numbers_diverge_and_agree_with_nothing(top_k: int) -> None:
+    """where(NaN > 0) is 0 and the largest of NaN is the first token: neither may become a number, on either side."""
+    log_p = torch.randn(6, 9).log_softmax(-1)
+    lost = log_p.clone()
+    lost[2] = math.nan
+
+    def reference(values: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept = values.topk(top_k or 9, dim=-1)
+        some = {"log_p": kept.values, "tokens": kept.indices} if top_k else {"log_p": values}
+        return {"top": values.argmax(-1), **some}
+
+    for before, now in ((log_p, lost), (lost, log_p), (lost, lost)):
+        kl = divergence.divergences(reference(before), now)
+        same = divergence.agreement(reference(before), now)
+        assert kl.isnan().tolist() == same.isnan().tolist() == [i == 2 for i in range(6)]
+    evaluator = divergence.Evaluator(divergence.Evaluator.Settings())
+    kl = divergence.divergences(reference(log_p), lost)
+    same = divergence.agreement(reference(log_p), lost)
+    score = evaluator._score(Evaluation("d", "divergence"), [kl], [same], [kl[1:]])
+    assert all(math.isnan(value) for value in score.metrics.values()) and not score.stderr
+    assert score.details["diverged"] is True

@@ -14,6 +14,7 @@ from harness.core.cell import Evaluation
 from harness.core.errors import EvaluationError
 from harness.evaluation.evaluators import humaneval
 from harness.evaluation.evaluators.humaneval import Evaluator, run_program
+from harness.evaluation.generation import Completion
 
 EVALUATION = Evaluation("humaneval", "humaneval", limit=2)
 MEMORY = 2**30
@@ -34,7 +35,9 @@ def test_reference_solutions_pass(shared: Path, monkeypatch: pytest.MonkeyPatch)
     ][:3]
     answers = {row["prompt"]: row["canonical_solution"] for row in rows}
     monkeypatch.setattr(
-        humaneval, "complete", lambda subject, prompt, new_tokens, stop: answers[prompt]
+        humaneval,
+        "complete",
+        lambda subject, prompt, new_tokens, stop: Completion(answers[prompt], False),
     )
     made = Evaluator(Evaluator.Settings(data_root=str(shared / "data"), run_generated_code=True))
     assert made.check(EVALUATION, stories(shared).cell.model) == []

@@ -91,9 +91,8 @@ def test_each_task_runs_on_local_data(shared: Path, data_root: Path, task: str) 
     score = last(made.score(subject, Evaluation(task, "lm_eval_tasks")))
     assert math.isfinite(score.metrics[f"{task}/{METRICS[task]}"])
     if task == "snli_yesnomaybe":
-        assert (
-            score.items is not None and len(score.items["id"]) == 2
-        )  # the row without a label is left out
+        # the row without a label is left out
+        assert score.items is not None and len(score.items["id"]) == 2
 
 
 def test_over_a_cache_rounded_in_groups_of_tokens_texts_are_written_one_by_one(
@@ -197,9 +196,8 @@ def test_bias_is_one_where_all_answers_follow_the_stereotype_and_zero_where_they
     even = [chosen(item("neg", "disambig", 0), 0), chosen(item("neg", "disambig", 0), 1)]
     assert bias.bias_disambiguated([each["bias_disambiguated"] for each in even]) == 0
     ambiguous = [chosen(item("neg", "ambig", 2), answer) for answer in (0, 2)]
-    assert bias.bias_ambiguous([each["bias_ambiguous"] for each in ambiguous]) == pytest.approx(
-        0.5
-    )  # (1 - 1/2) · 1
+    # (1 - 1/2) · 1
+    assert bias.bias_ambiguous([each["bias_ambiguous"] for each in ambiguous]) == pytest.approx(0.5)
     assert bias.share([each["acc_ambiguous"] for each in ambiguous]) == 0.5
 
 
@@ -208,9 +206,8 @@ def test_a_category_without_a_wrong_answer_counts_as_unbiased() -> None:
     unknown = [chosen({**item("neg", "ambig", 2), "category": "Religion"}, 2)["bias_ambiguous"]]
     stereotyped = [chosen(item("neg", "ambig", 2), 0)["bias_ambiguous"]]
     assert bias.bias_ambiguous(unknown) == 0
-    assert (
-        bias.bias_ambiguous([*unknown, *stereotyped]) == 0.5
-    )  # the mean of 0 and 1, not of 1 alone
+    # the mean of 0 and 1, not of 1 alone
+    assert bias.bias_ambiguous([*unknown, *stereotyped]) == 0.5
 
 
 def test_the_side_of_nearly_every_bbq_item_is_known(shared: Path) -> None:

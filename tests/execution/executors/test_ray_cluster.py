@@ -121,9 +121,8 @@ def test_a_silent_task_is_lost_with_its_node(
     cluster = joined(ray, monkeypatch, clock)
     cluster._nodes = {} if said is None else {7: said}
     clock[0] = ray_cluster.SILENCE_SECONDS + 1
-    assert (
-        cluster._tasks_of_lost_nodes() == [] and 7 in cluster._running
-    )  # silent, but nobody is gone
+    # silent, but nobody is gone
+    assert cluster._tasks_of_lost_nodes() == [] and 7 in cluster._running
     ray.resources = ({"CPU": 2.0},)
     assert cluster._tasks_of_lost_nodes() == []  # asked once per SILENCE_SECONDS
     clock[0] *= 2
@@ -146,10 +145,9 @@ def test_nodes_that_join_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None
     clock[0] += ray_cluster.REFRESH_SECONDS + 1
     assert cluster._refresh() == [] and cluster.worker_slots == 0  # nothing but a head
     began = clock[0]
-    assert (
-        cluster._joined(60.0) == [{}] and clock[0] > began + 60
-    )  # nothing but a head: waited for, then told
-    with pytest.raises(ScheduleError, match="asks for 2 CPU"):
+    # nothing but a head: waited for, then reported
+    assert cluster._joined(60.0) == [{}] and clock[0] > began + 60
+    with pytest.raises(ScheduleError, match="needs 2 CPU"):
         cluster._check([{}])
 
 
@@ -206,9 +204,8 @@ def test_a_node_that_does_not_see_the_store_is_named(
     )
     assert isinstance(executor, ray_cluster.RayCluster)
     with executor.shared(store, plan):
-        assert list(
-            store.root.glob(".probe*")
-        )  # for the tasks, which may run on nodes that join later
+        # for the tasks, which may run on nodes that join later
+        assert list(store.root.glob(".probe*"))
     assert not list(store.root.glob(".probe*"))
 
     @contextlib.contextmanager

@@ -179,7 +179,6 @@ def test_fp8_keeps_what_it_can_say_and_is_relative() -> None:
     scale = x.abs().amax(-1, keepdim=True) / 448
     normal = (x / scale).abs() >= 2.0**-6
     assert bool((((once - x) / x).abs()[normal] <= 2.0**-4 + 1e-6).all())
-    codes = torch.tensor(
-        [448.0, -13.0, 0.40625, 2.0**-9, 0.0]
-    )  # all of E4M3, the last but one subnormal
+    # all of E4M3, the last but one subnormal
+    codes = torch.tensor([448.0, -13.0, 0.40625, 2.0**-9, 0.0])
     assert torch.equal(rounded(codes[None] * 0.5, format="fp8_e4m3"), codes[None] * 0.5)

@@ -47,9 +47,8 @@ def test_blocks_are_spread_in_order_and_evenly(tiny_model: Callable[..., Path], 
     family, model = skeleton(tiny_model(name, num_hidden_layers=12, vocab_size=259))
     placed = placement.device_map(model, family, DEVICES)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-    where = {
-        each: placement.device_of(placed, family, each) for each in tensors
-    }  # KeyError: one has no place
+    # KeyError: one has no place
+    where = {each: placement.device_of(placed, family, each) for each in tensors}
     blocks = [
         {str(where[each]) for each in where if each.startswith(family.block_prefix(i))}
         for i in range(12)
@@ -74,9 +73,8 @@ def test_blocks_are_spread_in_order_and_evenly(tiny_model: Callable[..., Path], 
     assert max(held) <= sum(held) / 3 + largest
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if name != "mixtral"]
-)  # which looks at values to route
+# which looks at values to route
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mixtral"])
 def test_no_operation_mixes_devices(tiny_model: Callable[..., Path], name: str) -> None:
     family, model = skeleton(tiny_model(name))
     placed = placement.device_map(model, family, DEVICES)

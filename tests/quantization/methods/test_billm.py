@@ -152,9 +152,8 @@ def test_nominal_and_true_bits() -> None:
     )
     salient = float(quantized.salient.float().mean())
     assert quantized.nominal_bits == 1 + salient
-    true = (
-        1 + (1 - salient) + salient + 8 * 16 / 128 + 1 / 64
-    )  # signs, split, second signs, statistics, salient columns
+    # signs, split, second signs, statistics, salient columns
+    true = 1 + (1 - salient) + salient + 8 * 16 / 128 + 1 / 64
     assert quantized.bits_per_weight == pytest.approx(true, abs=0.01)
 
 

@@ -19,12 +19,8 @@ from harness.core.shapes import Shapes
 from harness.data.demo.tiny import TINY
 from harness.quantization.models import shapes as shapes_of
 
-OF_THE_STUDIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-)  # on these every method must have a scheme that it accepts, but for:
+# every method must have a scheme that it accepts on these, except the pairs in REFUSED
+OF_THE_STUDIES = ("llama", "mistral", "qwen2", "qwen3")
 REFUSED = {("qwen3", "omniquant_wa")}  # norms between queries and keys let no learned scale through
 
 
@@ -101,9 +97,8 @@ def covering(cells: list[Cell], methods: list[str] | None) -> list[Cell]:
         name = cell.method.name.partition("[")[0]
         if name in wanted and (methods is None or name not in by_method) and not ask.reasons(cell):
             by_method.setdefault(name, []).append(cell)
-    for name in sorted(
-        by_method, key=lambda name: len(by_method[name])
-    ):  # those that accept least choose first
+    # those that accept least choose first
+    for name in sorted(by_method, key=lambda name: len(by_method[name])):
         new = [cell for cell in by_method[name] if cell.scheme.name not in schemes]
         chosen.append((new or by_method[name])[0])
         schemes.add(chosen[-1].scheme.name)

@@ -57,9 +57,8 @@ def test_the_choice_ignores_scale_and_order_of_rows() -> None:
 
 
 def test_halving_stops_at_odd_sizes_and_at_zero_rows() -> None:
-    assert (
-        choose_group_size(torch.randn(8, 344, generator=generator()), 0.0, 64) == 86
-    )  # 344 = 8 · 43: 172, 86, then 43 < 64
+    # 344 = 8 · 43: 172, 86, then 43 < 64
+    assert choose_group_size(torch.randn(8, 344, generator=generator()), 0.0, 64) == 86
     assert choose_group_size(torch.zeros(8, 512), 0.0, 64) == 512
 
 

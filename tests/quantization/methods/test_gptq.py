@@ -111,9 +111,8 @@ def test_the_block_size_matters_only_where_groups_are_smaller() -> None:
     small, large = (
         gptq(weight, HessianEvidence(hessian), block_size=size).dequantize() for size in (16, 128)
     )
-    assert (
-        float((small != large).float().mean()) < 0.01
-    )  # float noise may move a weight that lies between two codes
+    # float noise may move a weight that lies between two codes
+    assert float((small != large).float().mean()) < 0.01
     grouped = [
         gptq(weight, HessianEvidence(hessian), group_size=16, block_size=size).dequantize()
         for size in (16, 128)

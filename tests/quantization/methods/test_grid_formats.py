@@ -46,9 +46,8 @@ def test_gptq_beats_rtn_and_stays_on_the_grid(name: str, settings: dict[str, boo
         "up_proj", weight, FakeEvidence(inputs), scheme, generator()
     )
     assert isinstance(gptq, ElementWeight) and gptq.kind == "element"
-    slack = (
-        1.6 if gptq.column_group is not None else 1.0
-    )  # groups of columns far apart cost more than they gain
+    # groups of columns far apart cost more than they gain
+    slack = 1.6 if gptq.column_group is not None else 1.0
     assert layer_error(weight, gptq.dequantize(), inputs) < slack * layer_error(
         weight, rtn.dequantize(), inputs
     )

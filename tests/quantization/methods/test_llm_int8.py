@@ -56,9 +56,8 @@ def test_it_is_the_symmetric_absolute_maximum_grid_without_its_lowest_code() -> 
     quantized = quantize(weight)
     grid = fit(weight, 8, symmetric=True, convention="awq")
     off = quantized.codes.float() - grid.quantize(weight)
-    assert (
-        float((off != 0).float().mean()) < 1e-3 and int(quantized.codes.min()) >= 1
-    )  # ties of w · (1 / s) against w / s
+    # ties of w · (1 / s) against w / s
+    assert float((off != 0).float().mean()) < 1e-3 and int(quantized.codes.min()) >= 1
 
 
 def test_negating_the_matrix_negates_the_result() -> None:

@@ -239,9 +239,8 @@ def test_every_rounding_that_takes_formats_takes_it(format_: str) -> None:
         assert method.check(Scheme("double", scheme), llama_shapes(128, 256)) == []
         result = method.round_layer("up_proj", weight, evidence, scheme, generator())
         assert isinstance(result, NormalFloatWeight)
-        assert result.bits_per_weight == pytest.approx(
-            4 + 8 / 64 + 2 * 32 / weight.numel()
-        )  # one second-level block, one mean
+        # one second-level block, one mean
+        assert result.bits_per_weight == pytest.approx(4 + 8 / 64 + 2 * 32 / weight.numel())
         assert torch.equal(
             NormalFloatWeight.unpack(*result.pack()).dequantize(), result.dequantize()
         )

@@ -66,9 +66,8 @@ def test_planted_outliers_of_norms_vanish_and_others_are_spread() -> None:
         planted.module.get_submodule("input_layernorm").weight[5] *= 256  # type: ignore[index, operator]
         for name in "qkv":
             planted.linear(f"self_attn.{name}_proj").weight[:, 5] /= 256
-        planted.linear("mlp.up_proj").weight[7] *= (
-            256  # of down's input: only a rotation spreads it
-        )
+        # of down's input: only a rotation spreads it
+        planted.linear("mlp.up_proj").weight[7] *= 256
         planted.linear("mlp.down_proj").weight[:, 7] /= 256
     for block in (plain, planted):
         Transform(Transform.Settings()).rewrite_block(block, SCHEME, generator())

@@ -29,17 +29,8 @@ from harness.quantization.pipeline.passes import run_pass
 from harness.storage.store import Store
 
 METHODS = every_cell.names("methods", "none")
-USUAL = (
-    "w4g32",
-    "w2g32",
-    "w4",
-    "w2",
-    "w3g16",
-    "w2g16",
-    "w4sym",
-    "nf4g32",
-    "w1.1g32",
-)  # tried before all others
+# tried before all others
+USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32")
 
 
 class Recorder(CheckpointWriter):

@@ -96,9 +96,8 @@ def test_more_outliers_mean_less_error_at_the_ends() -> None:
 def test_the_published_layout_costs_what_the_paper_says() -> None:
     evidence, weight = FakeEvidence(correlated_inputs(256, length=128)), random_weight(256, 256)
     without = quantize(weight, evidence, outlier_threshold=None, act_order=False)
-    assert without.bits_per_weight == pytest.approx(
-        3.625 + 32 * 257 / 65536
-    )  # and the empty row pointers
+    # and the empty row pointers
+    assert without.bits_per_weight == pytest.approx(3.625 + 32 * 257 / 65536)
     kept = quantize(weight, evidence, act_order=False)
     assert kept.bits_per_weight == pytest.approx(
         3.625 + 32 * share(kept) + 32 * 257 / 65536, abs=2e-3
@@ -212,9 +211,8 @@ def test_check_lists_what_cannot_run() -> None:
 
 
 def test_integer_zeros_beyond_float16_are_stored_as_they_are_used() -> None:
-    weight = 1 + 1e-4 * torch.randn(
-        16, 32, generator=generator()
-    )  # zero points of several thousand
+    # zero points of several thousand
+    weight = 1 + 1e-4 * torch.randn(16, 32, generator=generator())
     quantized = quantize(
         weight, FakeEvidence(correlated_inputs(32)), 3, 16, **PLAIN, round_zero=True
     )

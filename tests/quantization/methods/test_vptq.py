@@ -110,10 +110,8 @@ def test_everything_stored_is_counted() -> None:
     quantized = quantize(
         random_weight(64, 64), FakeEvidence(correlated_inputs(64)), 2, dtype="float16"
     )
-    indices, books = (
-        2.0,
-        (64 * 4 + 4 * 4) * 16 / 4096,
-    )  # 6 bits and 2 residual bits for vectors of 4
+    # 6 bits and 2 residual bits for vectors of 4
+    indices, books = 2.0, (64 * 4 + 4 * 4) * 16 / 4096
     assert quantized.bits_per_weight == pytest.approx(indices + books + 2 * 16 / 64)
 
 

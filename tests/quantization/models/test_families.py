@@ -22,9 +22,8 @@ from harness.quantization.inference.load import load
 from harness.quantization.models.protocols import get_tensor, tied
 from harness.quantization.pipeline.blocks import Blocks, StreamedBlock
 
-FAMILIES = [
-    name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")
-]  # those are in test_llama.py
+# those are in test_llama.py
+FAMILIES = [name for name in TINY if name not in ("llama", "mistral", "qwen2", "qwen3")]
 GENERIC = ["gpt2", "bloom", "starcoder2", "olmo2"]
 AWQ = Method(
     "awq",

@@ -106,6 +106,31 @@ def test_groups_share_their_input_and_pairs_can_be_folded(
     assert torch.allclose(before, after, atol=1e-3)
 
 
+@pytest.mark.parametrize("named", [None, [], ["LlamaModel"], ["OPTForCausalLM"]])
+def test_the_family_is_that_of_the_model_type(
+    tiny_model: Callable[..., Path], named: list[str] | None
+) -> None:
+    """transformers builds a model by its model_type, whatever `architectures` says."""
+    folder = tiny_model("llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": named}))
+    shapes = models.shapes(folder)
+    assert shapes.family == "llama" and shapes.rotations and not shapes.notes
+
+
+@pytest.mark.parametrize(
+    "data,family",
+    [
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"model_type": "qwen2_vl"}, "multimodal"),
+        ({"architectures": ["OPTForCausalLM"]}, "opt"),
+        ({"model_type": "starcoder2"}, "generic"),
+    ],
+)
+def test_families_are_found_without_architectures(data: dict[str, object], family: str) -> None:
+    assert type(models.family_of(data)).__module__.endswith(family)
+
+
 def test_unknown_architectures_name_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"architectures": ["LamaForCausalLM"], "model_type": "llama"})

@@ -63,16 +63,8 @@ def test_act_order_factors_the_permuted_hessian() -> None:
     hessian = x.T @ x / 64
     factor = factored(hessian, 0.01, act_order=True)
     assert factor.order is not None and factor.order.tolist()[:4] == [1, 5, 4, 2]
-    assert factor.dead.tolist() == [
-        False,
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-    ]  # in the original order
+    # in the original order
+    assert factor.dead.tolist() == [False, False, False, True, False, False, True, False]
     permuted, _ = damped(hessian[factor.order][:, factor.order], 0.01)
     torch.testing.assert_close(factor.upper, inverse_factor(permuted))
     assert factored(hessian, 0.01).order is None

@@ -102,9 +102,8 @@ def test_a_killed_pass_resumes_to_the_same_bytes(
     quantize(cells, folder, tmp_path / "killed", stop_after=stop_after)
     key = quantize_key(cells[1])
     assert not (tmp_path / "killed" / key / "manifest.json").exists()
-    (
-        tmp_path / "killed" / key / f"block-{stop_after - 1:05}.json"
-    ).unlink()  # one cell stands a block behind the others
+    # one cell stands a block behind the others
+    (tmp_path / "killed" / key / f"block-{stop_after - 1:05}.json").unlink()
     assert not failures(quantize(cells, folder, tmp_path / "killed"))
     for c in cells:
         key = quantize_key(c)
@@ -113,12 +112,10 @@ def test_a_killed_pass_resumes_to_the_same_bytes(
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["quarot", "aweq"]
-)  # data-free, and calibrated; both add parameters to blocks
-@pytest.mark.parametrize(
-    "stop_after", [1, 3]
-)  # in the middle, and before the manifest alone is missing
+# data-free, and calibrated; both add parameters to blocks
+@pytest.mark.parametrize("name", ["quarot", "aweq"])
+# in the middle, and before the manifest alone is missing
+@pytest.mark.parametrize("stop_after", [1, 3])
 def test_what_a_method_adds_is_counted_after_a_kill(
     tiny_model: Callable[..., Path], tmp_path: Path, name: str, stop_after: int
 ) -> None:
