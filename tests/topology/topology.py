@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import importlib.util
 import json
 import os
@@ -31,6 +32,8 @@ from collections.abc import Callable
 from pathlib import Path
 from secrets import token_hex, token_urlsafe
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -340,11 +343,11 @@ class Topology:
             )
         names = ("ray_token", "mlflow_password", "mlflow_key", "postgres_password")
         secrets = [(self.secrets / name).read_text().strip() for name in names]
-        words = [
-            " ".join(process.cmdline())
-            for host in self.network.hosts.values()
-            for process in host.processes()
-        ]
+        words = []
+        for host in self.network.hosts.values():
+            for process in host.processes():
+                with contextlib.suppress(psutil.Error):  # one that ended meanwhile
+                    words.append(" ".join(process.cmdline()))
         self.check(
             not [word for word in words if any(secret in word for secret in secrets)],
             "no command line shows a secret",
