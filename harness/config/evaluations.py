@@ -82,7 +82,20 @@ def task_digest(
             identity[-1] += [
                 [path.name, digests.file_digest(path)] for path in task_files.code(member)
             ]
+        if _shows_examples(member, settings, local):
+            identity[-1].append("worked examples leave the scored item out")
     return digest(identity)
+
+
+def _shows_examples(
+    task: TaskFile, settings: Mapping[str, Any], local: task_files.LocalData | None
+) -> bool:
+    """Whether prompts changed when worked examples began to leave the scored item out: scores made before have another digest."""
+    own, asked = task.config.get("num_fewshot"), settings.get("num_fewshot")
+    if not (asked if asked is not None and own != 0 else own):
+        return False
+    absent = {} if local is None else task_files.without_absent_splits(task.config, local)
+    return task_files.showed_items({**task.config, **absent})
 
 
 def _wording(task: TaskFile) -> Any:

@@ -178,6 +178,48 @@ def data_folder(task: TaskFile, data_root: Path) -> Path | None:
     return next((folder for folder in folders if folder.is_dir()), None)
 
 
+def scored_split(config: Mapping[str, Any]) -> str | None:
+    """The split whose items are scored: the test split, else the validation split; None where a task names neither."""
+    split = config.get("test_split") or config.get("validation_split")
+    return None if split is None else str(split)
+
+
+def examples_split(config: Mapping[str, Any]) -> str | None:
+    """The split that worked examples are drawn from; None where the task lists its examples itself, or has no split."""
+    own = config.get("fewshot_config") or {}
+    split = own.get("split") or config.get("fewshot_split")
+    if split is None and own.get("samples"):
+        return None
+    for key in ("training_split", "validation_split", "test_split"):
+        split = split or config.get(key)
+    return None if split is None else str(split)
+
+
+def scored_as_test(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change in a task's config so that no prompt holds its own item; nothing where examples come from another split."""
+    scored = scored_split(config)
+    if scored is None or examples_split(config) != scored:
+        return {}
+    return {"test_split": scored, "fewshot_split": scored}
+
+
+def without_absent_splits(config: Mapping[str, Any], local: LocalData) -> dict[str, Any]:
+    """What to change in a task's config so that it reads no split that has no local file."""
+    changes: dict[str, Any] = {
+        key: None for key in SPLITS if str(config.get(key)) not in local.splits
+    }
+    own = config.get("fewshot_config") or {}
+    if own.get("split") and str(own["split"]) not in local.splits:
+        changes["fewshot_config"] = {**own, "split": None}
+    return changes
+
+
+def showed_items(config: Mapping[str, Any]) -> bool:
+    """Whether lm-eval by itself would draw an item's worked examples from the scored split and not leave the item out."""
+    named = scored_as_test(config)
+    return any(config.get(key) != split for key, split in named.items())
+
+
 def is_stock(task: TaskFile) -> bool:
     """Whether the task comes with lm-eval, which raises its version when its numbers change."""
     return task.path.is_relative_to(_stock_folder())

@@ -50,42 +50,6 @@ def refusals(
     yield from _local_reasons(task, local, shots or 0)
 
 
-def scored_split(config: Mapping[str, Any]) -> str | None:
-    """The split whose items are scored: the test split, else the validation split; None where a task names neither."""
-    split = config.get("test_split") or config.get("validation_split")
-    return None if split is None else str(split)
-
-
-def examples_split(config: Mapping[str, Any]) -> str | None:
-    """The split that worked examples are drawn from; None where the task lists its examples itself, or has no split."""
-    own = config.get("fewshot_config") or {}
-    split = own.get("split") or config.get("fewshot_split")
-    if split is None and own.get("samples"):
-        return None
-    for key in ("training_split", "validation_split", "test_split"):
-        split = split or config.get(key)
-    return None if split is None else str(split)
-
-
-def scored_as_test(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What to change in a task's config so that no prompt holds its own item; nothing where examples come from another split."""
-    scored = scored_split(config)
-    if scored is None or examples_split(config) != scored:
-        return {}
-    return {"test_split": scored, "fewshot_split": scored}
-
-
-def without_absent_splits(config: Mapping[str, Any], local: LocalData) -> dict[str, Any]:
-    """What to change in a task's config so that it reads no split that has no local file."""
-    changes: dict[str, Any] = {
-        key: None for key in task_files.SPLITS if str(config.get(key)) not in local.splits
-    }
-    own = config.get("fewshot_config") or {}
-    if own.get("split") and str(own["split"]) not in local.splits:
-        changes["fewshot_config"] = {**own, "split": None}
-    return changes
-
-
 def _new_token_reasons(task: TaskFile, context_length: int) -> Iterator[str]:
     arguments = task.config.get("generation_kwargs") or {}
     tokens = next(
@@ -104,11 +68,11 @@ def _local_reasons(task: TaskFile, local: LocalData, shots: int) -> Iterator[str
     wanted = [
         str(task.config[key]) for key in ("test_split", "validation_split") if task.config.get(key)
     ]
-    here = {**task.config, **without_absent_splits(task.config, local)}
-    scored = scored_split(here)
+    here = {**task.config, **task_files.without_absent_splits(task.config, local)}
+    scored = task_files.scored_split(here)
     if scored is None:
         yield f"{task.name}: none of {', '.join(f'{split}.jsonl' for split in wanted)} in {local.folder}"
-    examples = examples_split({**here, "validation_split": None, "test_split": None})
+    examples = task_files.examples_split({**here, "validation_split": None, "test_split": None})
     listed = (task.config.get("fewshot_config") or {}).get("samples")
     if shots and listed and examples is None:
         if isinstance(listed, list) and len(listed) < shots:

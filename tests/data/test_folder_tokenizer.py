@@ -14,7 +14,10 @@ from harness.data.folder_check import _tokenizer
     [
         ({}, ("no tokenizer", "tokenizer.json")),
         ({"tokenizer_config.json": "{}"}, ("no tokenizer",)),
-        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, ("Git LFS", "lfs pull")),
+        (
+            {"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"},
+            ("Git LFS", "lfs pull"),
+        ),
         ({"tokenizer.json": '{"model": '}, ("tokenizer.json", "JSON")),
         ({"tokenizer.json": "[1]"}, ("tokenizer.json", "object")),
         ({"tokenizer.json": "{}"}, ()),

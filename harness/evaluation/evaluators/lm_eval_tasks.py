@@ -316,10 +316,10 @@ def _build(settings: Evaluator.Settings, limit: int | None, chat: Chat | None) -
             else _local_overrides(file, local)
         )
         config = {**file.config, **changes}
-        splits[file.name] = task_checks.scored_split(config)
+        splits[file.name] = task_files.scored_split(config)
         own = file.config.get("num_fewshot")
         if settings.num_fewshot if settings.num_fewshot is not None and own != 0 else own:
-            changes |= task_checks.scored_as_test(config)
+            changes |= task_files.scored_as_test(config)
         overrides.append({"task": file.name, **changes})
     folders = sorted({str(file.path.parent) for file in files})
     with _quiet() as warnings:
@@ -371,7 +371,7 @@ def _local_overrides(file: TaskFile, local: LocalData) -> dict[str, Any]:
         )
 
     return {
-        **task_checks.without_absent_splits(file.config, local),
+        **task_files.without_absent_splits(file.config, local),
         "custom_dataset": read_local,
         "dataset_path": None,
         "dataset_name": None,
