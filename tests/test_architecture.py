@@ -17,7 +17,7 @@ ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "hydra": "harness.config",
     "omegaconf": "harness.config",
     "ray": "harness.execution.executors.ray_cluster",
-    "mlflow": "harness.tracking.mlflow_runs",
+    "mlflow": "harness.tracking.connection",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
     "fsspec": "harness.storage.object_store",
     "peft": "harness.quantization.formats.peft",
@@ -67,7 +67,6 @@ LARGE = {  # files of more than 700 lines, each whole on purpose
     "harness.config.grid",
     "harness.quantization.pipeline.passes",
     "harness.execution.scheduler",
-    "harness.tracking.mlflow_runs",
     "harness.evaluation.evaluators.lm_eval_tasks",
 }
 

@@ -1,4 +1,5 @@
-"""The commands of `harness`: plan, run, status, table, findings, show, export, diagnose, cancel, gc, publish, ui, list, doctor.
+"""The commands of `harness`: plan, run, status, table, report, findings, show, export, diagnose, cancel, gc, publish,
+ui, list, doctor.
 
 A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
 
@@ -136,6 +137,15 @@ def table(
         ),
         end="",
     )
+
+
+@app.command()
+def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Write a sweep's report: one page with its tables, figures, findings, and how each number was made."""
+    from harness.reporting import files
+
+    loaded, store = _load(sweep, overrides)
+    print(f"report  {store.where(files.refresh(loaded, store))}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from typing import Any
 from harness.config.axes import AXES, EDITABLE, GROUPS, INPUTS, RUNTIME, SLOTS
 from harness.config.context import T, data_set_commits
 from harness.config.evaluations import evaluation_entry, parts_of, task_digest
-from harness.config.locations import config_files, config_roots, published_folders
+from harness.config.locations import config_files, config_roots
 from harness.config.overrides import Edits, parse_overrides
 from harness.config.rules import in_words, matches
 from harness.config.schemes import FORMAT_NAME, SCHEME_NAME, checked_override, scheme_by_name
@@ -56,6 +56,7 @@ from harness.core.cell import (
 )
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.labels import with_variants
+from harness.core.package import published_folders
 from harness.core.sweep import Column, Finding, First, Runtime, Skip, Sweep, Table
 from harness.core.units import bytes_of
 from harness.data import hub, model_folders, task_files, texts
@@ -972,7 +973,8 @@ class _Resolver:
                 )
             columns.append(column)
         if table.published and not any(
-            (root / f"{table.published}.yaml").is_file() for root in published_folders()
+            (root / f"{table.published}.yaml").is_file()
+            for root in published_folders(self.file.path)
         ):
             self.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
         return dataclasses.replace(table, columns=tuple(columns))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config.axes import GROUPS, SLOTS
 from harness.core import plugins
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.package import PACKAGE
+from harness.core.package import project_folder
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,14 @@ def config_roots() -> list[Path]:
         for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep)
         if entry
     ]
-    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf"]
+    candidates = [Path.cwd() / "conf", *named, *own, project_folder() / "conf"]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
-
-
-def _project() -> Path:
-    """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/."""
-    shared = (
-        Path(base) / "share" / "quantization-harness"
-        for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent)
-    )
-    for folder in (PACKAGE, PACKAGE.parent, *shared):
-        if (folder / "conf" / "config.yaml").is_file():
-            return folder
-    raise ConfigError(
-        f"the harness's conf/ is neither beside nor inside {PACKAGE}: the installation is incomplete"
-    )
 
 
 def config_files(folder: str) -> dict[str, Path]:
     """name -> YAML of a group, or of the sweeps; the first root that has a name wins."""
     if folder == "sweeps":
-        places = [Path.cwd() / "sweeps", _project() / "sweeps"]
+        places = [Path.cwd() / "sweeps", project_folder() / "sweeps"]
     else:
         places = [root / folder for root in config_roots()]
     found: dict[str, Path] = {}
@@ -93,8 +77,3 @@ def head_comment(text: str) -> list[str]:
     """The comment lines at the head of a YAML file, without their #."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return [line.lstrip("#").strip() for line in lines]
-
-
-def published_folders() -> list[Path]:
-    """Where published tables lie: below the working directory, then with the package."""
-    return [Path.cwd() / "sweeps" / "published", _project() / "sweeps" / "published"]

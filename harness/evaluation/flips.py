@@ -14,6 +14,7 @@ without torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,11 +86,24 @@ def of_items(items: pandas.DataFrame) -> dict[str, float]:
             float((before & ~now).mean()),
             float((~before & now).mean()),
         )
+    if not _are_answered(items):
+        found = dict.fromkeys(found, math.nan)
     if has_choices:
         found["choice_kl"] = float(
             _divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean()
         )
     return found
+
+
+def _are_answered(items: pandas.DataFrame) -> bool:
+    """Whether every item has an answer in both cells: the largest of likelihoods that are NaN is none."""
+    names = [f"{name}{side}" for name in ("chosen", "correct") for side in ("", "_before")]
+    likelihoods = [
+        items[name] for name in ("log_likelihoods", "log_likelihoods_before") if name in items
+    ]
+    return not any(items[name].isna().any() for name in names if name in items) and not any(
+        np.isnan(np.asarray(each, np.float64)).any() for column in likelihoods for each in column
+    )
 
 
 def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
@@ -103,7 +117,7 @@ def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:
         )
         share = np.exp(p)
         with np.errstate(invalid="ignore"):
-            found[chosen] = np.where(share > 0, share * (p - q), 0.0).sum(1)
+            found[chosen] = np.where(share == 0, 0.0, share * (p - q)).sum(1)  # NaN stays NaN
     return found
 
 
