@@ -305,9 +305,9 @@ def ui(
     """Serve MLflow's pages on the results beside a runs folder; ends with Ctrl-C."""
     from harness.core.sweep import Runtime
     from harness.storage.places import place_of
-    from harness.tracking import ui as tracking
+    from harness.tracking.serving import serve
 
-    raise typer.Exit(tracking.serve(Runtime(place_of(runs)), port))
+    raise typer.Exit(serve(Runtime(place_of(runs)), port))
 
 
 data_app = typer.Typer(

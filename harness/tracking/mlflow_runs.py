@@ -69,11 +69,13 @@ from harness.tracking.run_contents import (
 )
 from harness.tracking.tracker import STATUS, NullTracker, Tracker
 from harness.tracking.views import (
+    artifact_file,
     artifact_page,
-    cells_page,
     cells_view,
+    curves_view,
     run_page,
     view_key,
+    view_page,
     view_tag,
 )
 
@@ -179,7 +181,9 @@ class MLflowTracker(Connection):
         super().__init__(sweep)
         self.rebuild = rebuild
         self.states: dict[str, str] = {}
-        self._view = view_key(sweep.name, self.experiment)
+        self._views = tuple(
+            view_key(kind, sweep.name, self.experiment) for kind in ("cells", "curves")
+        )
         self._names = run_names(sweep.cells)
         self._curves = method_curves(sweep.cells)
         self._children: dict[str, Any] = {}
@@ -190,6 +194,7 @@ class MLflowTracker(Connection):
             self.experiment_id = self.find_experiment(note)
             self.parent_id = ""
             self.parent_id = self._find_parent(plan_text)
+            self._write_views()
 
     # -- the calls of a tracker -----------------------------------------------------------------------------------------------
 
@@ -242,7 +247,7 @@ class MLflowTracker(Connection):
                     self._set_status(
                         self._children[key].info.run_id, STATUS[state], STATUS["unfinished"]
                     )
-            self._write_view()
+            self._write_views()
             inputs = {
                 each.dataset.digest: each
                 for cell in self.sweep.cells
@@ -251,7 +256,7 @@ class MLflowTracker(Connection):
             if inputs and not self.client.get_run(self.parent_id).inputs.dataset_inputs:
                 self.client.log_inputs(self.parent_id, datasets=list(inputs.values()))
             links = {
-                key: run_page(self.experiment_id, run.info.run_id)
+                key: f"#/experiments/{self.experiment_id}/runs/{run.info.run_id}"
                 for key, run in self._children.items()
             }
             absolute = (
@@ -285,9 +290,17 @@ class MLflowTracker(Connection):
                 if first is not None
                 else [""]
             )
+            scores = [path.name for path in files if path.name.endswith("-against-bits.png")]
+            picture = (
+                f"![scores by bits]({artifact_file(self.parent_id, f'figures/{scores[0]}')})"
+                if scores
+                else ""
+            )
             tags = {
                 "harness.progress": progress,
-                "mlflow.note.content": self._description(progress, *shown),
+                "mlflow.note.content": self._description(
+                    progress, *(f"{picture}\n\n{table}" for table in shown)
+                ),
             }
             self._log(self.parent_id, {}, {}, tags)
             status = (
@@ -518,9 +531,10 @@ class MLflowTracker(Connection):
 
     def _shortcuts(self) -> str:
         """Links for the first lines of the parent's page; MLflow folds the rest of a description."""
+        cells, curves = self._views
         places = {
-            "cells, best first": cells_page(self.experiment_id, self._view),
-            "charts": cells_page(self.experiment_id, self._view, charts=True),
+            "cells, best first": view_page(self.experiment_id, cells),
+            "charts": view_page(self.experiment_id, curves, charts=True),
         }
         if self.parent_id:
             files = {"report": "report.html"}
@@ -535,13 +549,22 @@ class MLflowTracker(Connection):
             }
         return "Open: " + " · ".join(f"[{name}]({place})" for name, place in places.items())
 
-    def _write_view(self) -> None:
-        """The view of the runs page with the columns and the order that this sweep is about."""
+    def _write_views(self) -> None:
+        """The cells of the sweep with the columns and the order that it is about, and the curves of its methods."""
         records = [self.store.record(cell) for cell in self.sweep.cells]
         scores = [name for name in quality_metrics(self.sweep, records) if "/" in name]
-        names = dict.fromkeys(curve for curve, _ in self._curves.values())
-        curves = {name: [metric_name(f"{name} {curve}") for curve in names] for name in scores}
+        drawn = {name for name, _ in self._parent_metrics}
+        quantized = [cell for cell in self.sweep.cells if not cell.method.is_baseline]
+        names = dict.fromkeys(self._curves[cell_key(cell)][0] for cell in quantized)
+        curves = {
+            score: [name for each in names if (name := metric_name(f"{score} {each}")) in drawn]
+            for score in scores
+        }
         lower = bool(scores) and better_is_higher(scores[0], self.sweep.cells) is False
-        text = cells_view(self.parent_id, list(map(metric_name, scores)), curves, lower)
-        if len(text) <= EXPERIMENT_TAG_LIMIT:
-            self.client.set_experiment_tag(self.experiment_id, view_tag(self._view), text)
+        texts = (
+            cells_view(self.parent_id, list(map(metric_name, scores)), lower),
+            curves_view(self.parent_id, curves),
+        )
+        for key, text in zip(self._views, texts, strict=True):
+            if len(text) <= EXPERIMENT_TAG_LIMIT:
+                self.client.set_experiment_tag(self.experiment_id, view_tag(key), text)

@@ -1,19 +1,16 @@
-"""MLflow's pages: where the database lies, and the server that shows it."""
+"""MLflow's addresses: its database or server, its pages, and the command that serves them. Loads without MLflow."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.core.errors import TrackingError
-from harness.core.sweep import Runtime, Tracking
+from harness.core.sweep import Tracking
 from harness.storage.places import is_url
 
 ENVIRONMENT = {
@@ -90,29 +87,6 @@ def ui_command(tracking: Tracking, runs: Path | str, port: int = PORT) -> Comman
         "1",
     )
     return Command(words, ENVIRONMENT, pages(f"http://127.0.0.1:{port}"))
-
-
-def serve(runtime: Runtime, port: int = PORT) -> int:
-    """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
-    if runtime.tracking.kind == "server":
-        print(
-            f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}"
-        )
-        return 0
-    command = ui_command(runtime.tracking, runtime.runs, port)
-    print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
-    process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
-    previous = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a terminated command takes its server with it
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def artifact_folder(runs: Path | str) -> Path:

@@ -1,4 +1,4 @@
-"""Addresses of MLflow's pages, and the page of a sweep's cells: sorted, with its columns and charts.
+"""Addresses of MLflow's pages, and two views of a sweep: its cells, sorted, and the curves of its methods.
 
 MLflow 3.17 reads a page's state from a tag of the experiment, `mlflow.sharedViewState.<key>`, where the address names the key. The
 tag holds at most 5,000 characters, so what is larger is compressed as MLflow itself does it.
@@ -11,18 +11,20 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from harness.core.cell import digest
 from harness.tracking.ui import MODEL_TRAINING
 
 TAG_PREFIX = "mlflow.sharedViewState."
 COLUMNS, METRICS = ("method", "bits", "group"), 8  # params shown; the most scores shown
+RUNS_COMPARED = 100  # drawn in one chart
 BITS = "checkpoint/bits_per_weight"
 
 
-def view_key(sweep: str, experiment: str) -> str:
-    """The key of a sweep's view; short where the experiment holds this sweep alone."""
-    return "cells" if sweep == experiment else f"cells-{digest(sweep)[:8]}"
+def view_key(kind: str, sweep: str, experiment: str) -> str:
+    """The key of a view of a sweep, "cells" or "curves"; longer where the experiment may hold other sweeps."""
+    return kind if sweep == experiment else f"{kind}-{digest(sweep)[:8]}"
 
 
 def view_tag(key: str) -> str:
@@ -40,69 +42,113 @@ def artifact_page(experiment_id: str, run_id: str, path: str) -> str:
     return f"#/experiments/{experiment_id}/runs/{run_id}/artifacts/{path}?{MODEL_TRAINING}"
 
 
-def cells_page(experiment_id: str, key: str, charts: bool = False) -> str:
-    """The address of a sweep's cells, as a table or as charts."""
+def artifact_file(run_id: str, path: str) -> str:
+    """The address of an artifact itself, for images in descriptions."""
+    return f"get-artifact?path={quote(path, safe='')}&run_uuid={run_id}"
+
+
+def view_page(experiment_id: str, key: str, charts: bool = False) -> str:
+    """The address of a view, as a table or as charts."""
     mode = "&compareRunsMode=CHART" if charts else ""
     return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}&{MODEL_TRAINING}"
 
 
-def cells_view(
-    parent_id: str,
-    scores: Sequence[str],
-    curves: Mapping[str, Sequence[str]],
-    lower_is_better: bool,
-) -> str:
-    """The state of the runs page of a sweep's cells, as the text of its tag.
+def cells_view(parent_id: str, scores: Sequence[str], lower_is_better: bool) -> str:
+    """The page of a sweep's cells: best first, with their scores as columns, and each score over bits per weight as a chart.
 
     scores           metrics of the cells, the first of which sorts them
-    curves           score -> metrics of the parent, one per method, with the bit width as step
     lower_is_better  whether small values of the first score come first
     """
     shown = list(scores[:METRICS])
     columns = [f"params.`{name}`" for name in COLUMNS]
-    columns += [f"metrics.`{name}`" for name in (BITS, *shown)]
-    sections = [{"uuid": "scores", "name": "Scores over bits per weight"}]
-    charts: list[dict[str, Any]] = [
+    columns += [f"metrics.`{name}`" for name in (*shown[:1], BITS, *shown[1:])]
+    over_bits = [
         {
-            "uuid": f"score-{number}",
-            "metricSectionId": "scores",
             "type": "SCATTER",
-            "runsCountToCompare": 100,
-            "isGenerated": False,
-            "deleted": False,
+            "displayName": score,
             "xaxis": {"key": BITS, "type": "METRIC"},
             "yaxis": {"key": score, "type": "METRIC"},
         }
-        for number, score in enumerate(shown)
+        for score in shown
     ]
-    sections.append({"uuid": "bars", "name": "Scores by cell"})
-    charts += [
+    bars = [{"type": "BAR", "displayName": score, "metricKey": score} for score in shown]
+    return _text(
         {
-            "uuid": f"bar-{number}",
-            "metricSectionId": "bars",
-            "type": "BAR",
-            "runsCountToCompare": 100,
+            "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
+            "orderByKey": f"metrics.`{shown[0]}`" if shown else "attributes.start_time",
+            "orderByAsc": lower_is_better,
+            "selectedColumns": columns,
+            "columnOrder": ["attributes.`Run Name`", *columns],
+            **_charts({"Scores over bits per weight": over_bits, "Scores by cell": bars}),
+        }
+    )
+
+
+def curves_view(parent_id: str, curves: Mapping[str, Sequence[str]]) -> str:
+    """The charts of a sweep: one for each score, with the curves of all methods over the bit width.
+
+    curves: score -> metrics of the sweep's own run, one per method, with the bit width as step
+    """
+    charts = [
+        {
+            "type": "LINE",
+            "displayName": f"{score} by bit width",
+            "metricKey": names[0],
+            "selectedMetricKeys": list(names),
+            "xAxisKey": "step",
+            "useGlobalXaxisKey": False,
+            "lineSmoothness": 0,
+            "useGlobalLineSmoothing": False,
+            "displayPoints": True,
+        }
+        for score, names in curves.items()
+        if names
+    ]
+    return _text(
+        {
+            "searchFilter": f"attributes.run_id = '{parent_id}'",
+            "orderByKey": "attributes.start_time",
+            "orderByAsc": False,
+            "runListHidden": True,
+            "globalLineChartConfig": {
+                "xAxisKey": "step",
+                "lineSmoothness": 0,
+                "selectedXAxisMetricKey": "",
+            },
+            **_charts({"All methods by bit width": charts}),
+        }
+    )
+
+
+def _charts(sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    charts = [
+        {
+            "uuid": f"{section}-{number}",
+            "metricSectionId": section,
+            "runsCountToCompare": RUNS_COMPARED,
             "isGenerated": False,
             "deleted": False,
-            "metricKey": score,
+            **chart,
         }
-        for number, score in enumerate(shown)
+        for section, own in sections.items()
+        for number, chart in enumerate(own)
     ]
-    state = {
-        "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
-        "orderByKey": f"metrics.`{shown[0]}`" if shown else "attributes.start_time",
-        "orderByAsc": lower_is_better,
+    heads = [
+        {"uuid": section, "name": section, "display": True, "isReordered": True}
+        for section in sections
+    ]
+    return {"compareRunCharts": charts, "compareRunSections": heads, "isAccordionReordered": True}
+
+
+def _text(state: Mapping[str, Any]) -> str:
+    """A state of the page as the text of its tag."""
+    whole = {
         "startTime": "ALL",
         "lifecycleFilter": "Active",
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
-        "selectedColumns": columns,
         "runsHiddenMode": "SHOW_ALL",
         "runsHidden": [],
-        "compareRunCharts": charts,
-        "compareRunSections": [
-            {**section, "display": True, "isReordered": True} for section in sections
-        ],
-        "isAccordionReordered": True,
+        **state,
     }
-    return f"deflate;{base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()}"
+    return f"deflate;{base64.b64encode(zlib.compress(json.dumps(whole).encode(), 9)).decode()}"

@@ -647,10 +647,12 @@ def test_two_models_are_two_sections(made: tuple[Sweep, Store, TableData]) -> No
 def test_labels() -> None:
     assert bits_text(w4a8(LLAMA)) == "W4A8"
     assert bits_text(cells(LLAMA)[0]) == "16"
+    fp8 = Scheme("fp8", WeightScheme("fp8_e4m3", 8), ActivationScheme("fp8_e4m3", bits=8))
+    assert bits_text(Cell(LLAMA, Method("rtn", rounding=Part("rtn")), fp8)) == "W8A8 fp8_e4m3"
     nf4 = Cell(
         LLAMA, Method("rtn", rounding=Part("rtn")), Scheme("nf4", WeightScheme("nf4", 4, 64))
     )
-    assert bits_text(nf4) == "4 nf"
+    assert bits_text(nf4) == "4 nf4"
 
 
 def test_direction_comes_from_the_evaluator() -> None:
@@ -679,11 +681,11 @@ def test_published_numbers_keep_their_text(tmp_path: Path) -> None:
         if row.method == "RTN" and row.weight_bits == 2 and row.group_size == 128
     )
     assert row.values["wikitext2"].text == "1.9e+3" and row.values["wikitext2"] == 1900.0
-    folder = tmp_path / "study"
-    folder.mkdir()
+    folder, sweep = tmp_path / "published" / "study", tmp_path / "sweep.yaml"
+    folder.mkdir(parents=True)
     (folder / "table1.yaml").write_text("paper: p\nrows: []\n")
     with pytest.raises(ConfigError, match=r'"arxiv" is missing(.|\n)*"columns" is missing'):
-        load_published("study/table1", [tmp_path])
+        load_published("study/table1", sweep)
     (folder / "table1.yaml").write_text(
         'paper: p\narxiv: "1"\nversion: v1\ntable: 1\nmodel: m\ncolumns: [{name: ppl}]\n'
         "rows:\n  - {method: RTN, values: {pppl: 1}}\n"
@@ -691,7 +693,7 @@ def test_published_numbers_keep_their_text(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r'"w_bits" is missing(.|\n)*no column "pppl"; did you mean "ppl"'
     ):
-        load_published("study/table1", [tmp_path])
+        load_published("study/table1", sweep)
 
 
 def test_rows_are_matched_by_model_method_and_scheme() -> None:
@@ -750,7 +752,7 @@ def test_percent_has_the_digits_of_the_fraction(text: str, percent: str, roundin
 
 def test_tables_load_without_torch() -> None:
     program = (
-        "import sys, harness.tables, harness.plots, harness.statistics, harness.published\n"
+        "import sys, harness.reporting.tables, harness.reporting.figures, harness.reporting.report, harness.reporting.files\n"
         "heavy = {'torch', 'mlflow', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -11,11 +12,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_sweep import LLAMA, cells, fill, make_sweep
+from synthetic_sweep import LINEARS, LLAMA, cells, fill, make_sweep
 
 from harness.core.cell import Model, cell_key, score_key
 from harness.core.errors import TrackingError
@@ -24,7 +26,7 @@ from harness.reporting.figures import figures, save
 from harness.reporting.tables import build_all
 from harness.storage.record import Record
 from harness.storage.store import Store
-from harness.tracking.mlflow_runs import MLflowTracker, open_tracker, publish
+from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
 from harness.tracking.run_contents import (
     PARAM_LIMIT,
     cell_params,
@@ -33,8 +35,9 @@ from harness.tracking.run_contents import (
     metric_key,
     run_names,
 )
+from harness.tracking.serving import serve, sweep_pages
 from harness.tracking.tracker import NullTracker
-from harness.tracking.ui import ENVIRONMENT, serve, tracking_uri, ui_command
+from harness.tracking.ui import ENVIRONMENT, tracking_uri, ui_command
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,15 @@ def schema(
         database.execute("DELETE FROM experiments WHERE experiment_id > 0")
         database.commit()
     return path
+
+
+def view_of(experiment: Any, key: str) -> dict[str, Any]:
+    """A view as MLflow's pages read it: deflated, then in base 64."""
+    text = experiment.tags[f"mlflow.sharedViewState.{key}"]
+    found: dict[str, Any] = json.loads(
+        zlib.decompress(base64.b64decode(text.removeprefix("deflate;")))
+    )
+    return found
 
 
 def runs_of(tracker: MLflowTracker) -> dict[str, Any]:
@@ -137,7 +149,17 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     sweep, store, tracker = made
     run = runs_of(tracker)["gptq · w4g128"]
     cell = next(cell for cell in sweep.cells if cell.method.name == "gptq")
-    assert run.data.metrics == store.record(cell).metrics()
+    record = store.record(cell)
+    layers = {name: value for name, value in run.data.metrics.items() if name.startswith("layers/")}
+    assert run.data.metrics == record.metrics() | layers
+    assert set(layers) == {f"layers/output_error/{name.rpartition('.')[2]}" for name in LINEARS}
+    history = tracker.client.get_metric_history(run.info.run_id, "layers/output_error/q_proj")
+    errors = {
+        row["block"]: row["output_error"]
+        for row in record.layer_errors
+        if "q_proj" in row["linear"]
+    }
+    assert {point.step: point.value for point in history} == errors
     params = run.data.params
     assert (params["model"], params["method"], params["bits"], params["group"]) == (
         "llama3_8b",
@@ -151,7 +173,6 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
         "cell.json",
         "environment.json",
         "layer_errors.csv",
-        "layer_errors.svg",
         "log.txt",
         "evaluations/arc_easy.json",
         "evaluations/wikitext2.json",
@@ -215,7 +236,12 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     assert "figures/layer-errors.png" in files and "figures/arc_easy-acc-against-bits.svg" in files
     experiment = tracker.client.get_experiment(tracker.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    view = json.loads(experiment.tags["mlflow.sharedViewState.cells"])
+    view = view_of(experiment, "cells")
+    assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    assert view["orderByKey"] == "metrics.`wikitext2/perplexity`" and view["orderByAsc"]
+    curves = view_of(experiment, "curves")["compareRunCharts"]
+    assert curves[0]["selectedMetricKeys"] == ["wikitext2/perplexity gptq"]
+    assert not any(name.startswith(("checkpoint/", "quantize/")) for name in parent.data.metrics)
     assert (
         "viewStateShareKey=cells" in note
         and f"/runs/{parent.info.run_id}/artifacts/tables/table1.html" in note
@@ -264,16 +290,70 @@ def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -
     assert isinstance(second, MLflowTracker)
     for cell in sweep.cells:
         second.cell(store.record(cell), "done")
-    second.finish({}, {}, "")
+    second.finish({}, (), "")
     runs = runs_of(second)
     assert len(runs) == 4 and len(second.client.search_runs([second.experiment_id])) == 4
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert runs["rtn · w8g128"].data.metrics == store.record(sweep.cells[1]).metrics()
+    assert (
+        store.record(sweep.cells[1]).metrics().items() <= runs["rtn · w8g128"].data.metrics.items()
+    )
     points = points_of(second)
     assert len(points) == len(set(points))
+    assert is_tracked(sweep)
     second.client.delete_experiment(second.experiment_id)
+    assert not is_tracked(sweep)
     with pytest.raises(TrackingError, match="was deleted"):
         open_tracker(sweep, "")
+
+
+def test_deleted_runs_are_made_again_once(tmp_path: Path, schema: Path) -> None:
+    """Whatever somebody deletes, the next run leaves one live run per cell under one parent."""
+    shutil.copy(schema, tmp_path / "mlflow.db")
+    sweep = make_sweep(tmp_path, published=False)
+    store = fill(sweep)
+    sweep = dataclasses.replace(sweep, cells=sweep.cells[:3])
+    keys = set(map(cell_key, sweep.cells))
+
+    def complete() -> MLflowTracker:
+        tracker = open_tracker(sweep, "")
+        assert isinstance(tracker, MLflowTracker)
+        for cell in sweep.cells:
+            tracker.cell(store.record(cell), "done")
+        tracker.finish({}, (), "")
+        runs = tracker.client.search_runs([tracker.experiment_id])
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+        assert [run.info.run_id for run in parents] == [tracker.parent_id]
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {tracker.parent_id}
+        assert len(children) == 3 and {run.data.tags["harness.key"] for run in children} == keys
+        assert is_tracked(sweep)
+        assert [page for _, page in sweep_pages(sweep.runtime)] == [
+            f"#/experiments/{tracker.experiment_id}/runs/{tracker.parent_id}?workflowType=machine_learning"
+        ]
+        return tracker
+
+    first = complete()
+    child = next(iter(first._children.values())).info.run_id
+    first.client.delete_run(child)  # a cell's run
+    assert not is_tracked(sweep)
+    second = complete()
+    assert second.parent_id == first.parent_id and child not in {
+        run.info.run_id for run in second._children.values()
+    }
+    second.client.delete_run(second.parent_id)  # the sweep's run, whose children stay
+    assert not is_tracked(sweep)
+    third = complete()
+    assert third.parent_id != second.parent_id
+    assert {run.info.run_id for run in third._children.values()} == {
+        run.info.run_id for run in second._children.values()
+    }
+    history = third.client.get_metric_history(third.parent_id, "wikitext2/perplexity rtn")
+    assert {point.step for point in history} == {8, 4}
+    third.client.restore_run(
+        child
+    )  # and the sweep's first run comes back with a second run of a cell
+    third.client.restore_run(second.parent_id)
+    complete()
 
 
 def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_path: Path) -> None:
@@ -299,7 +379,7 @@ def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_p
 def test_no_tracking_is_an_object() -> None:
     tracker = open_tracker(make_sweep(Path("unused"), tracking=Tracking("none")))
     assert isinstance(tracker, NullTracker)
-    tracker.finish({}, {}, "")
+    tracker.finish({}, (), "")
     with pytest.raises(TrackingError, match="tracking=none"):
         publish(Store("unused"), make_sweep(Path("unused"), tracking=Tracking("none")))
 
@@ -369,8 +449,9 @@ def test_the_command_for_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture
         == ENVIRONMENT["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
     )
     assert "workflowType=machine_learning" in command.url
-    assert serve(Runtime(runs, tracking=Tracking("server", "http://host:5000"))) == 0
-    assert "http://host:5000" in capsys.readouterr().out
+    server = f"http://127.0.0.1:{port}"  # nobody listens there: the address is printed all the same
+    assert serve(Runtime(runs, tracking=Tracking("server", server))) == 0
+    assert f"{server}/#/experiments?workflowType=machine_learning" in capsys.readouterr().out
 
 
 def test_names_of_runs_and_curves() -> None:
@@ -432,7 +513,7 @@ def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> 
 
 def test_tracking_loads_without_mlflow() -> None:
     program = (
-        "import sys, harness.tracking\n"
+        "import sys, harness.tracking.mlflow_runs, harness.tracking.diagnoses, harness.tracking.serving\n"
         "heavy = {'torch', 'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
