@@ -8,36 +8,23 @@ import dataclasses
 import json
 import math
 import shutil
-import socket
 import sqlite3
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_sweep import LINEARS, LLAMA, cells, fill, make_sweep
+from synthetic_sweep import LINEARS, LLAMA, fill, make_sweep
 
-from harness.core.cell import Model, cell_key, score_key
+from harness.core.cell import cell_key, score_key
 from harness.core.errors import TrackingError
-from harness.core.sweep import Runtime, Sweep, Tracking
+from harness.core.sweep import Sweep
 from harness.reporting.figures import figures, save
 from harness.reporting.tables import build_all
-from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
-from harness.tracking.run_contents import (
-    PARAM_LIMIT,
-    cell_params,
-    cut_text,
-    method_curves,
-    metric_key,
-    run_names,
-)
-from harness.tracking.serving import serve, sweep_pages
-from harness.tracking.tracker import NullTracker
-from harness.tracking.ui import ENVIRONMENT, tracking_uri, ui_command
+from harness.tracking.run_contents import PARAM_LIMIT, cut_text, metric_key
+from harness.tracking.serving import sweep_pages
 
 
 @pytest.fixture(scope="module")
@@ -376,120 +363,6 @@ def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_p
     )
 
 
-def test_no_tracking_is_an_object() -> None:
-    tracker = open_tracker(make_sweep(Path("unused"), tracking=Tracking("none")))
-    assert isinstance(tracker, NullTracker)
-    tracker.finish({}, (), "")
-    with pytest.raises(TrackingError, match="tracking=none"):
-        publish(Store("unused"), make_sweep(Path("unused"), tracking=Tracking("none")))
-
-
-def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]  # taken, but nobody listens
-        sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
-        with pytest.raises(TrackingError, match="no tracking server at"):
-            open_tracker(sweep)
-    with pytest.raises(TrackingError, match=r"needs tracking\.uri"):
-        tracking_uri(Tracking("server"), tmp_path)
-    with pytest.raises(TrackingError, match="known: none, server, sqlite"):
-        tracking_uri(Tracking("sqlit"), tmp_path)
-
-
-def test_a_damaged_database_is_a_tracking_error(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(TrackingError, match="could not open sqlite"):
-        open_tracker(sweep)
-
-
-def test_a_database_is_made_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever is killed while MLflow makes its tables leaves nothing that a later run could stumble over."""
-    import mlflow
-
-    sweep = make_sweep(tmp_path / "study", published=False)
-    database = Path(
-        tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///")
-    )
-    seen: list[bool] = []
-
-    def killed(client: Any, **words: Any) -> None:
-        seen.append(database.exists())
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
-        with pytest.raises(KeyboardInterrupt):
-            open_tracker(sweep, "plan")
-    assert seen == [False] and not database.exists()
-    open_tracker(sweep, "plan")
-    with sqlite3.connect(database) as whole:
-        assert whole.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
-
-
-def test_the_command_for_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = tmp_path / "runs"
-    with pytest.raises(TrackingError, match="nothing was tracked here yet"):
-        ui_command(Tracking(), runs)
-    (tmp_path / "mlflow.db").touch()
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(TrackingError, match="--port"):
-            ui_command(Tracking(), runs, port)
-    command = ui_command(Tracking(), runs, port)
-    assert "127.0.0.1" in command.words and f"sqlite:///{tmp_path / 'mlflow.db'}" in command.words
-    assert (
-        command.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
-        == "false"
-        == ENVIRONMENT["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
-    )
-    assert "workflowType=machine_learning" in command.url
-    server = f"http://127.0.0.1:{port}"  # nobody listens there: the address is printed all the same
-    assert serve(Runtime(runs, tracking=Tracking("server", server))) == 0
-    assert f"{server}/#/experiments?workflowType=machine_learning" in capsys.readouterr().out
-
-
-def test_names_of_runs_and_curves() -> None:
-    demo = Model("demo", "demo", digest="d")
-    many = (*cells(LLAMA, ("rtn",), (4,)), *cells(demo, ("rtn",), (4, 1.7)))
-    names = list(run_names(many).values())
-    assert names[:3] == [
-        "llama3_8b · full precision",
-        "llama3_8b · rtn · w4g128",
-        "demo · full precision",
-    ]
-    assert list(method_curves(many[2:]).values()) == [
-        ("full_precision", 32),
-        ("rtn", 4),
-        ("rtn 1.7bit", 2),
-    ]
-    gptq = cells(LLAMA, ("gptq",), (4,))[1]
-    variants = (gptq, dataclasses.replace(gptq, inputs="full_precision"))
-    assert (
-        len(set(run_names(variants).values())) == 2
-        and len(set(method_curves(variants).values())) == 2
-    )
-
-
-def test_params_are_flat_and_short() -> None:
-    baseline, gptq = cells(LLAMA, ("gptq",), (4,))
-    params = cell_params(Record(gptq, "", ""))
-    assert all(isinstance(value, str | int | float | bool) for value in params.values())
-    assert params["weight.bits"] == 4 and params["rounding"] == "gptq" and params["seed"] == 0
-    baseline = dataclasses.replace(
-        baseline, model=dataclasses.replace(baseline.model, dtype="float32")
-    )
-    assert "bits" not in cell_params(Record(baseline, "", ""))
-    assert (
-        cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"
-    )  # as tables say: what is stored
-
-
 def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> None:
     shutil.copy(schema, tmp_path / "mlflow.db")
     sweep = make_sweep(tmp_path, published=False)
@@ -509,11 +382,3 @@ def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> 
     )
     parent = tracker.client.get_metric_history(tracker.parent_id, "wikitext2/perplexity rtn")
     assert parent[-1].value == 9.5 and {point.step for point in parent} == {8}
-
-
-def test_tracking_loads_without_mlflow() -> None:
-    program = (
-        "import sys, harness.tracking.mlflow_runs, harness.tracking.diagnoses, harness.tracking.serving\n"
-        "heavy = {'torch', 'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
