@@ -1,4 +1,4 @@
-"""Puts conf/ and sweeps/ inside the package when a wheel is built; everything else is said in pyproject.toml."""
+"""Copies conf/ and sweeps/ into the package when a wheel is built; pyproject.toml holds everything else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """The checkout keeps both folders at its top, where people look for them; an installation has the package alone."""
+    """A checkout has both folders at its top; an installation consists of the package alone."""
 
     def run(self) -> None:
         super().run()

@@ -10,7 +10,7 @@ from harness.core.errors import HarnessError
 
 
 def main() -> None:
-    """Run the command line: errors meant for the user are printed without a traceback, unless HARNESS_DEBUG=1."""
+    """Run the command line; errors for the user are printed without a traceback unless HARNESS_DEBUG=1."""
     try:
         app(standalone_mode=True)
     except HarnessError as error:
@@ -19,7 +19,7 @@ def main() -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what the store holds", file=sys.stderr)
+        print("interrupted; the same command continues from the finished work", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:  # `harness table … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

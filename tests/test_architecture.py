@@ -16,11 +16,13 @@ PACKAGE = ROOT / "harness"
 ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "hydra": "harness.config",
     "omegaconf": "harness.config",
+    "pydantic": "harness.config.typed",
     "ray": "harness.execution.executors.ray_cluster",
     "mlflow": "harness.tracking.connection",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
     "fsspec": "harness.storage.object_store",
     "peft": "harness.quantization.formats.peft",
+    "pynvml": "harness.evaluation.meters",
 }
 MAY_IMPORT = {  # folder -> what of the harness it may import besides itself
     "core": (),
@@ -64,8 +66,6 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 LARGE = {  # files of more than 700 lines, each whole on purpose
-    "harness.config.grid",
-    "harness.quantization.pipeline.passes",
     "harness.execution.scheduler",
     "harness.evaluation.evaluators.lm_eval_tasks",
 }
@@ -217,6 +217,7 @@ def test_kernel_packages_need_only_torch_and_transformers() -> None:
         "harness.quantization.formats.compressed_tensors",
         "harness.quantization.formats.peft",
         "harness.evaluation.flips",
+        "harness.evaluation.meters",  # pynvml, and only where it is installed
         "harness.evaluation.statistics",  # of results, where no model is
         "harness.quantization.inference.placement",  # accelerate, and only where a model exceeds one device
     }
@@ -268,6 +269,39 @@ def test_a_method_is_a_file_and_its_yaml(slot: str, folder: str) -> None:
 
     configured = {path.stem for path in (ROOT / "conf" / folder).glob("*.yaml")}
     assert configured == set(plugins.find(slot))
+
+
+def test_the_tree_of_the_readme_is_the_tree_of_the_folders() -> None:
+    """Every path of README's tree exists, and it shows every folder of harness/ with a remark."""
+    shown = readme_tree()
+    assert len(shown) > 40, "the rule has lost its subject"
+    missing = [
+        path
+        for path in shown
+        if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())
+    ]
+    assert not missing, f"README's tree shows what is not there: {missing}"
+    folders = {
+        f"{folder.relative_to(ROOT).as_posix()}/"
+        for folder in PACKAGE.rglob("*")
+        if folder.is_dir() and folder.name != "__pycache__" and any(folder.glob("*.*"))
+    }
+    assert not folders - set(shown), f"README's tree lacks {sorted(folders - set(shown))}"
+    bare = [path for path, remark in shown.items() if not remark and path != "harness/"]
+    assert not bare, f"README's tree has no remark on {bare}"
+
+
+def readme_tree() -> dict[str, str]:
+    """path -> remark of the tree that README draws: one path per line, two spaces deeper for what lies in a folder."""
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree\n\n```\n")[1]
+    shown: dict[str, str] = {}
+    parents: list[str] = []
+    for line in block.split("```")[0].splitlines():
+        name, _, remark = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = [*parents[:depth], name]
+        shown["".join(parents)] = remark.strip()
+    return shown
 
 
 def test_markdown_links_resolve() -> None:

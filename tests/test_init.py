@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -61,8 +63,35 @@ def test_refusals_are_exceptions_of_run_and_rows_of_plan(tmp_path: Path) -> None
 
 
 def test_the_public_names() -> None:
-    assert harness.__all__ == ["__version__", "plan", "run", "table"]
+    assert harness.__all__[:4] == ["__version__", "plan", "run", "table"]
     assert all(callable(getattr(harness, name)) for name in ("plan", "run", "table"))
+    assert len(set(harness.__all__)) == len(harness.__all__) and set(harness.__all__) <= set(
+        dir(harness)
+    )
+    with pytest.raises(AttributeError, match="has no attribute 'Evidense'"):
+        harness.Evidense  # noqa: B018
+
+
+@pytest.mark.parametrize("module", list(harness.FOR_PLUGINS))
+def test_names_for_plugins_are_those_of_their_modules(module: str) -> None:
+    home = importlib.import_module(module)
+    for name in harness.FOR_PLUGINS[module]:
+        assert getattr(harness, name) is getattr(home, name)
+
+
+def test_type_checkers_and_users_see_the_same_names() -> None:
+    """The imports under TYPE_CHECKING and the table FOR_PLUGINS agree."""
+    tree = ast.parse(Path(harness.__file__).read_text(encoding="utf-8"))
+    (block,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    typed: dict[str, set[str]] = {}
+    for node in block.body:
+        if isinstance(node, ast.ImportFrom):
+            typed.setdefault(node.module or "", set()).update(alias.name for alias in node.names)
+    assert typed == {module: set(names) for module, names in harness.FOR_PLUGINS.items()}
 
 
 def test_importing_takes_no_time() -> None:

@@ -1,14 +1,4 @@
-"""The commands of `harness`: plan, run, status, table, report, findings, show, export, diagnose, cancel, gc, publish,
-ui, list, doctor.
-
-A sweep is named by a file in sweeps/ (or a path), and changed by overrides; without a name the overrides state the grid:
-
-    harness run demo
-    harness run llama3_8b_ptq cluster=ray rounding=gptq,rtn
-    harness run model=demo method=rtn,gptq scheme=w4,w3
-
-Exit codes: 0 all cells done, 1 a cell failed or another error, 2 a config is wrong, 3 the plan refuses, 130 interrupted.
-"""
+"""The commands of `harness`, each a short function: it loads a sweep, calls the part that does the work, and prints the result."""
 
 from __future__ import annotations
 
@@ -33,20 +23,62 @@ if TYPE_CHECKING:
     from harness.storage.store import Store
 
 
+HELP = """Distributed sweeps of model × method × bit width for quantized language models.
+
+A sweep is a file in sweeps/ or a path. Overrides change it; without a name they define the grid.
+
+\b
+Examples:
+  harness list sweeps
+  harness plan demo
+  harness run demo
+  harness run llama3_8b_ptq cluster=ray rounding=gptq,rtn
+  harness run model=demo method=rtn,gptq scheme=w4,w3
+  harness table demo --format latex
+
+\b
+Exit codes:
+  0    success; for a run: all cells are done
+  1    a cell failed, or another error
+  2    a config or an option is wrong
+  3    the plan refuses cells
+  130  interrupted (Ctrl-C); the same command continues
+"""
+
 app = typer.Typer(
     name="harness",
-    help="Distributed sweeps of model × method × bit width for quantized language models.",
+    help=HELP,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import harness
+
+        print(f"harness {harness.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
 SweepArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="[SWEEP]",
-        help="A file of sweeps/, a path, or the first override.",
+        help="A name in sweeps/, a path, or the first override.",
         autocompletion=complete_sweep,
     ),
 ]
@@ -54,16 +86,22 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Changes to the sweep: axes take lists (scheme=w4,w3).",
+        help="Changes to the sweep; an axis takes a list (scheme=w4,w3).",
         autocompletion=complete_override,
     ),
 ]
-Runs = Annotated[str, typer.Option("--runs", help="The folder, or the URL, that holds results.")]
+Runs = Annotated[str, typer.Option("--runs", help="The folder or URL of the results.")]
 
 
 @app.command()
 def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """Say what a sweep would do: done, missing, refused with all reasons, passes, time, memory, disk. Starts nothing."""
+    """Show what a sweep would do: cells that are done, missing or refused (with all reasons), passes, time, memory, disk.
+
+    \b
+    Examples:
+      harness plan demo
+      harness plan llama3_8b_ptq method=gptq scheme=w4g128
+    """
     from harness.planning.planner import make
     from harness.planning.render import render, require
 
@@ -82,11 +120,19 @@ def run(
     budget: Annotated[
         str,
         typer.Option(
-            help="Wall time, e.g. 90min or 8h: the cheapest cells first, and nothing after it."
+            help="Wall time, e.g. 90min or 8h: runs the cheapest cells first and starts nothing afterwards."
         ),
     ] = "",
 ) -> None:
-    """Carry a sweep out, or finish it: what is done is not done again."""
+    """Run a sweep, or finish it; completed work is not repeated.
+
+    \b
+    Examples:
+      harness run demo
+      harness run demo cluster=local cluster.workers=2 tracking=none
+      harness run demo evaluations.limit=20
+      harness run llama3_8b_ptq cluster=ray --budget 8h
+    """
     from harness.cli import progress
     from harness.core.units import seconds_of
     from harness.execution import driver
@@ -100,7 +146,12 @@ def run(
 
 @app.command()
 def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """How far a sweep is, here or in another process."""
+    """Show the progress of a sweep, whichever process runs it.
+
+    \b
+    Examples:
+      harness status demo
+    """
     from harness.cli import status as display
 
     loaded, store = _load(sweep, overrides)
@@ -114,10 +165,18 @@ def table(
     form: Annotated[str, typer.Option("--format", "-f", help="md, latex, csv or html.")] = "md",
     name: Annotated[
         str,
-        typer.Option("--table", "-t", help="One table of the sweep by name; all when not given."),
+        typer.Option(
+            "--table", "-t", help="The name of one table; without it all tables are printed."
+        ),
     ] = "",
 ) -> None:
-    """Print a sweep's tables, published numbers beside ours; gaps name the command that fills them."""
+    """Print the tables of a sweep, with published numbers beside ours; for each gap, the command that fills it.
+
+    \b
+    Examples:
+      harness table demo
+      harness table llama3_8b_ptq --table table1 --format latex
+    """
     from harness.reporting import render as tables
     from harness.reporting import tables as tables_module
 
@@ -141,7 +200,12 @@ def table(
 
 @app.command()
 def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """Write a sweep's report: one page with its tables, figures, findings, and how each number was made."""
+    """Write a sweep's report: one page with its tables, figures, findings, and how each number was made.
+
+    \b
+    Examples:
+      harness report demo
+    """
     from harness.reporting import files
 
     loaded, store = _load(sweep, overrides)
@@ -150,7 +214,12 @@ def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """Say of each finding of the study whether our results hold it, and whether its own published numbers do."""
+    """Check each finding of the study against our results and against its own published numbers.
+
+    \b
+    Examples:
+      harness findings demo_methods
+    """
     from harness.reporting import findings as checks
 
     loaded, store = _load(sweep, overrides)
@@ -170,7 +239,12 @@ def show(
     ],
     runs: Runs = "runs",
 ) -> None:
-    """Everything known of one cell: config, scores, layer errors, failures, how it was made and how to make it again."""
+    """Show one cell: configuration, scores, layer errors, failures, provenance, and the command that reproduces it.
+
+    \b
+    Examples:
+      harness show 2ddd94ff
+    """
     from harness.cli import show as show_module
     from harness.config import reproduce
     from harness.storage.store import Store
@@ -190,7 +264,13 @@ def cancel(
     ],
     runs: Runs = "runs",
 ) -> None:
-    """Stop a running sweep, or take one cell out of it, from any shell that sees --runs; what is finished stays."""
+    """Stop a running sweep, or remove one cell from it, from any shell that sees --runs; finished work stays.
+
+    \b
+    Examples:
+      harness cancel demo
+      harness cancel 2ddd94ff
+    """
     from harness.storage.store import Store
 
     store = Store(runs)
@@ -207,11 +287,21 @@ def cancel(
 
 @app.command()
 def prioritize(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep that runs.")],
-    priority: Annotated[int, typer.Argument(metavar="N", help="Higher goes first; 0 is usual.")],
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A running sweep.")],
+    priority: Annotated[
+        int,
+        typer.Argument(
+            metavar="N", help="A sweep with a higher priority runs first; the default is 0."
+        ),
+    ],
     runs: Runs = "runs",
 ) -> None:
-    """Change the priority of a running sweep among those that share --runs; what runs of the others is finished first."""
+    """Change the priority of a running sweep among the sweeps that share --runs; running tasks of the others finish first.
+
+    \b
+    Examples:
+      harness prioritize demo 5
+    """
     from harness.execution.coordination import active_drivers
     from harness.storage.store import Store
 
@@ -229,10 +319,18 @@ def prioritize(
 
 @app.command()
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list what would be deleted.")
+    ] = False,
     runs: Runs = "runs",
 ) -> None:
-    """Delete checkpoints that no cell uses and what killed processes left; never a result."""
+    """Delete checkpoints that no cell uses and leftovers of killed processes; results are never deleted.
+
+    \b
+    Examples:
+      harness gc --dry-run
+      harness gc
+    """
     from harness.core.units import size
     from harness.storage import gc as clean
     from harness.storage.store import Store
@@ -264,7 +362,12 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
     runs: Runs = "runs",
 ) -> None:
-    """Write a quantized cell as a folder that other libraries load; refused, with all reasons, where the format cannot hold it."""
+    """Export a quantized cell as a folder that other libraries load; refused, with all reasons, if the format cannot hold it.
+
+    \b
+    Examples:
+      harness export 2ddd94ff --format compressed_tensors --output folder
+    """
     from harness.quantization import export as exporting
     from harness.storage.store import Store
 
@@ -273,7 +376,13 @@ def export(
 
 @app.command()
 def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "runs") -> None:
-    """Send a sweep's results, or without a name everything in --runs, to tracking again; completes runs, never doubles them."""
+    """Send the results of a sweep, or without a name everything in --runs, to MLflow; updates existing runs, no duplicates.
+
+    \b
+    Examples:
+      harness publish demo
+      harness publish --runs s3://bucket/prefix
+    """
     from harness.storage.store import Store
     from harness.tracking import mlflow_runs
 
@@ -285,13 +394,21 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
 def diagnose(
     model: Annotated[
         str,
-        typer.Argument(help="A model of conf/model/, a folder, a hub id, or demo:weight_outliers."),
+        typer.Argument(help="A name in conf/model/, a folder, a hub id, or demo:weight_outliers."),
     ],
     overrides: Overrides = None,
-    bits: Annotated[int, typer.Option(help="Of weights and activations.")] = 8,
-    group_size: Annotated[int, typer.Option(help="To propose; 0: the largest that repairs.")] = 0,
+    bits: Annotated[int, typer.Option(help="Bits of weights and activations.")] = 8,
+    group_size: Annotated[
+        int, typer.Option(help="Group size of the proposed repair; 0: the largest that is enough.")
+    ] = 0,
 ) -> None:
-    """Say which linears of a model 8-bit weights and activations ruin, through which side, and the fewest to treat apart."""
+    """Find the linear layers that 8-bit weights and activations damage most, the cause, and the smallest set to treat separately.
+
+    \b
+    Examples:
+      harness diagnose demo:weight_outliers
+      harness diagnose llama3_8b calibration=c4 calibration.samples=16
+    """
     from harness.cli import diagnose as diagnose_module
 
     print(diagnose_module.run(model, overrides or [], bits, group_size))
@@ -300,9 +417,15 @@ def diagnose(
 @app.command()
 def ui(
     runs: Runs = "runs",
-    port: Annotated[int, typer.Option(help="On the loopback interface.")] = 5000,
+    port: Annotated[int, typer.Option(help="The port on the loopback interface.")] = 5000,
 ) -> None:
-    """Serve MLflow's pages on the results beside a runs folder; ends with Ctrl-C."""
+    """Show the results beside a runs folder in MLflow's web pages, until Ctrl-C.
+
+    \b
+    Examples:
+      harness ui
+      harness ui --port 5001
+    """
     from harness.core.sweep import Runtime
     from harness.storage.places import place_of
     from harness.tracking.serving import serve
@@ -311,7 +434,8 @@ def ui(
 
 
 data_app = typer.Typer(
-    help="Data for machines without network: pull a bundle, check one.", no_args_is_help=True
+    help="Data for machines without network access: create a bundle, check it.",
+    no_args_is_help=True,
 )
 app.add_typer(data_app, name="data")
 
@@ -321,10 +445,16 @@ def data_pull(
     sweep: SweepArgument = None,
     overrides: Overrides = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The bundle; data.root=<it> runs from it.")
+        Path,
+        typer.Option("--output", "-o", help="The folder of the bundle; data.root=FOLDER reads it."),
     ] = Path("bundle"),
 ) -> None:
-    """Fetch the models, texts and benchmarks of a sweep into one folder, at pinned revisions and with row hashes."""
+    """Download the models, texts and benchmarks of a sweep into one folder, at pinned revisions and with a hash of every row.
+
+    \b
+    Examples:
+      harness data pull llama3_8b_ptq --output bundle
+    """
     from harness.data import bundle
 
     loaded, _ = _load(sweep, overrides)
@@ -334,8 +464,13 @@ def data_pull(
 
 
 @data_app.command("check")
-def data_check(folder: Annotated[Path, typer.Argument(help="A bundle.")]) -> None:
-    """Compare a bundle with its own index; exit 1 where something is missing or changed."""
+def data_check(folder: Annotated[Path, typer.Argument(help="The folder of a bundle.")]) -> None:
+    """Compare a bundle with its index; exit code 1 if a file is missing or changed.
+
+    \b
+    Examples:
+      harness data check bundle
+    """
     from harness.data import bundle
 
     problems = bundle.verify(folder)
@@ -349,7 +484,13 @@ def list_command(
         str, typer.Argument(help=", ".join(GROUPS), autocompletion=complete_group)
     ] = "sweeps",
 ) -> None:
-    """What there is to choose from: sweeps, models, methods, schemes, …"""
+    """List the available sweeps, models, methods, schemes, evaluations, …
+
+    \b
+    Examples:
+      harness list sweeps
+      harness list methods
+    """
     from harness.config.locations import list_names
 
     entries = list_names(group)
@@ -360,7 +501,12 @@ def list_command(
 
 @app.command()
 def doctor(runs: Runs = "runs") -> None:
-    """Check this machine: versions, cores, memory, disk, GPUs, Ray, MLflow, permissions; what is wrong and what to do."""
+    """Check this machine: versions, cores, memory, disk, GPUs, Ray, MLflow, permissions; exit code 1 if something is wrong.
+
+    \b
+    Examples:
+      harness doctor
+    """
     from harness.cli import doctor as doctor_module
 
     found = doctor_module.examine(runs)
@@ -375,7 +521,7 @@ def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]
     name, changes = split_arguments(sweep, overrides)
     if name is None and not changes:
         raise ConfigError(
-            "name a sweep (`harness list sweeps`) or state a grid, e.g. model=demo method=rtn scheme=w4"
+            "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
         )
     loaded = load_sweep(name, changes)
     return loaded, Store(loaded.runtime.runs)

@@ -2,52 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import typing
 from collections.abc import Iterator
 
-AXES = (
-    "model",
-    "method",
-    "transform",
-    "rounding",
-    "scheme",
-    "calibration",
-    "cluster",
-    "tracking",
-)  # values: conf/<axis>/
-PLAIN_KEYS = (
-    "inputs",
-    "seed",
-    "evaluations",
-    "evaluations.limit",
-    "calibration.samples",
-    "runs",
-    "device",
-    "priority",
-    "batch_size",
-    "fail_fast",
-    "export",
-    "data.root",
-    "baseline",
-    "cluster.workers",
-    "cluster.gpus_per_task",
-    "cluster.gpu_memory",
-    "cluster.address",
-    "tracking.uri",
-)
-INPUTS = ("quantized", "full_precision")
-GROUPS = (
-    "sweeps",
-    "models",
-    "methods",
-    "schemes",
-    "calibrations",
-    "evaluations",
-    "evaluators",
-    "transforms",
-    "roundings",
-    "clusters",
-    "trackings",
-)
+from harness.config import axes
+from harness.config.typed import hints_of
+from harness.core.cell import Calibration
+from harness.core.sweep import Cluster, Runtime, StoreLimits, Tracking
+
+VALUES = tuple(axes.GROUPS.values())  # keys whose values are the files of conf/<key>/
+GROUPS = ("sweeps", *axes.GROUPS, "evaluators")
+FIELDS = {  # key -> the dataclass whose fields follow it after a dot
+    "calibration": Calibration,
+    "cluster": Cluster,
+    "tracking": Tracking,
+    "store": StoreLimits,
+}
+COMPUTED = ("name", "digest", "settings")  # fields that nobody sets by an override
+
+
+def keys() -> list[str]:
+    """Keys that an override may set, without those of plugins and of single evaluations."""
+    own = {key for key in VALUES if key != "evaluation"}
+    runtime = [field.name for field in dataclasses.fields(Runtime) if field.name != "data_root"]
+    plain = [*axes.AXES, "evaluations", "evaluations.limit", "baseline", "data.root", *runtime]
+    dotted = [
+        f"{key}.{field.name}"
+        for key, kind in FIELDS.items()
+        for field in dataclasses.fields(kind)
+        if field.name not in COMPUTED
+    ]
+    return list(dict.fromkeys([*plain, *own.difference(plain), *dotted]))
+
+
+def values_of(key: str) -> list[tuple[str, str]]:
+    """(value, title) pairs that a key takes: names of conf/, choices of a field, true and false; empty where any value fits."""
+    from harness.config.locations import list_names
+
+    if key == "evaluations" or key in VALUES:
+        group = "evaluation" if key == "evaluations" else key
+        return [(entry.name, entry.title) for entry in list_names(group)]
+    if key == "inputs":
+        return [(name, "") for name in axes.INPUTS]
+    if key == "baseline":
+        return [("true", ""), ("false", "")]
+    head, _, rest = key.partition(".")
+    kind = FIELDS.get(head) if rest else Runtime
+    hint = hints_of(kind).get(rest or head) if kind is not None else None
+    if hint is bool:
+        return [("true", ""), ("false", "")]
+    return [(name, "") for name in typing.get_args(hint) if isinstance(name, str)]
 
 
 def complete_sweep(incomplete: str) -> Iterator[tuple[str, str]]:
@@ -63,30 +69,45 @@ def complete_sweep(incomplete: str) -> Iterator[tuple[str, str]]:
 
 
 def complete_override(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Keys of overrides; after "=", and after each comma of a list, the names of that group."""
-    from harness.config.locations import list_names
+    """Keys of overrides, with a leading "+" if one was typed; after "=" and after each comma of a list, the values of the key."""
+    broken = _broken_at_equals()
+    if broken is not None:
+        whole = complete_words("=".join(broken))
+        yield from ((word.partition("=")[2], title) for word, title in whole)
+    else:
+        yield from complete_words(incomplete)
 
+
+def complete_words(incomplete: str) -> Iterator[tuple[str, str]]:
+    """The same for a word that no shell has broken."""
     key, equals, value = incomplete.partition("=")
+    plus = "+" if key.startswith("+") else ""
+    key = key.removeprefix("+")
     if not equals:
-        yield from (
-            (f"{name}=", "") for name in (*AXES, *PLAIN_KEYS) if name.startswith(incomplete)
-        )
+        yield from ((f"{plus}{name}=", "") for name in keys() if name.startswith(key))
         return
     chosen, comma, last = value.rpartition(",")
-    if key == "inputs":
-        names = [(name, "") for name in INPUTS]
-    elif key in AXES or key == "evaluations":
-        names = [
-            (entry.name, entry.title) for entry in list_names(key if key in AXES else "evaluations")
-        ]
-    else:
-        return
-    taken = chosen.split(",")
+    opened = "[" if not chosen and last.startswith("[") else ""
+    taken = chosen.lstrip("[").split(",")
     yield from (
-        (f"{key}={chosen}{comma}{name}", title)
-        for name, title in names
-        if name.startswith(last) and name not in taken
+        (f"{plus}{key}={chosen}{comma}{opened}{name}", title)
+        for name, title in values_of(key)
+        if name.startswith(last.removeprefix(opened)) and name not in taken
     )
+
+
+def _broken_at_equals() -> tuple[str, str] | None:
+    """(key, what stands behind its "="), where bash has broken the word that is completed at "="; else None.
+
+    bash breaks words at "=" by default, passes them in COMP_WORDS, and wants back what follows the "=" alone.
+    """
+    words, place = os.environ.get("COMP_WORDS", "").split(), os.environ.get("COMP_CWORD", "")
+    if not place.isdigit() or not 0 < int(place) <= len(words):
+        return None
+    *before, current = [*words, ""][: int(place) + 1]
+    if current == "=":
+        return before[-1], ""
+    return (before[-2], current) if len(before) > 1 and before[-1] == "=" else None
 
 
 def complete_group(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a person sees in the shell: a sweep while it runs, its summary, its state, and one record in full. Loads without torch.
+"""The output of a running sweep in the shell. Loads without torch.
 
 `show_events` chooses a live view for a terminal and plain lines for a pipe or a log; both print a line per finished or failed cell.
 """
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.core.events import Event, Failed, Joined, Quantized, TaskStarted, Turn
+from harness.core.failures import with_remedy
 from harness.core.units import duration
 from harness.execution.progress import Display, Tally
 
@@ -32,7 +33,7 @@ class Lines:
 
 
 class Live:
-    """The same lines, and below them a bar, the remaining time and what is being worked on."""
+    """The same lines, and below them a progress bar, the remaining time and the cells that run."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -73,12 +74,12 @@ class Live:
 
 
 def show_events() -> Display:
-    """A live view when a person looks at a terminal, else lines."""
+    """A live view where the output is a terminal, else lines."""
     return Live() if sys.stdout.isatty() else Lines()
 
 
 def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
-    """The lines that an event is worth."""
+    """The lines to print for an event; none for most."""
     lines = []
     if isinstance(event, Quantized):
         for key in event.cell_keys:
@@ -95,24 +96,24 @@ def news(event: Event, tally: Tally, finished: Sequence[str]) -> list[str]:
                     f"made    {tally.cells[key].title}    {bits:.2f} bits per weight in {seconds:.1f} s"
                 )
     if isinstance(event, Failed):
-        again = (
-            ("; tried again" if event.kind in ("lost", "head_lost") else "; tried again alone")
-            if event.retry
-            else ""
-        )
         for key in event.cell_keys:
             title = tally.cells[key].title if key in tally.cells else key[:12]
-            word, look = (
-                ("again ", "") if event.retry else ("FAIL  ", f"    harness show {key[:8]}")
-            )
-            lines.append(f"{word}  {title}    {event.stage}: {event.reason}{again}{look}")
+            if event.retry:
+                lines.append(
+                    f"retry   {title}    {event.stage}: {event.reason}; {event.kind.retried}"
+                )
+            else:
+                reason = with_remedy(event.reason, event.kind)
+                lines.append(
+                    f"FAIL    {title}    {event.stage}: {reason}    harness show {key[:8]}"
+                )
     if isinstance(event, Turn):
-        waits = (
-            f"waits   {event.behind} goes first; what runs here is finished"
+        lines.append(
+            f"waiting: {event.behind} has a higher priority; running tasks finish, no other task starts "
+            f"(own priority {event.priority})"
             if event.behind
-            else "turn    nobody goes first"
+            else f"resumed: no sweep of a higher priority is waiting (own priority {event.priority})"
         )
-        lines.append(f"{waits} (priority {event.priority} here)")
     if isinstance(event, Joined):
         lines.append(f"ray     dashboard http://{event.dashboard}")
     if isinstance(event, TaskStarted) and event.device not in ("", "cpu"):

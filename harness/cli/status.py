@@ -1,4 +1,4 @@
-"""`harness status`: how far a sweep is."""
+"""`harness status`: the progress of a sweep."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterable
 
 from harness.core.cell import Cell, cell_key
+from harness.core.failures import with_remedy
 from harness.execution.coordination import active_drivers
 from harness.storage.store import Store
 from harness.storage.sweep_state import is_running
 
 
 def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
-    """How far a sweep is: a count per state, the failures with their reasons, and whether a driver is at work on it."""
+    """The progress of a sweep: a count per state, the failures with their reasons and remedies, and the drivers that run it."""
     state = store.sweep_state(name) or {}
     running = bool(state) and is_running(state)
     lines, counts = [], {"done": 0, "partly": 0, "waiting": 0, "failed": 0}
@@ -23,9 +24,9 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
             continue
         if record.failures:
             kind = "failed"
-            lines.append(
-                f"FAIL    {cell.title}    {record.failures[-1].get('reason', '')}    harness show {record.cell_key[:8]}"
-            )
+            last = record.failures[-1]
+            reason = with_remedy(last.get("reason", ""), last.get("kind", ""))
+            lines.append(f"FAIL    {cell.title}    {reason}    harness show {record.cell_key[:8]}")
         else:
             kind = "partly" if record.manifest is not None or record.scores else "waiting"
         if running and now.get("state") in ("quantizing", "evaluating"):
@@ -43,7 +44,7 @@ def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
         words.append(f"running since {since} (process {state['owner']['pid']})")
     for each in active_drivers(store):
         if each["sweep"] == name and (each["priority"] or each["behind"]):
-            waits = f", waits for {each['behind']}" if each["behind"] else ""
+            waits = f", waiting for {each['behind']}" if each["behind"] else ""
             lines.append(
                 f"order   process {each['owner']['pid']}: priority {each['priority']}{waits}"
             )

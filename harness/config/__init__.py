@@ -1,1 +1,1 @@
-"""From YAML and overrides to checked cells. The one importer of Hydra and OmegaConf."""
+"""From YAML and overrides to checked cells. The only folder that imports Hydra, OmegaConf and pydantic."""

@@ -1,4 +1,4 @@
-"""Where configurations lie: the conf/ folders by precedence, sweeps/, and the names that exist in them."""
+"""Where configurations are found: the conf/ folders in order of precedence, sweeps/, and the names in them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Entry:
 
 
 def list_names(group: str) -> list[Entry]:
-    """What exists of a group ("models", "methods", …, "sweeps", "evaluators"), sorted by name; the first of two equal names counts.
+    """The entries of a group ("models", "methods", …, "sweeps", "evaluators"), sorted by name; the first of two equal names wins.
 
-    Instant: reads the first comment line of each file, and for a method without one the title of its rounding's file.
+    Reads only the first comment line of each file; a method without one has the title of its rounding's source file. Raises
+    ConfigError for an unknown group.
     """
     if group == "evaluators":
         return [Entry(fact.name, fact.title) for fact in plugins.find("evaluator").values()]
@@ -37,19 +38,18 @@ def list_names(group: str) -> list[Entry]:
 
 
 def config_roots() -> list[Path]:
-    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those beside plugins of one's own, the project's."""
+    """conf/ folders by precedence: the working directory's, HARNESS_CONF, those in HARNESS_PLUGINS, the project's, installed ones.
+
+    Those of installed packages come last: installing a package adds names and never changes what a name means.
+    """
     named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
-    own = [
-        Path(entry) / "conf"
-        for entry in os.environ.get("HARNESS_PLUGINS", "").split(os.pathsep)
-        if entry
-    ]
-    candidates = [Path.cwd() / "conf", *named, *own, project_folder() / "conf"]
+    own, installed = plugins.conf_folders()
+    candidates = [Path.cwd() / "conf", *named, *own, project_folder() / "conf", *installed]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
 
 
 def config_files(folder: str) -> dict[str, Path]:
-    """name -> YAML of a group, or of the sweeps; the first root that has a name wins."""
+    """Name -> YAML file of a group or of the sweeps; the first conf/ folder that has a name wins."""
     if folder == "sweeps":
         places = [Path.cwd() / "sweeps", project_folder() / "sweeps"]
     else:
@@ -59,6 +59,18 @@ def config_files(folder: str) -> dict[str, Path]:
         for path in sorted(place.glob("*.yaml")):
             found.setdefault(path.stem, path)
     return found
+
+
+def listing(folder: str) -> str:
+    """The command that lists what exists of a group: "harness list schemes"."""
+    plural = {single: group for group, single in GROUPS.items()}
+    return f"harness list {plural.get(folder, folder)}"
+
+
+def unknown_config(folder: str, name: str, where: str = "") -> str:
+    """One sentence for a name that a group of conf/, or the sweeps, do not have: the nearest ones, and what lists all."""
+    kind = "sweep" if folder == "sweeps" else folder
+    return unknown_name(kind, name, config_files(folder), where, listing(folder))
 
 
 def _title(path: Path, folder: str) -> str:

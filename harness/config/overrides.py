@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from harness.config.axes import AXES, EDITABLE, GROUPS, RUNTIME
 from harness.config.locations import config_files
+from harness.config.renamed import current_key, current_names
 from harness.config.typed import Problems
 from harness.config.yaml_files import one_line
 from harness.core.errors import ConfigError, unknown_name
 
 
 def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """(name, overrides): the first word is an override when it has a "=" and is no file."""
+    """(sweep, overrides): the first word is an override, not a sweep, if it has a "=", "+" or "~" and is not a file."""
     rest = list(overrides or [])
     if (
         sweep is not None
@@ -25,6 +29,11 @@ def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str
     ):
         return None, [sweep, *rest]
     return sweep, rest
+
+
+FOREIGN = re.compile(  # an unquoted word with a character that the grammar reads in quotes alone
+    r"""[^\s,:()\[\]{}'"]*[^\x00-\x7f][^\s,:()\[\]{}'"]*"""
+)
 
 
 @dataclass
@@ -40,7 +49,7 @@ class Edits:
 
 
 def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
-    """Overrides as typed, parsed by Hydra's grammar; what is wrong goes to problems."""
+    """Overrides parsed by Hydra's grammar and sorted by what they change; errors go to `problems`."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
@@ -50,11 +59,11 @@ def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
         try:
             parsed = parser.parse_override(text)
         except HydraException as error:
-            problems.add(f"override {text!r}: {one_line(error).split('; See https')[0]}")
+            problems.add(f"override {text!r}: {_unreadable(text, error, parser)}")
             continue
         if parsed.type == OverrideType.DEL:
             problems.add(
-                f"override {text!r}: nothing can be deleted; give the value that is wanted instead"
+                f"override {text!r}: nothing can be deleted; set the key to the value that you want"
             )
             continue
         with problems.collect():
@@ -68,6 +77,36 @@ def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
     return edits
 
 
+def _unreadable(text: str, error: Exception, parser: Any) -> str:
+    """Why an override cannot be read and what to type instead, in plain words."""
+    from hydra.errors import HydraException
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.lstrip("+~"):
+        return "no KEY=VALUE; write for example model=demo"
+    for opening, closing in ("[]", "{}", "()"):
+        if value.count(opening) != value.count(closing):
+            missing = closing if value.count(opening) > value.count(closing) else opening
+            return f"unbalanced bracket: a {missing} is missing"
+    if value.endswith(","):
+        return "a value is missing after the last comma"
+    for quoted in (FOREIGN.sub(lambda found: _quoted(found[0]), value), _quoted(value)):
+        with contextlib.suppress(HydraException):
+            parser.parse_override(f"{key}={quoted}")
+            return f"the value needs quotes; write {_shell_word(f'{key}={quoted}')}"
+    return one_line(error).split("; See https")[0]
+
+
+def _quoted(value: str) -> str:
+    """A value as one quoted string of Hydra's grammar."""
+    return "'" + value.replace("'", "\\'") + "'"
+
+
+def _shell_word(word: str) -> str:
+    """A word as one types it: in double quotes where the shell changes nothing between them."""
+    return shlex.quote(word) if set(word) & set('"$`\\!') else f'"{word}"'
+
+
 def override_values(parsed: Any) -> list[Any]:
     """The values of one override: one, or those of a sweep such as range(2,5) or glob(w4*)."""
     from hydra.core.override_parser.types import Glob, Transformer
@@ -79,7 +118,7 @@ def override_values(parsed: Any) -> list[Any]:
         folder = parsed.key_or_group
         if folder not in GROUPS.values():
             raise ConfigError(
-                f"override {parsed.input_line!r}: glob() chooses among the files of {', '.join(GROUPS.values())}"
+                f"override {parsed.input_line!r}: glob() matches only names of the groups {', '.join(GROUPS.values())}"
             )
         return list(parsed.value().filter(sorted(config_files(folder))))
     try:
@@ -98,9 +137,13 @@ def _plain(value: Any) -> Any:
 
 
 def _apply(edits: Edits, key: str, values: list[Any], add: bool, where: str) -> None:
+    key = current_key(key)
+    key = current_key(key)
     head, _, rest = key.partition(".")
-    if key in AXES or (rest and head in EDITABLE):
-        edits.axes[key] = _flat(values) if key in AXES else values
+    if key in AXES:
+        edits.axes[key] = current_names(key, _flat(values))
+    elif rest and head in EDITABLE:
+        edits.axes[key] = values
     elif key == "evaluations":
         (
             edits.more_evaluations.extend
@@ -127,10 +170,10 @@ def _apply(edits: Edits, key: str, values: list[Any], add: bool, where: str) -> 
 
 def _single(values: list[Any], where: str) -> Any:
     if len(values) != 1:
-        raise ConfigError(f"{where}: only axes of the grid take several values; one is needed here")
+        raise ConfigError(f"{where}: only axes of the grid take several values; give one value")
     return values[0]
 
 
 def _flat(values: Iterable[Any]) -> list[Any]:
-    """[a, b] and "a,b" are both two values of an axis."""
+    """Values of an axis with lists expanded: [a, b] and "a,b" both mean two values."""
     return [item for value in values for item in (value if isinstance(value, list) else [value])]

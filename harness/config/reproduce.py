@@ -1,4 +1,4 @@
-"""From a cell back to the command that makes it again."""
+"""The command that reproduces a cell."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from harness.config.renamed import current_name
 from harness.core.cell import Cell, cell_key, score_key, to_json
 from harness.core.errors import HarnessError
+from harness.core.labels import without_settings
 
 
 def command_for(cell: Cell) -> str:
-    """The command that makes one cell and its scores by itself: names, and what differs from what their files say today.
+    """The command that computes one cell and its scores: names, and overrides where the cell differs from today's files.
 
-    It is tried: what is returned leads to the same keys. Where no such command exists (a configuration was renamed, a version
-    raised, a corpus changed), that is said, and what the cell was is in the record.
+    The command is checked by loading it: it leads to the same keys. If no such command exists (a configuration was renamed,
+    a version raised, a corpus changed), the text states that and gives the nearest command; the record still describes the cell.
     """
     import shlex
 
@@ -39,11 +41,14 @@ def command_for(cell: Cell) -> str:
 
 
 def _names(cell: Cell) -> list[str]:
-    """Words for the names of a cell's parts; settings that a sweep varies stand in brackets behind a name and are no part of it."""
-    words = [f"model={_plain(cell.model.name)}", f"method={_plain(cell.method.name)}"]
-    words += [] if cell.method.is_baseline else [f"scheme={_plain(cell.scheme.name)}"]
+    """Overrides that name the parts of a cell, without the settings that its sweep varied."""
+    words = [
+        f"model={without_settings(cell.model.name)}",
+        f"method={current_name('method', without_settings(cell.method.name))}",
+    ]
+    words += [] if cell.method.is_baseline else [f"scheme={without_settings(cell.scheme.name)}"]
     if cell.calibration is not None:
-        words.append(f"calibration={_plain(cell.calibration.name)}")
+        words.append(f"calibration={without_settings(cell.calibration.name)}")
     if cell.seed:
         words.append(f"seed={cell.seed}")
     latest = {evaluation.name: evaluation for evaluation in cell.evaluations}
@@ -56,12 +61,8 @@ def _names(cell: Cell) -> list[str]:
     return words
 
 
-def _plain(name: str) -> str:
-    return name.partition("[")[0]
-
-
 def _differences(cell: Cell, made: Cell) -> list[str]:
-    """Overrides that lead from one cell towards another of the same names."""
+    """Overrides for the fields in which the cell `made` from names alone differs from the wanted cell."""
     found = []
     parts = {
         slot: (getattr(cell.method, slot), getattr(made.method, slot))

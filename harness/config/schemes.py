@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
-from harness.config.locations import config_files
-from harness.config.typed import Problems, typed
+from harness.config.context import Context, Fields, checked, composed, varied
+from harness.config.locations import config_files, unknown_config
+from harness.config.typed import Problems, set_nested, typed
 from harness.core.cell import ActivationScheme, Override, Scheme, WeightScheme
-from harness.core.errors import ConfigError, unknown_name
+from harness.core.errors import ConfigError
+from harness.core.labels import with_settings
 from harness.core.number_formats import FORMATS, SHORT_NAMES
 
 SCHEME_NAME = re.compile(
@@ -22,12 +25,10 @@ NAMED_SCHEMES = "w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8, or <for
 
 
 def scheme_by_name(name: str, where: str) -> dict[str, Any]:
-    """What a name says that is no file: NAMED_SCHEMES, as a scheme's mapping."""
+    """The mapping of a scheme whose name states its format, such as "w4g128a8". Raises ConfigError for any other name."""
     match = SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name)
     if match is None:
-        raise ConfigError(
-            unknown_name("scheme", name, config_files("scheme"), where) + f". Also {NAMED_SCHEMES}."
-        )
+        raise ConfigError(unknown_config("scheme", name, where) + f" Also {NAMED_SCHEMES}.")
     weight: dict[str, Any]
     if match.re is FORMAT_NAME:
         format_ = SHORT_NAMES.get(match["format"], match["format"])
@@ -51,7 +52,7 @@ def scheme_by_name(name: str, where: str) -> dict[str, Any]:
 
 
 def checked_override(override: Override, scheme: Scheme, where: str) -> Override:
-    """An override of a scheme, its fields checked. Raises ConfigError with all that is wrong."""
+    """An override of a scheme, its fields checked. Raises ConfigError with every problem."""
     problems = Problems()
     typed(WeightScheme, dict(override.weight), f"{where}: overrides: weight", problems)
     typed(ActivationScheme, dict(override.activation), f"{where}: overrides: activation", problems)
@@ -64,3 +65,22 @@ def checked_override(override: Override, scheme: Scheme, where: str) -> Override
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return override
+
+
+def read_scheme(context: Context, name: str, fields: Fields) -> Scheme:
+    """The scheme of a name (of conf/scheme/ or NAMED_SCHEMES) with edited fields. Raises ConfigError with every problem."""
+    if name in config_files("scheme"):
+        content, where = composed(context, "scheme", name), str(config_files("scheme")[name])
+    else:
+        content, where = scheme_by_name(name, context.file.where), f"scheme {name}"
+    for key, value, _ in fields:
+        set_nested(content, key, value)
+    scheme = checked(Scheme, {"name": name, **content}, where)
+    scheme = dataclasses.replace(
+        scheme, overrides=tuple(checked_override(o, scheme, where) for o in scheme.overrides)
+    )
+    named = [dataclasses.replace(scheme.weight, **dict(o.weight)) for o in scheme.overrides]
+    wrong = [reason for weight in (scheme.weight, *named) for reason in weight.contradictions()]
+    if wrong:
+        raise ConfigError("\n".join(f"{where}: weight.{reason}" for reason in dict.fromkeys(wrong)))
+    return dataclasses.replace(scheme, name=with_settings(name, varied(fields)))

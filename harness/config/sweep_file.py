@@ -1,4 +1,4 @@
-"""A sweep file as it is read: axes per grid, everything else as it stands."""
+"""Reading a sweep file: axes are sorted by grid, all other keys are kept for the modules that check them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.axes import AXES, EDITABLE, RUNTIME
-from harness.config.locations import config_files, head_comment
+from harness.config.locations import config_files, head_comment, unknown_config
 from harness.config.overrides import override_values
+from harness.config.renamed import current_key, current_name, current_names
 from harness.config.typed import Problems
 from harness.config.yaml_files import one_line, read_text, read_yaml
 from harness.core.errors import ConfigError, unknown_name
@@ -19,7 +20,7 @@ from harness.core.errors import ConfigError, unknown_name
 
 @dataclass
 class SweepFile:
-    """A sweep file as read: axes per grid, everything else as it stands."""
+    """The content of a sweep file: the axes of each grid, and all other keys unchecked."""
 
     path: Path | None = None
     title: str = ""
@@ -40,14 +41,14 @@ class SweepFile:
 
 @dataclass
 class Grid:
-    """axes: axis or dotted field -> its values; zips: groups of axes that advance together."""
+    """One grid. axes: axis or dotted field -> values; zips: groups of axes whose values are paired."""
 
     axes: dict[str, list[Any]]
     zips: list[dict[str, list[Any]]]
 
 
 def sweep_path(name: str) -> Path:
-    """The file that a name or a path of a sweep means. Raises ConfigError with the nearest names."""
+    """The file of a sweep, given its name or path. Raises ConfigError with the nearest names if there is none."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         path = Path(name).expanduser()
         if not path.is_file():
@@ -55,13 +56,13 @@ def sweep_path(name: str) -> Path:
         return path.absolute()
     known = config_files("sweeps")
     if name not in known:
-        raise ConfigError(unknown_name("sweep", name, known))
+        raise ConfigError(unknown_config("sweeps", name))
     return known[name]
 
 
 def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
-    """A sweep file, its keys checked; what is wrong goes to problems."""
-    content = read_yaml(path)
+    """A sweep file with its keys checked; errors go to `problems`."""
+    content = {current_key(key): value for key, value in read_yaml(path).items()}
     comment = head_comment(read_text(path))
     file = SweepFile(
         path=path,
@@ -78,9 +79,8 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
             entries = value.items() if isinstance(value, dict) else [("", value)]
             file.runtime.update({f"{key}.{name}" if name else key: item for name, item in entries})
         elif key in ("skip", "first", "evaluations", "tables", "findings"):
-            setattr(
-                file, key, value if isinstance(value, list) else [] if value is None else [value]
-            )
+            listed = value if isinstance(value, list) else [] if value is None else [value]
+            setattr(file, key, [_with_current_names(key, entry) for entry in listed])
         elif key == "baseline" and isinstance(value, bool):
             file.baseline = value
         elif key != "grids":
@@ -104,12 +104,38 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
     return file
 
 
+def _with_current_names(key: str, entry: Any) -> Any:
+    """An entry of `skip`, `first`, `tables` or `findings` in which old names of methods and axes are replaced by the new ones."""
+    if not isinstance(entry, dict):
+        return entry
+    if key in ("skip", "first"):
+        rule = {current_key(str(axis)): wanted for axis, wanted in entry.items()}
+        return {axis: current_names(axis, wanted) for axis, wanted in rule.items()}
+    if key == "tables" and isinstance(entry.get("methods"), dict):
+        methods = {current_name("method", name): row for name, row in entry["methods"].items()}
+        return {**entry, "methods": methods}
+    if key == "findings":
+        return {
+            name: list(map(_current_term, terms))
+            if isinstance(terms, list)
+            else _current_term(terms)
+            for name, terms in entry.items()
+        }
+    return entry
+
+
+def _current_term(term: Any) -> Any:
+    if not isinstance(term, dict) or "method" not in term:
+        return term
+    return {**term, "method": current_name("method", term["method"])}
+
+
 def _read_grid(entry: Any, shared: Mapping[str, list[Any]], where: str, problems: Problems) -> Grid:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: a mapping of axes to values is expected, not {entry!r}")
     axes: dict[str, list[Any]] = {}
     zips: list[dict[str, list[Any]]] = []
-    for key, value in entry.items():
+    for key, value in ((current_key(str(key)), value) for key, value in entry.items()):
         if key == "zip":
             for paired in value if isinstance(value, list) else [value]:
                 zips.append(_read_zip(paired, f"{where}.zip", problems))
@@ -134,13 +160,12 @@ def _read_grid(entry: Any, shared: Mapping[str, list[Any]], where: str, problems
 def _read_zip(paired: Any, where: str, problems: Problems) -> dict[str, list[Any]]:
     if not isinstance(paired, dict):
         raise ConfigError(f"{where}: a mapping of axes to lists of equal length is expected")
-    unknown = [str(key) for key in paired if not is_axis(str(key))]
+    paired = {current_key(str(key)): value for key, value in paired.items()}
+    unknown = [key for key in paired if not is_axis(key)]
     for key in unknown:
         problems.add(unknown_name("axis", key, AXES, where))
     axes = {
-        str(key): _axis_values(str(key), value, where)
-        for key, value in paired.items()
-        if str(key) not in unknown
+        key: _axis_values(key, value, where) for key, value in paired.items() if key not in unknown
     }
     lengths = {key: len(values) for key, values in axes.items()}
     if len(set(lengths.values())) > 1:
@@ -158,7 +183,7 @@ def is_axis(key: str) -> bool:
 
 
 def _axis_values(key: str, value: Any, where: str) -> list[Any]:
-    """A list is the axis; a scalar is one value; range(…) and glob(…) mean what they mean in an override."""
+    """The values of an axis: a list, one scalar, or range(…), glob(…), … with the meaning that they have in an override."""
     if isinstance(value, str) and re.match(r"(range|glob|choice|sort)\(", value):
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
@@ -167,7 +192,7 @@ def _axis_values(key: str, value: Any, where: str) -> list[Any]:
             return override_values(OverridesParser.create().parse_override(f"{key}={value}"))
         except HydraException as error:
             raise ConfigError(f"{where}: {one_line(error)}") from error
-    values = value if isinstance(value, list) else [value]
+    values = current_names(key, value if isinstance(value, list) else [value])
     if not values:
         raise ConfigError(f"{where}: an axis without values")
     return values

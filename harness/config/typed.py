@@ -1,7 +1,8 @@
-"""Values from YAML, checked against the types they end in; everything that is wrong is collected and said at once.
+"""Values from YAML, checked by pydantic against the annotations of the dataclasses that they end in.
 
-Dataclasses are checked field by field against their annotations, settings of plugins against the defaults that their source and
-their YAML state. Imports no library: Hydra's own structured configs can be neither frozen nor limited to choices.
+The limits of a field stand beside the field, in core/cell.py, core/sweep.py and in the Settings of a plugin, whose source is read
+and not imported. All errors are collected and reported together, each with its dotted path and the nearest name that exists.
+pydantic is imported when the first value is checked: lists and completion do without it.
 """
 
 from __future__ import annotations
@@ -10,54 +11,46 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Le
 
 from harness.core import plugins
-from harness.core.cell import (
-    ActivationScheme,
-    Calibration,
-    KVScheme,
-    Model,
-    Settings,
-    WeightScheme,
-    freeze,
-)
+from harness.core.cell import Settings, freeze
 from harness.core.errors import ConfigError, HarnessError, unknown_name
-from harness.core.number_formats import DOUBLE_QUANTIZED, SCALE_TYPES
-from harness.core.sweep import Cluster, Tracking
 
-CHOICES: dict[tuple[type, str], tuple[Any, ...]] = {
-    (Model, "dtype"): ("float32", "float16", "bfloat16"),
-    (WeightScheme, "scale_dtype"): (*SCALE_TYPES, DOUBLE_QUANTIZED, "e8m0"),
-    (WeightScheme, "zero_point"): ("integer", "float"),
-    (ActivationScheme, "granularity"): ("token", "tensor", "group"),
-    (Calibration, "packing"): ("window", "document", "join"),
-    (Cluster, "kind"): ("local", "ray"),
-    (Tracking, "kind"): ("sqlite", "server", "none"),
+EXPECTED = {  # kind of error that pydantic reports -> what was expected
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "path_type": "a path",
 }
-LEAST = {  # smallest value of a number
-    (WeightScheme, "bits"): 1,
-    (ActivationScheme, "bits"): 2,
-    (KVScheme, "bits"): 1,
-    (KVScheme, "group_size"): 1,
-    (Calibration, "samples"): 1,
-    (Calibration, "length"): 2,
-    (Cluster, "workers"): 0,
-    (Cluster, "gpus_per_task"): 0,
-}
+PLAIN_TYPES: dict[str, Any] = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple)},
+    "Any": Any,
+    "Literal": typing.Literal,
+    "Annotated": Annotated,
+    "Ge": Ge,
+    "Le": Le,
+}  # what annotations of a plugin's settings consist of
 REQUIRED = object()  # default of a setting that has none
-EXAMPLES: dict[str, Any] = {"bool": False, "int": 0, "float": 0.0, "str": ""}
 
 T = TypeVar("T")
 
 
 class Problems:
-    """Everything that is wrong so far, each sentence once."""
+    """The errors found so far, each sentence once, in order."""
 
     def __init__(self) -> None:
         self.found: dict[str, None] = {}
@@ -67,7 +60,7 @@ class Problems:
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Turns a HarnessError of the body into problems."""
+        """A context that turns a HarnessError of its body into problems, one per line."""
         try:
             yield
         except HarnessError as error:
@@ -75,135 +68,140 @@ class Problems:
                 self.add(line)
 
     def check(self) -> None:
-        """Raises ConfigError if there are any."""
+        """Raises ConfigError with all problems if there are any."""
         if self.found:
             count = len(self.found)
             head = "" if count == 1 else f"{count} problems:\n  "
             raise ConfigError(head + "\n  ".join(self.found) + "\nNothing was started.")
 
 
-def typed(kind: type[T], content: Mapping[str, Any], where: str, problems: Problems) -> T | None:
-    """A dataclass from a mapping, every field checked against its annotation; None when something is wrong, said in `problems`."""
-    before = len(problems.found)
-    value = _typed(kind, content, where, problems)
-    return typing.cast(T, value) if len(problems.found) == before else None
+def typed(kind: type[T], content: Any, where: str, problems: Problems) -> T | None:
+    """A dataclass from a mapping, its fields checked against their annotations by pydantic; None if something is wrong.
+
+    Every error goes to `problems` with its dotted path. Values keep what keys hash: a whole number stays an int in a float field.
+    """
+    value, errors = _validated(kind, content)
+    for error in errors:
+        problems.add(_sentence(error, kind, where))
+    return typing.cast(T | None, value)
 
 
-def _typed(kind: Any, value: Any, where: str, problems: Problems) -> Any:
-    origin = typing.get_origin(kind)
-    if kind is Any:
-        return value
+def _validated(kind: Any, value: Any) -> tuple[Any, Sequence[Mapping[str, Any]]]:
+    """The value in its type, and no error; or None and the errors that pydantic reports."""
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_python(value), ()
+    except ValidationError as error:
+        return None, typing.cast(Any, error.errors(include_url=False))
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_strict(kind))
+
+
+def _strict(kind: Any) -> Any:
+    """The pydantic type of an annotation: text never becomes a number, and one value stands for a list of one.
+
+    A union means its first type, and null if that is among the others: `Path | str` is read as a path.
+    """
+    from pydantic import AfterValidator, BeforeValidator, Strict
+
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind == Settings:
-        return (
-            freeze(value)
-            if isinstance(value, dict)
-            else _wrong(value, "a mapping", where, problems)
-        )
+        return Annotated[dict[str, Any], Strict(), AfterValidator(freeze)]
+    if origin is Annotated:
+        return Annotated[(_strict(arguments[0]), *arguments[1:])]
     if origin in (typing.Union, types.UnionType):
-        inner = [arg for arg in typing.get_args(kind) if arg is not type(None)]
-        return None if value is None else _typed(inner[0], value, where, problems)
+        inner = _strict(next(each for each in arguments if each is not type(None)))
+        return inner | None if type(None) in arguments else inner
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(
-            _typed(typing.get_args(kind)[0], item, f"{where}[{n}]", problems)
-            for n, item in enumerate(items)
-        )
-    if origin is dict:
-        return (
-            dict(value) if isinstance(value, dict) else _wrong(value, "a mapping", where, problems)
-        )
+        return Annotated[tuple[_strict(arguments[0]), ...], BeforeValidator(_as_list)]  # type: ignore[misc]
     if dataclasses.is_dataclass(kind):
-        return _typed_fields(typing.cast(type, kind), value, where, problems)
-    if kind is bool:
-        return value if isinstance(value, bool) else _wrong(value, "true or false", where, problems)
-    if kind is int:
-        return value if type(value) is int else _wrong(value, "a whole number", where, problems)
+        return _strict_fields(typing.cast(type, kind))
     if kind is float:
-        if type(value) not in (int, float):
-            return _wrong(value, "a number", where, problems)
-        return int(value) if value == int(value) else value  # 4 and 4.0 are one value and one key
-    if kind is Path:
-        return Path(value) if isinstance(value, str) else _wrong(value, "a path", where, problems)
-    assert kind is str, kind
-    return value if isinstance(value, str) else _wrong(value, "text", where, problems)
+        return Annotated[float, Strict(), AfterValidator(_whole)]
+    return Annotated[kind, Strict()] if kind in (bool, int, str) or origin is dict else kind
 
 
-def _typed_fields(kind: type, value: Any, where: str, problems: Problems) -> Any:
-    if not isinstance(value, dict):
-        return _wrong(value, "a mapping", where, problems)
-    hints, fields = hints_of(kind), {f.name: f for f in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, item in value.items():
-        if key not in fields:
-            problems.add(unknown_name("field", str(key), fields, where))
-            continue
-        checked = _typed(hints[key], item, f"{where}: {key}", problems)
-        choices, least = CHOICES.get((kind, key)), LEAST.get((kind, key))
-        if choices is not None and checked is not None and checked not in choices:
-            problems.add(unknown_name(key, str(checked), choices, where))
-        if least is not None and isinstance(checked, int | float) and checked < least:
-            problems.add(f"{where}: {key}: {checked} is below {least}")
-        values[key] = checked
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    for name in missing:
-        problems.add(f"{where}: {name} is missing")
-    return None if missing else kind(**values)
+def _strict_fields(kind: type) -> Any:
+    """A pydantic model with the fields of a dataclass, that becomes the dataclass; defaults stay the dataclass's own."""
+    from pydantic import AfterValidator, ConfigDict, create_model
+
+    fields: dict[str, Any] = {}
+    for each in dataclasses.fields(kind):
+        has_default = (
+            each.default is not dataclasses.MISSING
+            or each.default_factory is not dataclasses.MISSING
+        )
+        fields[each.name] = (_strict(hints_of(kind)[each.name]), None if has_default else ...)
+    forbidding = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
+    model = create_model(kind.__name__, __config__=forbidding, **fields)
+
+    def made(checked: Any) -> Any:
+        return kind(**{name: getattr(checked, name) for name in checked.model_fields_set})
+
+    return Annotated[model, AfterValidator(made)]
+
+
+def _as_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _whole(value: float) -> float:
+    """A whole number as int, so that 4 and 4.0 are one value and one key."""
+    return int(value) if value.is_integer() else value
+
+
+def _sentence(error: Mapping[str, Any], kind: Any, where: str) -> str:
+    """The message of one error: the dotted path of the field, and the value or the nearest name that exists."""
+    *parents, last = error["loc"] or ("",)
+    above, path = _path(where, parents), _path(where, error["loc"])
+    value, context = error["input"], error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return unknown_name("field", str(last), field_names(kind, parents), above)
+    if error["type"] == "literal_error":
+        return unknown_name(
+            str(last), str(value), re.findall("'(.*?)'", context["expected"]), above
+        )
+    if error["type"] == "missing":
+        return f"{above}: {last} is missing"
+    if error["type"] == "greater_than_equal":
+        return f"{path}: {value} is below {context['ge']:g}"
+    if error["type"] == "less_than_equal":
+        return f"{path}: {value} is above {context['le']:g}"
+    expected = EXPECTED.get(error["type"])
+    return (
+        f"{path}: {expected} is expected, not {value!r}" if expected else f"{path}: {error['msg']}"
+    )
+
+
+def _path(where: str, steps: Sequence[str | int]) -> str:
+    """ "study.yaml", ("weight", "bits") -> "study.yaml: weight.bits"; a number is the place in a list: "columns[2]"."""
+    dotted = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    if not dotted or dotted.startswith("["):
+        return f"{where}{dotted}"
+    return f"{where}: {dotted[1:]}"
+
+
+def field_names(kind: Any, steps: Sequence[str | int]) -> Sequence[str]:
+    """Names of the fields of the dataclass that lies at a path below another one; empty if there is none."""
+    for step in steps:
+        if isinstance(step, str) and dataclasses.is_dataclass(kind):
+            kind = hints_of(typing.cast(type, kind)).get(step)
+        while typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+    known = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [each.name for each in known]
 
 
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
-    """The field types of a dataclass, resolved."""
-    return typing.get_type_hints(kind)
-
-
-def _wrong(value: Any, expected: str, where: str, problems: Problems) -> None:
-    problems.add(f"{where}: {expected} is expected, not {value!r}")
-
-
-def _like(default: Any, value: Any, where: str, accepted: frozenset[str] = frozenset()) -> Any:
-    """`value` in the type of a setting's default.
-
-    accepted: names of the types in the setting's annotation. With "None" among them null is a value too; where the default says
-    no type (null, or none) it is checked against the one other name, or not at all.
-    """
-    if value is None and ("None" in accepted or default is None):
-        return value
-    if default is None or default is REQUIRED:
-        named = accepted - {"None"}
-        if len(named) == 1 and named <= EXAMPLES.keys():
-            _like(
-                EXAMPLES[next(iter(named))], value, where
-            )  # checked, not converted: keys hold what was written
-        return value
-    if isinstance(default, bool) or isinstance(value, bool):
-        fits, expected = isinstance(default, bool) and isinstance(value, bool), "true or false"
-    elif isinstance(default, float):
-        fits, expected = isinstance(value, int | float), "a number"
-        value = float(value) if fits else value
-    elif isinstance(default, int):
-        fits, expected = isinstance(value, int), "a whole number"
-    elif isinstance(default, str):
-        fits, expected = isinstance(value, str), "text"
-    elif isinstance(default, list | tuple):
-        fits, expected = isinstance(value, list | tuple), "a list"
-    else:
-        fits, expected = isinstance(value, dict), "a mapping"
-    if not fits:
-        kind = (
-            "a number"
-            if isinstance(default, int | float) and not isinstance(default, bool)
-            else expected
-        )
-        raise ConfigError(
-            f"{where}: {expected if not isinstance(value, bool) else kind} is expected, not {value!r}"
-        )
-    return value
+    """The field types of a dataclass, resolved, with the limits that they state."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def settings_of(kind: str, name: str) -> Mapping[str, Any]:
@@ -211,13 +209,13 @@ def settings_of(kind: str, name: str) -> Mapping[str, Any]:
     return {field: default for field, (default, _) in _settings_fields(kind, name).items()}
 
 
-def types_of(kind: str, name: str) -> Mapping[str, frozenset[str]]:
-    """The same fields with the names of the types that their annotations join: {"outlier_threshold": {"float", "None"}}."""
+def types_of(kind: str, name: str) -> Mapping[str, Any]:
+    """The same fields with the types of their annotations: {"outlier_threshold": float | None}."""
     return {field: accepted for field, (_, accepted) in _settings_fields(kind, name).items()}
 
 
 @functools.cache
-def _settings_fields(kind: str, name: str) -> Mapping[str, tuple[Any, frozenset[str]]]:
+def _settings_fields(kind: str, name: str) -> Mapping[str, tuple[Any, Any]]:
     fact = plugins.facts(kind, name)
     tree = ast.parse(fact.path.read_text(encoding="utf-8"))
     plugin = _class_in(tree, plugins.KINDS[kind][1])
@@ -225,9 +223,9 @@ def _settings_fields(kind: str, name: str) -> Mapping[str, tuple[Any, frozenset[
     return _fields(settings, tree) if settings is not None else {}
 
 
-def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, tuple[Any, frozenset[str]]]:
+def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, tuple[Any, Any]]:
     """Fields of a dataclass, those of its bases first; a base is looked up in its file or where that imports it from."""
-    found: dict[str, tuple[Any, frozenset[str]]] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for base in settings.bases:
         if isinstance(base, ast.Name):
             home = _home(base.id, tree)
@@ -239,21 +237,45 @@ def _fields(settings: ast.ClassDef, tree: ast.Module) -> dict[str, tuple[Any, fr
                 default = REQUIRED if statement.value is None else ast.literal_eval(statement.value)
             except ValueError:
                 default = REQUIRED  # computed: its type is the plugin's to check
-            accepted = frozenset(
-                part.strip() for part in ast.unparse(statement.annotation).strip("'\"").split("|")
-            )
+            accepted = _annotated_type(statement.annotation, default)
             found[statement.target.id] = default, accepted
     return found
 
 
+def _annotated_type(annotation: ast.expr, default: Any) -> Any:
+    """The type that an annotation names, of PLAIN_TYPES alone; for any other annotation the type of the default."""
+    try:
+        return _type_of(annotation)
+    except (KeyError, ValueError):
+        return Any if default is REQUIRED or default is None else type(default)
+
+
+def _type_of(node: ast.expr) -> Any:
+    """The type that an expression names. Raises KeyError or ValueError for one that needs its module."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return _type_of(ast.parse(node.value, mode="eval").body)
+    if isinstance(node, ast.Constant) and node.value in (None, ...):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return typing.Union[_type_of(node.left), _type_of(node.right)]  # noqa: UP007
+    if isinstance(node, ast.Call):
+        return PLAIN_TYPES[ast.unparse(node.func)](*map(ast.literal_eval, node.args))
+    if isinstance(node, ast.Subscript):
+        inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        read = ast.literal_eval if ast.unparse(node.value) == "Literal" else _type_of
+        return PLAIN_TYPES[ast.unparse(node.value)][tuple(map(read, inner))]
+    return PLAIN_TYPES[ast.unparse(node)]
+
+
 def _home(name: str, tree: ast.Module) -> ast.Module:
-    for node in tree.body:
+    """The source that defines a class: this file, or the one it imports the class from, however many files pass it on."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and any(
             (alias.asname or alias.name) == name for alias in node.names
         ):
             spec = importlib.util.find_spec(node.module or "")
             if spec is not None and spec.origin is not None:
-                return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+                return _home(name, ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
     return tree
 
 
@@ -268,21 +290,29 @@ def checked_settings(
     known: Mapping[str, Any],
     given: Mapping[str, Any],
     where: str,
-    types: Mapping[str, frozenset[str]] | None = None,
+    types: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`given` with the types of `known`, a plugin's settings with their defaults. Raises ConfigError with every problem.
+    """`given` over the defaults `known` of a plugin's settings, checked by pydantic. Raises ConfigError with every problem.
 
-    types: what their annotations accept (`types_of`).
+    types: what their annotations accept (`types_of`); a setting without one accepts values of its default's type.
     """
     problems = Problems()
     checked = {}
     for key, value in given.items():
-        with problems.collect():
-            if key not in known:
-                raise ConfigError(unknown_name("setting", key, known, where))
-            checked[key] = _like(
-                known[key], value, f"{where}: {key}", (types or {}).get(key, frozenset())
-            )
+        if key not in known:
+            problems.add(unknown_name("setting", key, known, where))
+            continue
+        default = known[key]
+        untyped = Any if default is None or default is REQUIRED else type(default)
+        kind = (types or {}).get(key, untyped)
+        found, errors = _validated(kind | None if default is None else kind, value)
+        for error in errors:
+            problems.add(_sentence({**error, "loc": (key, *error["loc"])}, kind, where))
+        if isinstance(
+            value, int | float
+        ):  # keys hold what was written; a float where the default is one
+            found = float(value) if isinstance(default, float) else value
+        checked[key] = found
     if problems.found:
         raise ConfigError("\n".join(problems.found))
     return {**{key: value for key, value in known.items() if value is not REQUIRED}, **checked}

@@ -1,4 +1,4 @@
-"""YAML files, by themselves or composed by Hydra; errors name file and line."""
+"""Reading YAML files, alone or composed by Hydra; errors name file and line. The importer of Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.config.locations import config_files, config_roots
-from harness.core.errors import ConfigError, unknown_name
+from harness.config.locations import config_files, config_roots, unknown_config
+from harness.core.errors import ConfigError
 
 
 def compose(group: str, name: str, where: str = "") -> dict[str, Any]:
     """One YAML of conf/, its `defaults` composed by Hydra, interpolations resolved. Raises ConfigError naming file and line.
 
-    where: what asked for it, for the message when there is no such name.
+    where: the file or command that requested it, for the error message.
     """
     path = config_files(group).get(name)
     if path is None:
-        raise ConfigError(unknown_name(group, name, config_files(group), where))
+        raise ConfigError(unknown_config(group, name, where))
     if re.search(r"^(defaults:|# @package)", read_text(path), re.MULTILINE):
         return _mapping(
             compose_with_hydra(path.parent.parent, f"{group}/{name}", ()).get(group), path
@@ -54,9 +54,11 @@ def compose_with_hydra(root: Path, config_name: str, overrides: Sequence[str]) -
 
 
 def read_yaml(path: Path, package: str | None = None) -> dict[str, Any]:
-    """A YAML file by itself, interpolations resolved; no tags, no repeated keys. Raises ConfigError naming file and line.
+    """A YAML file without composition, interpolations resolved; tags and repeated keys are errors.
 
-    package: where Hydra would put it, so that an interpolation means the same: ${model.source} in a file of model/.
+    Raises ConfigError naming file and line.
+
+    package: the group under which Hydra would place it, so that ${model.source} in a file of model/ means the same.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

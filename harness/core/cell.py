@@ -1,7 +1,8 @@
 """A cell: one frozen point of a grid, and the keys that identify what it produces.
 
-Nothing here imports another module of the harness, nor torch: cells travel between processes as JSON
-(`to_json`, `from_json`) and are compared by key.
+Nothing here imports a plugin, nor torch: cells travel between processes as JSON
+(`to_json`, `from_json`) and are compared by key. The annotations of fields state their limits (`Literal`, `Ge`); they are
+checked where values come from people, in config/typed.py, and not again where a cell is read back.
 
 Two keys, each the SHA-256 of everything that changes numbers and of nothing else:
 
@@ -21,18 +22,15 @@ import json
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+from annotated_types import Ge
+
+from harness.core import plugins
+
+ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
-PLACES = (
-    "source",
-    "include",
-    "data_root",
-    "revisions",
-)  # settings that say where data lies; which it is says data_digest
-YOUNGER = (
-    "apply_chat_template",
-)  # settings that came after their evaluators: left out of keys while they are off
+PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -109,7 +107,7 @@ class Model:
     source: str
     revision: str | None = None
     digest: str = ""
-    dtype: str = "float32"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     generation: str = ""
 
@@ -129,11 +127,22 @@ class WeightScheme:
     """
 
     format: str = "int"
-    bits: float = 4
+    bits: Annotated[float, Ge(1)] = 4
     group_size: int = -1
     symmetric: bool = False
-    scale_dtype: str = "float16"
-    zero_point: str = "integer"
+    scale_dtype: ScaleType = "float16"
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def contradictions(self) -> list[str]:
+        """Limits that no single field can state: each as "field value: reason"; empty if there are none."""
+        found = []
+        if self.group_size == 0 or self.group_size < -1:
+            found.append(
+                f"group_size {self.group_size}: neither -1 (per output channel) nor positive"
+            )
+        if self.format == "int" and not 1 <= self.bits <= 8:
+            found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        return found
 
 
 @dataclass(frozen=True)
@@ -145,8 +154,8 @@ class ActivationScheme:
     """
 
     format: str = "int"
-    bits: int = 8
-    granularity: str = "token"
+    bits: Annotated[int, Ge(2)] = 8
+    granularity: Literal["token", "tensor", "group"] = "token"
     group_size: int = -1
     symmetric: bool = True
     dynamic: bool = True
@@ -158,8 +167,8 @@ class ActivationScheme:
 class KVScheme:
     """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI)."""
 
-    bits: int = 4
-    group_size: int = 32
+    bits: Annotated[int, Ge(1)] = 4
+    group_size: Annotated[int, Ge(1)] = 32
     residual: int = 32  # most recent tokens kept in full precision
     key_axis: str = "channel"
     value_axis: str = "token"
@@ -220,9 +229,9 @@ class Calibration:
     name: str
     source: str
     split: str = "train"
-    packing: str = "window"
-    samples: int = 128
-    length: int = 2048
+    packing: Literal["window", "document", "join"] = "window"
+    samples: Annotated[int, Ge(1)] = 128
+    length: Annotated[int, Ge(2)] = 2048
     seed: int = 0
     separator: str = "\n\n"
     digest: str = ""
@@ -231,6 +240,9 @@ class Calibration:
 @dataclass(frozen=True)
 class Evaluation:
     """One scorer with its settings. data_digest identifies the data it reads; limit marks a smoke run on the first items.
+
+    Settings called as in PLACES say where data lies, for every evaluator: `config` resolves them to `data_digest`, and keys hash
+    the digest instead.
 
     generates: the model writes text in it, so that its scores depend on the model's generation config.
     """
@@ -332,13 +344,22 @@ def score_key(cell: Cell, evaluation: Evaluation) -> str:
     identity = _identity(evaluation, drop=("name", "generates"))
     if evaluation.generates and cell.model.generation:
         identity["generation"] = cell.model.generation
-    dropped = {name for name in YOUNGER if not identity["settings"].get(name)} | set(
-        PLACES if evaluation.data_digest else ()
-    )
+    dropped = {
+        name for name in _added_later(evaluation.evaluator) if not identity["settings"].get(name)
+    } | set(PLACES if evaluation.data_digest else ())
     identity["settings"] = {
         name: value for name, value in identity["settings"].items() if name not in dropped
     }
     return digest({"cell": cell_key(cell), "evaluation": identity})
+
+
+def _added_later(evaluator: str) -> tuple[str, ...]:
+    """Settings that the evaluator got after scores existed: a key leaves them out while they are off.
+
+    A literal `settings_added_later` of the plugin's class, read from its source, so that records of any age have one key.
+    """
+    facts = plugins.find("evaluator").get(evaluator)
+    return () if facts is None else tuple(facts.get("settings_added_later", ()))
 
 
 def baseline_of(cell: Cell) -> Cell:
@@ -362,10 +383,25 @@ def digest(value: Any) -> str:
 
 def _execution(scheme: Scheme) -> dict[str, Any]:
     return {
-        "activation": _identity(scheme.activation),
+        "activation": _activation_identity(scheme),
         "kv": _kv_identity(scheme.kv),
         "overrides": [_identity(o, drop=("weight",)) for o in scheme.overrides if o.activation],
     }
+
+
+def _activation_identity(scheme: Scheme) -> Any:
+    """The outliers' rule is 2 since codes beside outliers are computed in float32; without outliers nothing changed."""
+    own = scheme.activation
+    if own is None:
+        return None
+    changed = any(
+        each.outlier_threshold > 0 and each.symmetric and each.grid == "smoothquant"
+        for each in (
+            own,
+            *(dataclasses.replace(own, **dict(o.activation)) for o in scheme.overrides),
+        )
+    )
+    return {**_identity(own), "outlier_rule": 2} if changed else _identity(own)
 
 
 def _kv_identity(kv: KVScheme | None) -> Any:

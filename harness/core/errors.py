@@ -66,15 +66,24 @@ class TrackingError(HarnessError):
     """The tracking store cannot be reached or refuses a write."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> str:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], where: str = "", command: str = ""
+) -> str:
     """One sentence for a name that does not exist: the nearest valid one first, then the list.
+
+    command: what lists all valid names; then the three nearest alone are named.
 
     >>> unknown_name("method", "gtpq", ["rtn", "gptq"])
     'no method "gtpq"; did you mean "gptq"? Known: gptq, rtn'
+    >>> unknown_name("method", "gtpq", ["rtn", "gptq"], command="harness list methods")
+    'no method "gtpq"; did you mean "gptq"? `harness list methods` lists all.'
     """
     choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    guess = f'; did you mean "{near[0]}"?' if near else "."
+    near = difflib.get_close_matches(name, choices, n=3 if command else 1, cutoff=0.5)
+    quoted = ", ".join(f'"{each}"' for each in near)
+    guess = f"; did you mean {quoted}?" if near else "."
     place = f"{where}: " if where else ""
     listed = f" Known: {', '.join(choices)}" if choices else " None are known."
+    if command and choices:
+        listed = f" `{command}` lists all."
     return f'{place}no {kind} "{name}"{guess}{listed}'

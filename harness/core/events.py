@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from harness.core.failures import FailureKind
+
 
 @dataclass(frozen=True)
 class Event:
@@ -76,16 +78,20 @@ class Scored(Event):
 class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 
-    kind: "error", "out_of_memory", "killed", "timeout", "lost" (its node), "head_lost", "no_node" (that could take it),
-    "cancelled"; reason: one line; detail: traceback or log tail.
-    retry: True when a changed plan tries the cells again (alone, or on another node), so that this is not yet their end.
+    stage   what was being done: "quantize", "evaluate", a block, an evaluation
+    kind    a `FailureKind`; its value as a string is accepted, ValueError for any other
+    reason  one line; detail: traceback or log tail
+    retry   whether the scheduler retries the cells, as `kind.retried` says; else this failure is final
     """
 
     stage: str = ""
-    kind: str = "error"
+    kind: FailureKind = FailureKind.ERROR
     reason: str = ""
     detail: str = ""
     retry: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", FailureKind(self.kind))
 
 
 @dataclass(frozen=True)

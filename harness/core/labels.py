@@ -70,6 +70,20 @@ def replicates(cells: Iterable[Cell], across_models: bool = False) -> list[tuple
     return [tuple(group.values()) for group in groups.values()]
 
 
+def with_settings(name: str, settings: Iterable[tuple[str, Any]]) -> str:
+    """A name with the settings that a sweep varies, in brackets: "gptq[damping_fraction=0.1]"; the name itself without any.
+
+    settings: (dotted name, value) pairs; the last word of a dotted name is shown.
+    """
+    varied = ",".join(f"{key.rsplit('.', 1)[-1]}={value}" for key, value in settings)
+    return f"{name}[{varied}]" if varied else name
+
+
+def without_settings(name: str) -> str:
+    """The inverse of `with_settings`: the name of the configuration, without the settings that a sweep varies."""
+    return name.partition("[")[0]
+
+
 def bits_text(cell: Cell) -> str:
     """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "W8A8 fp8_e4m3"; for a baseline the width of its dtype."""
     scheme = cell.scheme

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import sysconfig
 from pathlib import Path
 
 from harness.core.errors import ConfigError
@@ -12,15 +10,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def project_folder() -> Path:
-    """The folder with the project's conf/ and sweeps/: the checkout, the installed package, or the installation's share/.
-
-    Raises ConfigError where none of them has it.
-    """
-    shared = (
-        Path(base) / "share" / "quantization-harness"
-        for base in (sysconfig.get_path("data"), sys.prefix, PACKAGE.parent)
-    )
-    for folder in (PACKAGE, PACKAGE.parent, *shared):
+    """The folder with the project's conf/ and sweeps/: the package of an installation, or the checkout around it."""
+    for folder in (PACKAGE, PACKAGE.parent):
         if (folder / "conf" / "config.yaml").is_file():
             return folder
     raise ConfigError(

@@ -2,7 +2,8 @@
 
 The name in a config is the name of a file; the class in it has the name of the slot. What a plan, a key or a list needs to know
 of a plugin (`version`, `needs`, …) are literals in the class body, read here from the source without importing it, so that
-tables and completion stay instant. HARNESS_PLUGINS=/path adds a folder of one's own, with methods/, evaluators/, models/ in it.
+tables and completion stay instant. HARNESS_PLUGINS=/path adds a folder of your own, with methods/, evaluators/, models/ in it;
+installed packages add plugins by entry points (entry_points.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from harness.core import entry_points
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
 
@@ -40,13 +42,17 @@ NOT_PLUGINS = {"__init__", "protocols"}
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plugin says of itself. title: first line of its file's docstring; literals: those of the class body, by name."""
+    """What a plugin declares. title: first line of its file's docstring; literals: those of the class body, by name.
+
+    module: the name under which its file is imported; "" for a file in a folder of the user's own.
+    """
 
     name: str
     kind: str
     path: Path
     title: str
     literals: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
 
     def get(self, name: str, default: Any) -> Any:
         return self.literals.get(name, default)
@@ -54,19 +60,30 @@ class Facts:
 
 @functools.cache
 def find(kind: str) -> Mapping[str, Facts]:
-    """All plugins of a kind, by name."""
-    folder, class_name = KINDS[kind]
+    """All plugins of a kind, by name: the harness's own, those of installed packages, those in HARNESS_PLUGINS (which win).
+
+    Raises ConfigError where an installed package has a plugin of a name that the harness itself has.
+    """
+    folder = KINDS[kind][0]
     found: dict[str, Facts] = {}
-    for place in _places(folder):
-        for path in sorted(place.glob("*.py")):
-            if path.stem in NOT_PLUGINS:
-                continue
-            tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-            for node in tree.body:
-                if isinstance(node, ast.ClassDef) and node.name == class_name:
-                    title = (ast.get_docstring(tree) or path.stem).splitlines()[0]
-                    found[path.stem] = Facts(path.stem, kind, path, title, _literals(node))
+    for path in _files(FOLDERS[folder]):
+        found.update(_read(kind, path, _own_module(path)))
+    for plugin in entry_points.installed(folder):
+        added = _read(kind, plugin.path, plugin.module)
+        if added.keys() & found.keys():
+            raise ConfigError(
+                f"{plugin.declared}: the harness has a {kind} of this name; uninstall the package or ask its authors to rename it"
+            )
+        found.update(added)
+    for place in _own_folders():
+        for path in _files(place / folder):
+            found.update(_read(kind, path, ""))
     return found
+
+
+def conf_folders() -> tuple[list[Path], list[Path]]:
+    """The conf/ folders beside plugins: those in HARNESS_PLUGINS, and those of installed packages."""
+    return [place / "conf" for place in _own_folders()], entry_points.conf_folders(FOLDERS)
 
 
 def facts(kind: str, name: str, where: str = "") -> Facts:
@@ -79,7 +96,8 @@ def facts(kind: str, name: str, where: str = "") -> Facts:
 
 def load(kind: str, name: str) -> type[Any]:
     """The plugin's class; imports its file."""
-    return getattr(_module(facts(kind, name).path), KINDS[kind][1])
+    found = facts(kind, name)
+    return getattr(_module(found.path, found.module), KINDS[kind][1])
 
 
 def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
@@ -99,9 +117,27 @@ def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{kind}/{name}: {error}") from error
 
 
-def _places(folder: str) -> list[Path]:
-    extra = os.environ.get("HARNESS_PLUGINS", "")
-    return [FOLDERS[folder], *(Path(entry) / folder for entry in extra.split(os.pathsep) if entry)]
+def _own_folders() -> list[Path]:
+    named = os.environ.get("HARNESS_PLUGINS", "")
+    return [Path(entry) for entry in named.split(os.pathsep) if entry]
+
+
+def _files(place: Path) -> list[Path]:
+    return [path for path in sorted(place.glob("*.py")) if path.stem not in NOT_PLUGINS]
+
+
+def _own_module(path: Path) -> str:
+    return ".".join(("harness", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def _read(kind: str, path: Path, module: str) -> dict[str, Facts]:
+    """The facts of a file's plugin of this kind, by name; empty where the file has none."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    title = (ast.get_docstring(tree) or path.stem).splitlines()[0]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == KINDS[kind][1]:
+            return {path.stem: Facts(path.stem, kind, path, title, _literals(node), module)}
+    return {}
 
 
 def _literals(node: ast.ClassDef) -> dict[str, Any]:
@@ -122,14 +158,13 @@ def _literals(node: ast.ClassDef) -> dict[str, Any]:
 
 
 @functools.cache
-def _module(path: Path) -> ModuleType:
-    if path.is_relative_to(PACKAGE):
-        relative = path.relative_to(PACKAGE).with_suffix("")
-        return importlib.import_module(".".join(("harness", *relative.parts)))
+def _module(path: Path, module: str) -> ModuleType:
+    if module:
+        return importlib.import_module(module)
     name = f"harness_plugins.{path.parent.name}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded

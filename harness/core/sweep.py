@@ -1,6 +1,6 @@
 """A sweep after its YAML was composed and checked: cells, what was skipped and why, the tables to make, and where to run.
 
-`config` makes it; `plan`, `schedule`, `tracking` and `tables` read it. Imports no library.
+`config` makes it; `plan`, `schedule`, `tracking` and `tables` read it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from harness.core.cell import Cell
 from harness.core.text import without_password
@@ -142,10 +144,10 @@ class Cluster:
     workers    concurrent tasks on this machine; 0: one per GPU, or one per two cores
     """
 
-    kind: str = "ray"
+    kind: Literal["local", "ray"] = "ray"
     address: str = ""
-    workers: int = 0
-    gpus_per_task: float = 1.0
+    workers: Annotated[int, Ge(0)] = 0
+    gpus_per_task: Annotated[float, Ge(0)] = 1.0
     gpu_memory: str = (
         ""  # of one GPU of a cluster at an address, "80GB"; a larger model takes several
     )
@@ -164,7 +166,7 @@ class StoreLimits:
 class Tracking:
     """Where records go. kind: sqlite (mlflow.db beside runs/), server (uri), or none."""
 
-    kind: str = "sqlite"
+    kind: Literal["sqlite", "server", "none"] = "sqlite"
     uri: str = ""
     experiment: str = ""
 
@@ -205,10 +207,11 @@ class Sweep:
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
 
-    def rank(self, key: str) -> int:
+    def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""
         return next(
-            (rank for rank, each in enumerate(self.first) if key in each.keys), len(self.first)
+            (priority_tier for priority_tier, each in enumerate(self.first) if key in each.keys),
+            len(self.first),
         )
 
     @property

@@ -43,7 +43,7 @@ Row = Mapping[str, Any]
 
 
 class Hub(Protocol):
-    """What a bundle asks the hub for. Tests put a folder in its place."""
+    """The requests of a bundle to the hub. Tests replace it by a folder."""
 
     def commit(self, repository: str, kind: str, revision: str) -> str:
         """The commit of a revision; kind: "model" or "dataset"."""
@@ -91,7 +91,7 @@ class PublicHub:
 
 
 class _Once:
-    """A hub whose branches stand still during a pull: every commit is asked for once."""
+    """A hub whose branches do not move during a pull: every commit is resolved once."""
 
     def __init__(self, hub: Hub) -> None:
         self.model, self.texts, self.rows = hub.model, hub.texts, hub.rows
@@ -100,7 +100,7 @@ class _Once:
 
 @dataclass
 class Bundle:
-    """bundle.json: models by hub id, files by what they stand for ("text <source at a commit> <split>", "task <task> <split>")."""
+    """bundle.json: models by hub id, files by their content ("text <source at a commit> <split>", "task <task> <split>")."""
 
     folder: Path
     sweep: str = ""
@@ -124,7 +124,7 @@ class Bundle:
             raise DataError(f"{path}: not readable as a bundle: {error}; pull it again") from error
 
     def write(self) -> None:
-        """Aside, then renamed: a killed pull leaves the index of what was complete before."""
+        """Written under another name and renamed: a killed pull leaves the index of the files completed before."""
         content = {
             "format": FORMAT,
             "sweep": self.sweep,
@@ -151,7 +151,7 @@ class Bundle:
                     found[pulled] = entry
         if len(found) > 1:
             raise DataError(
-                f"{self.folder} has {source} at several commits ({', '.join(found)}); say which in the source"
+                f"{self.folder} has {source} at several commits ({', '.join(found)}); name one in the source"
             )
         for pulled, entry in found.items():
             self._check_unchanged(f"text {pulled} {split}")
@@ -159,7 +159,7 @@ class Bundle:
         return None
 
     def task(self, name: str, splits: Iterable[str]) -> str | None:
-        """The commit at which a benchmark's splits were pulled; None where they were not, but put here by hand.
+        """The commit at which a benchmark's splits were pulled; None for splits that were added by hand.
 
         Raises DataError where a file was changed since, or splits are of several commits.
         """
@@ -188,7 +188,7 @@ class Bundle:
 
 
 def pull(sweep: Sweep, folder: Path, hub: Hub | None = None) -> Iterator[str]:
-    """Fetch what a sweep reads from the hub, one line for each thing; the index is written after every one."""
+    """Download what a sweep reads from the hub, one line per item; the index is written after every item."""
     hub = _Once(hub or PublicHub())
     folder.mkdir(parents=True, exist_ok=True)
     bundle = Bundle.open(folder) or Bundle(folder)
@@ -206,7 +206,7 @@ def pull(sweep: Sweep, folder: Path, hub: Hub | None = None) -> Iterator[str]:
 
 
 def verify(folder: Path) -> list[str]:
-    """What of a bundle is missing or not as it was pulled; empty when all is well."""
+    """The files of a bundle that are missing or changed since they were pulled; empty if there are none."""
     bundle = Bundle.open(folder)
     if bundle is None:
         raise DataError(
@@ -264,7 +264,7 @@ def _tasks(sweep: Sweep) -> list[tuple[TaskFile, Mapping[str, str]]]:
     return list(found.values())
 
 
-# --- fetching --------------------------------------------------------------------------------------------------------------------
+# --- downloads --------------------------------------------------------------------------------------------------------------------
 
 
 def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:

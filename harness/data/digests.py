@@ -1,4 +1,4 @@
-"""Digests of files, kept between runs."""
+"""Digests of files, cached between runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _file_digests() -> dict[str, list[Any]]:
 
 
 def write_cache(path: Path, content: Mapping[str, Any]) -> None:
-    """Written aside and renamed; nothing where the home cannot be written."""
+    """Written under another name and renamed; skipped where the home folder is read-only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

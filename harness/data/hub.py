@@ -1,4 +1,4 @@
-"""The Hugging Face hub: commits, snapshots, data sets, and why something is not there."""
+"""The Hugging Face hub: commits, snapshots, data sets, and the reasons why something is unavailable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_id(source: str) -> bool:
-    """True for "owner/name" that is no folder of this machine."""
+    """True for "owner/name", unless it is a folder of this machine."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).expanduser().exists()
 
 
@@ -30,7 +30,7 @@ def hub_commit(repository: str, kind: str, revision: str | None = None) -> str |
     """The commit that a branch or tag ("main" where None) of a model or data set of the hub stands for; None where it is unknown.
 
     kind: "model" or "dataset". What a branch stood for when this machine first asked stays: it is kept in commits.json beside the
-    digests, so that keys do not move under a sweep when its authors commit. Before the network is asked, the hub's local cache is.
+    digests, so that keys do not change during a sweep when its authors commit. The hub's local cache is read before the network.
     """
     revision = revision or "main"
     if COMMIT.fullmatch(revision):
@@ -45,7 +45,7 @@ def hub_commit(repository: str, kind: str, revision: str | None = None) -> str |
 
 
 def unresolved_reason(repository: str, kind: str, revision: str | None = None) -> str:
-    """Why `hub_commit` knows none."""
+    """Why `hub_commit` returned None."""
     if _is_offline():
         return "the hub is switched off (HF_HUB_OFFLINE), and nothing in its local cache says it"
     return (
@@ -169,7 +169,7 @@ def _reachable(address: str) -> bool:
 
 
 def hub_rows(repository: str, config: str | None, split: str, revision: str | None) -> Any:
-    """A split of a data set of the hub, as `datasets` gives it. Raises DataError where the hub does not give it."""
+    """A split of a data set of the hub, as `datasets` returns it. Raises DataError if the hub does not return it."""
     import datasets
 
     try:
@@ -179,7 +179,7 @@ def hub_rows(repository: str, config: str | None, split: str, revision: str | No
 
 
 def hub_error(what: str, error: Exception) -> DataError:
-    """What went wrong at the hub as our error, with a way out."""
+    """An error of the hub as ours, with a way to continue."""
     return DataError(
         f"{what}: the hub did not give it: {first_line(error)}. Without network set data.root to a folder with its texts and "
         "tasks, or to a bundle of `harness data pull`."

@@ -12,7 +12,7 @@ from harness.data.digests import cache_folder, file_digest
 from harness.data.hub import COMMIT, UNRESOLVED, hub_commit, is_hub_id, unresolved_reason
 from harness.data.texts import DEMO, TINY
 
-# What changes a model's numbers; a README or a second copy of the weights in another format does not.
+# The files that change a model's numbers; a README or a second copy of the weights in another format does not.
 MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -26,7 +26,7 @@ MODEL_FILES = (
     "chat_template.*",
     "*.py",
 )
-# Downloaded with them: its end tokens end generated texts, from the hub as from a folder. A hub id's identity is its commit.
+# Downloaded with them, because its end tokens end generated texts. The identity of a hub id is its commit.
 FETCHED_FILES = (*MODEL_FILES, "generation_config.json")
 
 
@@ -59,7 +59,7 @@ def model_folder(model: Model) -> Path:
 
 
 def config_folder(model: Model) -> Path:
-    """A folder with the model's config.json: all that a plan reads. Of a hub id that file alone is downloaded."""
+    """A folder with the model's config.json, which is all that a plan reads; for a hub id only that file is downloaded."""
     if not is_hub_id(model.source) or model.digest.startswith(UNRESOLVED):
         return model_folder(model)
     from huggingface_hub import hf_hub_download
@@ -98,7 +98,7 @@ def lacks_chat_template(folder: Path) -> bool:
 
 
 def generation_digest(source: str) -> str:
-    """SHA-256 of a folder's generation_config.json; "" without one, and for a hub id, whose commit says it."""
+    """SHA-256 of a folder's generation_config.json; "" without one, and for a hub id, whose commit determines it."""
     path = Path() if is_hub_id(source) else _checked_folder(source) / "generation_config.json"
     return file_digest(path) if path.is_file() else ""
 

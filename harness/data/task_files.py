@@ -33,7 +33,7 @@ SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 FUNCTION = re.compile(r"!function ([\w.]+)")
 NAME_LINE = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 
-# Local data by another name than the task's, and tasks per subject whose subjects all lie in one file.
+# Local data under another name than the task's, and tasks per subject whose subjects share one file.
 FOLDER_OF_TASK = {
     "truthfulqa_mc1": "truthfulqa",
     "truthfulqa_mc2": "truthfulqa",
@@ -79,7 +79,7 @@ class TaskFile:
 
     @property
     def revision(self) -> str | None:
-        """The revision of the data set that the YAML itself asks for."""
+        """The revision of the data set that the YAML itself states."""
         return (self.config.get("dataset_kwargs") or {}).get("revision")
 
 
@@ -214,7 +214,7 @@ _TaskLoader.add_constructor("!function", lambda loader, node: f"!function {node.
 
 @functools.lru_cache(maxsize=8192)
 def _parsed(content: bytes) -> Any:
-    """One file, parsed once: a sweep over large groups asks thousands of files a dozen times. Not to be written to."""
+    """One file, parsed once: a sweep over large groups reads thousands of files a dozen times. Do not change the result."""
     return yaml.load(content, Loader=_TaskLoader)
 
 
@@ -291,7 +291,7 @@ def _stock_folder() -> Path:
 
 @functools.cache
 def _stock() -> dict[str, str]:
-    """The index of lm-eval's fourteen thousand files; half a second to make, so kept beside the digests by version."""
+    """The index of lm-eval's fourteen thousand files; it takes half a second, so it is cached beside the digests by version."""
     folder = _stock_folder()
     kept = digests.cache_folder() / f"lm_eval_tasks_{importlib.metadata.version('lm_eval')}.json"
     try:

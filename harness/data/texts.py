@@ -86,12 +86,12 @@ class HubText:
 
     @property
     def unpinned(self) -> HubText:
-        """The same at no stated revision."""
+        """The same source without a revision."""
         return dataclasses.replace(self, revision=None)
 
     @property
     def source(self) -> str:
-        """The source that says this."""
+        """The source as text."""
         revision = self.revision and self.revision.replace("refs/convert/", "refs-convert-")
         parts = (
             self.config and f"/{self.config}",
@@ -110,7 +110,7 @@ def read_corpus(source: str, split: str) -> list[str]:
     if source == RANDOM_ASCII:
         return random_ascii(split)
     if source == RANDOM_TOKENS:
-        raise DataError(f"{RANDOM_TOKENS} are windows for calibration and no text")
+        raise DataError(f"{RANDOM_TOKENS} are windows for calibration, not a text")
     if not source.startswith("hub:"):
         return [text for path in corpus_files(source, split) for text in _read_texts(path)]
     hub = hub_text(source)
@@ -126,7 +126,7 @@ def read_corpus(source: str, split: str) -> list[str]:
 
 
 def missing_text(source: str, split: str) -> list[str]:
-    """Why a text cannot be read here, or would have no identity; empty when all is well."""
+    """Why a text cannot be read here, or would have no identity; empty if it can be read."""
     try:
         corpus_digest(source, split)
         reason = (
@@ -142,7 +142,7 @@ def missing_text(source: str, split: str) -> list[str]:
 
 
 def random_ascii(split: str) -> list[str]:
-    """256 documents of 4,096 punctuation characters each, uniform and independent: text without sense (arXiv 2405.20835)."""
+    """256 documents of 4,096 punctuation characters each, uniform and independent: text without meaning (arXiv 2405.20835)."""
     characters = random.Random(f"{RANDOM_ASCII} {split}")
     return ["".join(characters.choices(string.punctuation, k=4096)) for _ in range(256)]
 
@@ -202,7 +202,7 @@ def pin(source: str, pins: Mapping[str, str], ask: bool = True) -> str:
 
 
 def hub_text(source: str) -> HubText:
-    """The parts of a "hub:" source. Raises DataError for what is none."""
+    """The parts of a "hub:" source. Raises DataError for any other source."""
     match = HUB_TEXT.fullmatch(source)
     if match is None:
         raise DataError(

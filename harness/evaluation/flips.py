@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.core import plugins
 from harness.core.cell import Evaluation, baseline_of, cell_key, score_key
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ def with_flips(record: Record, store: Store) -> Record:
     scores = dict(record.scores)
     for evaluation in record.cell.evaluations:
         score = scores.get(evaluation.name)
-        if score is None or evaluation.evaluator != "lm_eval_tasks":
+        evaluator = plugins.find("evaluator").get(evaluation.evaluator)
+        if score is None or evaluator is None or not evaluator.get("compares_items", False):
             continue
         ours = store.evaluation_items(record, evaluation)
         theirs = store.items(cell_key(baseline), score_key(baseline, evaluation))

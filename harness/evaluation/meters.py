@@ -1,12 +1,11 @@
-"""What a device says of itself while a model runs on it: the energy it used, and who else was on it. No evaluator by itself.
+"""Measurements of a device while a model runs on it: the energy that it used, and which other processes it ran. Not an evaluator.
 
-NVIDIA cards answer through their driver's library (NVML) where it is installed, processors through the kernel's energy counters
-(RAPL), which often root alone may read, and /proc/stat. Where nobody answers, the value is None: nothing is estimated.
+NVIDIA GPUs are read through their driver's library (NVML, by nvidia-ml-py), processors through the energy counters of the kernel
+(RAPL), which often only root may read, and through /proc/stat. Where a reading is missing, the value is None: nothing is estimated.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import time
@@ -18,31 +17,13 @@ import torch
 
 COUNTERS = Path("/sys/class/powercap")  # intel-rapl:<package>/energy_uj, of AMD's processors too
 STATISTICS = Path("/proc/stat")
-MOST_PROCESSES = 256
-
-
-class _Process(ctypes.Structure):
-    """nvmlProcessInfo_t of NVML's third version."""
-
-    _fields_ = (
-        ("pid", ctypes.c_uint),
-        ("memory", ctypes.c_ulonglong),
-        ("gpu", ctypes.c_uint),
-        ("compute", ctypes.c_uint),
-    )
 
 
 def energy_joules(device: str) -> float | None:
-    """Joules that the device has used since its counter began; differences have a meaning. A processor's are all its packages'."""
+    """Joules that the device used since its counter started; only differences have a meaning. Of a processor, all packages."""
     if torch.device(device).type == "cuda":
-        library, handle = _card(device)
-        used = ctypes.c_ulonglong()
-        if (
-            library is None
-            or library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(used)) != 0
-        ):
-            return None
-        return used.value / 1000
+        millijoules = _ask_card(device, "nvmlDeviceGetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
     try:
         counters = [
             int(path.read_text()) for path in sorted(COUNTERS.glob("intel-rapl:[0-9]/energy_uj"))
@@ -53,22 +34,17 @@ def energy_joules(device: str) -> float | None:
 
 
 def other_processes(device: str) -> int | None:
-    """How many processes other than this one compute on a card; None where it does not say, or for a processor."""
+    """Number of processes other than this one that compute on a GPU; None where that is unknown, and for a processor."""
     if torch.device(device).type != "cuda":
         return None
-    library, handle = _card(device)
-    count, found = ctypes.c_uint(MOST_PROCESSES), (_Process * MOST_PROCESSES)()
-    running = getattr(
-        library, "nvmlDeviceGetComputeRunningProcesses_v3", None
-    )  # drivers before 510 have older forms
-    if running is None or running(handle, ctypes.byref(count), found) != 0:
-        return None
-    return max(0, count.value - 1)  # by number, not by pid: a container has numbers of its own
+    running = _ask_card(device, "nvmlDeviceGetComputeRunningProcesses")
+    # This process is one of them. Counted and not compared by pid, because a container has pids of its own.
+    return None if running is None else max(0, len(running) - 1)
 
 
 @dataclass(frozen=True)
 class ProcessorTime:
-    """Processor seconds since some start: of this process, and of all processes of the machine; None where it does not say."""
+    """Processor seconds since some start: of this process, and of all processes of the machine (None where that is unknown)."""
 
     clock: float
     own: float
@@ -86,31 +62,34 @@ class ProcessorTime:
         return cls(time.monotonic(), own.user + own.system, busy)
 
     def others_share(self, earlier: ProcessorTime) -> float | None:
-        """The share of the machine that other processes had since then, 0 to 1."""
+        """The fraction of the machine that other processes used since `earlier`, 0 to 1."""
         if self.all is None or earlier.all is None or self.clock <= earlier.clock:
             return None
         others = (self.all - earlier.all) - (self.own - earlier.own)
         return min(1.0, max(0.0, others / ((self.clock - earlier.clock) * (os.cpu_count() or 1))))
 
 
-def _card(device: str) -> tuple[Any, Any]:
-    """NVML and its handle of a torch device; (None, None) where either is missing."""
+def _ask_card(device: str, function: str) -> Any:
+    """The answer of an NVML function for a torch device; None where the library, the driver or the answer is missing."""
     library = _nvml()
-    handle = ctypes.c_void_p()
     if library is None:
-        return None, None
-    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-    return (
-        (library, handle)
-        if library.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)) == 0
-        else (None, None)
-    )
+        return None
+    try:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return getattr(library, function)(library.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+    except library.NVMLError:
+        return None
 
 
 @functools.cache
 def _nvml() -> Any:
+    """NVIDIA's bindings of its driver's library, set up; None where the package or the driver is missing."""
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        import pynvml
+    except ImportError:
         return None
-    return library if library.nvmlInit_v2() == 0 else None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

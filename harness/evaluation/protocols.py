@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ class Subject:
     manifest      of the checkpoint
     model_folder  config, tokenizer and weights of the source model
     cache         folder for what cells share: token windows, the full-precision model's predictions; None: kept in memory only
+    load_as       the same model in another mode of `inference.load`, "native" or "native:int4pack"; None where it cannot be had
     """
 
     cell: Cell
@@ -53,6 +54,7 @@ class Subject:
     manifest: dict[str, Any]
     model_folder: Path
     cache: Path | None = None
+    load_as: Callable[[str], nn.Module] | None = None
 
     def progress(self, evaluation: Evaluation, step: int, steps: int) -> Progress:
         """The event that says how far an evaluation of this subject is."""

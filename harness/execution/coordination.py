@@ -1,9 +1,9 @@
-"""What a running driver and the others on its store tell each other: that it lives, its priority, what it waits for, cancellations.
+"""Coordination of the drivers on one store: heartbeats, priorities, waiting tasks, cancellations.
 
-Each driver keeps one small file in the store (`runs/drivers/`) and rewrites it while it lives. One whose tasks wait for a slot
-goes before those of a lower priority: they begin nothing, and finish what runs. Tasks that run never wait for a priority, and locks
-are held by running tasks alone, so that nobody waits in a circle. Clocks of machines are not compared: a reader measures on its own
-how long a file has been silent.
+Each driver has one small file in the store (`runs/drivers/`) and rewrites it while it lives. While tasks of a driver wait for a
+slot, drivers of a lower priority start no task and finish those that run. Running tasks never wait for a priority, and only running
+tasks hold locks, so that no two drivers wait for each other. Clocks of machines are not compared: each reader measures with its own
+clock how long a file has not changed.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from harness.storage.locks import Owner
 from harness.storage.store import Store
 from harness.storage.sweep_state import is_running
 
-BEAT_SECONDS = 5.0  # between two signs of life
-SILENT_SECONDS = 60.0  # without one, after which a driver blocks nobody
+BEAT_SECONDS = 5.0  # between two heartbeats
+SILENT_SECONDS = 60.0  # without a heartbeat, after which a driver blocks no other
 
 
 class Coordination:
-    """The place of this driver among those on its store.
+    """This driver among those on its store.
 
-    priority   of its sweep, as the sweep or `harness prioritize` says
-    behind     who goes before it, in words; "" where nobody does
-    cancelled  keys and names that `harness cancel` gave; is_cancelled: the sweep is one of them
+    priority   of its sweep, as the sweep or `harness prioritize` sets it
+    behind     the driver with a higher priority that this one waits for, in words; "" for none
+    cancelled  cell keys and sweep names that `harness cancel` wrote; is_cancelled: the sweep is one of them
     """
 
     def __init__(self, store: Store, sweep: str, priority: int = 0) -> None:
         self.priority, self.behind, self.cancelled = priority, "", frozenset[str]()
         self._store, self._sweep, self._id = store, sweep, uuid.uuid4().hex[:12]
-        self._wants, self._beat, self._looked = False, 0, -float("inf")
-        self._heard: dict[str, tuple[int, float]] = {}
+        self._wants, self._beat, self._refreshed = False, 0, -float("inf")
+        self._seen: dict[str, tuple[int, float]] = {}
         self._due, self._over = threading.Event(), threading.Event()
         self._owner = dataclasses.asdict(Owner.current())
         self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Coordination:
-        self.look()
+        self.refresh()
         self._write()
         self._thread.start()
         return self
@@ -61,7 +61,7 @@ class Coordination:
 
     @property
     def wants(self) -> bool:
-        """Whether tasks of this driver wait for a slot: others of a lower priority then begin nothing."""
+        """Whether tasks of this driver wait for a slot: drivers of a lower priority then start no task."""
         return self._wants
 
     @wants.setter
@@ -70,22 +70,22 @@ class Coordination:
             self._wants = value
             self._due.set()
 
-    def look(self) -> None:
-        """Take in what others have written, if the last time is long enough ago. A store that does not answer changes nothing."""
+    def refresh(self) -> None:
+        """Read what others have written, unless it was read recently. A store that does not answer changes nothing."""
         now = time.monotonic()
-        if now - self._looked < self._store.files.state_seconds:
+        if now - self._refreshed < self._store.files.state_seconds:
             return
-        self._looked = now
+        self._refreshed = now
         with contextlib.suppress(StoreError, OSError):
             self.cancelled = frozenset(self._store.cancelled_names())
             asked = self._store.asked_priority(self._sweep)
             if asked is not None and asked != self.priority:
                 self.priority = asked
                 self._due.set()
-            self.behind = self._first(now)
+            self.behind = self._driver_ahead(now)
 
-    def _first(self, now: float) -> str:
-        """The driver of the highest priority above this one's that lives and waits, in words."""
+    def _driver_ahead(self, now: float) -> str:
+        """The living driver of the highest priority above this one's whose tasks wait for slots, in words; "" for none."""
         first: dict[str, Any] | None = None
         for name, content in self._store.drivers().items():
             if name == self._id:
@@ -93,10 +93,10 @@ class Coordination:
             if Owner(**content["owner"]).is_dead:
                 self._store.remove_driver(name)
                 continue
-            beat, since = self._heard.get(name, (-1, now))
+            beat, since = self._seen.get(name, (-1, now))
             if beat != content["beat"]:
                 since = now
-            self._heard[name] = content["beat"], since
+            self._seen[name] = content["beat"], since
             if (
                 now - since < SILENT_SECONDS
                 and content["wants"]
@@ -117,7 +117,8 @@ class Coordination:
                 self._write()
 
     def _write(self) -> None:
-        with self._writing, contextlib.suppress(StoreError):  # a full store is told of elsewhere
+        # A full store is reported where results are written.
+        with self._writing, contextlib.suppress(StoreError):
             self._beat += 1
             self._store.write_driver(
                 self._id,
@@ -134,7 +135,7 @@ class Coordination:
 
 
 def active_drivers(store: Store) -> list[dict[str, Any]]:
-    """What each driver that is at work on a store says of itself, highest priority first."""
+    """The contents of the files of the running drivers on a store, highest priority first."""
     return sorted(
         (each for each in store.drivers().values() if is_running(each)),
         key=lambda each: -int(each["priority"]),

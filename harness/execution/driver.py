@@ -1,7 +1,7 @@
-"""Plan, run, record: what `harness run` and `harness.run()` do. The one writer of failures, of a sweep's state and of tracking.
+"""The driver: plan, run, record (`harness run` and `harness.run()`). The only writer of failures, sweep states and tracking.
 
-Checkpoints and scores are written where they are made (`work`); the driver turns the events that travel back into what people look
-at while the sweep runs. It may be killed at any moment: the same command goes on from what the store holds.
+Workers write checkpoints and scores to the store (`worker`); the driver turns their events into the state, the tracking and the
+output of the running sweep. It may be killed at any moment: rerunning the same command continues from the contents of the store.
 """
 
 from __future__ import annotations
@@ -64,7 +64,16 @@ REPORT_SECONDS, REPORT_SHARE = (
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. records: of all cells of the sweep; failed: cell key -> reason; files: tables by format, on disk."""
+    """The result of a run.
+
+    records   of all cells of the sweep
+    failed    cell key -> reason
+    files     the tables on disk, one per format
+    stopped   why the run ended before the sweep was finished; "" where it was interrupted or is complete
+    left_out  cells for which the budget had no room
+    report    where the sweep's report lies
+    page      of the sweep in MLflow, without the server's address
+    """
 
     plan: Plan
     records: tuple[Record, ...]
@@ -73,10 +82,10 @@ class Summary:
     interrupted: bool = False
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = field(default=())
-    stopped: str = ""  # why the run ended before the sweep did, where nobody interrupted it
-    left_out: int = 0  # cells for which the budget had no room
-    report: str = ""  # where the sweep's report lies
-    page: str = ""  # of the sweep among the tracking server's pages, from the server's address on
+    stopped: str = ""
+    left_out: int = 0
+    report: str = ""
+    page: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -85,7 +94,7 @@ class Summary:
 
     @property
     def text(self) -> str:
-        """What succeeded, what failed, and in the last line what to type next."""
+        """Counts of finished and failed cells, warnings, and in the last line the command to type next."""
         done = sum(record.complete for record in self.records)
         words = [f"{done} of {len(self.records)} cells"]
         if self.failed:
@@ -119,11 +128,11 @@ def run(
     command: str = "",
     budget_seconds: float | None = None,
 ) -> Summary:
-    """Carry a sweep out. Raises PlanError with every refusal before anything starts, ScheduleError when nothing can take it.
+    """Run a sweep. Raises PlanError with all refusals before anything starts, ScheduleError when no worker can run its tasks.
 
-    A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are told in the summary; whatever was complete
-    stays in the store. So does a store that takes nothing more, because every other cell would fail of the same, and a cluster that
-    is lost for good.
+    A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are named in the summary; complete results
+    stay in the store. So do a store that cannot be written any more, because every other cell would fail too, and a cluster whose
+    head does not come back.
     """
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
@@ -160,7 +169,7 @@ def run(
         )
     if plan.missing and other and is_running(other):
         display.line(
-            f"note    process {other['owner']['pid']} runs this sweep too; the two share the work"
+            f"note    process {other['owner']['pid']} runs this sweep too; the two processes share the work"
         )
     store.clear_cancelled([sweep.name, *map(cell_key, plan.missing)])
     store.clear_priority(sweep.name)
@@ -181,13 +190,13 @@ def run(
                 if isinstance(event, Failed):
                     store.check_writable()
                 recorder.event(event)
-                if stop.is_set():  # the exception was raised where nobody could see it
+                if stop.is_set():  # the exception was raised where it could not propagate
                     raise KeyboardInterrupt
                 if sweep.runtime.fail_fast and recorder.tally.failed:
                     break
     except KeyboardInterrupt:
         interrupted = True
-    except StoreError as error:  # the next cells would all fail of it
+    except StoreError as error:  # all other cells would fail too
         stopped = str(error)
     except ScheduleError as error:
         stopped = str(error)
@@ -211,7 +220,7 @@ def run(
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM (so batch systems end jobs) raise KeyboardInterrupt; the flag keeps one that a `__del__` swallows."""
+    """SIGINT and SIGTERM (of batch systems) raise KeyboardInterrupt and set the event, because a `__del__` swallows exceptions."""
     stop = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
@@ -226,7 +235,7 @@ def _interrupts() -> Iterator[threading.Event]:
     before = {number: signal.getsignal(number) for number in handled}
     taken = [
         number for number, handler in before.items() if handler is not signal.SIG_IGN
-    ]  # as nohup asks
+    ]  # nohup ignores them
     try:
         for number in taken:
             signal.signal(number, interrupt)
@@ -243,7 +252,7 @@ def _close(events: Iterator[Event]) -> None:
 
 
 class _Recorder:
-    """Turns events into failures on disk, the sweep's state, tracking and lines for people."""
+    """Turns events into failures on disk, the state of the sweep, tracking and the output of the run."""
 
     def __init__(self, plan: Plan, store: Store, display: Display, plan_text: str) -> None:
         self.plan, self.store, self.display = plan, store, display
@@ -255,14 +264,13 @@ class _Recorder:
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.tracker = BackgroundTracker(
-            lambda: open_tracker(plan.sweep, plan_text), self._send, self._progress, self._warn
+            lambda: open_tracker(plan.sweep, plan_text), self._send_cell, self._progress, self._warn
         )
         self.dashboard = self.behind = ""
         self._report_after = 0.0
         self.done = {cell_key(cell) for cell in plan.done}
-        self.compared: dict[
-            str, list[str]
-        ] = {}  # key of a baseline -> cells that it is compared with
+        # key of a baseline -> keys of the cells that are compared with it
+        self.compared: dict[str, list[str]] = {}
         for key, cell in self.cells.items():
             self.compared.setdefault(cell_key(baseline_of(cell)), []).append(key)
         for cell in plan.done:
@@ -271,7 +279,7 @@ class _Recorder:
         self.state.save()
 
     def event(self, event: Event) -> None:
-        """Take in one event."""
+        """Record one event."""
         finished = self.tally.add(event)
         match event:
             case TaskStarted():
@@ -301,9 +309,8 @@ class _Recorder:
                     self.state.update(key, state)
                     self.tracker.note(key, state)
                 self.done |= set(finished)
-                for (
-                    key
-                ) in finished:  # what a baseline's items tell of cells that were done before it
+                # The items of a baseline add flips to cells that were done before it.
+                for key in finished:
                     for other in self.done.intersection(self.compared.get(key, ())):
                         self.tracker.note(other, "done")
             case Failed() if not event.retry:
@@ -319,7 +326,7 @@ class _Recorder:
             self._refresh_report()
 
     def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
-        """Write tables and figures, close the tracking, say what happened."""
+        """Write tables and figures, finish tracking, and return the summary."""
         sweep = self.plan.sweep
         records = _records(self.store, sweep)
         for key in (
@@ -350,7 +357,7 @@ class _Recorder:
             self.state.end()
         return dataclasses.replace(summary, warnings=tuple(self.warnings), report=report, page=page)
 
-    def _send(self, tracker: Tracker, key: str, state: str) -> None:
+    def _send_cell(self, tracker: Tracker, key: str, state: str) -> None:
         record = self.store.record(self.cells[key])
         tracker.cell(with_flips(record, self.store) if state == "done" else record, state)
 
@@ -376,22 +383,22 @@ class _Recorder:
         words = [f"{done} of {len(self.cells)} cells done"]
         words += [f"{len(self.tally.failed)} failed"] if self.tally.failed else []
         words += [f"{duration(left)} left"] if left is not None else []
-        words += [f"{self.behind} goes first"] if self.behind else []
+        words += [f"waiting for {self.behind}"] if self.behind else []
         words += [f"Ray's dashboard: http://{self.dashboard}"] if self.dashboard else []
         return ", ".join(words)
 
     def _guard(self, work: Callable[[], Any]) -> Any:
-        """The result of the work; None where it failed, which is reported and stops nothing: the store has the results."""
+        """The result of `work`; an error becomes a warning, because the store has all results."""
         try:
             return work()
-        except Exception as error:  # whatever the libraries of tables and figures raise
+        except Exception as error:  # libraries of tables and figures may raise anything
             if not isinstance(error, HarnessError):
                 log.warning("tables or figures failed", exc_info=error)
             self._warn(error)
             return None
 
     def _warn(self, error: Exception) -> None:
-        """Each sentence once."""
+        """Print and collect a warning, each sentence once."""
         sentence = f"{first_line(error)}; the store has all results, `harness publish` sends them to tracking"
         if sentence not in self.warnings:
             self.warnings.append(sentence)
@@ -404,7 +411,7 @@ def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:
 
 
 def _tracked(sweep: Sweep) -> list[str]:
-    """What a sweep's state says of tracking: where it went, and of which cells."""
+    """The tracking of a sweep as its state holds it: place, experiment, and a digest of the tracked cells."""
     tracking_ = sweep.runtime.tracking
     place = without_password(tracking_.uri)
     return [tracking_.kind, place, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
@@ -419,7 +426,7 @@ def _is_tracked(sweep: Sweep) -> bool:
 
 
 def _runs(sweep: Sweep) -> str:
-    """The option that names a store which is not ./runs."""
+    """The --runs option for a store other than ./runs."""
     runs = sweep.runtime.runs
     return "" if runs == Path("runs").absolute() else f" --runs {runs}"
 

@@ -13,11 +13,11 @@ from harness.core.errors import StoreError
 from harness.core.events import Event, Failed, Progress, Quantized, Scored, TaskStarted
 from harness.storage.store import Store
 
-LOG_SECONDS = 30.0  # after which logs go to a store elsewhere, at the latest
+LOG_SECONDS = 30.0  # after which logs are uploaded to an object store, at the latest
 
 
 class _ToFiles(logging.Handler):
-    """Gives each message of a logger, as one line, to a function."""
+    """Passes each message of a logger, as one line, to a function."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         super().__init__()
@@ -28,22 +28,22 @@ class _ToFiles(logging.Handler):
 
 
 class TaskLogs:
-    """One log file per cell: every event of the cell, and whatever the harness logs while its task runs."""
+    """One log file per cell: every event of the cell, and all messages that the harness logs while its task runs."""
 
     def __init__(self, store: Store, cells: Iterable[Cell]) -> None:
         self._store = store
         self._paths = {cell_key(cell): store.log_path(cell_key(cell)) for cell in cells}
-        self._kept = time.monotonic()
+        self._uploaded = time.monotonic()
         self._stack = ExitStack()
 
     def __enter__(self) -> TaskLogs:
         root = logging.getLogger("harness")
         handler = _ToFiles(lambda line: self._write(self._paths, line))
         root.addHandler(handler)
-        self._stack.callback(self._keep)
+        self._stack.callback(self._upload)
         self._stack.callback(root.removeHandler, handler)
         with contextlib.suppress(StoreError):
-            for path in self._paths.values():  # an earlier task, perhaps elsewhere, began it
+            for path in self._paths.values():  # an earlier task, perhaps on another node, began it
                 self._store.local(path)
         return self
 
@@ -56,22 +56,20 @@ class TaskLogs:
             self._write(event.cell_keys or self._paths, line)
         if (
             isinstance(event, Quantized | Scored | Failed)
-            or time.monotonic() - self._kept > LOG_SECONDS
+            or time.monotonic() - self._uploaded > LOG_SECONDS
         ):
-            self._keep()
+            self._upload()
 
-    def _keep(self) -> None:
-        self._kept = time.monotonic()
+    def _upload(self) -> None:
+        self._uploaded = time.monotonic()
         with contextlib.suppress(StoreError):
             for path in self._paths.values():
-                self._store.files.keep(path)
+                self._store.files.upload(path)
 
     def _write(self, keys: Iterable[str], line: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         for key in keys:
-            with contextlib.suppress(
-                OSError
-            ):  # a log that cannot be written is no reason to lose the cell
+            with contextlib.suppress(OSError):  # a cell does not fail because of its log
                 path = self._paths[key]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("a", encoding="utf-8") as file:
@@ -79,7 +77,7 @@ class TaskLogs:
 
 
 def describe(event: Event) -> str:
-    """One line of a log; "" for what is no news."""
+    """The line of an event in a log; "" for an event without one."""
     match event:
         case Progress():
             return f"{event.stage} {event.step}/{event.steps}"

@@ -9,19 +9,18 @@ import time
 
 from harness.core.errors import HarnessError
 
-USAGE_SECONDS = 15.0  # between two readings of what a process takes
+USAGE_SECONDS = 15.0  # between two readings of a process's use
 
 
-def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> str:
-    """Set this process up for a task and return its device, of several the first. Raises HarnessError for one that is not there.
+def prepare(device: str, threads: int, gpu_fraction: float = 1.0, devices: int = 1) -> str:
+    """Set this process up for a task and return its device (the first of several). Raises HarnessError where it does not exist.
 
-    share: of the card's memory that this process may allocate; beyond it torch runs out of memory here and not in a neighbour.
+    gpu_fraction: of the GPU's memory that this process may allocate, 0 to 1; a task that needs more fails itself, and no other.
     """
     import torch
 
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # spinning idle threads slow the other workers some tenfold
+    # Idle threads that spin slow the other workers about tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         torch.set_num_threads(threads)
@@ -29,7 +28,7 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
         False  # Hessians in TF32 are no longer positive definite
     )
     torch.backends.cudnn.allow_tf32 = False
-    if device == "cpu":  # asks no driver for anything
+    if device == "cpu":  # no GPU driver is loaded
         return device
     available = torch.cuda.is_available()
     if device == "auto" and not available:
@@ -47,13 +46,15 @@ def prepare(device: str, threads: int, share: float = 1.0, devices: int = 1) -> 
             torch.cuda.set_per_process_memory_fraction(1.0, index)
         return "cuda:0"
     device = "cuda" if device == "auto" else device
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.device(device).index or 0)
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, gpu_fraction), torch.device(device).index or 0
+    )
     torch.cuda.reset_peak_memory_stats()
     return device
 
 
 def device_name(device: str) -> str:
-    """ "cpu", or the card's name."""
+    """ "cpu", or the name of the GPU."""
     if device == "cpu":
         return device
     import torch
@@ -62,7 +63,7 @@ def device_name(device: str) -> str:
 
 
 def release(device: str) -> None:
-    """Give back what a finished cell held, before the next one is loaded."""
+    """Free the memory of a finished cell before the next one is loaded."""
     gc.collect()
     if device != "cpu":
         import torch
@@ -71,7 +72,7 @@ def release(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Most bytes ever held: allocated on the card, or resident in this process."""
+    """Peak bytes: allocated on the GPU, or resident in this process."""
     if device != "cpu":
         import torch
 
@@ -90,17 +91,17 @@ def thread_count() -> int:
 
 
 class UsageMeter:
-    """What this process takes: after USAGE_SECONDS, then every USAGE_SECONDS per cell that is told of it, which bounds its cost."""
+    """Reads the CPU and memory use of this process after USAGE_SECONDS, then every USAGE_SECONDS per cell that it is sent for."""
 
     def __init__(self, device: str) -> None:
         import psutil
 
         self._device, self._process = device, psutil.Process()
         self._due = time.monotonic() + USAGE_SECONDS
-        self._process.cpu_percent()  # the first reading is of no time at all
+        self._process.cpu_percent()  # the first reading covers no time
 
     def now(self, cells: int) -> dict[str, float] | None:
-        """For the cells at work; None where the last reading is young."""
+        """CPU percent and memory in MB; None where the last reading is recent. cells: number of cells that it is sent for."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + USAGE_SECONDS * max(1, cells)

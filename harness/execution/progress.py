@@ -1,4 +1,4 @@
-"""Progress of a run, counted from its events, and the interface of what displays it."""
+"""Progress of a run, counted from its events, and the interface of a display."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from harness.planning.plan import Plan
 
 
 class Tally:
-    """How far a sweep is: what each cell still waits for, fed with events.
+    """The progress of a sweep: for each cell the checkpoint and evaluations that are pending, updated by events.
 
-    units of work are checkpoints and evaluations; a block or a batch is a fraction of one. They give the remaining time.
+    Units of work are checkpoints and evaluations; a block or a batch is a fraction of one. The remaining time follows from them.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -39,7 +39,7 @@ class Tally:
 
     @property
     def fraction(self) -> float:
-        """Share of the work that is done or can no longer be done."""
+        """Fraction of the work that is done or has failed, 0 to 1."""
         if not self.units:
             return 1.0
         left = sum(len(waits) for key, waits in self.pending.items() if key not in self.failed)
@@ -52,14 +52,14 @@ class Tally:
 
     @property
     def seconds_left(self) -> float | None:
-        """None until a twentieth is done, from which one may extrapolate."""
+        """Estimated remaining seconds; None until 5 % is done."""
         fraction = self.fraction
         return (
             None if fraction < 0.05 else (time.monotonic() - self.began) * (1 - fraction) / fraction
         )
 
     def add(self, event: Event) -> list[str]:
-        """Take in an event; return the keys of the cells that it completes."""
+        """Count an event; return the keys of the cells that it completes."""
         finished = []
         for key in event.cell_keys:
             if key not in self.pending:
@@ -87,7 +87,7 @@ class Tally:
 
 
 class Display(Protocol):
-    """Shows a running sweep. event: after the tally has taken it in, with the cells that it completed."""
+    """Shows a running sweep. event: called after the tally has counted the event; finished: keys of the cells that it completed."""
 
     def line(self, text: str) -> None: ...
 

@@ -1,8 +1,8 @@
-"""Where and with what a number was made: commit, versions, machine, device, threads, command. Part of records, never of keys.
+"""Provenance of a number: commit, versions, machine, device, threads, command. Part of records, never of keys.
 
-What is too long for every record is kept once below runs/provenance/, named by its digest: the uncommitted changes of the code
-(<digest>.diff) and the list of everything installed (<digest>.txt), from which `pip install -r` makes the environment again. Loads
-without torch: versions are read from the installed packages' metadata.
+Long texts are stored once, not in every record, below runs/provenance/, named by its digest: the uncommitted changes of the code
+(<digest>.diff) and the list of installed packages (<digest>.txt), from which `pip install -r` makes the environment again. Loads
+without torch: versions are read from the metadata of the installed packages.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def collect(device: str, threads: int, command: str, store: Store) -> dict[str, 
     """The facts of this process. device: "cpu", or a card by name; threads: of one torch operation on the CPU."""
     return {
         "commit": git_state(),
-        "changes": _kept(store, changes(), "diff"),
-        "packages": _kept(store, packages(), "txt"),
+        "changes": _stored(store, changes(), "diff"),
+        "packages": _stored(store, packages(), "txt"),
         "versions": versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -57,7 +57,7 @@ def collect(device: str, threads: int, command: str, store: Store) -> dict[str, 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that touch numbers; what is not installed is left out."""
+    """Installed versions of the packages that touch numbers; packages that are not installed are left out."""
     found = {}
     for package in PACKAGES:
         try:
@@ -91,7 +91,7 @@ def git_state() -> str:
 
 @functools.cache
 def changes() -> str:
-    """The package's uncommitted changes as a diff, files that git does not know yet included; without passwords of addresses."""
+    """The package's uncommitted changes as a diff, including untracked files; without passwords of addresses."""
     folder = PACKAGE
     diff = _git(folder, "diff", "HEAD", "--", ".")
     for name in _git(
@@ -108,7 +108,7 @@ def changes() -> str:
 
 
 def command_line() -> str:
-    """What was typed, as far as a process can know, without the user and password of an address: it goes into records."""
+    """The command line of this process for records, without the user and password of an address."""
     program = (
         "harness" if Path(sys.argv[0]).stem in ("harness", "__main__") else Path(sys.argv[0]).name
     )
@@ -119,8 +119,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _kept(store: Store, text: str, suffix: str) -> str:
-    """Where the text lies below runs/, written there unless it is; "" for none."""
+def _stored(store: Store, text: str, suffix: str) -> str:
+    """The path below runs/ of a text, which is written there unless it exists; "" for no text."""
     if not text:
         return ""
     name = f"provenance/{_digest(text)}.{suffix}"

@@ -1,4 +1,4 @@
-"""What the scheduler holds: tasks that wait, tasks that run, checkpoints that are not begun."""
+"""The state of the scheduler: tasks that are queued, tasks that run, checkpoints that no pass has begun."""
 
 from __future__ import annotations
 
@@ -13,44 +13,48 @@ Pair = tuple[Cell, tuple[Evaluation, ...]]
 
 @dataclass(frozen=True)
 class PassTask:
-    """Checkpoints to make in one task, which take about disk_bytes.
+    """Checkpoints to make in one pass, which take about disk_bytes.
 
-    pool: where it was cut from and goes back to if it is not begun; None: it was given again and stays as it is. losses: nodes lost
-    under it; tried: it died before; apart: nothing may run beside it; whole: it takes a GPU of its own where tasks share them.
+    losses          nodes that were lost while they ran it
+    tried           an earlier process of it died
+    exclusive       no other task may run at the same time
+    needs_full_gpu  it takes a GPU of its own where tasks share GPUs
+    pool            the pool that it was cut from, to which it returns if it is withdrawn; None: it was queued again as it is
     """
 
     cells: tuple[Cell, ...]
-    rank: int = 0
+    priority_tier: int = 0
     disk_bytes: int = 0
     losses: int = 0
     tried: bool = False
-    apart: bool = False
-    whole: bool = False
+    exclusive: bool = False
+    needs_full_gpu: bool = False
     pool: Hashable = None
     made: tuple[UnmadeCheckpoint, ...] = ()
 
     @property
     def gpus(self) -> float:
-        return 1.0 if self.whole or self.apart else 0.0
+        return 1.0 if self.needs_full_gpu or self.exclusive else 0.0
 
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """Cells to score in one task, otherwise as `_Walk`. batch_size 0: as the sweep says; devices, offload: as in `EvaluateTask`.
+    """Cells to score in one task; fields that `PassTask` has mean the same.
 
-    fresh: as it was cut from the cells that are ready, to which it goes back if it is not begun.
+    batch_size        0: as the sweep says; devices, offload: as in `EvaluateTask`
+    requeueable       it was cut from the cells that have their checkpoint, to which it returns if it is withdrawn
     """
 
     pairs: tuple[Pair, ...]
-    rank: int = 0
+    priority_tier: int = 0
     losses: int = 0
     tried: bool = False
-    apart: bool = False
-    whole: bool = False
+    exclusive: bool = False
+    needs_full_gpu: bool = False
     batch_size: int = 0
     devices: int = 1
     offload: bool = False
-    fresh: bool = False
+    requeueable: bool = False
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -58,7 +62,13 @@ class ScoringTask:
 
     @property
     def gpus(self) -> float:
-        return float(self.devices) if self.devices > 1 else 1.0 if self.whole or self.apart else 0.0
+        return (
+            float(self.devices)
+            if self.devices > 1
+            else 1.0
+            if self.needs_full_gpu or self.exclusive
+            else 0.0
+        )
 
 
 Work = PassTask | ScoringTask
@@ -66,9 +76,10 @@ Work = PassTask | ScoringTask
 
 @dataclass
 class RunningTask:
-    """A submitted task. unfinished: what has neither result nor failure: cell keys, or (cell key, evaluation) pairs.
+    """A submitted task.
 
-    width: slots that it takes.
+    unfinished  cell keys of a pass, or (cell key, evaluation) pairs of a scoring, that have neither result nor failure
+    width       worker slots that it takes
     """
 
     work: Work
@@ -93,49 +104,56 @@ class UnmadeCheckpoint:
 
 @dataclass
 class CheckpointPool:
-    """Checkpoints of one model and one draw of windows that are not begun, those of one stream side by side.
+    """Checkpoints of one model and one draw of windows that no pass has begun; those of one input stream are neighbours.
 
-    limit: how many memory allows in one walk.
+    limit: how many of them memory allows in one pass.
     """
 
     checkpoints: list[UnmadeCheckpoint]
     limit: int
-    apart: bool
-    whole: bool
+    exclusive: bool
+    needs_full_gpu: bool
 
     @property
     def seconds(self) -> float:
         return sum(each.seconds for each in self.checkpoints)
 
     @property
-    def pieces(self) -> int:
-        """Into how many walks it could be cut for idle slots."""
+    def most_passes(self) -> int:
+        """Into how many passes it can be cut for idle slots."""
         return max(
             len({each.stream for each in self.checkpoints}), -(-len(self.checkpoints) // self.limit)
         )
 
 
 @dataclass
-class RankQueue:
-    """What is not begun of one rank. looks and walks were given as they are; ready: cells that have their checkpoint, by model."""
+class TierQueue:
+    """The work of one priority tier that has not begun.
 
-    rank: int
-    looks: list[ScoringTask] = field(default_factory=list)
+    scoring_tasks, pass_tasks  queued as they are
+    ready                      cells that have their checkpoint, by model
+    """
+
+    priority_tier: int
+    scoring_tasks: list[ScoringTask] = field(default_factory=list)
     ready: dict[Model, list[Pair]] = field(default_factory=dict)
     pools: dict[Hashable, CheckpointPool] = field(default_factory=dict)
-    walks: list[PassTask] = field(default_factory=list)
+    pass_tasks: list[PassTask] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
-        return not (self.looks or any(self.ready.values()) or self.pools or self.walks)
+        return not (self.scoring_tasks or any(self.ready.values()) or self.pools or self.pass_tasks)
 
 
 @dataclass(frozen=True)
 class ScoringDefaults:
-    """How the cells of a model are scored at first: what it takes, and what memory that ran out before has taught."""
+    """How the cells of a model are scored at first, from its size and from records of memory that ran out.
+
+    min_gpus: the GPUs that its size takes.
+    """
 
     batch_size: int = 0
     devices: int = 1
-    whole: bool = False
+    needs_full_gpu: bool = False
     offload: bool = False
-    least: int = 1  # GPUs by its size alone
+    min_gpus: int = 1

@@ -1,18 +1,19 @@
-"""Which task comes next, and what its news means for the others: the policy of a run, wherever its tasks are carried out.
+"""The scheduler: which task runs next, and what is retried. One policy, whichever executor runs the tasks.
 
-The board holds what is not begun. Checkpoints of one model and one draw of windows lie in a pool, and a walk is cut from it only
-when a slot takes it: as many checkpoints as memory allows while all slots are busy, fewer where some would stay idle. So passes are
-joined and split as nodes come and go; a stream that cells share is never cut for that. Work of an earlier rank (`first:` in a
-sweep) comes before that of a later one, and scores before checkpoints: a number to look at is worth more than a checkpoint to wait
-with.
+The scheduler holds all work that has not begun. Checkpoints of one model and one draw of calibration windows lie in a pool, and a
+pass is cut from the pool only when a slot is free for it: as many checkpoints as memory allows while all slots are busy, fewer
+where slots would stay idle. So passes are joined and split as nodes join and leave; an input stream that cells share is never cut
+for idle slots. Work of an earlier priority tier (`first:` in a sweep) runs before work of a later one, and scoring runs before
+quantizing, because results are worth more to a reader than checkpoints that wait to be scored.
 
-What fails is given again by a changed plan, or not at all; `schedule` lists how.
+Failed work is retried by a changed plan, or not at all; `dispatch` lists how.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +22,17 @@ from typing import Any
 from harness.core.cell import Cell, Evaluation, Model, cell_key, quantize_key
 from harness.core.errors import StoreError
 from harness.core.events import Event, Failed, Quantized, Scored, TaskStarted
+from harness.core.failures import FailureKind
 from harness.execution import failures
 from harness.execution.executors.base import RETURN_SECONDS, Executor, Exit, Message
 from harness.execution.queues import (
     CheckpointPool,
     Pair,
     PassTask,
-    RankQueue,
     RunningTask,
     ScoringDefaults,
     ScoringTask,
+    TierQueue,
     UnmadeCheckpoint,
     Work,
 )
@@ -41,13 +43,23 @@ from harness.planning.streams import chunk_size, stream_of
 from harness.storage.store import Store
 
 LOSSES = 3  # nodes that may be lost under the same work
-TAIL_TASK = 4  # checkpoints or cells of a task near the end; fewer would only load more
+TAIL_TASK = 4  # checkpoints or cells of a task near the end; smaller ones load more often
+
+
+class Wait(enum.Enum):
+    """Why nothing begins although there is work: the next task must not be overtaken by a later one."""
+
+    FOR_SLOTS = "the next task takes more slots than are free"
+    FOR_IDLE_DEVICES = "the next task runs with no other task, and some still run"
+    FOR_DISK = "the next checkpoints do not fit into the quota of the store"
 
 
 class Scheduler:
-    """The work of a plan, handed out to an executor.
+    """Submits the work of a plan to an executor and retries what fails.
 
-    behind: who goes first, while another driver of the store has a higher priority and tasks that wait; nothing is begun then.
+    behind  the driver with a higher priority on the same store whose tasks wait for slots, in words; "" where there is none.
+            While there is one, no task begins.
+    full    why no pass may begin: the store has reached its quota; "" where it has room
     """
 
     def __init__(
@@ -56,24 +68,22 @@ class Scheduler:
         self.executor, self.command, self.runtime = executor, command, plan.sweep.runtime
         self.running: dict[int, RunningTask] = {}
         self.behind = ""
-        self.full = ""  # why no checkpoint may be begun, where the store has reached its quota
+        self.full = ""
         self._number = 0
-        self._cheapest_first, self._walked = cheapest_first, False
+        self._cheapest_first, self._has_begun_pass = cheapest_first, False
         self._store = Store(self.runtime.runs)
-        self._rank_of = plan.sweep.rank
-        self._unplaced: float | None = (
-            None  # since when some work has had no node that could take it
-        )
-        self._queues = {rank: RankQueue(rank) for rank in range(len(plan.sweep.first) + 1)}
+        self._tier_of = plan.sweep.priority_tier
+        self._unplaced: float | None = None  # since when no node could run some of the work
+        self._queues = {tier: TierQueue(tier) for tier in range(len(plan.sweep.first) + 1)}
         for each in plan.passes:
             self._add(each)
-        self._rooms: dict[Model, ScoringDefaults] = {}
+        self._defaults: dict[Model, ScoringDefaults] = {}
         for scoring in plan.scorings:
             devices, offload = scoring.devices, scoring.offload
-            if devices > max(scoring.least, executor.most):  # more than any node has
-                devices, offload = scoring.least, True
-            self._rooms[scoring.cells[0].model] = ScoringDefaults(
-                scoring.batch_size, devices, scoring.whole, offload, scoring.least
+            if devices > max(scoring.min_gpus, executor.max_gpus):  # more than any node has
+                devices, offload = scoring.min_gpus, True
+            self._defaults[scoring.cells[0].model] = ScoringDefaults(
+                scoring.batch_size, devices, scoring.needs_full_gpu, offload, scoring.min_gpus
             )
         unmade = {quantize_key(cell) for each in plan.passes for cell in each.cells}
         self._waiting: dict[str, list[Pair]] = {}
@@ -88,64 +98,76 @@ class Scheduler:
         by_key: dict[str, list[Cell]] = {}
         for cell in each.cells:
             by_key.setdefault(quantize_key(cell), []).append(cell)
-        share = 1 / len(by_key)
+        fraction = 1 / len(by_key)
         made = [
             UnmadeCheckpoint(
                 tuple(cells),
                 stream_of(cells[0]),
-                (each.seconds or 0.0) * share,
-                math.ceil(each.disk_bytes * share),
+                (each.seconds or 0.0) * fraction,
+                math.ceil(each.disk_bytes * fraction),
             )
             for cells in by_key.values()
         ]
         first = each.cells[0]
-        walk = first.calibration if first.method.needs else None
-        key = (each.rank, first.model, walk, each.limit, each.apart, each.whole)
-        pool = self._queues[each.rank].pools.setdefault(
-            key, CheckpointPool([], each.limit, each.apart, each.whole)
+        windows = first.calibration if first.method.needs else None
+        key = (
+            each.priority_tier,
+            first.model,
+            windows,
+            each.limit,
+            each.exclusive,
+            each.needs_full_gpu,
+        )
+        pool = self._queues[each.priority_tier].pools.setdefault(
+            key, CheckpointPool([], each.limit, each.exclusive, each.needs_full_gpu)
         )
         pool.checkpoints += made
 
     def _make_ready(self, cell: Cell, evaluations: tuple[Evaluation, ...]) -> None:
-        """Give a cell to be scored: by itself what needs its device for itself, and what memory ran out for before."""
-        rank, room = self._rank_of(cell_key(cell)), self._rooms[cell.model]
-        queue = self._queues[rank]
+        """Queue a cell for scoring. Evaluations that need their device for themselves, or ran out of memory, get their own task."""
+        priority_tier, defaults = self._tier_of(cell_key(cell)), self._defaults[cell.model]
+        queue = self._queues[priority_tier]
         exclusive = tuple(e for e in evaluations if self._needs_all(e))
         if exclusive:
-            queue.looks.append(
-                ScoringTask(((cell, exclusive),), rank, apart=True, devices=room.least)
+            queue.scoring_tasks.append(
+                ScoringTask(
+                    ((cell, exclusive),), priority_tier, exclusive=True, devices=defaults.min_gpus
+                )
             )
         others = tuple(e for e in evaluations if e not in exclusive)
-        if others and room.batch_size:
-            measured = tuple(
-                e for e in others if measures_device(e)
-            )  # of one device, whatever memory taught
+        if others and defaults.batch_size:
+            # A measurement is one of a single device, whatever earlier runs said about memory.
+            measured = tuple(e for e in others if measures_device(e))
             for wanted, same in (
-                (tuple(e for e in others if e not in measured), room),
-                (measured, ScoringDefaults(1, room.least)),
+                (tuple(e for e in others if e not in measured), defaults),
+                (measured, ScoringDefaults(1, defaults.min_gpus)),
             ):
                 if wanted:
-                    look = ScoringTask(
+                    task = ScoringTask(
                         ((cell, wanted),),
-                        rank,
+                        priority_tier,
                         batch_size=1,
                         devices=same.devices,
                         offload=same.offload,
                     )
-                    queue.looks.append(dataclasses.replace(look, whole=same.whole))
+                    queue.scoring_tasks.append(
+                        dataclasses.replace(task, needs_full_gpu=same.needs_full_gpu)
+                    )
         elif others:
             queue.ready.setdefault(cell.model, []).append((cell, others))
 
     def _needs_all(self, evaluation: Evaluation) -> bool:
-        """A measurement of a device, where tasks do not have one each."""
+        """Whether an evaluation measures its device, and tasks share devices."""
         return (
-            self.executor.slots > 1 and self.executor.share != 1.0 and measures_device(evaluation)
+            self.executor.worker_slots > 1
+            and self.executor.gpu_fraction != 1.0
+            and measures_device(evaluation)
         )
 
-    # what comes next
+    # what runs next
 
     def submit(self) -> bool:
-        """Fill the free slots, after taking back what waits in vain; True when anything was submitted."""
+        """Withdraw tasks that cannot start, then fill the free slots. True when a task was submitted."""
         self._withdraw()
         submitted = False
         while (
@@ -159,231 +181,259 @@ class Scheduler:
 
     @property
     def wants(self) -> bool:
-        """Whether a slot more would begin a task, or let one begin that was submitted. What no node could take asks for none."""
+        """Whether one more slot would start a task, queued or submitted. Work that no node could run does not count."""
         if any(self.executor.waits(number) for number in self.running):
             return True
         queued = [
             each
             for queue in self._queues.values()
-            for each in (*queue.looks, *self._as_looks(queue))
+            for each in (*queue.scoring_tasks, *self._ready_tasks(queue))
         ]
-        walks = (
+        has_passes = (
             not self.full
-            and self.executor.slots > 0
-            and any(queue.pools or queue.walks for queue in self._queues.values())
+            and self.executor.worker_slots > 0
+            and any(queue.pools or queue.pass_tasks for queue in self._queues.values())
         )
-        return walks or any(self._placeable(each) for each in queued)
+        return has_passes or any(self._placeable(each) for each in queued)
 
     @property
     def waits(self) -> bool:
-        """Whether there is work that may yet be begun though nothing runs: when others are done, or when nodes come back."""
+        """Whether work is left that can start later: when other drivers have finished, or when nodes come back."""
         if all(queue.empty for queue in self._queues.values()):
             return False
-        return bool(self.behind) or self.executor.slots < 1 or self._unplaced is not None
+        return bool(self.behind) or self.executor.worker_slots < 1 or self._unplaced is not None
 
     def _free(self) -> int:
-        return self.executor.slots - sum(job.width for job in self.running.values())
+        return self.executor.worker_slots - sum(running.width for running in self.running.values())
 
     def _withdraw(self) -> None:
-        """Take back tasks that have no slot yet: for another driver, for want of slots, or because no node is left for them."""
+        """Withdraw submitted tasks that have no slot yet: for another driver, for lack of slots, or of a node that can run them."""
         for number in [number for number in reversed(self.running) if self.executor.waits(number)]:
-            job = self.running[number]
-            if self.behind or self._free() < 0 or not self._placeable(job.work):
+            running = self.running[number]
+            if self.behind or self._free() < 0 or not self._placeable(running.work):
                 self.executor.cancel(number)
                 del self.running[number]
-                self._put_back(job.work)
+                self._put_back(running.work)
 
-    def _put_back(self, back: Work) -> None:
-        """To where it was cut from, so that it may be cut anew; what was given as it is, first of its kind."""
-        queue = self._queues[back.rank]
-        if isinstance(back, ScoringTask):
-            if back.fresh:
-                queue.ready[back.cells[0].model] = [
-                    *back.pairs,
-                    *queue.ready.get(back.cells[0].model, []),
+    def _put_back(self, work: Work) -> None:
+        """Return work to the pool or the cells that it was cut from, to be cut anew; other work goes to the front of its queue."""
+        queue = self._queues[work.priority_tier]
+        if isinstance(work, ScoringTask):
+            if work.requeueable:
+                queue.ready[work.cells[0].model] = [
+                    *work.pairs,
+                    *queue.ready.get(work.cells[0].model, []),
                 ]
             else:
-                queue.looks.insert(0, back)
-        elif back.pool is None:
-            queue.walks.insert(0, back)
+                queue.scoring_tasks.insert(0, work)
+        elif work.pool is None:
+            queue.pass_tasks.insert(0, work)
         else:
-            limit = back.pool[3] if isinstance(back.pool, tuple) else CHECKPOINTS_PER_PASS
+            limit = work.pool[3] if isinstance(work.pool, tuple) else CHECKPOINTS_PER_PASS
             pool = queue.pools.setdefault(
-                back.pool, CheckpointPool([], limit, back.apart, back.whole)
+                work.pool, CheckpointPool([], limit, work.exclusive, work.needs_full_gpu)
             )
-            pool.checkpoints[:0] = back.made
+            pool.checkpoints[:0] = work.made
 
-    def _placeable(self, asked: Work) -> bool:
-        """Whether some node of now could take it."""
-        devices = asked.devices if isinstance(asked, ScoringTask) else 1
-        return self.executor.slots > 0 and devices <= max(1, self.executor.most)
+    def _placeable(self, work: Work) -> bool:
+        """Whether a node of the current cluster could run it."""
+        devices = work.devices if isinstance(work, ScoringTask) else 1
+        return self.executor.worker_slots > 0 and devices <= max(1, self.executor.max_gpus)
 
-    def _width(self, asked: Work) -> int:
-        """Slots of a task; what takes more than there are waits for all of them."""
-        return max(1, min(self.executor.slots, self.executor.width(asked.gpus)))
+    def _width(self, work: Work) -> int:
+        """Slots that a task takes; one that needs more than there are takes all of them."""
+        return max(1, min(self.executor.worker_slots, self.executor.width(work.gpus)))
 
-    def _as_looks(self, queue: RankQueue) -> list[ScoringTask]:
-        """What is ready, one task per model."""
+    def _ready_tasks(self, queue: TierQueue) -> list[ScoringTask]:
+        """The cells that have their checkpoint, as one scoring task per model."""
         found = []
         for model, pairs in queue.ready.items():
             if pairs:
-                room = self._rooms[model]
-                look = ScoringTask(
-                    tuple(pairs), queue.rank, devices=room.devices, offload=room.offload, fresh=True
+                defaults = self._defaults[model]
+                task = ScoringTask(
+                    tuple(pairs),
+                    queue.priority_tier,
+                    devices=defaults.devices,
+                    offload=defaults.offload,
+                    requeueable=True,
                 )
-                found.append(dataclasses.replace(look, whole=room.whole))
+                found.append(dataclasses.replace(task, needs_full_gpu=defaults.needs_full_gpu))
         return found
 
     def _next(self, free: int) -> Work | None:
-        """The work of the earliest rank that may begin now. None where there is none, or where what comes next needs more slots."""
+        """The work of the earliest priority tier that may begin now; None where there is none, or where the next task must wait."""
         self.full = ""
-        if any(
-            job.work.apart or (job.width > 1 and self.executor.waits(number))
-            for number, job in self.running.items()
-        ):
-            return None  # one that waits for several GPUs of a node would wait for ever beside small ones
-        for queue in self._queues.values():  # by rank
-            looks = [look for look in queue.looks if self._placeable(look)]
-            together = [look for look in looks if not look.apart]
-            if together:
-                if self._width(together[0]) > free:
+        if self._begins_nothing():
+            return None
+        choices = (self._next_scoring, self._next_ready, self._next_shared_pass, self._next_alone)
+        for queue in self._queues.values():  # by priority tier
+            for choose in choices:
+                found = choose(queue, free)
+                if isinstance(found, Wait):
                     return None
-                queue.looks.remove(together[0])
-                return together[0]
-            ready = [look for look in self._as_looks(queue) if self._placeable(look)]
-            if ready:
-                look = max(ready, key=lambda look: (look.devices, len(look.pairs)))
-                width = self._width(look)
-                if width > free:
-                    return None
-                left = len(self._waiting) + sum(len(each.pairs) for each in ready)
-                share, model = (
-                    min(-(-len(look.pairs) // (free // width)), self._most(left)),
-                    look.cells[0].model,
-                )
-                queue.ready[model] = list(look.pairs[share:])
-                return dataclasses.replace(look, pairs=look.pairs[:share])
-            walk = self._next_walk(queue, free)
-            if walk is not None:
-                if self._width(walk) > free:
-                    self._put_back(walk)
-                    return None
-                return walk
-            if (
-                any(look.apart for look in looks)
-                or any(pool.apart for pool in queue.pools.values())
-                or queue.walks
-            ):
-                if self.running or self.full:
-                    return None  # until nothing runs beside it
-                for look in looks:
-                    queue.looks.remove(look)
-                    return look
-                walk = self._next_walk(queue, free, apart=True)
-                if walk is not None:
-                    return walk
+                if found is not None:
+                    return found
         return None
 
-    def _next_walk(self, queue: RankQueue, free: int, apart: bool = False) -> PassTask | None:
-        """Cut a walk from a pool, else one that was given again; None where there is none or the quota has no room."""
+    def _begins_nothing(self) -> bool:
+        """Whether a running task excludes others, or one waits for GPUs of a node that small tasks would never leave free."""
+        return any(
+            running.work.exclusive or (running.width > 1 and self.executor.waits(number))
+            for number, running in self.running.items()
+        )
+
+    def _next_scoring(self, queue: TierQueue, free: int) -> Work | Wait | None:
+        """The first scoring task that was queued as it is and shares the devices with others."""
+        for task in queue.scoring_tasks:
+            if self._placeable(task) and not task.exclusive:
+                if self._width(task) > free:
+                    return Wait.FOR_SLOTS
+                queue.scoring_tasks.remove(task)
+                return task
+        return None
+
+    def _next_ready(self, queue: TierQueue, free: int) -> Work | Wait | None:
+        """Of the cells that have their checkpoint, those of one model: as many as spread the rest over the free slots."""
+        ready = [task for task in self._ready_tasks(queue) if self._placeable(task)]
+        if not ready:
+            return None
+        task = max(ready, key=lambda task: (task.devices, len(task.pairs)))
+        width = self._width(task)
+        if width > free:
+            return Wait.FOR_SLOTS
+        left = len(self._waiting) + sum(len(each.pairs) for each in ready)
+        count = min(-(-len(task.pairs) // (free // width)), self._largest_task(left))
+        queue.ready[task.cells[0].model] = list(task.pairs[count:])
+        return dataclasses.replace(task, pairs=task.pairs[:count])
+
+    def _next_shared_pass(self, queue: TierQueue, free: int) -> Work | Wait | None:
+        """The next pass that shares the devices with others."""
+        task = self._next_pass(queue, free)
+        if task is not None and self._width(task) > free:
+            self._put_back(task)
+            return Wait.FOR_SLOTS
+        return task
+
+    def _next_alone(self, queue: TierQueue, free: int) -> Work | Wait | None:
+        """A task that runs with no other task, a scoring before a pass; it waits until nothing else runs."""
+        exclusive = [
+            task for task in queue.scoring_tasks if self._placeable(task) and task.exclusive
+        ]
+        passes = queue.pass_tasks or any(pool.exclusive for pool in queue.pools.values())
+        if not exclusive and not passes:
+            return None
+        if self.running:
+            return Wait.FOR_IDLE_DEVICES
+        if self.full:
+            return Wait.FOR_DISK
+        if exclusive:
+            queue.scoring_tasks.remove(exclusive[0])
+            return exclusive[0]
+        return self._next_pass(queue, free, exclusive=True)
+
+    def _next_pass(self, queue: TierQueue, free: int, exclusive: bool = False) -> PassTask | None:
+        """Cut a pass from a pool, else take one that was queued again; None where there is none or the quota has no room."""
         if self.full:
             return None
-        keys = [key for key, pool in queue.pools.items() if pool.apart == apart]
+        keys = [key for key, pool in queue.pools.items() if pool.exclusive == exclusive]
         if keys:
-            made = self._pieces([queue.pools[key] for key in keys], free)
-            costs = [sum(each.seconds for each in part) for part in made]
-            cheap = self._cheapest_first or self.executor.slots == 1 or not self._walked
-            chosen = (min if cheap else max)(range(len(keys)), key=costs.__getitem__)
-            pool, part, key = queue.pools[keys[chosen]], made[chosen], keys[chosen]
-            cells = tuple(cell for each in part for cell in each.cells)
-            disk = sum(each.disk_bytes for each in part)
-            walk = PassTask(
-                cells, queue.rank, disk, apart=pool.apart, whole=pool.whole, pool=key, made=part
+            cuts = self._cuts([queue.pools[key] for key in keys], free)
+            costs = [sum(each.seconds for each in cut) for cut in cuts]
+            cheapest = (
+                self._cheapest_first or self.executor.worker_slots == 1 or not self._has_begun_pass
             )
-            if not self._has_room(walk):
+            chosen = (min if cheapest else max)(range(len(keys)), key=costs.__getitem__)
+            pool, cut, key = queue.pools[keys[chosen]], cuts[chosen], keys[chosen]
+            task = PassTask(
+                tuple(cell for each in cut for cell in each.cells),
+                queue.priority_tier,
+                sum(each.disk_bytes for each in cut),
+                exclusive=pool.exclusive,
+                needs_full_gpu=pool.needs_full_gpu,
+                pool=key,
+                made=cut,
+            )
+            if not self._has_disk(task):
                 return None
-            pool.checkpoints = pool.checkpoints[len(part) :]
+            pool.checkpoints = pool.checkpoints[len(cut) :]
             if not pool.checkpoints:
                 del queue.pools[key]
-            return walk
-        for walk in queue.walks:
-            if walk.apart == apart:
-                if not self._has_room(walk):
+            return task
+        for task in queue.pass_tasks:
+            if task.exclusive == exclusive:
+                if not self._has_disk(task):
                     return None
-                queue.walks.remove(walk)
-                return walk
+                queue.pass_tasks.remove(task)
+                return task
         return None
 
-    def _pieces(
+    def _cuts(
         self, pools: Sequence[CheckpointPool], free: int
     ) -> list[tuple[UnmadeCheckpoint, ...]]:
-        """The walk that would be cut from each pool next: free slots beyond one each go where most work waits per walk.
+        """The pass that would be cut from each pool next: free slots beyond one per pool go where most work waits per pass.
 
-        Without idle slots a walk is as large as memory allows, but near the end no larger than its share of the slots.
+        Without idle slots a pass is as large as memory allows, but near the end no larger than its part of the slots.
         """
-        tail = self._most(sum(len(pool.checkpoints) for pool in pools))
-        shares = [1] * len(pools)
+        largest = self._largest_task(sum(len(pool.checkpoints) for pool in pools))
+        passes = [1] * len(pools)
         for _ in range(max(0, free - len(pools))):
-            open_ = [index for index, pool in enumerate(pools) if shares[index] < pool.pieces]
-            if not open_:
+            divisible = [i for i, pool in enumerate(pools) if passes[i] < pool.most_passes]
+            if not divisible:
                 break
-            shares[max(open_, key=lambda index: pools[index].seconds / shares[index])] += 1
-        cut = []
-        for pool, share in zip(pools, shares, strict=True):
-            count = min(-(-len(pool.checkpoints) // share), tail)
-            cut.append(
-                tuple(
-                    pool.checkpoints[
-                        : chunk_size([each.stream for each in pool.checkpoints], count, pool.limit)
-                    ]
-                )
-            )
-        return cut
+            passes[max(divisible, key=lambda i: pools[i].seconds / passes[i])] += 1
+        cuts = []
+        for pool, parts in zip(pools, passes, strict=True):
+            streams = [each.stream for each in pool.checkpoints]
+            count = min(-(-len(pool.checkpoints) // parts), largest)
+            cuts.append(tuple(pool.checkpoints[: chunk_size(streams, count, pool.limit)]))
+        return cuts
 
-    def _most(self, left: int) -> int:
-        """Of so many checkpoints or cells that are left, the most for one task: near the end its share of the slots."""
-        return max(TAIL_TASK, -(-left // max(1, self.executor.slots)))
+    def _largest_task(self, left: int) -> int:
+        """Checkpoints or cells of one task at most, where `left` are not begun: near the end what falls to one slot."""
+        return max(TAIL_TASK, -(-left // max(1, self.executor.worker_slots)))
 
-    def _has_room(self, walk: PassTask) -> bool:
-        """Whether the quota of the store has room for what is being made and for these checkpoints too."""
+    def _has_disk(self, task: PassTask) -> bool:
+        """Whether the quota of the store has room for these checkpoints and for those of the passes that run."""
         if not self.runtime.store.quota:
             return True
         underway = sum(
-            job.work.disk_bytes for job in self.running.values() if isinstance(job.work, PassTask)
+            running.work.disk_bytes
+            for running in self.running.values()
+            if isinstance(running.work, PassTask)
         )
-        self.full = over_quota(self.runtime, self._store.used_bytes(), underway + walk.disk_bytes)
+        self.full = over_quota(self.runtime, self._store.used_bytes(), underway + task.disk_bytes)
         return not self.full
 
-    def _start(self, begun: Work) -> None:
+    def _start(self, work: Work) -> None:
         common: dict[str, Any] = {
             "runs": str(self._store.place),
             "device": self.runtime.device,
             "threads": self.executor.threads,
             "command": self.command,
-            "share": 1.0 if begun.gpus else self.executor.share or 1.0,
+            "gpu_fraction": 1.0 if work.gpus else self.executor.gpu_fraction or 1.0,
         }
         task: Task
         unfinished: set[Any]
-        if isinstance(begun, PassTask):
-            self._walked = True
-            task, unfinished = QuantizeTask(begun.cells, **common), set(map(cell_key, begun.cells))
+        if isinstance(work, PassTask):
+            self._has_begun_pass = True
+            task, unfinished = QuantizeTask(work.cells, **common), set(map(cell_key, work.cells))
         else:
-            wanted = tuple(evaluations for _, evaluations in begun.pairs)
-            size = begun.batch_size or self.runtime.batch_size
+            wanted = tuple(evaluations for _, evaluations in work.pairs)
+            size = work.batch_size or self.runtime.batch_size
             task = EvaluateTask(
-                begun.cells,
+                work.cells,
                 wanted,
                 batch_size=size,
-                devices=begun.devices,
-                offload=begun.offload,
+                devices=work.devices,
+                offload=work.offload,
                 **common,
             )
             unfinished = {
-                (cell_key(cell), e.name) for cell, evaluations in begun.pairs for e in evaluations
+                (cell_key(cell), e.name) for cell, evaluations in work.pairs for e in evaluations
             }
         self._number += 1
         self.running[self._number] = RunningTask(
-            begun, unfinished, self._deadline(), self._width(begun)
+            work, unfinished, self._deadline(), self._width(work)
         )
         self.executor.submit(self._number, task)
 
@@ -391,129 +441,130 @@ class Scheduler:
         limit = self.runtime.cluster.task_timeout_seconds
         return time.monotonic() + limit if limit else float("inf")
 
-    # what news means
+    # what messages change
 
     def receive(self, message: Message) -> Iterator[Event]:
-        """Pass an event on, after drawing the consequences."""
-        job, news = self.running.get(message.number), message.news
-        if job is None:  # taken back between its word and now
+        """Yield an event of a task, after updating the queues."""
+        running, news = self.running.get(message.number), message.news
+        if running is None:  # withdrawn or cancelled meanwhile
             return
         match news:
             case Exit():
                 del self.running[message.number]
-                yield from self._ended(job, news)
+                yield from self._ended(running, news)
             case Quantized():
-                job.unfinished -= set(news.cell_keys)
+                running.unfinished -= set(news.cell_keys)
                 yield news
                 for key in news.cell_keys:
                     for cell, evaluations in self._waiting.pop(key, ()):
                         self._make_ready(cell, evaluations)
             case Scored():
-                job.unfinished -= {(key, news.evaluation) for key in news.cell_keys}
+                running.unfinished -= {(key, news.evaluation) for key in news.cell_keys}
                 yield news
             case Failed():
-                yield self._failed(job, news)
+                yield self._failed(running, news)
             case TaskStarted():
-                job.deadline = self._deadline()
+                running.deadline = self._deadline()
                 yield news
             case _:
                 yield news
 
     def deadlines(self) -> Iterator[Event]:
-        """End the tasks whose time is over; it does not run while a task waits for a slot."""
+        """End the tasks that exceeded their time limit; the limit does not run while a task waits for a slot."""
         now = time.monotonic()
-        for number, job in list(self.running.items()):
+        for number, running in list(self.running.items()):
             if self.executor.waits(number):
-                job.deadline = self._deadline()
-            elif now > job.deadline:
+                running.deadline = self._deadline()
+            elif now > running.deadline:
                 self.executor.cancel(number)
                 del self.running[number]
                 limit = self.runtime.cluster.task_timeout_seconds
                 yield from self._ended(
-                    job, Exit("timeout", f"ended after {limit:g} s (cluster.task_timeout_seconds)")
+                    running,
+                    Exit(FailureKind.TIMEOUT, f"{FailureKind.TIMEOUT.sentence} ({limit:g} s)"),
                 )
 
     def unplaced(self) -> Iterator[Event]:
-        """Give up what no node could take for RETURN_SECONDS; the others have gone on meanwhile."""
-        looks = [
-            (queue, look)
+        """Fail the scoring tasks that no node could run for RETURN_SECONDS."""
+        scoring_tasks = [
+            (queue, task)
             for queue in self._queues.values()
-            for look in (*queue.looks, *self._as_looks(queue))
+            for task in (*queue.scoring_tasks, *self._ready_tasks(queue))
         ]
-        found = [(queue, look) for queue, look in looks if not self._placeable(look)]
-        nowhere = self.executor.slots < 1 and any(
+        found = [(queue, task) for queue, task in scoring_tasks if not self._placeable(task)]
+        nowhere = self.executor.worker_slots < 1 and any(
             not queue.empty for queue in self._queues.values()
         )
         if not found and not nowhere:
             self._unplaced = None
             return
         self._unplaced = time.monotonic() if self._unplaced is None else self._unplaced
-        if time.monotonic() - self._unplaced < RETURN_SECONDS or self.executor.slots < 1:
+        if time.monotonic() - self._unplaced < RETURN_SECONDS or self.executor.worker_slots < 1:
             return
-        for queue, look in found:
-            if look.fresh:
-                queue.ready[look.cells[0].model] = []
+        for queue, task in found:
+            if task.requeueable:
+                queue.ready[task.cells[0].model] = []
             else:
-                queue.looks.remove(look)
-            keys = tuple(dict.fromkeys(map(cell_key, look.cells)))
+                queue.scoring_tasks.remove(task)
+            keys, kind = tuple(dict.fromkeys(map(cell_key, task.cells))), FailureKind.NO_NODE
             reason = (
-                f"takes {look.devices} GPUs of one node, and none has had more than {self.executor.most} for "
-                f"{RETURN_SECONDS:g} s; add such a node, then the same command goes on"
+                f"{kind.sentence}: the cell takes {task.devices} GPUs of one node, and none has had more than "
+                f"{self.executor.max_gpus} for {RETURN_SECONDS:g} s"
             )
-            yield Failed(time.time(), keys, stage="evaluate", kind="no_node", reason=reason)
+            yield Failed(time.time(), keys, stage="evaluate", kind=kind, reason=reason)
         self._unplaced = None
 
     @property
     def stranded(self) -> bool:
-        """No node has taken any task for RETURN_SECONDS, though there is work."""
+        """Whether there is work, and no node could run any task for RETURN_SECONDS."""
         since = self._unplaced
         return (
-            self.executor.slots < 1
+            self.executor.worker_slots < 1
             and since is not None
             and time.monotonic() - since > RETURN_SECONDS
         )
 
     def cancelled(self, names: Iterable[str]) -> Iterator[Event]:
-        """Take out the cells that `harness cancel` named. Their tasks end; what else was in them is given again."""
+        """Drop the cells that `harness cancel` named. Their tasks end; other cells of those tasks are queued again."""
         named = set(names)
         keys = named & self._open_cells() if named else named
         if not keys:
             return
-        for number, job in list(self.running.items()):
-            if any(cell_key(cell) in keys for cell in job.work.cells):
+        for number, running in list(self.running.items()):
+            if any(cell_key(cell) in keys for cell in running.work.cells):
                 self.executor.cancel(number)
                 del self.running[number]
                 left = {
                     entry
-                    for entry in job.unfinished
-                    if (entry if job.quantizes else entry[0]) not in keys
+                    for entry in running.unfinished
+                    if (entry if running.quantizes else entry[0]) not in keys
                 }
                 if left:
-                    self._give(job, [left], tried=job.work.tried)
+                    self._requeue(running, [left], tried=running.work.tried)
 
         def kept(pairs: Iterable[Pair]) -> list[Pair]:
             return [pair for pair in pairs if cell_key(pair[0]) not in keys]
 
-        def staying(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+        def remaining(cells: Iterable[Cell]) -> tuple[Cell, ...]:
             return tuple(cell for cell in cells if cell_key(cell) not in keys)
 
         for queue in self._queues.values():
-            queue.walks = [
-                dataclasses.replace(walk, cells=cells)
-                for walk in queue.walks
-                if (cells := staying(walk.cells))
+            queue.pass_tasks = [
+                dataclasses.replace(task, cells=cells)
+                for task in queue.pass_tasks
+                if (cells := remaining(task.cells))
             ]
-            queue.looks = [
-                dataclasses.replace(look, pairs=tuple(pairs))
-                for look in queue.looks
-                if (pairs := kept(look.pairs))
+            queue.scoring_tasks = [
+                dataclasses.replace(task, pairs=tuple(pairs))
+                for task in queue.scoring_tasks
+                if (pairs := kept(task.pairs))
             ]
             queue.ready = {model: kept(pairs) for model, pairs in queue.ready.items()}
             for pool in queue.pools.values():
                 pool.checkpoints = [
                     dataclasses.replace(each, cells=cells)
                     for each in pool.checkpoints
-                    if (cells := staying(each.cells))
+                    if (cells := remaining(each.cells))
                 ]
             queue.pools = {key: pool for key, pool in queue.pools.items() if pool.checkpoints}
         self._waiting = {key: pairs for key, pairs in self._waiting.items() if key not in keys}
@@ -521,86 +572,91 @@ class Scheduler:
             time.time(),
             tuple(sorted(keys)),
             stage="cell",
-            kind="cancelled",
-            reason="cancelled with harness cancel",
+            kind=FailureKind.CANCELLED,
+            reason=FailureKind.CANCELLED.sentence,
         )
 
     def _open_cells(self) -> set[str]:
-        """Keys of the cells for which something is still to do."""
+        """Keys of the cells that are not finished."""
         running = {
-            entry if job.quantizes else entry[0]
-            for job in self.running.values()
-            for entry in job.unfinished
+            entry if running.quantizes else entry[0]
+            for running in self.running.values()
+            for entry in running.unfinished
         }
         queued: set[str] = set()
         for queue in self._queues.values():
             works: list[Any] = [
-                *queue.looks,
-                *queue.walks,
+                *queue.scoring_tasks,
+                *queue.pass_tasks,
                 *(each for pool in queue.pools.values() for each in pool.checkpoints),
             ]
             queued |= {cell_key(cell) for each in works for cell in each.cells}
             queued |= {cell_key(cell) for pairs in queue.ready.values() for cell, _ in pairs}
         return running | queued | set(self._waiting)
 
-    def _failed(self, job: RunningTask, failed: Failed) -> Failed:
-        """A failure that the task itself reported; one for lack of memory is tried again with more room."""
-        lost = self._concerned(job, failed)
-        job.unfinished -= lost
+    def _failed(self, running: RunningTask, failed: Failed) -> Failed:
+        """A failure that the task itself reported; where memory ran out, the work is retried with more memory."""
+        lost = self._concerned(running, failed)
+        running.unfinished -= lost
         retry = (
-            failed.kind == "out_of_memory"
+            failed.kind is FailureKind.OUT_OF_MEMORY
             and bool(lost)
-            and self._with_more_room(job, lost, smaller=False)
+            and self._with_more_room(running, lost, smaller=False)
         )
         return dataclasses.replace(failed, retry=retry)
 
-    def _concerned(self, job: RunningTask, failed: Failed) -> set[Any]:
-        if job.quantizes:
-            return job.unfinished & set(failed.cell_keys)
-        named = {(key, name) for key, name in job.unfinished if key in failed.cell_keys}
+    def _concerned(self, running: RunningTask, failed: Failed) -> set[Any]:
+        if running.quantizes:
+            return running.unfinished & set(failed.cell_keys)
+        named = {(key, name) for key, name in running.unfinished if key in failed.cell_keys}
         return {pair for pair in named if pair[1] == failed.stage} or named
 
-    def _ended(self, job: RunningTask, end: Exit) -> Iterator[Event]:
-        if not job.unfinished:
+    def _ended(self, running: RunningTask, end: Exit) -> Iterator[Event]:
+        if not running.unfinished:
             return
-        unfinished, job.unfinished = job.unfinished, set()
+        unfinished, running.unfinished = running.unfinished, set()
         keys = [
             key
-            for key in map(cell_key, job.work.cells)
+            for key in map(cell_key, running.work.cells)
             if key in unfinished or any(key == pair[0] for pair in unfinished)
         ]
-        if isinstance(job.work, ScoringTask) and end.kind not in ("lost", "head_lost"):
-            # Cells are scored in order: the first unfinished one is what the process died of, the others were only behind it.
+        if isinstance(running.work, ScoringTask) and end.kind not in (
+            FailureKind.LOST,
+            FailureKind.HEAD_LOST,
+        ):
+            # Cells are scored in order: the process died during the first unfinished one, and had not begun the others.
             behind = {pair for pair in unfinished if pair[0] != keys[0]}
             unfinished -= behind
             if behind:
-                self._put_back(dataclasses.replace(job.work, pairs=tuple(self._pairs(job, behind))))
+                self._put_back(
+                    dataclasses.replace(running.work, pairs=tuple(self._pairs(running, behind)))
+                )
             keys = keys[:1]
-        if end.kind == "out_of_memory":  # a task that ends itself has noted it
+        # A task that reports its own failure has recorded that memory ran out.
+        if end.kind is FailureKind.OUT_OF_MEMORY:
             with contextlib.suppress(StoreError):
-                if isinstance(
-                    job.work, ScoringTask
-                ):  # for want of main memory, which more GPUs do not help
+                # Main memory ran out, and more GPUs would not help.
+                if isinstance(running.work, ScoringTask):
                     failures.ran_out(
                         self._store,
                         keys,
                         "evaluate",
-                        job.work.batch_size or self.runtime.batch_size,
+                        running.work.batch_size or self.runtime.batch_size,
                         0,
                     )
                 else:
                     together = (
                         0
-                        if job.work.apart
-                        else len({quantize_key(cell) for cell in job.work.cells})
+                        if running.work.exclusive
+                        else len({quantize_key(cell) for cell in running.work.cells})
                     )
                     failures.ran_out(self._store, keys, "quantize", together, 0)
         kind, reason = (
-            end.kind or "error",
+            end.kind or FailureKind.ERROR,
             end.reason or "the task ended without a result for this cell",
         )
-        stage = "quantize" if job.quantizes else "evaluate"
-        retry = bool(end.kind) and self._changed_plan(job, end.kind, unfinished)
+        stage = "quantize" if running.quantizes else "evaluate"
+        retry = end.kind is not None and self._changed_plan(running, end.kind, unfinished)
         yield Failed(
             time.time(),
             tuple(keys),
@@ -611,114 +667,115 @@ class Scheduler:
             retry=retry,
         )
 
-    def _changed_plan(self, job: RunningTask, kind: str, unfinished: set[Any]) -> bool:
-        """Queue what a process left when it ended; False where there is no other way left to try it."""
-        if kind == "head_lost":  # nothing that the work could have done
-            self._give(job, [unfinished])
+    def _changed_plan(self, running: RunningTask, kind: FailureKind, unfinished: set[Any]) -> bool:
+        """Queue the unfinished work of a process that ended; False where no other plan is left to try."""
+        if kind is FailureKind.HEAD_LOST:  # not caused by the work
+            self._requeue(running, [unfinished])
             return True
-        if kind == "lost":
-            if job.work.losses + 1 < LOSSES:
-                self._give(job, [unfinished], losses=job.work.losses + 1)
+        if kind is FailureKind.LOST:
+            if running.work.losses + 1 < LOSSES:
+                self._requeue(running, [unfinished], losses=running.work.losses + 1)
                 return True
             return False
-        halves = self._halves(job, unfinished)
+        halves = self._halves(running, unfinished)
         if len(halves) > 1:
-            self._give(job, halves, tried=True)
+            self._requeue(running, halves, tried=True)
             return True
-        if kind == "out_of_memory":
-            return self._with_more_room(job, unfinished, smaller=True)
-        if (
-            isinstance(job.work, ScoringTask) and len(job.work.pairs) > 1
-        ):  # others were in memory before it
-            self._give(job, [unfinished], tried=True)
+        if kind is FailureKind.OUT_OF_MEMORY:
+            return self._with_more_room(running, unfinished, smaller=True)
+        # Earlier cells may have left memory in use.
+        if isinstance(running.work, ScoringTask) and len(running.work.pairs) > 1:
+            self._requeue(running, [unfinished], tried=True)
             return True
-        if kind == "killed" and not job.work.tried:
-            self._give(job, [unfinished], tried=True, apart=True)
+        if kind is FailureKind.KILLED and not running.work.tried:
+            self._requeue(running, [unfinished], tried=True, exclusive=True)
             return True
         return False
 
-    def _with_more_room(self, job: RunningTask, lost: set[Any], smaller: bool) -> bool:
-        """Each checkpoint or cell alone; what was alone, with nothing beside it and in batches of 1; evaluations then on twice the
-        GPUs, and at last with blocks in main memory. What had all that, not again.
+    def _with_more_room(self, running: RunningTask, lost: set[Any], smaller: bool) -> bool:
+        """Retry work whose memory ran out: first one task per checkpoint, then a task that runs with no other task and scores in
+        batches of 1, then (evaluations only) twice the GPUs, at last blocks in main memory. False where all of these were tried.
 
-        smaller: whether smaller batches are a change; a task that reports its own end has tried them. One that could not was ended
-        for the memory of its host, which more GPUs do not help.
+        smaller: whether batches of 1 were not tried yet. A task that reports its own failure has tried them; a task whose process
+        was ended has not, and what ran out was the memory of its host, which more GPUs would not help.
         """
         host = smaller
-        alone = len({quantize_key(cell) for cell in job.work.cells}) == 1
+        alone = len({quantize_key(cell) for cell in running.work.cells}) == 1
         smaller = (
             smaller
-            and isinstance(job.work, ScoringTask)
-            and (job.work.batch_size or self.runtime.batch_size) != 1
+            and isinstance(running.work, ScoringTask)
+            and (running.work.batch_size or self.runtime.batch_size) != 1
         )
         if not alone:
-            self._give(job, self._each(job, lost), tried=True)
-        elif (self.executor.slots > 1 and not job.work.apart) or smaller:
-            self._give(job, [lost], tried=True, apart=True, batch_size=1)
+            self._requeue(running, self._each(running, lost), tried=True)
+        elif (self.executor.worker_slots > 1 and not running.work.exclusive) or smaller:
+            self._requeue(running, [lost], tried=True, exclusive=True, batch_size=1)
         elif (
             not host
-            and isinstance(job.work, ScoringTask)
-            and self.executor.most
+            and isinstance(running.work, ScoringTask)
+            and self.executor.max_gpus
             and not any(
-                measures_device(evaluation) for _, wanted in job.work.pairs for evaluation in wanted
+                measures_device(evaluation)
+                for _, wanted in running.work.pairs
+                for evaluation in wanted
             )
         ):
-            if job.work.offload:
+            if running.work.offload:
                 return False
-            more = min(2 * job.work.devices, self.executor.most)
-            least = self._rooms[job.work.cells[0].model].least
+            more = min(2 * running.work.devices, self.executor.max_gpus)
+            min_gpus = self._defaults[running.work.cells[0].model].min_gpus
             changes = (
                 {"devices": more}
-                if more > job.work.devices
-                else {"devices": least, "offload": True}
+                if more > running.work.devices
+                else {"devices": min_gpus, "offload": True}
             )
-            self._give(job, [lost], tried=True, batch_size=1, **changes)
+            self._requeue(running, [lost], tried=True, batch_size=1, **changes)
         else:
             return False
         return True
 
-    def _each(self, job: RunningTask, unfinished: set[Any]) -> list[set[Any]]:
-        """Unfinished work, one set per checkpoint."""
+    def _each(self, running: RunningTask, unfinished: set[Any]) -> list[set[Any]]:
+        """The unfinished work as one set per checkpoint."""
         sets: dict[str, set[Any]] = {}
-        for cell in job.work.cells:
+        for cell in running.work.cells:
             mine = {
                 entry
                 for entry in unfinished
-                if (entry if job.quantizes else entry[0]) == cell_key(cell)
+                if (entry if running.quantizes else entry[0]) == cell_key(cell)
             }
             if mine:
                 sets.setdefault(quantize_key(cell), set()).update(mine)
         return list(sets.values())
 
-    def _halves(self, job: RunningTask, unfinished: set[Any]) -> list[set[Any]]:
-        each = self._each(job, unfinished)
+    def _halves(self, running: RunningTask, unfinished: set[Any]) -> list[set[Any]]:
+        each = self._each(running, unfinished)
         middle = -(-len(each) // 2)
         return [set().union(*part) for part in (each[:middle], each[middle:]) if part]
 
-    def _give(
-        self, job: RunningTask, parts: Sequence[set[Any]], batch_size: int = 0, **changes: Any
+    def _requeue(
+        self, running: RunningTask, parts: Sequence[set[Any]], batch_size: int = 0, **changes: Any
     ) -> None:
-        """Queue each part of a job's work as a task of its own."""
+        """Queue each part of a task's work as a task of its own."""
         for part in parts:
-            if isinstance(job.work, ScoringTask):
-                changes["batch_size"] = batch_size or job.work.batch_size
-                pairs = tuple(self._pairs(job, part))
-                self._queues[job.work.rank].looks.append(
-                    dataclasses.replace(job.work, pairs=pairs, fresh=False, **changes)
+            if isinstance(running.work, ScoringTask):
+                changes["batch_size"] = batch_size or running.work.batch_size
+                pairs = tuple(self._pairs(running, part))
+                self._queues[running.work.priority_tier].scoring_tasks.append(
+                    dataclasses.replace(running.work, pairs=pairs, requeueable=False, **changes)
                 )
             else:
-                cells = tuple(cell for cell in job.work.cells if cell_key(cell) in part)
-                disk = job.work.disk_bytes * len(cells) // len(job.work.cells)
-                walk = dataclasses.replace(
-                    job.work, cells=cells, disk_bytes=disk, pool=None, made=(), **changes
+                cells = tuple(cell for cell in running.work.cells if cell_key(cell) in part)
+                disk = running.work.disk_bytes * len(cells) // len(running.work.cells)
+                task = dataclasses.replace(
+                    running.work, cells=cells, disk_bytes=disk, pool=None, made=(), **changes
                 )
-                self._queues[job.work.rank].walks.append(walk)
+                self._queues[running.work.priority_tier].pass_tasks.append(task)
 
     @staticmethod
-    def _pairs(job: RunningTask, unfinished: set[Any]) -> list[Pair]:
-        assert isinstance(job.work, ScoringTask)
+    def _pairs(running: RunningTask, unfinished: set[Any]) -> list[Pair]:
+        assert isinstance(running.work, ScoringTask)
         pairs = []
-        for cell, evaluations in job.work.pairs:
+        for cell, evaluations in running.work.pairs:
             left = tuple(
                 evaluation
                 for evaluation in evaluations

@@ -15,13 +15,13 @@ from harness.core.events import Event
 
 @dataclass(frozen=True)
 class QuantizeTask:
-    """Make the checkpoints of cells of one model and one draw of calibration windows in one walk.
+    """Make the checkpoints of cells of one model and one draw of calibration windows in one pass.
 
     runs     the store: its folder or its URL
     device   "auto", "cpu", "cuda" or "cuda:<index>"
     threads  CPU threads of one operation; 0: as the process has them
     command  what the user typed, for the record
-    share    of a GPU's memory that this process may take
+    gpu_fraction  of a GPU's memory that the process may allocate, 0 to 1
     """
 
     cells: tuple[Cell, ...]
@@ -29,15 +29,16 @@ class QuantizeTask:
     device: str = "auto"
     threads: int = 0
     command: str = ""
-    share: float = 1.0
+    gpu_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """Score cells of one model; evaluations[i] are those of cells[i]. batch_size 0: chosen by the evaluator. The rest as above.
+    """Score cells of one model; evaluations[i] are those of cells[i]. Other fields as in `QuantizeTask`.
 
-    devices  GPUs over which the model is spread, where it is too large for one
-    offload  its blocks stay in main memory and visit the GPU to run
+    batch_size  0: chosen by the evaluator
+    devices  GPUs over which the model is spread where it is too large for one
+    offload  its blocks stay in main memory and are copied to the GPU to run
     """
 
     cells: tuple[Cell, ...]
@@ -47,7 +48,7 @@ class EvaluateTask:
     threads: int = 0
     batch_size: int = 0
     command: str = ""
-    share: float = 1.0
+    gpu_fraction: float = 1.0
     devices: int = 1
     offload: bool = False
 

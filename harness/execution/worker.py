@@ -1,11 +1,11 @@
-"""The bodies of tasks: quantize a pass, evaluate the cells of a model. Generators of events that run anywhere.
+"""The bodies of tasks: quantize the checkpoints of a pass, evaluate the cells of a model. Generators of events.
 
-A task is small, frozen and readable (`cell.to_json` makes JSON of it): which cells, which store, which device. Results go to the
-store as they are complete: blocks and manifests, one file per score. What travels back are events. A task can therefore be
-killed at any moment and be given again: finished blocks and scores are found, and only the rest is done.
+A task is small, frozen and readable (`cell.to_json` makes JSON of it): cells, store, device. Results are written to the store as
+they are complete: blocks and manifests, one file per score. The worker sends events to the driver. A task can therefore be killed
+at any moment and run again: finished blocks and scores are found in the store, and only the rest is done.
 
-Whoever makes a checkpoint or scores a cell holds its lock in the store, so that two drivers on one store share work rather than
-repeat it. A failing cell leaves its task and the others go on; a failing evaluation fails alone.
+A worker that makes a checkpoint or scores a cell holds its lock in the store, so that two drivers on one store share the work. A
+failing cell is dropped from its task and the others continue; a failing evaluation does not affect other evaluations.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from harness.core import plugins
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
 from harness.core.errors import HarnessError
 from harness.core.events import Event, Failed, Quantized, Scored, TaskEnded, TaskStarted, Usage
+from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
 from harness.execution.failures import failure, ran_out
@@ -50,11 +51,11 @@ log = logging.getLogger(__name__)
 
 
 def run(task: Task) -> Iterator[Event]:
-    """The events of a task of either kind, between one TaskStarted and one TaskEnded. Raises nothing but what ends a process."""
+    """Run a task of either kind and yield its events, from TaskStarted to TaskEnded. Errors become Failed events."""
     began, keys = time.monotonic(), tuple(map(cell_key, task.cells))
     try:
         devices = task.devices if isinstance(task, EvaluateTask) else 1
-        device = prepare(task.device, task.threads, task.share, devices)
+        device = prepare(task.device, task.threads, task.gpu_fraction, devices)
     except HarnessError as error:
         yield failure(error, keys, "task")
         return
@@ -87,7 +88,7 @@ def run(task: Task) -> Iterator[Event]:
 
 
 def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
-    """One walk for the checkpoints that are still missing once their locks are held, then the tuning of those that are tuned."""
+    """One pass for the checkpoints that are still missing once their locks are held, then the tuning of tuned cells."""
     sharers: dict[str, list[Cell]] = {}
     for cell in task.cells:
         store.open_cell(cell)
@@ -97,9 +98,8 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
     }  # a cell without tuning is its own
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     with ExitStack() as locks:
-        for key in sorted(
-            {*sharers, *bases}
-        ):  # one order for all drivers, so that none waits for another in a circle
+        # One order for all drivers, so that no two wait for each other.
+        for key in sorted({*sharers, *bases}):
             locks.enter_context(store.lock(f"checkpoint-{key}"))
         for key, cells in list(sharers.items()):
             manifest = store.manifest(key)
@@ -110,13 +110,13 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
             if isinstance(event, Quantized):
                 for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
-            if isinstance(event, Failed) and event.kind == "out_of_memory":
+            if isinstance(event, Failed) and event.kind is FailureKind.OUT_OF_MEMORY:
                 ran_out(store, event.cell_keys, "quantize", len(sharers), peak_memory(device))
             yield event
 
 
 def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
-    """The walk over all cells, tuned ones as they are before it; then each tuning, from the checkpoint that the walk made."""
+    """One pass over all cells, tuned ones without their tuning; then each tuning, from the checkpoint that the pass made."""
     tuned = [cell for cell in cells if cell.method.tuning is not None]
     plain = [cell for cell in cells if cell.method.tuning is None]
     bases = [untuned(cell) for cell in tuned if store.manifest(quantize_key(untuned(cell))) is None]
@@ -125,7 +125,7 @@ def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
     for cell in tuned:
         followers.setdefault(cell_key(untuned(cell)), []).append(cell_key(cell))
     failed: set[str] = set()
-    for event in _walk([*plain, *bases], store, device):
+    for event in _run_pass([*plain, *bases], store, device):
         waiting = (
             ()
             if isinstance(event, Quantized)
@@ -144,7 +144,7 @@ def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
         keys = tuple(dict.fromkeys(map(cell_key, sharers)))
         try:
             yield from _tune(sharers[0], keys, store, device)
-        except Exception as error:  # a tuning's code may raise anything; the others go on
+        except Exception as error:  # the code of a tuning may raise anything; other cells continue
             yield failure(error, keys, "tuning")
         release(device)
 
@@ -163,11 +163,11 @@ def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Itera
         store.making(quantize_key(cell)) as place,
         store.reading(quantize_key(untuned(cell))) as base,
     ):
-        writer = CheckpointWriter(place, fingerprint(cell), store.files.keep)
+        writer = CheckpointWriter(place, fingerprint(cell), store.files.upload)
         yield from run_tuning(cell, folder, base, windows, writer, device, keys)
 
 
-def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
+def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
     """The pass over cells of one model and one calibration."""
     from harness.quantization.calibration import draw_windows
     from harness.quantization.formats.native import CheckpointWriter
@@ -190,13 +190,13 @@ def _walk(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
         writers = {}
         for key, cell in {quantize_key(cell): cell for cell in cells}.items():
             writers[key] = CheckpointWriter(
-                places.enter_context(store.making(key)), fingerprint(cell), store.files.keep
+                places.enter_context(store.making(key)), fingerprint(cell), store.files.upload
             )
         yield from run_pass(cells, folder, windows, writers, device)
 
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
-    """What a checkpoint folder says it is of. Equal for all cells that share it."""
+    """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
     return {
         "quantize_key": quantize_key(cell),
         "model": cell.model.digest,
@@ -210,7 +210,7 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, without asking the network."""
+    """The tokenizer of a model folder, without network access."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(
@@ -222,12 +222,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def evaluate(task: EvaluateTask, store: Store, device: str) -> Iterator[Event]:
-    """Score one cell after the other; a model is in memory while its cell is scored."""
+    """Score one cell after the other. One model is in memory at a time."""
+    # Loaded here, so that the freeze below covers them.
+    import harness.evaluation.protocols
+    import harness.quantization.inference.load  # noqa: F401
 
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     if device != "cpu" and (task.devices > 1 or task.offload):
         facts = {**facts, "devices": task.devices, "offload": task.offload}
-    gc.freeze()  # else each collection between two models walks all of torch: 0.2 s
+    gc.freeze()  # otherwise each collection between two models scans all of torch: 0.2 s
     try:
         yield from _evaluate_cells(task, store, device, facts)
     finally:
@@ -280,13 +283,25 @@ def _evaluate_cell(
         raise HarnessError(
             f"{cell.title}: its checkpoint {quantize_key(cell)[:12]} is not in {store.place}; run the sweep again"
         )
-    if cell.method.is_baseline:
-        model, tokenizer = place(cell, folder, None)
-    else:
+
+    def load_as(mode: str) -> tuple[Any, Any]:
+        if cell.method.is_baseline:
+            return place(cell, folder, None, mode=mode)
         with store.reading(quantize_key(cell)) as checkpoint:
-            model, tokenizer = place(cell, folder, checkpoint)
+            return place(cell, folder, checkpoint, mode=mode)
+
+    model, tokenizer = load_as("dense")
+    cache = store.root / "cache"
     subject = Subject(
-        cell, model, tokenizer, device, task.batch_size, manifest, folder, store.root / "cache"
+        cell,
+        model,
+        tokenizer,
+        device,
+        task.batch_size,
+        manifest,
+        folder,
+        cache,
+        lambda mode: load_as(mode)[0],
     )
     store.write_provenance(key, {"evaluate": dict(facts)})
     for evaluation in evaluations:
@@ -295,9 +310,9 @@ def _evaluate_cell(
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
             note = functools.partial(_ran_out, store, key, task, device)
-            if failed.kind == "out_of_memory":
+            if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(subject.batch_size)
-            if failed.kind != "out_of_memory" or subject.batch_size == 1:
+            if failed.kind is not FailureKind.OUT_OF_MEMORY or subject.batch_size == 1:
                 yield failed
                 continue
             log.warning(
@@ -307,18 +322,18 @@ def _evaluate_cell(
             )
         else:
             continue
-        release(device)  # outside the handler, whose traceback keeps the tensors alive
+        release(device)  # outside the handler, whose traceback holds the tensors
         try:
             yield from _score(dataclasses.replace(subject, batch_size=1), evaluation, store, facts)
         except Exception as error:
             failed = failure(error, (key,), evaluation.name)
-            if failed.kind == "out_of_memory":
+            if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(1)
             yield failed
 
 
 def _ran_out(store: Store, key: str, task: EvaluateTask, device: str, batch_size: int) -> None:
-    """Note that memory ran out for an evaluation, on how many GPUs."""
+    """Record that memory ran out for an evaluation, and on how many GPUs."""
     ran_out(
         store,
         (key,),

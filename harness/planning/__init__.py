@@ -1,1 +1,1 @@
-"""What a sweep will do before it does anything: checks, passes, estimates."""
+"""The plan of a sweep: checks, passes, estimates."""

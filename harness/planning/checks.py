@@ -1,4 +1,4 @@
-"""Every check of a cell before it runs, asked once per distinct question."""
+"""Every check of a cell before it runs, done once per distinct question."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.planning.resources import (
     DTYPE_BYTES,
     MEMORY_SHARE,
     T,
-    gpu_share,
+    gpu_fraction,
     measures_device,
     uses_gpu,
 )
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Checker:
-    """Asks every part of a cell once per distinct question: 1,000 cells are a few models, methods and schemes."""
+    """Checks the parts of cells, each distinct question once: 1,000 cells are a few models, methods and schemes."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -61,14 +61,14 @@ class Checker:
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
 
     def devices(self, model: Model) -> int | None:
-        """GPUs over which a model is spread: the fewest whose shares, and one block more, fit. None where no number is enough.
+        """GPUs over which a model is spread: each holds its part and one block more. None where no number is enough.
 
-        1 without GPUs here, and on a cluster elsewhere unless `cluster.gpu_memory` says how large its GPUs are.
+        1 without GPUs on this machine, and on a cluster at an address unless `cluster.gpu_memory` gives the size of its GPUs.
         """
         return self._once(("devices", model), lambda: self._devices(model))
 
-    def is_whole(self, model: Model) -> bool:
-        """A model that one GPU holds, and a task's share of one does not."""
+    def needs_full_gpu(self, model: Model) -> bool:
+        """Whether one GPU holds a model, and a task's fraction of one does not."""
         shapes, free = self.shapes(model), self.gpu_bytes()
         if (
             shapes is None
@@ -77,7 +77,7 @@ class Checker:
             or model.dtype not in DTYPE_BYTES
         ):
             return False
-        return DTYPE_BYTES[model.dtype] * shapes.parameters > free * MEMORY_SHARE * gpu_share(
+        return DTYPE_BYTES[model.dtype] * shapes.parameters > free * MEMORY_SHARE * gpu_fraction(
             self.runtime
         )
 
@@ -105,7 +105,7 @@ class Checker:
         return resources.count_gpus() if uses_gpu(self.runtime) else 0
 
     def gpu_bytes(self) -> int | None:
-        """Free on one GPU; None where there is none, and where nobody has said how large those of a cluster are."""
+        """Bytes free on one GPU; None where there is none, and on a cluster at an address without `cluster.gpu_memory`."""
         return self._once("GPU", self._gpu_bytes)
 
     def _gpu_bytes(self) -> int | None:
@@ -151,7 +151,7 @@ class Checker:
                 number = f"{devices} GPUs" if devices else "no number of GPUs is enough"
                 takes, where = (
                     f"{takes}: {number}",
-                    f"this machine has {counted(self._gpus(), 'GPU')}, of which the fullest",
+                    f"this machine has {counted(self._gpus(), 'GPU')}, of which the GPU with least free memory",
                 )
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
@@ -166,14 +166,14 @@ class Checker:
         reasons = []
         if calibration.samples < 1 or calibration.length < 2:
             windows = f"{calibration.samples} windows of {calibration.length} tokens"
-            reasons.append(f"calibration {calibration.name}: {windows} hold no text")
+            reasons.append(f"calibration {calibration.name}: {windows} are empty")
         missing = texts.missing_text(calibration.source, calibration.split)
         return [*reasons, *(f"calibration {calibration.name}: {reason}" for reason in missing)]
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
         if slot == "tuning" and cell.method.rounding is None:
             return [
-                f"tuning {part.name}: trains what a rounding made, and there is none; choose a rounding"
+                f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
@@ -189,13 +189,13 @@ class Checker:
             and cell.method.transform is not None
         ):
             reasons.append(
-                f"rounding {part.name}: squared gradients are of the model's own weights, which transform "
+                f"rounding {part.name}: squared gradients belong to the original weights of the model, which transform "
                 f"{cell.method.transform.name} changes; use no transform"
             )
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if slot == "tuning" and fused:
             reasons.append(
-                f"tuning {part.name}: trains whole linears; of this model {', '.join(fused)} are parts of fused ones"
+                f"tuning {part.name}: trains whole linear layers; in this model {', '.join(fused)} are parts of fused layers"
             )
         return reasons
 
@@ -213,7 +213,7 @@ class Checker:
             return [str(error)]
 
     def _execution_reasons(self, cell: Cell) -> list[str]:
-        """Why activations or the cache cannot be rounded as the scheme says."""
+        """Why activations or the KV cache cannot be quantized as the scheme says."""
         from harness.quantization.inference import activations, kv_cache
 
         shapes = self.shapes(cell.model)
@@ -231,7 +231,7 @@ class Checker:
         except HarnessError as error:
             return [f"evaluation {evaluation.name}: {error}"]
         if self.devices(model) != 1 and measures_device(evaluation):
-            reasons = [*reasons, "measures one GPU, and the model takes several"]
+            reasons = [*reasons, "it measures one GPU, and the model takes several"]
         return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
 
 

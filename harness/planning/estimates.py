@@ -12,7 +12,13 @@ from harness.core.sweep import Runtime
 from harness.planning import resources
 from harness.planning.checks import Checker
 from harness.planning.plan import Scoring
-from harness.planning.resources import DTYPE_BYTES, MEMORY_SHARE, count_cores, gpu_share, uses_gpu
+from harness.planning.resources import (
+    DTYPE_BYTES,
+    MEMORY_SHARE,
+    count_cores,
+    gpu_fraction,
+    uses_gpu,
+)
 from harness.planning.streams import stream_of
 from harness.storage.store import Store
 
@@ -20,16 +26,14 @@ if TYPE_CHECKING:
     from harness.core.shapes import Shapes
 
 
-FLOPS_PER_THREAD = (
-    2e10  # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
-)
-FLOPS_PER_GPU = (
-    5e13  # sustained in float32 accumulation; an order of magnitude, until records exist
-)
+# float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
+FLOPS_PER_THREAD = 2e10
+# sustained in float32 accumulation; an order of magnitude, until records exist
+FLOPS_PER_GPU = 5e13
 
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
-    """About how large a checkpoint is: codes, one scale per group and, where there are zero points, one of them."""
+    """Estimated bytes of a checkpoint: codes, one scale per group and, where the scheme has zero points, one of them."""
     if cell.method.is_baseline:
         return 4096
     bits = 0.0
@@ -83,10 +87,10 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
 
 
 def fits_in_memory(cells: Sequence[Cell], shapes: Shapes, checker: Checker, workers: int) -> bool:
-    """Whether a task's share of a GPU, and of the main memory of this machine, holds a pass."""
+    """Whether a task's fraction of a GPU, and of the main memory of this machine, holds a pass."""
     device, host = pass_memory(cells, shapes)
     gpu = checker.gpu_bytes()
-    if gpu is not None and device > gpu * MEMORY_SHARE * gpu_share(checker.runtime):
+    if gpu is not None and device > gpu * MEMORY_SHARE * gpu_fraction(checker.runtime):
         return False
     if checker.runtime.cluster.address:
         return True
@@ -97,18 +101,17 @@ def fits_in_memory(cells: Sequence[Cell], shapes: Shapes, checker: Checker, work
 
 
 class History:
-    """Seconds that past records of the store took: medians by model and method, and by model and evaluation."""
+    """Facts from the records of a store: median seconds by model and method or evaluation, and memory that ran out."""
 
     def __init__(self, store: Store) -> None:
         quantized: dict[Hashable, list[float]] = collections.defaultdict(list)
         scored: dict[Hashable, list[float]] = collections.defaultdict(list)
-        self._short: list[
-            tuple[str, Cell, Mapping[str, Any]]
-        ] = []  # stage, cell, what was noted of it
+        # (stage, cell, its mark) of every cell that ran out of memory
+        self._marks: list[tuple[str, Cell, Mapping[str, Any]]] = []
         for record in store.records():
             for stage in ("quantize", "evaluate"):
                 if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
-                    self._short.append((stage, record.cell, mark))
+                    self._marks.append((stage, record.cell, mark))
             model = record.cell.model.digest
             if record.manifest and (seconds := record.manifest.get("seconds")):
                 quantized[model, record.cell.method.name].append(float(seconds))
@@ -119,17 +122,17 @@ class History:
         self.scored = {key: statistics.median(values) for key, values in scored.items()}
 
     def ran_out(self, cell: Cell, stage: str, checker: Checker) -> int | None:
-        """With how many together memory ran out for a cell or a sibling that needs no more; None where it never did.
+        """The fewest checkpoints made together for which a cell or a sibling ran out of memory; None where none did.
 
-        A sibling has the same method, where the method matters, and a model with as many parameters or fewer.
+        A sibling has the same method, where the method matters, and a model of as many parameters or fewer.
         """
         return min(
             (int(mark.get("beside", 2)) for mark, _ in self._siblings(cell, stage, checker)),
             default=None,
         )
 
-    def room(self, cell: Cell, checker: Checker) -> tuple[int, int, bool]:
-        """(batch size, GPUs, blocks in main memory) with which to score a model at first; 0 and 1 where memory never ran out."""
+    def scoring_defaults(self, cell: Cell, checker: Checker) -> tuple[int, int, bool]:
+        """(batch size, GPUs, blocks in main memory) for the first try of scoring a model; (0, 1, False) by default."""
         marks = [mark for mark, _ in self._siblings(cell, "evaluate", checker)]
         devices = max(
             (2 * int(mark.get("devices", 0)) for mark in marks if mark.get("beside") == 1),
@@ -140,7 +143,7 @@ class History:
     def _siblings(
         self, cell: Cell, stage: str, checker: Checker
     ) -> Iterable[tuple[Mapping[str, Any], Cell]]:
-        for marked, other, mark in self._short:
+        for marked, other, mark in self._marks:
             if marked != stage or (stage == "quantize" and other.method.name != cell.method.name):
                 continue
             mine, theirs = checker.shapes(cell.model), checker.shapes(other.model)
@@ -152,27 +155,29 @@ class History:
     def warnings(
         self, unmade: Sequence[Cell], scorings: Sequence[Scoring], checker: Checker
     ) -> list[str]:
-        """What the plan says of cells whose like ran out of memory."""
-        said: dict[str, None] = {}
+        """Notes of the plan on cells that are planned differently because they or a sibling ran out of memory."""
+        notes: dict[str, None] = {}
         for cell in unmade:
-            for _, other in self._least(cell, "quantize", checker):
-                said.setdefault(f"{cell.title} walks alone: memory ran out for {other.title}")
+            for _, other in self._worst_sibling(cell, "quantize", checker):
+                notes.setdefault(
+                    f"{cell.title} is quantized in a pass of its own, because {other.title} ran out of memory"
+                )
         for scoring in scorings:
             if scoring.batch_size:
                 ways = ["in batches of 1"]
-                ways += [f"on {scoring.devices} GPUs"] if scoring.devices > scoring.least else []
+                ways += [f"on {scoring.devices} GPUs"] if scoring.devices > scoring.min_gpus else []
                 ways += ["with its blocks in main memory"] if scoring.offload else []
                 for cell in scoring.cells:
-                    for _, other in self._least(cell, "evaluate", checker):
-                        said.setdefault(
-                            f"{cell.title} is scored {', '.join(ways)}: memory ran out for {other.title}"
+                    for _, other in self._worst_sibling(cell, "evaluate", checker):
+                        notes.setdefault(
+                            f"{cell.title} is scored {', '.join(ways)}, because {other.title} ran out of memory"
                         )
-        return list(said)
+        return list(notes)
 
-    def _least(
+    def _worst_sibling(
         self, cell: Cell, stage: str, checker: Checker
     ) -> list[tuple[Mapping[str, Any], Cell]]:
-        """The one sibling for which memory ran out with the fewest together."""
+        """The sibling that ran out of memory with the fewest checkpoints made together, if there is one."""
         return sorted(
             self._siblings(cell, stage, checker), key=lambda pair: int(pair[0].get("beside", 2))
         )[:1]
@@ -188,7 +193,7 @@ class History:
     def evaluate_seconds(
         self, cells: Sequence[Cell], evaluations: Sequence[Sequence[Evaluation]]
     ) -> float | None:
-        """None when some evaluation was never run on the model: its cost depends on data that a plan does not read."""
+        """None where an evaluation was never run on the model: its cost depends on data that a plan does not read."""
         known = [
             self.scored.get((cell.model.digest, evaluation.name))
             for cell, wanted in zip(cells, evaluations, strict=True)
@@ -219,7 +224,7 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
 
 
 def _trained_tokens(settings: Mapping[str, Any], tokens: int) -> float:
-    """Of a part with epochs over the windows, or with steps of a batch of texts (at most: texts may be short)."""
+    """Tokens that a part of a method trains on: epochs over the windows, or steps of a batch of texts (an upper bound)."""
     if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
         return float(
             settings["steps"]

@@ -12,7 +12,7 @@ from harness.planning import resources
 from harness.planning.checks import Checker
 from harness.planning.estimates import History, checkpoint_bytes, fits_in_memory, pass_memory
 from harness.planning.plan import CHECKPOINTS_PER_PASS, Pass, Scoring
-from harness.planning.resources import DTYPE_BYTES, gpu_share, uses_gpu
+from harness.planning.resources import DTYPE_BYTES, gpu_fraction, uses_gpu
 from harness.planning.streams import by_stream, chunk_size, stream_of
 
 if TYPE_CHECKING:
@@ -22,42 +22,48 @@ if TYPE_CHECKING:
 def make_passes(
     unmade: Sequence[Cell], sweep: Sweep, checker: Checker, history: History, workers: int
 ) -> Iterable[Pass]:
-    """Group what is not quantized by rank, model and calibration windows, and cut each group for memory and the workers known now.
+    """Group the missing checkpoints by priority tier, model and calibration windows, and cut each group for memory and workers.
 
-    A run cuts anew for the slots that it finds (`board`).
+    A run cuts the passes anew for the worker slots that it has (`execution.scheduler`).
     """
     by_key: dict[str, list[Cell]] = {}
     for cell in unmade:
         by_key.setdefault(quantize_key(cell), []).append(cell)
-    by_walk: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
-    for (
-        key,
-        cells,
-    ) in by_key.items():  # what ran out of memory before, here or in a smaller sibling, walks alone
+    by_group: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
+    # A checkpoint that ran out of memory before, itself or a smaller sibling, is made in a pass of its own.
+    for key, cells in by_key.items():
         first = cells[0]
-        rank, alone = (
-            min(sweep.rank(cell_key(cell)) for cell in cells),
+        priority_tier, alone = (
+            min(sweep.priority_tier(cell_key(cell)) for cell in cells),
             history.ran_out(first, "quantize", checker) is not None,
         )
-        walk = (
-            rank,
+        group_key = (
+            priority_tier,
             first.model,
             first.calibration if first.method.needs else None,
             key if alone else "",
         )
-        by_walk.setdefault(walk, []).append(cells)
-    for (rank, model, _, single), group in sorted(by_walk.items(), key=lambda item: item[0][0]):
+        by_group.setdefault(group_key, []).append(cells)
+    for (priority_tier, model, _, single), group in sorted(
+        by_group.items(), key=lambda item: item[0][0]
+    ):
         shapes, checkpoints = checker.shapes(model), by_stream(group)
         assert shapes is not None, "a model without shapes is refused"
         limit = (
             1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
         )
-        share = max(1, workers // len(by_walk))
+        group_workers = max(1, workers // len(by_group))
         while checkpoints:
             count = chunk_size(
-                [stream_of(cells[0]) for cells in checkpoints], -(-len(checkpoints) // share), limit
+                [stream_of(cells[0]) for cells in checkpoints],
+                -(-len(checkpoints) // group_workers),
+                limit,
             )
-            part, checkpoints, share = checkpoints[:count], checkpoints[count:], max(1, share - 1)
+            part, checkpoints, group_workers = (
+                checkpoints[:count],
+                checkpoints[count:],
+                max(1, group_workers - 1),
+            )
             made = [cells[0] for cells in part]
             together = history.ran_out(made[0], "quantize", checker)
             yield Pass(
@@ -66,17 +72,17 @@ def make_passes(
                 history.quantize_seconds(made, shapes, checker.runtime),
                 sum(pass_memory(made, shapes)),
                 sum(checkpoint_bytes(cell, shapes) for cell in made),
-                apart=together is not None and together < 2,
-                whole=len(made) == 1
+                exclusive=together is not None and together < 2,
+                needs_full_gpu=len(made) == 1
                 and not fits_in_memory(made, shapes, checker, workers)
-                and gpu_share(checker.runtime) < 1,
-                rank=rank,
+                and gpu_fraction(checker.runtime) < 1,
+                priority_tier=priority_tier,
                 limit=limit,
             )
 
 
 def _limit(checkpoints: Sequence[Cell], shapes: Shapes, checker: Checker, workers: int) -> int:
-    """Checkpoints, side by side in this order, that memory allows in one pass."""
+    """The largest number of neighbouring checkpoints, in this order, that memory allows in every pass."""
     limit = CHECKPOINTS_PER_PASS
     while limit > 1 and not all(
         fits_in_memory(checkpoints[start : start + limit], shapes, checker, workers)
@@ -119,29 +125,31 @@ def make_scorings(
         if unscored[id(cell)]:
             by_model.setdefault(cell.model, []).append(cell)
     for model, cells in by_model.items():
-        # What others are compared with comes first; otherwise in the sweep's order.
-        cells.sort(key=lambda cell: (sweep.rank(cell_key(cell)), not cell.method.is_baseline))
+        # Baselines run first, because other cells are compared with them; otherwise the order of the sweep.
+        cells.sort(
+            key=lambda cell: (sweep.priority_tier(cell_key(cell)), not cell.method.is_baseline)
+        )
         evaluations = tuple(unscored[id(cell)] for cell in cells)
         shapes = checker.shapes(model)
         assert shapes is not None, "a model without shapes is refused"
         seconds = history.evaluate_seconds(cells, evaluations)
-        need, least = shapes.parameters * DTYPE_BYTES[model.dtype], checker.devices(model) or 1
-        batch_size, devices, offload = history.room(cells[0], checker)
+        need, min_gpus = shapes.parameters * DTYPE_BYTES[model.dtype], checker.devices(model) or 1
+        batch_size, devices, offload = history.scoring_defaults(cells[0], checker)
         if (
-            devices > least
+            devices > min_gpus
             and uses_gpu(sweep.runtime)
             and not sweep.runtime.cluster.address
             and devices > resources.count_gpus()
         ):
-            devices, offload = least, True
+            devices, offload = min_gpus, True
         yield Scoring(
             tuple(cells),
             evaluations,
             seconds,
             need,
-            max(devices, least),
-            least,
-            checker.is_whole(model),
+            max(devices, min_gpus),
+            min_gpus,
+            checker.needs_full_gpu(model),
             batch_size,
             offload,
         )

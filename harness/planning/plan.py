@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-CHECKPOINTS_PER_PASS = 16  # more would save reading alone, and every stream waits on the CPU
+CHECKPOINTS_PER_PASS = 16  # a larger pass would save only reading, and the activations of every input stream wait on the CPU
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk through a model's blocks.
+    """One pass over the blocks of a model.
 
     cells    every cell whose checkpoint it makes; cells of one quantize_key share the checkpoint
-    sharing  in words, what the cells have in common
-    seconds  of work, None where neither a record nor a shape tells; peak_memory_bytes on device and CPU together; disk_bytes of its
-             checkpoints
-    apart    memory ran out for its like before: nothing may run beside it
-    whole    it takes a GPU of its own where tasks share them
-    rank     0 for what the sweep wants first; a pass has cells of one rank
-    limit    checkpoints that memory allows in one pass of its kind; passes are joined up to it while no slot is free
+    sharing  what the cells have in common, in words
+    seconds  of work, None where neither records nor shapes give an estimate
+    peak_memory_bytes  on device and CPU together; disk_bytes: of its checkpoints
+    exclusive          no other task may run at the same time, because a similar pass ran out of memory before
+    needs_full_gpu     it takes a GPU of its own where tasks share GPUs
+    priority_tier      0 for the first entry of the sweep's `first:`; all cells of a pass are of one tier
+    limit              checkpoints that memory allows in one such pass; passes are joined up to it while no slot is free
     """
 
     cells: tuple[Cell, ...]
@@ -42,9 +42,9 @@ class Pass:
     seconds: float | None
     peak_memory_bytes: int
     disk_bytes: int
-    apart: bool = False
-    whole: bool = False
-    rank: int = 0
+    exclusive: bool = False
+    needs_full_gpu: bool = False
+    priority_tier: int = 0
     limit: int = CHECKPOINTS_PER_PASS
 
     @property
@@ -57,10 +57,11 @@ class Pass:
 class Scoring:
     """The missing evaluations of one model's cells; evaluations[i] belong to cells[i]. seconds as in `Pass`.
 
-    devices     GPUs of one node to begin with: what its size takes (least), or more where memory ran out for its like before
-    whole       it takes a GPU of its own where tasks share them
-    batch_size  1 where memory ran out in larger batches; 0: as the sweep says
-    offload     memory ran out on all GPUs that there are: blocks wait in main memory
+    devices         GPUs of one node for the first try: min_gpus, or more where a similar evaluation ran out of memory before
+    min_gpus        GPUs that the size of the model takes
+    needs_full_gpu  it takes a GPU of its own where tasks share GPUs
+    batch_size      1 where memory ran out in larger batches; 0: as the sweep says
+    offload         memory ran out on all GPUs of a node: blocks stay in main memory
     """
 
     cells: tuple[Cell, ...]
@@ -68,8 +69,8 @@ class Scoring:
     seconds: float | None
     peak_memory_bytes: int
     devices: int = 1
-    least: int = 1
-    whole: bool = False
+    min_gpus: int = 1
+    needs_full_gpu: bool = False
     batch_size: int = 0
     offload: bool = False
 
@@ -80,7 +81,13 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Plan:
-    """done and missing partition the cells that can run; problems concern the sweep as a whole (disk, an unwritable store)."""
+    """What a run of a sweep will do.
+
+    done, missing  partition the cells that can run
+    problems       of the sweep as a whole: disk, a store that cannot be written
+    notes          on the models to quantize (parts that stay as they are, scales that are not folded), and on memory that ran out
+    used_bytes     of the store, where it has a quota
+    """
 
     sweep: Sweep
     done: tuple[Cell, ...]
@@ -90,10 +97,8 @@ class Plan:
     scorings: tuple[Scoring, ...]
     problems: tuple[str, ...]
     workers: int
-    notes: tuple[
-        str, ...
-    ] = ()  # what families say of the models to quantize: parts left alone, scales not folded
-    used_bytes: int = 0  # of the store, where it has a quota
+    notes: tuple[str, ...] = ()
+    used_bytes: int = 0
 
     @property
     def checkpoints(self) -> int:
@@ -105,7 +110,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Wall time, were the work spread evenly over the workers; None while some part of it has neither record nor formula."""
+        """Wall time with the work spread evenly over the workers; None while a part of it has neither record nor formula."""
         parts = [
             *(each.seconds for each in self.passes),
             *(scoring.seconds for scoring in self.scorings),

@@ -1,7 +1,7 @@
-"""What a sweep will do before it does anything: done, missing and refused cells, passes, evaluations, time, memory and disk.
+"""Makes the plan of a sweep before anything starts: done, missing and refused cells, passes, evaluations, time, memory and disk.
 
-A plan reads no weights: shapes come from a model's config.json, keys from the cells, and what is done from the store. Every
-reason that any cell cannot run is collected before one is shown, so that one reading of the list repairs the whole sweep.
+A plan reads no weights: shapes come from a model's config.json, keys from the cells, and finished work from the store. All reasons
+why cells cannot run are collected before any is shown, so that all of them can be repaired at once.
 
 Cells with one quantize_key share one checkpoint. Checkpoints of one model and one draw of calibration windows share a pass: each
 block is read once for all of them, and cells with the same input stream share its forward pass and its statistics.
@@ -68,9 +68,9 @@ def make(sweep: Sweep, store: Store) -> Plan:
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
-    """The plan of what fits into so much wall time: in the order of `first:`, baselines, then the cheapest; and the cells left out.
+    """The part of a plan that fits into a wall time, and the cells left out. Order: `first:`, baselines, then the cheapest cells.
 
-    What has neither record nor formula counts nothing here: it is tried, and the clock decides.
+    A cell whose cost has neither record nor formula counts as free: it is started, and the run ends when the time is over.
     """
     costs: dict[str, float] = collections.defaultdict(float)
     for each in plan.passes:
@@ -80,10 +80,10 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
         for cell, wanted in zip(scoring.cells, scoring.evaluations, strict=True):
             costs[cell_key(cell)] += (scoring.seconds or 0.0) * len(wanted) / max(1, scoring.count)
     left, room = set(), seconds * max(1, plan.workers)
-    rank = plan.sweep.rank
+    priority_tier = plan.sweep.priority_tier
     for cell in sorted(
         plan.missing,
-        key=lambda c: (rank(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)]),
+        key=lambda c: (priority_tier(cell_key(c)), not c.method.is_baseline, costs[cell_key(c)]),
     ):
         room -= costs[cell_key(cell)]
         if room < 0:
@@ -93,12 +93,12 @@ def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:
     passes = []
     for each in plan.passes:
         cells = tuple(cell for cell in each.cells if cell_key(cell) not in left)
-        share = len(cells) / len(each.cells)
+        fraction = len(cells) / len(each.cells)
         if cells:
-            cost = None if each.seconds is None else each.seconds * share
+            cost = None if each.seconds is None else each.seconds * fraction
             passes.append(
                 dataclasses.replace(
-                    each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * share)
+                    each, cells=cells, seconds=cost, disk_bytes=int(each.disk_bytes * fraction)
                 )
             )
     scorings = []

@@ -19,7 +19,7 @@ def require(plan: Plan) -> None:
 
 
 def render(plan: Plan) -> str:
-    """The plan as a person reads it: one line of counts, one line per pass and per model to evaluate, then costs and places."""
+    """The plan as text: one line of counts, one line per pass and per model to evaluate, then costs and places."""
     sweep, runtime = plan.sweep, plan.sweep.runtime
     todo = f"{len(plan.missing)} to do" if plan.missing else "nothing to do"
     head = [f"{counted(len(sweep.cells), 'cell')}", f"{len(plan.done)} done", todo]
@@ -43,21 +43,21 @@ def render(plan: Plan) -> str:
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
         lines.append(
-            f"        {counted(shared, 'cell')} use the checkpoint of another (they differ in activation or KV bits alone)"
+            f"        {counted(shared, 'cell')} use the checkpoint of another cell (they differ only in activation or KV bits)"
         )
-    ranks = collections.Counter(sweep.rank(cell_key(cell)) for cell in plan.missing)
-    for rank, entry in enumerate(sweep.first):
+    tiers = collections.Counter(sweep.priority_tier(cell_key(cell)) for cell in plan.missing)
+    for priority_tier, entry in enumerate(sweep.first):
         fits = (
-            f"{counted(ranks[rank], 'cell')} to do"
+            f"{counted(tiers[priority_tier], 'cell')} to do"
             if entry.keys & keys
-            else "fits no cell of this run"
+            else "matches no cell of this run"
         )
-        lines.append(f"first   {rank + 1}. {entry.text}: {fits}")
+        lines.append(f"first   {priority_tier + 1}. {entry.text}: {fits}")
     lines += [f"note    {note}" for note in plan.notes]
     lines += [f"skip    {len(skip.titles)} × {skip.reason}" for skip in sweep.skips]
     where = f"{counted(plan.workers, 'worker')} on this machine"
     if runtime.cluster.address:
-        where = f"{runtime.cluster.address}, {plan.workers} slots assumed; passes are cut for those it has"
+        where = f"{runtime.cluster.address}, {plan.workers} worker slots assumed; passes are cut for the slots that it has"
     lines.append(f"        {where} · results in {runtime.runs} · tracking {_tracking(runtime)}")
     if plan.passes and (quota := quota_bytes(runtime)) is not None:
         left = max(0, quota - plan.used_bytes)

@@ -1,4 +1,4 @@
-"""What this machine has: cores, GPUs, memory, disk quota, and what one task gets of it."""
+"""Cores, GPUs, memory and disk quota of this machine, and the part of them that one task gets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, size
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ASSUMED_SLOTS = 4  # of a cluster elsewhere, in estimates
-MEMORY_SHARE = 0.9  # of what is free; the rest is for the process and the allocator's gaps
+ASSUMED_SLOTS = 4  # of a cluster at an address, in estimates
+# of the free memory that a plan uses; the rest is for the process and the allocator's gaps
+MEMORY_SHARE = 0.9
 
 T = TypeVar("T")
 
 
 def count_workers(runtime: Runtime) -> int:
-    """Tasks that run at once on this machine: as configured, else one per share of a GPU, else one per two cores.
+    """Tasks that run at once on this machine: as configured, else one per fraction of a GPU, else one per two cores.
 
-    A cluster at an address decides for itself how many it runs; for it this is 4 per configured default, used in estimates alone.
+    A cluster at an address has as many as its nodes allow; for it this is ASSUMED_SLOTS, used in estimates only.
     """
     if runtime.cluster.workers:
         return runtime.cluster.workers
@@ -49,7 +50,7 @@ def count_gpus() -> int:
 
 
 def free_memory(runtime: Runtime) -> tuple[int | None, str]:
-    """Bytes free on the device that tasks of this machine would use, and its name; None for a cluster that is elsewhere."""
+    """Bytes free on the device that tasks of this machine use, and its name; None for a cluster at an address."""
     if runtime.cluster.address:
         return None, "the cluster"
     if uses_gpu(runtime):
@@ -60,14 +61,14 @@ def free_memory(runtime: Runtime) -> tuple[int | None, str]:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that processes may still take."""
+    """Bytes of main memory that processes can still allocate."""
     import psutil
 
     return int(psutil.virtual_memory().available)
 
 
 def measures_device(evaluation: Evaluation) -> bool:
-    """It measures the device that it is on: several, or one that waits for main memory, are another."""
+    """Whether an evaluation measures its device, so that several GPUs, or blocks in main memory, would change the result."""
     facts = plugins.find("evaluator").get(evaluation.evaluator)
     return facts is not None and bool(facts.get("exclusive", False))
 
@@ -77,8 +78,8 @@ def uses_gpu(runtime: Runtime) -> bool:
     return runtime.device != "cpu" and count_gpus() > 0
 
 
-def gpu_share(runtime: Runtime) -> float:
-    """The share of a GPU's memory that one task has; its process takes no more (`work.prepare`)."""
+def gpu_fraction(runtime: Runtime) -> float:
+    """The fraction of a GPU's memory that one task has, 0 to 1; its process allocates no more (`process.prepare`)."""
     cluster = runtime.cluster
     if cluster.kind == "local" and not cluster.address:
         return min(1.0, count_gpus() / count_workers(runtime)) if uses_gpu(runtime) else 1.0
@@ -86,7 +87,7 @@ def gpu_share(runtime: Runtime) -> float:
 
 
 def quota_bytes(runtime: Runtime) -> int | None:
-    """What the store may take, or None."""
+    """Bytes that the store may take; None for no limit."""
     return bytes_of(runtime.store.quota, "store.quota") if runtime.store.quota else None
 
 
@@ -97,5 +98,5 @@ def over_quota(runtime: Runtime, used: int, needed: int) -> str:
         return ""
     return (
         f"the checkpoints take about {size(needed)}, and {runtime.runs} holds {size(used)} of its quota of {size(quota)}; "
-        f"harness gc --dry-run --runs {runtime.runs} says what may go, and store.quota=SIZE raises the quota"
+        f"harness gc --dry-run --runs {runtime.runs} lists what can be deleted, and store.quota=SIZE raises the quota"
     )

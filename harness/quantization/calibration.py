@@ -57,10 +57,10 @@ def _random_tokens(calibration: Calibration, tokenizer: Any) -> Tensor:
 def draw_documents(
     calibration: Calibration, tokenizer: Any, documents: Sequence[str] | None = None
 ) -> list[Document]:
-    """Every text of the corpus, tokenized, for tunings that learn from answers; packing, samples and length cut windows alone.
+    """Every text of the corpus, tokenized, for tunings that learn from answers; packing, samples and length apply to windows only.
 
-    What stands before an answer (`sources.RESPONSE`) is the prompt. A prompt and its answer are tokenized apart, a BOS before the
-    one and an EOS behind the other where the tokenizer has them; a text without a prompt is tokenized as in a window.
+    The prompt is the text before an answer (`texts.RESPONSE`). A prompt and its answer are tokenized separately, with a BOS before
+    the prompt and an EOS after the answer where the tokenizer has them; a text without a prompt is tokenized as in a window.
     """
     texts = read_corpus(calibration.source, calibration.split) if documents is None else documents
     first, last = (

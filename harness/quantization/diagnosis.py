@@ -1,11 +1,11 @@
-"""Why a model loses by 8-bit weights and activations: which linears, through which side, and what repairs them with least change.
+"""Linears that 8-bit weights and activations damage, whether weights or activations are the cause, and the smallest repair.
 
 For each linear, on inputs x of calibration text (the question of arXiv 2408.15301, answered layer by layer):
 
     weight_ratio       largest over median, over input channels j, of max_i |W_ij|     a healthy linear has a few, LLaMA3-70B's
     activation_ratio   the same of the largest |x_j|                                   worst hundreds
     weights            ||x W'ᵀ - x Wᵀ||² / ||x Wᵀ||²: weights rounded per output channel, asymmetric min-max
-    activations        the same with inputs rounded per token alone
+    activations        the same with inputs rounded per token, weights not rounded
     both               the same with both
     grouped            the same with both in groups of input channels
 
@@ -32,14 +32,14 @@ from harness.quantization.numerics.grids import fit
 from harness.quantization.pipeline.walk import survey
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
-TOKENS = 1024  # of each linear's input, taken at equal distances
+TOKENS = 1024  # tokens of each linear's input, taken at equal distances
 OUTLYING, WORTH_REPAIR, REPAIRED = 10.0, 1e-2, 0.1
-FEW = 0.03  # of all linears: "less than 3 percent" of the study
+FEW = 0.03  # share of all linears: "less than 3 percent" in the study
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What the module's docstring lists, of one linear."""
+    """The figures of one linear that the module's docstring lists."""
 
     block: int
     linear: str
@@ -49,7 +49,7 @@ class LinearReport:
     activations: float
     both: float
     grouped: float
-    share: float = 0.0  # of the sum of `both` over all linears
+    share: float = 0.0  # part of the sum of `both` over all linears
 
     @property
     def cause(self) -> str:
@@ -190,13 +190,13 @@ def _round_weight(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def _round_input(x: Tensor, bits: int, group_size: int) -> Tensor:
-    granularity = "token" if group_size == -1 else "group"
-    return round_dynamic(
-        x,
-        ActivationScheme(
-            bits=bits, granularity=granularity, group_size=group_size, grid="llama_quant"
-        ),
+    scheme = ActivationScheme(
+        bits=bits,
+        granularity="token" if group_size == -1 else "group",
+        group_size=group_size,
+        grid="llama_quant",
     )
+    return round_dynamic(x, scheme)
 
 
 def _ratio(channels: Tensor) -> float:

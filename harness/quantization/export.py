@@ -2,8 +2,8 @@
 
 What a layout (`harness/quantization/formats/<name>.py`) cannot express exactly is refused, with all reasons, before anything is
 written. Tensors go out block by block; norms, biases, embeddings and heads as the transform left them, in the model's dtype.
-The folder is written aside and renamed. Peak memory: a shard and a block. A layout of adapters (`formats/peft.py`) writes what was trained beside the
-weights alone.
+The folder is written under a temporary name and then renamed. Peak memory: a shard and a block. A layout of adapters
+(`formats/peft.py`) writes only the adapters, not the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from harness.core import plugins
 from harness.core.cell import Cell, cell_key, quantize_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.data import hub, model_folders
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 4 * 2**30
-COPIED = (  # of the model's folder
+COPIED = (  # files of the model's folder
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -54,7 +55,9 @@ def layouts() -> list[str]:
     return sorted(
         path.stem
         for path in files
-        if re.search(r"^class Layout:", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if re.search(
+            r"^class Layout\b(?!\(Protocol)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
     )
 
 
@@ -71,6 +74,19 @@ def layout_of(name: str) -> Layout | AdapterLayout:
         raise ConfigError(
             f'export format "{name}" needs a library that cannot be imported here: {error}'
         ) from error
+
+
+def _groups_follow_activations(cell: Cell) -> bool:
+    """Whether groups of channels are formed in the order of activations, as the rounding's `reordered_groups` states.
+
+    That literal maps settings to whether they are on when groups are reordered.
+    """
+    rounding = cell.method.rounding
+    if rounding is None or cell.scheme.weight.group_size == -1:
+        return False
+    states = plugins.facts("rounding", rounding.name).get("reordered_groups", {})
+    settings = dict(rounding.settings)
+    return bool(states) and all(bool(settings.get(key)) == on for key, on in states.items())
 
 
 def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
@@ -94,14 +110,7 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
         reasons[
             "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
         ] = None
-    rounding = cell.method.rounding
-    settings = dict(rounding.settings) if rounding is not None else {}
-    dynamic_order = (
-        settings.get("act_order")
-        and not settings.get("static_groups")
-        and cell.scheme.weight.group_size != -1
-    )
-    if name == "compressed_tensors" and dynamic_order:
+    if not getattr(layout, "stores_group_order", True) and _groups_follow_activations(cell):
         reasons[
             "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
         ] = None
@@ -110,7 +119,7 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. bytes: of the weight files."""
+    """The result of an export. bytes: size of the weight files."""
 
     folder: Path
     format: str
@@ -181,7 +190,7 @@ def export(
 
 @contextlib.contextmanager
 def _written_aside(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when all is written."""
+    """A temporary folder next to `output`, renamed to `output` when all is written."""
     aside = output.with_name(f".{output.name}.{os.getpid()}.aside")
     try:
         aside.mkdir(parents=True)
@@ -205,7 +214,7 @@ def _export_adapters(
     output: Path,
     source: str,
 ) -> Exported:
-    """What a tuning left beside the weights. source: of the unquantized model, a hub id or a folder."""
+    """Export the adapters of a tuned cell. source: the unquantized model, a hub id or a folder."""
     from harness.quantization.formats.native import Checkpoint
     from harness.quantization.numerics.adapters import AdaptedWeight
     from harness.quantization.numerics.inputs import NAMES
@@ -216,7 +225,8 @@ def _export_adapters(
     for index in range(checkpoint.manifest["blocks"]):
         content = checkpoint.block(index)
         places = {
-            slot.name: slot.parameter.rpartition(".")[0] for slot in family.slots(config, index)
+            location.name: location.parameter.rpartition(".")[0]
+            for location in family.locations(config, index)
         }
         for linear, weight in content.weights.items():
             if isinstance(weight, AdaptedWeight):
@@ -224,7 +234,7 @@ def _export_adapters(
         if any(key.rpartition(".")[2] in NAMES for key in content.dense):
             reasons["inputs that are transformed at run time"] = None
     if not adapters:
-        reasons["nothing lies beside its weights: its tuning is merged into what is stored"] = None
+        reasons["it has no adapters: its tuning is merged into the stored weights"] = None
     _refuse(cell, name, list(reasons))
     tuning = cell.method.tuning
     assert tuning is not None, "refused"
@@ -281,7 +291,7 @@ class _Writing:
         self.unties_head = any(name in self.ends for name in self.tied)
 
     def survey(self) -> tuple[dict[str, Description | None], list[str]]:
-        """What the layout says of every linear, by module name, and why some cannot be stored."""
+        """The layout's description of every linear, by module name, and reasons why some cannot be stored."""
         described: dict[str, Description | None] = {}
         found: dict[str, list[str]] = {}
         for index in range(len(self.blocks)):
@@ -336,7 +346,7 @@ class _Writing:
         for index, block in enumerate(self.blocks):
             content, prefix = self.checkpoint.block(index), self.family.block_prefix(index)
             owners = self._owners(index)
-            stored = {slot.parameter for members in owners.values() for slot in members}
+            stored = {location.parameter for members in owners.values() for location in members}
             for name in block.state_dict():
                 if name not in stored:
                     tensor = content.dense.get(name)
@@ -362,8 +372,8 @@ class _Writing:
 
     def _owners(self, index: int) -> dict[str, list[WeightLocation]]:
         owners: dict[str, list[WeightLocation]] = {}
-        for slot in self.family.slots(self.config, index):
-            owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+        for location in self.family.locations(self.config, index):
+            owners.setdefault(location.parameter.rpartition(".")[0], []).append(location)
         return owners
 
     def _joined(
@@ -378,16 +388,16 @@ class _Writing:
 
         module = self.blocks[index].get_submodule(owner)
         if not isinstance(module, nn.Linear) or any(
-            slot.expert is not None or slot.transposed for slot in members
+            location.expert is not None or location.transposed for location in members
         ):
             return None, "matrices that are no linear modules"
         if len(members) == 1 and members[0].is_whole:
             return weights[members[0].name], ""
-        ordered = sorted(members, key=lambda slot: slot.rows or (0, 0))
-        edges = [edge for slot in ordered for edge in (slot.rows or (0, 0))]
+        ordered = sorted(members, key=lambda location: location.rows or (0, 0))
+        edges = [edge for location in ordered for edge in (location.rows or (0, 0))]
         if edges[1:-1:2] != edges[2::2] or (edges[0], edges[-1]) != (0, module.out_features):
             return None, "parts of a fused matrix that do not lie below each other"
-        whole = _below_each_other([weights[slot.name] for slot in ordered])
+        whole = _below_each_other([weights[location.name] for location in ordered])
         return whole, "parts of a fused matrix with different grids"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.labels import bits_text, group_text, replicates, variants
+from harness.core.labels import bits_text, group_text, replicates, variants, without_settings
 from harness.core.sweep import Column, Sweep, Table
 from harness.evaluation import flips
 from harness.evaluation.statistics import Comparison, over_seeds, pearson
@@ -512,7 +512,7 @@ def _with_variants(
     for cell in cells:
         method, *others = texts[cell_key(cell)]
         variant = table.methods.get(method, "")
-        called[cell_key(cell)] = (method.partition("[")[0] if variant else method, *others, variant)
+        called[cell_key(cell)] = (without_settings(method) if variant else method, *others, variant)
     return (*labels, "variant"), called
 
 

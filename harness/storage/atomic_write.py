@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from harness.core.errors import StoreError
 
 
 def write_aside(path: Path, write: Callable[[Path], object], durable: bool = True) -> None:
-    """Let `write` fill a neighbour of `path`, flush it to the disk, rename it. A reader sees the whole file or none.
+    """Let `write` fill a neighbour of `path`, flush it to the disk, rename it. A reader sees the complete file or none.
 
-    durable False leaves out the flush. Raises StoreError when the disk refuses; leaves no neighbour behind then.
+    durable False leaves out the flush. Raises StoreError when the disk refuses; then leaves no neighbour behind.
     """
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
@@ -42,7 +42,7 @@ def _flush(path: Path) -> None:
 
 
 def explain_os_error(path: Path, error: OSError) -> str:
-    """What went wrong on disk, with a way out."""
+    """The error of the disk in words, with a remedy."""
     ways_out = {
         errno.EACCES: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",
         errno.EPERM: "no permission; make it writable, or keep the results elsewhere with runs=FOLDER",

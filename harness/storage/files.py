@@ -1,7 +1,7 @@
 """Files of a store on a file system: written aside and renamed, locked by the operating system. Loads without torch.
 
-`Disk` is the plain case; `objects.Objects` has the same calls for an object store, where every node has a mirror of its own. Both
-name files by paths below the store's root, so that the store need not know which it has.
+`LocalDisk` is the plain case; `object_store.ObjectStore` has the same methods for an object store, of which every node has a
+mirror. Both name files by paths below the root of the store, so that `Store` works with either.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Entry:
 
 
 class StorageBackend(Protocol):
-    """Where the files of a store are. Paths lie below its root. Reading raises OSError, writing StoreError.
+    """Access to the files of a store by paths below its root. Reading raises OSError, writing StoreError.
 
-    state_seconds   how often the state of a running sweep may be written
-    parallel        calls that are worth making at once
+    state_seconds   least seconds between two writes of the state of a running sweep
+    parallel        number of calls that are worth making at the same time
     """
 
     state_seconds: float
@@ -41,44 +41,44 @@ class StorageBackend(Protocol):
     def read(self, path: Path) -> bytes: ...
 
     def write(self, path: Path, fill: Callable[[Path], object], durable: bool = True) -> None:
-        """Let `fill` write a neighbour of `path`, which then takes its place: readers see the whole file or none."""
+        """Let `fill` write a neighbour of `path`, which then replaces it: readers see the complete file or none."""
 
     def remove(self, path: Path) -> None:
-        """Remove a file, or a folder with all that is in it; what is not there is no error."""
+        """Remove a file, or a folder with its contents; no error where there is none."""
 
     def exists(self, path: Path) -> bool: ...
 
     def names(self, folder: Path) -> list[str]:
-        """Files and folders in it, sorted, without those whose names start with a dot."""
+        """Names of files and folders in a folder, sorted, without hidden ones."""
 
     def walk(self, folder: Path) -> Iterator[Entry]:
-        """Every file below it, hidden ones too."""
+        """All files below a folder, hidden ones too."""
 
     def local(self, path: Path) -> Path:
-        """The file as one of this machine. Raises FileNotFoundError."""
+        """The path of the file on this machine, downloaded where necessary. Raises FileNotFoundError."""
 
-    def keep(self, path: Path) -> None:
-        """A file of this machine was written or removed: the store follows."""
+    def upload(self, path: Path) -> None:
+        """Copy a file that was written on this machine to the store, or remove it there if it was removed here."""
 
     def making(self, folder: Path) -> AbstractContextManager[None]:
-        """Hold a folder of checkpoints in which this process writes; what others finished of it is there."""
+        """Hold the folder of a checkpoint for writing; blocks that other processes finished are in it."""
 
     def reading(self, folder: Path) -> AbstractContextManager[None]:
-        """Hold a complete checkpoint for reading; its files are there, with the sizes and hashes of its manifest."""
+        """Hold a complete checkpoint for reading; its files have the sizes and hashes of its manifest."""
 
     def lock(
         self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
     ) -> AbstractContextManager[None]: ...
 
     def free_bytes(self, root: Path) -> int | None:
-        """Bytes that may still be written; None where nobody can know."""
+        """Bytes that can still be written; None where that is unknown."""
 
     def prefetched(self, folders: Sequence[Path], paths: Sequence[Path]) -> StorageBackend:
-        """The same files as they are now, for many reads: those in `folders` and `paths` at once, where that is faster."""
+        """A snapshot for many reads: the files in `folders` and `paths` are read at once where that is faster."""
 
 
 class LocalDisk:
-    """A folder that every process reaches by the same path."""
+    """A folder that all processes reach by the same path."""
 
     state_seconds = 1.0
     parallel = 1
@@ -119,7 +119,7 @@ class LocalDisk:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return path
 
-    def keep(self, path: Path) -> None:
+    def upload(self, path: Path) -> None:
         pass
 
     @contextmanager
@@ -138,9 +138,7 @@ class LocalDisk:
         try:
             yield
         finally:
-            os.close(
-                descriptor
-            )  # frees it; so does the operating system when the process ends, however it ends
+            os.close(descriptor)  # frees it, as the operating system does when the process ends
 
     def free_bytes(self, root: Path) -> int | None:
         return free_disk(root)

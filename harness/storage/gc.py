@@ -1,8 +1,8 @@
-"""What `harness gc` finds in a store and may delete: checkpoints that no cell uses, and what killed processes left behind.
+"""What `harness gc` finds in a store and deletes: checkpoints that no cell uses, and files that killed processes left behind.
 
-A checkpoint is in use while some runs/cells/<key>/cell.json names it, as its own or as the one that a tuning starts from; every
-sweep that ran has written those. Nothing of a cell itself is ever deleted. What is younger than an hour may belong to a process
-that is at work right now, and a checkpoint whose lock is held certainly does: both stay.
+A checkpoint is in use while a runs/cells/<key>/cell.json names it, as its own or as the one that a tuning starts from; every sweep
+that ran has written those. Files of cells are never deleted. Files younger than an hour may belong to a running process, and a
+checkpoint whose lock is held does: both stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ASIDE = re.compile(
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something to delete: a folder or a file, its size and why nobody needs it."""
+    """A folder or file to delete, its size and why it is not needed."""
 
     path: Path
     bytes: int
@@ -33,19 +33,19 @@ class Leftover:
 
 
 def find(store: Store, young_seconds: float = YOUNG_SECONDS) -> list[Leftover]:
-    """Everything that may go, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any."""
+    """All leftovers, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any of them."""
     before = time.time() - young_seconds
     return [*_checkpoints(store, before), *_asides(store, before), *_words(store, before)]
 
 
 def remove(store: Store, found: Sequence[Leftover]) -> int:
-    """Delete what was found, but for checkpoints that somebody holds; returns the bytes that are free now."""
+    """Delete the leftovers, except checkpoints that a process holds; returns the bytes that were freed."""
     freed = 0
     for each in found:
         if each.path.parent.name == "checkpoints":
             try:
                 with store.lock(f"checkpoint-{each.path.name}", timeout=0):
-                    # The manifest goes first: a folder that is half deleted must not count as a checkpoint.
+                    # The manifest is deleted first: an incomplete folder must not count as a checkpoint.
                     store.files.remove(each.path / "manifest.json")
                     store.files.remove(each.path)
             except StoreError:
@@ -73,7 +73,7 @@ def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
         if cell is None:
             raise StoreError(
                 f"{store.where(store.cell_folder(key))} has no readable cell.json, so the checkpoints that it uses are not known. "
-                "Run its sweep again, or delete the folder; then collect"
+                "Run its sweep again, or delete the folder; then rerun harness gc"
             )
         used |= {quantize_key(cell), quantize_key(untuned(cell))}
     for key in sorted(sizes.keys() - used):
@@ -84,15 +84,17 @@ def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
 def _asides(store: Store, before: float) -> Iterator[Leftover]:
     for entry in sorted(store.files.walk(store.root), key=lambda entry: entry.path):
         if ASIDE.fullmatch(entry.path.name) and entry.modified < before:
-            yield Leftover(entry.path, entry.bytes, "half-written by a process that was ended")
+            yield Leftover(
+                entry.path, entry.bytes, "incomplete, written by a process that was ended"
+            )
 
 
 def _words(store: Store, before: float) -> Iterator[Leftover]:
-    """What drivers and those who steer them wrote; a living driver writes its file again every few seconds."""
+    """Old files of drivers, cancellations and priorities; a living driver rewrites its file every few seconds."""
     reasons = {
-        "cancelled": "a cancellation that has been heard or concerns nobody",
-        "priorities": "a priority that has been heard or concerns nobody",
-        "drivers": "of a driver that was ended",
+        "cancelled": "a cancellation that was read, or that concerns no run",
+        "priorities": "a priority that was read, or that concerns no run",
+        "drivers": "the file of a driver that was ended",
     }
     for folder, reason in reasons.items():
         for entry in sorted(store.files.walk(store.root / folder), key=lambda entry: entry.path):

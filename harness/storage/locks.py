@@ -20,10 +20,10 @@ from harness.storage.atomic_write import explain_os_error
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock or runs a sweep.
+    """The process that holds a lock or runs a sweep.
 
-    started  start of the process, seconds since the epoch, for people
-    birth    tells the process from a later one that was given the same id; unlike `started` it does not move with the clock
+    started  start of the process, seconds since the epoch, for messages
+    birth    distinguishes the process from a later one with the same id; unlike `started` it does not depend on the clock
     """
 
     host: str
@@ -39,12 +39,12 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is a process of this host, of which this process can know whether it lives."""
+        """Whether it is a process of this host, so that this process can know whether it lives."""
         return self.host == _host()
 
     @property
     def is_dead(self) -> bool:
-        """Certainly dead; a process of another host is never certainly dead."""
+        """Whether it is certainly dead; a process of another host never counts as dead."""
         if not self.is_here:
             return False
         birth = _birth(self.pid)
@@ -65,15 +65,15 @@ def wait_until(
     timeout: float | None,
     on_wait: Waiting | None,
 ) -> T:
-    """Try until the lock is taken. attempt: (what is held, None) or (None, who holds it). Raises StoreError after `timeout`."""
-    began, pause, told = time.monotonic(), 0.01, False
+    """Try until the lock is taken. attempt: returns (the lock, None) or (None, its holder). Raises StoreError after `timeout`."""
+    began, pause, reported = time.monotonic(), 0.01, False
     while True:
         held, owner = attempt()
         if held is not None:
             return held
-        if on_wait is not None and not told:
+        if on_wait is not None and not reported:
             on_wait(owner)
-            told = True
+            reported = True
         if timeout is not None and time.monotonic() - began >= timeout:
             holder = str(owner) if owner else "another process"
             raise StoreError(
@@ -84,7 +84,7 @@ def wait_until(
 
 
 def try_lock(path: Path) -> tuple[int | None, Owner | None]:
-    """(descriptor, None) when taken, (None, holder) when not. A guard makes taking, naming the owner and breaking one step."""
+    """(descriptor, None) when taken, (None, holder) when not. A guard file makes taking, writing the owner and breaking atomic."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         guard = os.open(path.with_suffix(".guard"), os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,9 +99,8 @@ def try_lock(path: Path) -> tuple[int | None, Owner | None]:
             owner = _read_owner(descriptor)
             os.close(descriptor)
             if owner is not None and owner.is_dead:
-                path.unlink(
-                    missing_ok=True
-                )  # held through a child that outlived it; the next try makes a new file
+                # A child that outlived its parent holds it; the next try makes a new file.
+                path.unlink(missing_ok=True)
             return None, owner
         owner = Owner.current()
         os.ftruncate(descriptor, 0)
@@ -133,7 +132,7 @@ def _host() -> str:
 
 
 def _birth(pid: int) -> str | None:
-    """What tells a process from others of the same id: clock ticks from boot to its start; None when it does not run."""
+    """Distinguishes processes of the same id: clock ticks from boot to its start; None when it does not run."""
     import psutil
 
     try:
@@ -142,7 +141,7 @@ def _birth(pid: int) -> str | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.AccessDenied:
-        return ""  # alive; nothing more may be known
+        return ""  # alive, and its start cannot be read
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,17 +1,14 @@
-"""Files of a store in an object store: s3://, gs://, abfs:// and whatever else fsspec speaks. The only importer of fsspec.
+"""Files of a store in an object store: s3://, gs://, abfs:// and other protocols of fsspec. The only importer of fsspec.
 
     runs=s3://bucket/prefix     objects of the same names as the files of a folder would have
 
-Nodes share no disk. Each has a mirror below HARNESS_CACHE: a worker writes a checkpoint there, and every file of it goes up as soon
-as it is complete, the manifest last, so that another node can go on where this one was lost; a worker that evaluates brings a
-checkpoint down and compares it with the SHA-256 of its manifest. The mirror is bounded, what was not used for longest goes first,
-and may be deleted whenever nothing runs. Credentials come from where the provider's own tools have them, never from a URL.
+Nodes share no disk. Each has a mirror below HARNESS_CACHE: a worker writes a checkpoint there and uploads every file of it as soon
+as it is complete, the manifest last, so that another node can continue where this one was lost; a worker that evaluates downloads
+a checkpoint and compares it with the SHA-256 of its manifest. The mirror is bounded: the least recently used checkpoints are
+deleted first. It may be deleted whenever nothing runs. Credentials come from the provider's own tools, never from a URL.
 
-A lock is a lease: an object that is created only if nobody else created it (a conditional write), and rewritten every few seconds
-by a thread of its holder. Who waits takes over when it has not changed for LEASE_SECONDS of the waiter's own clock, so clocks need
-not agree. A lease is weaker than a lock of an operating system: a holder that was stopped for longer than that finds out at its
-next beat or write and gives up, and until then two may make the same checkpoint. Both write the same names, and hashes are checked
-on reading, so this can cost work but no result. Object stores that ignore the condition are found out and named.
+A lock is a lease (`leases`): two processes may hold one for a moment. Both write the same names, and hashes are checked on
+reading, so this can cost work but no result.
 """
 
 from __future__ import annotations
@@ -23,11 +20,9 @@ import fcntl
 import functools
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -38,16 +33,9 @@ from typing import Any
 from harness.core.errors import StoreError
 from harness.core.units import bytes_of
 from harness.storage.files import Entry, LocalDisk, StorageBackend
-from harness.storage.leases import (
-    BEAT_SECONDS,
-    LEASE_SECONDS,
-    Lease,
-    creating,
-    is_refused_condition,
-)
-from harness.storage.locks import Owner, Waiting, wait_until
+from harness.storage.leases import Leases
+from harness.storage.locks import Waiting
 
-log = logging.getLogger(__name__)
 CACHE_SHARE = 0.5  # of the disk space that is free or taken by the mirror; see cache_limit
 CHUNK_BYTES = 1 << 22
 PACKAGES = {
@@ -62,7 +50,7 @@ PACKAGES = {
 
 
 def mirror_of(url: str) -> Path:
-    """The folder of this machine that holds what was written to or read from an object store."""
+    """The folder of this machine that mirrors an object store."""
     cache = Path(os.environ.get("HARNESS_CACHE") or "~/.cache/quantization-harness").expanduser()
     name = re.sub(r"[^A-Za-z0-9]+", "-", url).strip("-")[-40:]
     return cache / "stores" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
@@ -79,10 +67,7 @@ class ObjectStore:
         self.root = mirror_of(self.url)
         self._disk = LocalDisk()
         self._fs, self._prefix = _connect(self.url)
-        self._leases: list[Lease] = []
-        self._seen: dict[str, tuple[Any, float]] = {}
-        self._beating: threading.Thread | None = None
-        self._checked = False
+        self.leases = Leases(self._fs, self._prefix, self.url)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -101,7 +86,7 @@ class ObjectStore:
             return bytes(self._fs.cat_file(self._key(path)))
 
     def write(self, path: Path, fill: Callable[[Path], object], durable: bool = True) -> None:
-        self._check_leases()
+        self.leases.check()
         aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +134,8 @@ class ObjectStore:
             self._get(path)
         return path
 
-    def keep(self, path: Path) -> None:
-        self._check_leases()
+    def upload(self, path: Path) -> None:
+        self.leases.check()
         with self._explained("write", path):
             if path.exists():
                 self._fs.put_file(str(path), self._key(path))
@@ -161,7 +146,7 @@ class ObjectStore:
         return None
 
     def where(self, path: Path) -> str:
-        """A path of the mirror as people should read it."""
+        """A path of the mirror as the URL of its object, for messages."""
         below = path.relative_to(self.root).as_posix()
         return self.url if below == "." else f"{self.url}/{below}"
 
@@ -176,12 +161,12 @@ class ObjectStore:
 
     @contextmanager
     def _explained(self, verb: str, path: Path) -> Iterator[None]:
-        """What a provider's library raises, as StoreError; that something is not there passes."""
+        """Turn errors of a provider's library into StoreError; FileNotFoundError passes."""
         try:
             yield
         except (StoreError, FileNotFoundError):
             raise
-        except Exception as error:  # each provider has errors of its own
+        except Exception as error:  # each provider has its own errors
             first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise StoreError(
                 f"cannot {verb} {self.where(path)}: {first}. Check the address, the bucket and the credentials of this machine"
@@ -195,17 +180,17 @@ class ObjectStore:
     @contextmanager
     def making(self, folder: Path) -> Iterator[None]:
         with self._held(folder):
-            self._bring(folder)
+            self._download(folder)
             yield
 
     @contextmanager
     def reading(self, folder: Path) -> Iterator[None]:
         with self._held(folder):
-            self._bring(folder)
+            self._download(folder)
             yield
 
-    def _bring(self, folder: Path) -> None:
-        """Make the mirror's copy of a checkpoint that of the object store, every file of it by its hash."""
+    def _download(self, folder: Path) -> None:
+        """Make the mirror's copy of a checkpoint equal to the object store, each file checked by its hash."""
         with self._disk.lock(self.root / ".local" / f"{folder.name}.lock"):
             there = {entry.path: entry.bytes for entry in self.walk(folder)}
             for path in [entry.path for entry in self._disk.walk(folder)]:
@@ -224,9 +209,8 @@ class ObjectStore:
             )
             self._make_room(needed, folder)
             with self._explained("read", folder):
-                for path in (
-                    p for p in there if p.suffix == ".json"
-                ):  # they are small, and hold the hashes
+                # Small files, which hold the hashes.
+                for path in (p for p in there if p.suffix == ".json"):
                     if not (same and path.exists() and path.stat().st_size == there[path]):
                         self._get(path)
                 hashes = _hashes(folder)
@@ -238,13 +222,13 @@ class ObjectStore:
                     if path.name in hashes and _sha256(path) != hashes[path.name]:
                         path.unlink()
                         raise StoreError(
-                            f"{self.where(path)}: is damaged (another SHA-256 than its manifest's); delete "
+                            f"{self.where(path)}: is damaged (its SHA-256 differs from the manifest); delete "
                             f"{self.where(folder)} and run the sweep again"
                         )
 
     @contextmanager
     def _held(self, folder: Path) -> Iterator[None]:
-        """A mark that keeps others of this machine from making room with this folder; the latest is the youngest."""
+        """Mark a folder as in use, so that no process of this machine deletes it to make room, and as just used."""
         mark = self.root / ".local" / f"{folder.name}.held"
         mark.parent.mkdir(parents=True, exist_ok=True)
         with mark.open("w") as file:
@@ -253,7 +237,7 @@ class ObjectStore:
             yield
 
     def _make_room(self, needed: int, wanted: Path) -> None:
-        """Drop checkpoints of this machine that nobody holds, the one not used for longest first, until `needed` bytes fit."""
+        """Delete checkpoints of this machine that no process holds, least recently used first, until `needed` bytes fit."""
         folders = (
             [path for path in wanted.parent.iterdir() if path.is_dir() and path != wanted]
             if wanted.parent.is_dir()
@@ -278,120 +262,21 @@ class ObjectStore:
         mark = self.root / ".local" / f"{folder.name}.held"
         return mark.stat().st_mtime if mark.exists() else 0.0
 
-    # -- leases --------------------------------------------------------------------------------------------------------
+    # -- locks ---------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def lock(
         self, path: Path, timeout: float | None = None, on_wait: Waiting | None = None
     ) -> Iterator[None]:
-        key = self._key(path.with_suffix(""))
-        with self._explained("lock", path):
-            lease = wait_until(lambda: self._try_lease(key), self.where(path), timeout, on_wait)
-        try:
+        name = path.relative_to(self.root).with_suffix("").as_posix()
+        with contextlib.ExitStack() as held:
+            with self._explained("lock", path):
+                held.enter_context(self.leases.lock(name, timeout, on_wait))
             yield
-        finally:
-            self._leases.remove(lease)
-            with lease.guard:
-                lease.ended = True
-                if not lease.lost:
-                    with contextlib.suppress(Exception):  # it runs out by itself
-                        self._fs.pipe_file(lease.key, lease.body(free=True))
-
-    def _try_lease(self, key: str) -> tuple[Lease | None, Owner | None]:
-        """Generations of a lease are numbered: whoever creates the next one has it, and only one can."""
-        try:
-            generations = sorted(self._fs.ls(key, detail=False))
-        except FileNotFoundError:
-            generations = []
-        number = 0
-        if generations:
-            number = int(generations[-1].rpartition("/")[2])
-            try:
-                state = json.loads(self._fs.cat_file(generations[-1]))
-            except (FileNotFoundError, ValueError):
-                return None, None  # replaced this moment
-            if not state["free"] and not self._given_up(key, number, state):
-                return None, Owner(**state["owner"])
-        lease = Lease(f"{key}/{number + 1:012}", f"{key}/{number + 2:012}", uuid.uuid4().hex)
-        if not self._create(lease.key, lease.body()):
-            return None, None
-        if json.loads(self._fs.cat_file(lease.key))["token"] != lease.token:
-            return None, None  # the condition was ignored, and another wrote after this one
-        for old in generations:
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(old)
-        self._leases.append(lease)
-        if self._beating is None:
-            self._beating = threading.Thread(target=self._beat, daemon=True)
-            self._beating.start()
-        return lease, None
-
-    def _given_up(self, key: str, number: int, state: dict[str, Any]) -> bool:
-        """Whether the holder is dead for certain, or has shown no sign of life while this process watched."""
-        if Owner(**state["owner"]).is_dead:
-            return True
-        mark, now = (number, state["token"], state["beat"]), time.monotonic()
-        seen = self._seen.get(key)
-        if seen is None or seen[0] != mark:
-            self._seen[key] = mark, now
-            return False
-        return now - seen[1] > LEASE_SECONDS
-
-    def _create(self, key: str, body: bytes) -> bool:
-        """A conditional write; False where the object exists."""
-        with creating:
-            try:
-                self._fs.pipe_file(key, body, mode="create")
-            except TypeError:  # a file system that knows no conditions
-                self._fs.pipe_file(key, body)
-                return True
-            except OSError as error:
-                if is_refused_condition(error):
-                    return False
-                raise
-            if not self._checked:
-                self._checked = True
-                try:
-                    self._fs.pipe_file(key, body, mode="create")
-                except OSError as error:
-                    if not is_refused_condition(error):
-                        raise
-                else:
-                    log.warning(
-                        "%s ignores conditional writes: two drivers that start in the same second may do the same work twice "
-                        "(results stay right)",
-                        self.url,
-                    )
-        return True
-
-    def _beat(self) -> None:
-        while True:
-            time.sleep(BEAT_SECONDS)
-            for lease in list(self._leases):
-                with (
-                    lease.guard,
-                    contextlib.suppress(Exception),
-                ):  # a network that is down for a while
-                    if lease.ended:
-                        continue
-                    if self._fs.exists(lease.following):
-                        lease.lost = True
-                    else:
-                        lease.beat += 1
-                        self._fs.pipe_file(lease.key, lease.body())
-                        lease.renewed = time.monotonic()
-                lease.lost = lease.lost or time.monotonic() - lease.renewed > LEASE_SECONDS
-
-    def _check_leases(self) -> None:
-        lost = [lease.key.rpartition("/")[0] for lease in self._leases if lease.lost]
-        if lost:
-            raise StoreError(
-                f"this process gave no sign of life for {LEASE_SECONDS:g} s; another took over and does its work: {', '.join(lost)}"
-            )
 
 
 class _Prefetched(ObjectStore):
-    """Object files as they were when this was made: those in some folders listed and read at once, and kept by their ETag."""
+    """A snapshot of an object store: the files of some folders, listed and read at once and cached by their ETag."""
 
     def __init__(self, live: ObjectStore, folders: Sequence[Path], paths: Sequence[Path]) -> None:
         self.__dict__.update(copy.copy(live).__dict__)
@@ -464,7 +349,7 @@ class _Prefetched(ObjectStore):
 
 
 def cache_limit(root: Path, taken: int) -> int:
-    """Bytes that a mirror may take on this machine. HARNESS_CACHE_LIMIT, in bytes or as 200GB, says otherwise."""
+    """Bytes that a mirror may take on this machine; HARNESS_CACHE_LIMIT, in bytes or as 200GB, overrides it."""
     stated = os.environ.get("HARNESS_CACHE_LIMIT", "")
     if stated:
         return bytes_of(stated, "HARNESS_CACHE_LIMIT")
@@ -488,7 +373,9 @@ def _connect(url: str) -> tuple[Any, str]:
         fs, prefix = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         package = PACKAGES.get(protocol, "")
-        way_out = f"pip install {package}" if package else "install the package that it names"
+        way_out = (
+            f"pip install {package}" if package else "install the package that the message names"
+        )
         extra = " (or quantization-harness[s3])" if package == "s3fs" else ""
         raise StoreError(f"{url}: {error}; {way_out}{extra}") from error
     except ValueError as error:
@@ -497,7 +384,7 @@ def _connect(url: str) -> tuple[Any, str]:
 
 
 def _modified(about: dict[str, Any]) -> float:
-    """Seconds since the epoch; now where the file system does not say, so that nothing counts as old by mistake."""
+    """Seconds since the epoch; now where the file system does not say, so that no file counts as old by mistake."""
     for name in ("LastModified", "last_modified", "mtime", "updated", "modified", "created"):
         value = about.get(name)
         if isinstance(value, datetime.datetime):

@@ -1,4 +1,4 @@
-"""What is known of a cell: configuration, scores, checkpoint, layer errors, failures, provenance."""
+"""The record of a cell: configuration, scores, checkpoint, layer errors, failures, provenance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECKPOINT_METRICS = {  # manifest field -> metric
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a cell.
+    """All facts of the store on a cell.
 
     manifest    of its checkpoint; None while there is none
     scores      evaluation name -> {"metrics": …, "stderr": …, "details": …, "score_key": …}; only complete ones
@@ -44,7 +44,7 @@ class Record:
 
     @property
     def smoke(self) -> bool:
-        """Some score stands on a part of its data only."""
+        """Whether a score was made on a part of its data only (a smoke run)."""
         return any(score.get("details", {}).get("smoke") for score in self.scores.values())
 
     @property
@@ -67,7 +67,7 @@ class Record:
         return found
 
     def smoke_metrics(self) -> frozenset[str]:
-        """Names of the metrics that stand on a part of their data only."""
+        """Names of the metrics that were made on a part of their data only."""
         return frozenset(
             name
             for score in self.scores.values()
@@ -77,7 +77,7 @@ class Record:
 
 
 def under_name(score: dict[str, Any], name: str) -> dict[str, Any]:
-    """A score as the evaluation of this name has it. A key leaves the name out: it may have been made under another."""
+    """A score with the metric names of the evaluation `name`. Keys do not contain names, so it may have been made under another."""
     made_as = str(score.get("evaluation", name))
     if made_as == name:
         return score

@@ -1,22 +1,22 @@
-"""runs/: what was computed, one folder per checkpoint and per cell, readable with a text editor. Loads without torch.
+"""runs/: all results, one folder per checkpoint and per cell, readable with a text editor. Loads without torch.
 
     runs/checkpoints/<quantize_key>/    blocks as they finish, manifest.json last (written by formats/native.py)
-    runs/cells/<cell_key>/cell.json     the cell, and every evaluation that a sweep asked of it
+    runs/cells/<cell_key>/cell.json     the cell, and every evaluation that a sweep requested
                           record.json   provenance: versions, device, commit, batch size, timings
                           scores/<score_key>.json       one evaluation: metrics, standard errors, details
                           scores/<score_key>.parquet    its results item by item
                           failures/*.json · log.txt
-    runs/sweeps/<name>.json             how far a sweep is, kept up to date while it runs
-    runs/locks/<name>.lock              who works on what
-    runs/cancelled/<name>               a cell or a sweep that somebody wants stopped
-    runs/drivers/<id>.json              a driver that is at work, its priority, and whether it waits for slots (`control`)
-    runs/priorities/<name>              the priority that somebody gave a running sweep
+    runs/sweeps/<name>.json             the progress of a sweep, updated while it runs
+    runs/locks/<name>.lock              the process that holds a lock
+    runs/cancelled/<name>               a cell or a sweep that was cancelled
+    runs/drivers/<id>.json              a running driver, its priority, and whether it waits for slots (`coordination`)
+    runs/priorities/<name>              the priority that was set for a running sweep
 
-runs/ is a folder that all processes share, or the URL of an object store (`objects`).
+runs/ is a folder that all processes share, or the URL of an object store (`object_store`).
 
-Every file is written to a neighbour, flushed to the disk, then renamed: a reader sees the whole file or none, and what a killed
-process leaves behind blocks nobody. A file that is damaged all the same counts as missing and is named in `Record.problems`, so
-that the next run makes it again. Nothing is ever unpickled. JSON has no infinities: they are written as the strings "NaN",
+Every file is written to a neighbour, flushed to the disk, then renamed: a reader sees the complete file or none, and files that a
+killed process leaves behind block no other process. A damaged file counts as missing and is named in `Record.problems`, so that
+the next run makes it again. Nothing is ever unpickled. JSON has no infinities: they are written as the strings "NaN",
 "Infinity" and "-Infinity" and read back as numbers.
 """
 
@@ -60,10 +60,10 @@ log = logging.getLogger(__name__)
 
 
 class Store:
-    """Reads and writes `runs/`. Several processes may use one store; whoever makes a checkpoint or a score holds its `lock`.
+    """Reads and writes `runs/`. Several processes may use one store; a process that makes a checkpoint or a score holds its `lock`.
 
-    root   a folder; of a store in an object store this machine's mirror of it (see `objects`)
-    place  what makes this store again: the folder, or the URL
+    root   a folder; for an object store this machine's mirror of it (see `object_store`)
+    place  the argument that opens this store: the folder, or the URL
     """
 
     def __init__(self, place: Path | str) -> None:
@@ -115,7 +115,7 @@ class Store:
         return self.score_path(cell_key, score_key).with_suffix(".parquet")
 
     def where(self, path: Path) -> str:
-        """A path of this store as people should read it."""
+        """A path of this store for messages: below the folder, or below the URL."""
         return (
             f"{self.place}/{path.relative_to(self.root).as_posix()}"
             if is_url(self.place)
@@ -123,7 +123,7 @@ class Store:
         )
 
     def local(self, path: Path) -> Path | None:
-        """A file of the store as one of this machine; None where it is not there."""
+        """The path of a file of the store on this machine; None where there is none."""
         try:
             return self.files.local(path)
         except FileNotFoundError:
@@ -137,7 +137,7 @@ class Store:
 
     @contextmanager
     def making(self, quantize_key: str) -> Iterator[Path]:
-        """The folder in which to make a checkpoint, with the blocks that are finished; `files.keep` takes what follows."""
+        """The folder in which to make a checkpoint, with the blocks that are finished; `files.upload` stores further ones."""
         folder = self.checkpoint_folder(quantize_key)
         with self.files.making(folder):
             yield folder
@@ -150,20 +150,19 @@ class Store:
             yield folder
 
     def manifest(self, quantize_key: str) -> dict[str, Any] | None:
-        """What the checkpoint holds, or None while it is not complete."""
+        """The manifest of a checkpoint, or None while it is not complete."""
         return self._read(self.checkpoint_folder(quantize_key) / "manifest.json", [])
 
     # -- cells ---------------------------------------------------------------------------------------------------------
 
     def open_cell(self, cell: Cell) -> str:
-        """Make the cell's folder and return its key. Evaluations that other sweeps asked of it stay listed."""
+        """Make the cell's folder and return its key. Evaluations that other sweeps requested stay listed."""
         key = cell_key(cell)
         known = self.cell(key)
         merged = self._with_earlier(cell, known)
         if known != merged or known.evaluations != merged.evaluations:
-            with self.lock(
-                f"record-{key}"
-            ):  # another driver may ask the same cell for other evaluations
+            # Another driver may request other evaluations of the same cell.
+            with self.lock(f"record-{key}"):
                 merged = self._with_earlier(cell, self.cell(key))
                 content = {
                     "title": cell.title,
@@ -176,7 +175,7 @@ class Store:
 
     @staticmethod
     def _with_earlier(cell: Cell, known: Cell | None) -> Cell:
-        """The cell with the evaluations of its record that it does not ask for, before its own."""
+        """The cell with the evaluations of its record that it does not request, before its own."""
         asked = {score_key(cell, evaluation): evaluation for evaluation in cell.evaluations}
         earlier = (
             ()
@@ -195,7 +194,7 @@ class Store:
             if earlier is None or not set(cell.evaluations) <= set(earlier.evaluations):
                 self.open_cell(cell)
             if known.failures(key):
-                self.clear_failures(key)  # they are tried again
+                self.clear_failures(key)  # they are retried
 
         if self.files.parallel == 1:
             for cell in cells:
@@ -207,7 +206,7 @@ class Store:
             list(pool.map(open_one, cells))
 
     def cell(self, cell_key: str, problems: list[str] | None = None) -> Cell | None:
-        """The cell of a key with every evaluation ever asked of it, the latest asked last."""
+        """The cell of a key with every evaluation ever requested of it, the latest requested last."""
         path = self.cell_folder(cell_key) / "cell.json"
         content = self._read(path, [] if problems is None else problems, decode=False)
         if content is None:
@@ -284,9 +283,9 @@ class Store:
         score: Mapping[str, Any],
         items: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        """Keep one evaluation: its items first, the JSON last.
+        """Write one evaluation: its items first, the JSON last.
 
-        score   {"metrics": {full name: value}, "stderr": {full name: value}, "details": {…}}; other fields are kept as they are
+        score   {"metrics": {full name: value}, "stderr": {full name: value}, "details": {…}}; other fields are stored as they are
         items   columns of equal length, one of them "id"
         """
         if not isinstance(score.get("metrics"), dict):
@@ -349,7 +348,7 @@ class Store:
         return [folder / name for name in self.files.names(folder) if name.endswith(".json")]
 
     def clear_failures(self, cell_key: str, stage: str | None = None) -> None:
-        """Forget the failures of one stage, or all: the work they stood for succeeded or is tried again."""
+        """Delete the failures of one stage, or all: the work succeeded or is retried."""
         for path in self._failure_paths(cell_key):
             content = self._read(path, [])
             if stage is None or content is None or content.get("stage") == stage:
@@ -358,7 +357,7 @@ class Store:
     # -- records -------------------------------------------------------------------------------------------------------
 
     def record(self, cell: Cell) -> Record:
-        """Everything known of a cell, with the scores of its own evaluations. Reads only."""
+        """The record of a cell, with the scores of its own evaluations. Reads only."""
         key = cell_key(cell)
         problems: list[str] = []
         checkpoint = quantize_key(cell)
@@ -380,7 +379,7 @@ class Store:
         )
 
     def records(self) -> Iterator[Record]:
-        """The record of every cell in the store, by key, with every evaluation that any sweep asked of it."""
+        """The record of every cell in the store, by key, with every evaluation that any sweep requested."""
         for key in self.cell_keys():
             cell = self.cell(key)
             if cell is not None:
@@ -397,9 +396,8 @@ class Store:
         return self._read(self._sweep_path(name), [])
 
     def write_sweep_state(self, name: str, state: Mapping[str, Any]) -> None:
-        self._write_json(
-            self._sweep_path(name), state, durable=False
-        )  # often; losing the last one costs nothing
+        # Written often; losing the last one costs nothing.
+        self._write_json(self._sweep_path(name), state, durable=False)
 
     def sweep_names(self) -> list[str]:
         return [
@@ -427,7 +425,7 @@ class Store:
 
     @contextmanager
     def probe(self) -> Iterator[Path]:
-        """A file just written, by which another machine can tell whether it sees this very store."""
+        """A file just written, by which another machine can check whether it sees this store."""
         path = self.root.absolute() / f".probe.{uuid.uuid4().hex}"
         self.files.write(path, lambda aside: aside.write_text(path.name))
         try:
@@ -436,13 +434,13 @@ class Store:
             self.files.remove(path)
 
     def used_bytes(self) -> int:
-        """What all files of the store take together."""
+        """Total size of all files of the store."""
         return sum(entry.bytes for entry in self.files.walk(self.root))
 
     # -- cancelling ----------------------------------------------------------------------------------------------------
 
     def cancel(self, name: str) -> None:
-        """Ask whoever runs a cell (by its key) or a sweep (by its name) to leave off; it is noticed within seconds."""
+        """Cancel a cell (by its key) or a sweep (by its name); a driver that runs it notices within seconds."""
         self.files.write(
             self.root / "cancelled" / name,
             lambda aside: aside.write_text(str(Owner.current())),
@@ -457,14 +455,14 @@ class Store:
         return set(self.files.names(self.root / "cancelled"))
 
     def clear_cancelled(self, names: Iterable[str]) -> None:
-        """Forget what was asked before: somebody starts these again."""
+        """Delete earlier cancellations of cells and sweeps that are started again."""
         for name in self.cancelled_names() & set(names):
             self.files.remove(self.root / "cancelled" / name)
 
     # -- drivers and their priorities ----------------------------------------------------------------------------------
 
     def drivers(self) -> dict[str, dict[str, Any]]:
-        """What each driver last wrote of itself, dead ones too (see `control`)."""
+        """The content of each driver's file, dead drivers too (see `coordination`)."""
         folder = self.root / "drivers"
         found = {
             name.removesuffix(".json"): self._read(folder / name, [])
@@ -487,7 +485,7 @@ class Store:
         )
 
     def asked_priority(self, sweep: str) -> int | None:
-        """What `ask_priority` last gave a sweep since it began; None where nothing was."""
+        """The priority that `ask_priority` last set for a sweep since it began; None where it was not set."""
         path = self.root / "priorities" / sweep
         if not self.files.exists(path):
             return None
@@ -497,7 +495,7 @@ class Store:
             return None
 
     def clear_priority(self, sweep: str) -> None:
-        """Forget what was given before: the sweep begins with its own."""
+        """Delete the priority that was set before: the sweep starts with its own."""
         self.files.remove(self.root / "priorities" / sweep)
 
     def lock(
@@ -508,8 +506,8 @@ class Store:
         timeout   seconds to wait before StoreError names the holder; None waits without end. The lock is not re-entrant.
         on_wait   called once with the holder when there is a wait
 
-        On a file system the operating system frees the lock when its process ends, however it ends, and one that a surviving child
-        of a dead process on this host still holds is broken. In an object store it is a lease (see `objects`).
+        On a file system the operating system frees the lock when its process ends, and a lock that a surviving child of a dead
+        process of this host still holds is broken. In an object store it is a lease (see `leases`).
         """
         return self.files.lock(self.root / "locks" / f"{name}.lock", timeout, on_wait)
 

@@ -11,11 +11,11 @@ from typing import Any
 from harness.storage.locks import Owner
 from harness.storage.store import Store
 
-SILENT_SECONDS = 600.0  # without a word, after which the driver of another host counts as gone
+SILENT_SECONDS = 600.0  # without a write, after which the driver of another host counts as ended
 
 
 class SweepState:
-    """The progress of one running sweep, kept in runs/sweeps/<name>.json for `harness status`.
+    """The progress of one running sweep, stored in runs/sweeps/<name>.json for `harness status`.
 
     States of a cell: waiting, quantizing, evaluating, done, failed, refused.
     """
@@ -48,7 +48,7 @@ class SweepState:
         self.save()
 
     def update(self, cell_key: str, state: str, **facts: Any) -> None:
-        """Set a cell's state with what belongs to it now (stage, step, steps, reason, metrics); written at most once a second."""
+        """Set a cell's state and its facts (stage, step, steps, reason, metrics); written at most every interval_seconds."""
         title = self.content["cells"].get(cell_key, {}).get("title", "")
         self.content["cells"][cell_key] = {"title": title, "state": state, **facts}
         if time.monotonic() - self._saved >= self.interval_seconds:
@@ -65,7 +65,7 @@ class SweepState:
 
 
 def is_running(state: Mapping[str, Any]) -> bool:
-    """Whether the process that writes a sweep's state still lives, as far as this host can know: of another host by its writing."""
+    """Whether the process that writes a sweep's state lives. Of a process on another host that is known from its writes only."""
     owner = Owner(**state["owner"])
     silent = not owner.is_here and time.time() - state["updated"] > SILENT_SECONDS
     return state.get("ended") is None and not owner.is_dead and not silent

@@ -1,7 +1,7 @@
 """Scheduling on a simulated cluster: `python tests/benchmarks/bench_cluster.py [--cells 1000] [--launcher] [--tracking]`.
 
 Four Ray nodes with eight made-up GPUs each on this machine, and a grid of cells of mixed cost whose work is sleeping: starting a
-process, loading a model, quantizing, scoring. Everything else is real: configuration, plan, the board of `schedule`, Ray's
+process, loading a model, quantizing, scoring. Everything else is real: configuration, plan, the scheduler, Ray's
 scheduling and streams, the driver with its records of state. What is measured:
 
     planning      seconds from words to a plan, configuration and imports included, limit 10 of CPU time
@@ -62,7 +62,7 @@ def gpu() -> str:
 
 
 def simulate(data: dict[str, Any], shared: list[str]) -> Iterator[Any]:
-    """The body of a task: as `schedule._stream` and `work.run`, with sleep for work and true events."""
+    """The body of a task: as `ray_cluster._stream` and `worker.run`, with sleep for work and true events."""
     import ray
 
     from harness.core.cell import cell_key
@@ -268,6 +268,8 @@ def warm(ray: Any) -> None:
 
     @ray.remote(num_gpus=1, max_calls=0)
     def wait_together(seconds: float) -> None:
+        import harness.execution.dispatch
+        import harness.execution.worker  # noqa: F401
 
         time.sleep(seconds)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import harness
 from harness.cli import commands, completion, doctor
 from harness.config import overrides
 from harness.core.cell import cell_key
@@ -55,6 +56,23 @@ def test_help_names_every_command() -> None:
     assert code == 0
     for name in ("plan", "run", "status", "table", "show", "publish", "ui", "list", "doctor"):
         assert name in out
+
+
+def test_help_has_exit_codes_and_every_command_an_example() -> None:
+    _, out = invoke("--help")
+    assert all(f"\n   {number}" in out for number in (0, 1, 2, 3, 130)), out
+    names = [
+        command.name or command.callback.__name__ for command in commands.app.registered_commands
+    ]
+    assert len(names) >= 14
+    for name in names:
+        code, out = invoke(name, "--help")
+        assert code == 0 and f"  harness {name}" in out.partition("Examples:")[2], name
+
+
+def test_the_version() -> None:
+    code, out = invoke("--version")
+    assert code == 0 and out == f"harness {harness.__version__}\n"
 
 
 def test_plan_run_status_show(tmp_path: Path) -> None:
@@ -172,6 +190,42 @@ def test_completion_knows_sweeps_keys_and_values() -> None:
     assert dict(completion.complete_override("inputs=f")) == {"inputs=full_precision": ""}
     assert list(completion.complete_override("runs=")) == []
     assert completion.complete_group("me") == ["methods"]
+    assert completion.complete_group("tu") == ["tunings"]
+    assert dict(completion.complete_override("tuning=qlo")).keys() == {"tuning=qlora"}
+    assert "tuning=" in dict(completion.complete_override("tun"))
+    assert "evaluations=[demo,demo_facts" in dict(
+        completion.complete_override("evaluations=[demo,demo_f")
+    )
+    assert "+model=demo" in dict(completion.complete_override("+model=de"))
+    assert dict(completion.complete_override("fail_fast=t")) == {"fail_fast=true": ""}
+    assert dict(completion.complete_override("model.dtype=b")) == {}
+    assert dict(completion.complete_override("calibration.packing=w")) == {
+        "calibration.packing=window": ""
+    }
+
+
+@pytest.mark.parametrize(
+    "words, place, expected",
+    [
+        ("harness run method = gp", 4, "gptq"),
+        ("harness run demo method =", 4, "rtn"),
+        ("harness table demo scheme = w4,w3g12", 5, "w4,w3g128"),
+        ("harness list tun", 2, "tunings"),
+    ],
+)
+def test_bash_completes_values_behind_an_equals_sign(words: str, place: int, expected: str) -> None:
+    """bash breaks words at "=" and replaces what follows it alone."""
+    code = "import sys; sys.argv = ['harness']; from harness.__main__ import main; main()"
+    environment = {
+        **os.environ,
+        "_HARNESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(place),
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert expected in ran.stdout.split(), ran
 
 
 def test_completion_knows_cells(
@@ -260,8 +314,8 @@ def test_only_a_running_sweep_gets_another_priority(tmp_path: Path) -> None:
     with Coordination(Store(runs), "mine", 1) as control:
         code, out = invoke("prioritize", "mine", "3", "--runs", str(runs))
         assert code == 0 and Store(runs).asked_priority("mine") == 3
-        control._looked = -float("inf")
-        control.look()
+        control._refreshed = -float("inf")
+        control.refresh()
         assert control.priority == 3
 
 

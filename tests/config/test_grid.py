@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import evaluations, schemes, yaml_files
+from harness.config import context, evaluations, renamed, runtime, schemes, yaml_files
 from harness.config import grid as grid_module
 from harness.config.axes import GROUPS
 from harness.config.grid import load_runtime, load_sweep
 from harness.config.locations import list_names
+from harness.config.reproduce import command_for
 from harness.core.cell import (
     Cell,
     Method,
@@ -337,7 +338,7 @@ first:
 """
     sweep = sweep_file(text)
     assert titles(sweep) == titles(sweep_file(text.partition("first:")[0]))
-    ranks = {cell.title: sweep.rank(cell_key(cell)) for cell in sweep.cells}
+    ranks = {cell.title: sweep.priority_tier(cell_key(cell)) for cell in sweep.cells}
     assert ranks == {
         "demo · none · full": 0,
         "demo · gptq · w3": 0,
@@ -742,8 +743,8 @@ def test_a_thousand_cells_compose_each_value_once(monkeypatch: pytest.MonkeyPatc
         composed[name] += 1
         return real_hydra(root, name, overrides)
 
-    monkeypatch.setattr(grid_module, "compose", compose)
-    monkeypatch.setattr(grid_module, "compose_with_hydra", hydra)
+    monkeypatch.setattr(context, "compose", compose)
+    monkeypatch.setattr(runtime, "compose_with_hydra", hydra)
     sweep = load_sweep(
         None, [*GRID, "method=gptq,awq", "scheme=glob(w*)", "seed=range(0,25)", "evaluations=demo"]
     )
@@ -781,3 +782,126 @@ def test_two_evaluations_must_not_report_under_one_name() -> None:
     assert load_sweep(
         None, ["model=demo", "method=rtn", "scheme=w4", "evaluations=[mmlu,arc_easy]"]
     ).cells
+
+
+# --- names of before -----------------------------------------------------------------------------------------------------------
+
+
+def test_old_names_of_methods_are_read_and_the_new_one_is_said(
+    sweep_file: Callable[..., Sweep], capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed._announce.cache_clear()
+    text = """
+model: demo
+grids: {method: [rtn, keep], scheme: [w8a8, w4a8]}
+skip: [{method: keep, scheme: w4a8, reason: once is enough}]
+first: [{method: keep}]
+evaluations: [demo_perplexity]
+tables: [{name: t, methods: {keep: weights as they are}, columns: [demo_perplexity/perplexity]}]
+findings: [{text: t, table: t, column: demo_perplexity/perplexity, better: [{method: keep}, {method: rtn}]}]
+"""
+    old = sweep_file(text)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and '"keep"' in said[0] and '"activation_only"' in said[0]
+    new = sweep_file(text.replace("keep", "activation_only"))
+    assert (old.cells, old.skips, old.first) == (new.cells, new.skips, new.first)
+    assert (old.tables, old.findings) == (new.tables, new.findings)
+    assert not capsys.readouterr().err
+    grid = ["model=demo", "scheme=w8a8"]
+    (cell,) = quantized(load_sweep(None, [*grid, "method=keep"]))
+    assert cell.method.name == "activation_only" and cell.method.rounding is not None
+    assert cell.method.rounding.name == "keep"
+    recorded = dataclasses.replace(cell, method=dataclasses.replace(cell.method, name="keep"))
+    assert command_for(recorded) == "harness run model=demo method=activation_only scheme=w8a8"
+
+
+def test_a_file_of_ones_own_may_have_an_old_name(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "conf" / "method"
+    folder.mkdir(parents=True)
+    (folder / "keep.yaml").write_text("# Mine\nrounding: rtn\n")
+    (cell,) = quantized(load_sweep(None, ["model=demo", "scheme=w4", "method=keep"]))
+    assert cell.method.name == "keep"
+
+
+def test_old_keys_are_read_and_the_new_one_is_said(
+    sweep_file: Callable[..., Sweep],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(renamed.KEYS, "corpus", "calibration")
+    old = sweep_file("model: demo\nmethod: gptq\nscheme: w4\ncorpus: demo\ncorpus.samples: 8\n")
+    new = sweep_file(
+        "model: demo\nmethod: gptq\nscheme: w4\ncalibration: demo\n", "corpus.samples=8"
+    )
+    assert old.cells == new.cells and quantized(new)[0].calibration is not None
+    assert '"corpus.samples" is now called "calibration.samples"' in capsys.readouterr().err
+
+
+# --- messages that help --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override, facts",
+    [
+        ("+model=модель/ёж", ["quotes", "+model='модель/ёж'"]),
+        ("model=demo,ж", ["quotes", "model=demo,'ж'"]),
+        ("evaluations=[demo,ё]", ["quotes", "evaluations=[demo,'ё']"]),
+        ("model=[demo", ["unbalanced bracket", "]"]),
+        ("model=demo)", ["unbalanced bracket", "("]),
+        ("model", ["KEY=VALUE"]),
+        ("model=demo,", ["last comma"]),
+        ("model='a", ["quotes"]),
+    ],
+)
+def test_an_unreadable_override_is_answered_in_plain_words(override: str, facts: list[str]) -> None:
+    said = problem("method=rtn", "scheme=w4", override)
+    for fact in facts:
+        assert fact in said
+    for word in ("token", "viable", "mismatched", "extraneous", "EOF"):
+        assert word not in said
+
+
+def test_what_the_message_says_to_type_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "модель"
+    shutil.copytree(PACKAGE / "data" / "demo" / "model", folder / "ёж")
+    said = problem("+model=модель/ёж", "method=none")
+    (word,) = shlex.split(said.partition("write ")[2].splitlines()[0])
+    (cell,) = load_sweep(None, [word, "method=none"]).cells
+    assert cell.model.name == "ёж"
+
+
+def test_of_many_names_the_nearest_three_are_said_and_the_command_that_lists_all() -> None:
+    said = problem("model=demo", "method=rtn", "scheme=w4gq128")
+    assert 'did you mean "w4g128"' in said and "`harness list schemes` lists all" in said
+    assert len(said) < 400
+
+
+def test_grids_without_a_file_have_names_of_their_own() -> None:
+    def name(*overrides: str) -> str:
+        return load_sweep(None, [*GRID, *overrides]).name
+
+    first = name("method=rtn,gptq", "scheme=w4,w3")
+    assert first.startswith("demo-rtn-gptq-w4-w3-")
+    assert first == name("scheme=w3,w4", "method=gptq,rtn", "device=cpu").replace(
+        "gptq-rtn-w3-w4", "rtn-gptq-w4-w3"
+    ), "the digest is that of the cells in any order"
+    assert first == name("method=rtn,gptq", "scheme=w4,w3", "evaluations=demo", "cluster=local")
+    others = {name("method=rtn", "scheme=w4"), name("method=rtn", "scheme=w3")}
+    others |= {name("method=gptq", "scheme=w4", f"seed={seed}") for seed in (0, 1)}
+    assert len(others) == 4
+    long = name("method=rtn", "scheme=w2,w3,w4,w5,w6,w7,w8,w2g16,w3g16,w4g16,w5g16,w6g16,w7g16")
+    assert len(long) < 64 and all(each.isascii() and "/" not in each for each in (long, *others))
+
+
+def test_a_task_that_does_not_use_the_given_data_root_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "here" / "conf" / "evaluation"
+    folder.mkdir(parents=True)
+    task = "task: mine\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+    (tmp_path / "here" / "tasks").mkdir()
+    (tmp_path / "here" / "tasks" / "mine.yaml").write_text(task)
+    text = "# Mine\nevaluator: lm_eval_tasks\nsettings: {task: mine, include: tasks}\n"
+    (folder / "mine.yaml").write_text(text)
+    grid = ["model=demo", "method=none", "evaluations=mine", f"data.root={tmp_path}"]
+    assert "`local: {data_root:" in problem(*grid)
+    (folder / "mine.yaml").write_text(text + 'local: {data_root: "{root}"}\n')
+    assert load_sweep(None, grid).cells

@@ -9,7 +9,20 @@ from __future__ import annotations
 import pytest
 
 from harness.config.grid import load_sweep
-from harness.core.cell import quantize_key, score_key
+from harness.core.cell import (
+    ActivationScheme,
+    Cell,
+    Method,
+    Model,
+    Override,
+    Part,
+    Scheme,
+    WeightScheme,
+    _execution,
+    freeze,
+    quantize_key,
+    score_key,
+)
 
 CALIBRATED = ("calibration=demo", "calibration.samples=8", "calibration.length=64")
 
@@ -28,7 +41,10 @@ QUANTIZE_KEYS = {  # method, scheme -> quantize_key of the demo model's cell
         "llm_int8",
         "w8a8_llm_int8",
     ): "e0f247250deb88a6ede517feb36acb0c25dbc2700033254e670617c81bfe020c",
-    ("keep", "w16kv4"): "9add2e570839e90ff1d4e8a2c229916f09a1c530f04bbe0049678438e6d48aff",
+    (
+        "activation_only",
+        "w16kv4",
+    ): "9add2e570839e90ff1d4e8a2c229916f09a1c530f04bbe0049678438e6d48aff",
     (
         "quarot",
         "w4a4kv4_quarot",
@@ -82,3 +98,22 @@ def test_scores_keep_their_keys(name: str) -> None:
     (cell,) = load_sweep(None, [*axes, *CALIBRATED]).cells
     (evaluation,) = cell.evaluations
     assert score_key(cell, evaluation) == SCORE_KEYS[name]
+
+
+def test_only_cells_with_outliers_have_the_new_rule_in_their_identity() -> None:
+    """Codes beside outliers are computed in float32 since rule 2; their checkpoints, and all other cells, keep their keys."""
+    outliers = ActivationScheme(outlier_threshold=6.0)
+    weight = WeightScheme("int", 8, -1, symmetric=True)
+
+    def cell(activation: ActivationScheme | None, *overrides: Override) -> Cell:
+        method = Method("llm_int8", rounding=Part("llm_int8"))
+        scheme = Scheme("s", weight, activation, overrides=overrides)
+        return Cell(Model("m", "m", digest="m"), method, scheme)
+
+    below = Override(("down_proj",), activation=freeze({"outlier_threshold": 6.0}))
+    for new in (cell(outliers), cell(ActivationScheme(), below)):
+        assert _execution(new.scheme)["activation"]["outlier_rule"] == 2
+        assert quantize_key(new) == quantize_key(cell(None))
+    other = ActivationScheme(outlier_threshold=6.0, grid="compressed")
+    for same in (cell(None), cell(ActivationScheme()), cell(other)):
+        assert "outlier_rule" not in (_execution(same.scheme)["activation"] or {})

@@ -18,13 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from harness.cli.commands import app
-from harness.cli.progress import Live, news
+from harness.cli.progress import news
 from harness.cli.show import record_text
 from harness.cli.status import status
 from harness.config.grid import load_sweep
 from harness.core.cell import cell_key
 from harness.core.errors import ConfigError, PlanError, ScheduleError, StoreError, TrackingError
-from harness.core.events import Event, Failed, Progress, Quantized, Scored
+from harness.core.events import Event, Failed, Progress, Quantized
 from harness.core.sweep import Sweep
 from harness.core.units import seconds_of
 from harness.execution import dispatch, driver
@@ -36,6 +36,8 @@ from harness.storage.store import Store
 from harness.tracking.tracker import NullTracker
 
 Make = Callable[..., Sweep]
+
+
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
 
 
@@ -119,7 +121,7 @@ def test_failures_are_kept_and_resumed(demo_sweep: Make, monkeypatch: pytest.Mon
     assert "FAIL" in status(store, sweep.name, sweep.cells) and "NaN" in status(
         store, sweep.name, sweep.cells
     )
-    assert sum(line.startswith("again") for line in display.lines) == 2
+    assert sum(line.startswith("retry") for line in display.lines) == 2
     assert driver.run(sweep).exit_code == 0
     assert not store.failures(key)  # forgotten, as the work succeeded
 
@@ -307,35 +309,6 @@ def test_tracking_that_comes_back_is_told_everything(
     assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told[
         "finish"
     ]
-
-
-def test_the_tally_counts_cells_and_foresees_the_end(demo_sweep: Make) -> None:
-    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    tally = Tally(make(sweep, Store(sweep.runtime.runs)))
-    first, second = map(cell_key, sweep.cells)
-    assert tally.units == 4 and tally.fraction == 0 and tally.seconds_left is None
-    assert tally.add(Quantized(0.0, (first,))) == []
-    assert tally.add(Scored(0.0, (first,), evaluation="demo_perplexity", metrics={"a": 1.0})) == [
-        first
-    ]
-    assert tally.fraction == 0.5 and tally.seconds_left is not None
-    tally.add(Progress(0.0, (second,), "block", 2, 4))
-    assert tally.fraction == pytest.approx(0.625)
-    tally.add(Failed(0.0, (second,), reason="r"))
-    assert tally.fraction == 1.0 and tally.done == [first] and list(tally.failed) == [second]
-
-
-def test_the_live_view_draws_every_event(
-    demo_sweep: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
-    tally, live = Tally(make(sweep, Store(sweep.runtime.runs))), Live()
-    key = cell_key(sweep.cells[0])
-    failed = Failed(0.0, (key,), stage="load", reason="[bad] thing")
-    for event in (Progress(0.0, (key,), "block", 1, 4), Quantized(0.0, (key,)), failed):
-        live.event(event, tally, tally.add(event))
-    live.close()
-    assert "[bad] thing" in capsys.readouterr().out
 
 
 def test_a_record_in_full(demo_sweep: Make) -> None:

@@ -1,11 +1,10 @@
-"""The board: passes cut for the slots there are, priorities, ranks, and what no node can take."""
+"""The scheduler: passes cut for the slots there are, priorities, ranks, and what no node can take."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,28 +12,28 @@ import pytest
 from harness.core.cell import cell_key
 from harness.core.events import Event, Failed, Quantized
 from harness.core.sweep import First, Sweep
-from harness.execution import coordination, failures, scheduler
-from harness.execution.coordination import Coordination
+from harness.execution import failures, scheduler
 from harness.execution.executors.base import Exit, Message
 from harness.execution.scheduler import Scheduler
 from harness.execution.tasks import EvaluateTask, Task
 from harness.planning.plan import Plan
 from harness.planning.planner import make
 from harness.planning.render import render
-from harness.storage.files import LocalDisk
 from harness.storage.store import Store
 
 Make = Callable[..., Sweep]
+
+
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
 
 
 class Cluster:
     """Slots that a test changes. Tasks wait until it lets them begin, and end when it says so."""
 
-    threads, share = 1, 0.0
+    threads, gpu_fraction = 1, 0.0
 
-    def __init__(self, slots: int, most: int = 0) -> None:
-        self.slots, self.most = slots, most
+    def __init__(self, worker_slots: int, max_gpus: int = 0) -> None:
+        self.worker_slots, self.max_gpus = worker_slots, max_gpus
         self.held: dict[int, Task] = {}
         self.begun: set[int] = set()
 
@@ -81,10 +80,10 @@ def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Ma
     plan = planned(
         demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", "cluster.workers=4"
     )
-    total, cluster = plan.checkpoints, Cluster(slots=21)
+    total, cluster = plan.checkpoints, Cluster(worker_slots=21)
     on = Scheduler(plan, cluster, "")
     assert total == 21 and len(plan.passes) == 4 and on.submit() and cluster.sizes == [1] * total
-    cluster.slots = 2  # nodes left before any task began
+    cluster.worker_slots = 2  # nodes left before any task began
     on.submit()
     made: list[Event] = []
     assert len(cluster.held) == 2
@@ -95,12 +94,12 @@ def test_passes_are_split_for_idle_slots_and_joined_for_busy_ones(demo_sweep: Ma
     assert sorted(key for event in made for key in event.cell_keys) == sorted(
         map(cell_key, plan.missing)
     )  # each once
-    cluster = Cluster(slots=1)
+    cluster = Cluster(worker_slots=1)
     on = Scheduler(plan, cluster, "")
     on.submit()
     cluster.begun, first = {1}, cluster.sizes[0]
     assert first > max(len(each.cells) for each in plan.passes)  # larger than any pass of the plan
-    cluster.slots = 5
+    cluster.worker_slots = 5
     on.submit()
     assert (
         len(cluster.held) == 5
@@ -114,7 +113,7 @@ def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: M
     schemes = ",".join(f"w{bits}{end}" for bits in (2, 3, 4, 8) for end in ("", "sym", "g32"))
     plan, cluster = (
         planned(demo_sweep, "method=gptq", f"scheme={schemes}", "cluster=local", *SMALL),
-        Cluster(slots=2),
+        Cluster(worker_slots=2),
     )
     on = Scheduler(plan, cluster, "")
     on.submit()
@@ -135,7 +134,10 @@ def test_no_task_at_the_end_takes_the_share_of_slots_that_are_busy(demo_sweep: M
 
 
 def test_what_was_tried_is_not_joined_and_memory_is_kept(demo_sweep: Make) -> None:
-    plan, cluster = planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"), Cluster(slots=1)
+    plan, cluster = (
+        planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"),
+        Cluster(worker_slots=1),
+    )
     on = Scheduler(
         dataclasses.replace(
             plan, passes=tuple(dataclasses.replace(each, limit=2) for each in plan.passes)
@@ -155,7 +157,7 @@ def test_what_was_tried_is_not_joined_and_memory_is_kept(demo_sweep: Make) -> No
 
 
 def test_behind_another_a_driver_begins_nothing_and_takes_back_what_waits(demo_sweep: Make) -> None:
-    cluster = Cluster(slots=4)
+    cluster = Cluster(worker_slots=4)
     on = Scheduler(planned(demo_sweep, "method=gptq", "scheme=w2,w3,w4,w8"), cluster, "")
     on.submit()
     cluster.begun, on.behind = {1}, "sweep b"
@@ -166,51 +168,6 @@ def test_behind_another_a_driver_begins_nothing_and_takes_back_what_waits(demo_s
     assert on.submit() and sum(cluster.sizes) == 3 and not on.waits
 
 
-def test_drivers_tell_each_other_their_priority(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
-    store = Store(tmp_path)
-    with Coordination(store, "low") as low, Coordination(store, "high", 3) as high:
-        low.look()
-        assert low.behind == ""  # nothing of the other waits
-        high.wants = True
-        high._write()
-        low.look()
-        high.look()
-        assert "sweep high (priority 3, process" in low.behind and high.behind == ""
-        store.ask_priority("low", 5)
-        low.look()
-        assert low.priority == 5 and low.behind == ""
-        content = store.drivers()[high._id]
-        store.write_driver(
-            "dead", {**content, "owner": {**content["owner"], "birth": "0"}, "priority": 9}
-        )
-        low.look()
-        assert "dead" not in store.drivers() and low.behind == ""
-    assert not store.drivers()
-
-
-def test_a_silent_driver_blocks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalDisk, "state_seconds", 0.0)
-    with Coordination(Store(tmp_path), "a", 1) as other:
-        content = {**Store(tmp_path).drivers()[other._id], "wants": True}
-    monkeypatch.setattr(Store, "drivers", lambda self: {"other": content})
-    clock = [0.0]
-    monkeypatch.setattr(
-        coordination, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
-    )
-    mine = Coordination(Store(tmp_path), "b")
-    for now, blocked in (
-        (0.0, True),
-        (coordination.SILENT_SECONDS - 1, True),
-        (coordination.SILENT_SECONDS + 1, False),
-    ):
-        clock[0] = now
-        mine.look()
-        assert bool(mine.behind) == blocked
-
-
 def test_what_no_node_can_take_any_more_is_given_up(
     demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,11 +176,11 @@ def test_what_no_node_can_take_any_more_is_given_up(
         scheduler, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time)
     )
     plan = planned(demo_sweep, "method=rtn", "scheme=w4", *SMALL)
-    scorings = tuple(dataclasses.replace(each, devices=4, least=4) for each in plan.scorings)
-    cluster = Cluster(slots=4, most=4)
+    scorings = tuple(dataclasses.replace(each, devices=4, min_gpus=4) for each in plan.scorings)
+    cluster = Cluster(worker_slots=4, max_gpus=4)
     on = Scheduler(dataclasses.replace(plan, passes=(), scorings=scorings), cluster, "")
     assert on.submit()
-    cluster.slots = cluster.most = 2  # the node that could take it is lost
+    cluster.worker_slots = cluster.max_gpus = 2  # the node that could take it is lost
     assert (
         not on.submit()
         and not cluster.held
@@ -231,9 +188,9 @@ def test_what_no_node_can_take_any_more_is_given_up(
         and on.waits
         and not on.wants
     )
-    cluster.slots = cluster.most = 4
+    cluster.worker_slots = cluster.max_gpus = 4
     assert not list(on.unplaced()) and on.submit()  # and back
-    cluster.slots = cluster.most = 2
+    cluster.worker_slots = cluster.max_gpus = 2
     assert not on.submit() and not list(on.unplaced())
     clock[0] += scheduler.RETURN_SECONDS + 1
     (failed,) = on.unplaced()
@@ -252,11 +209,12 @@ def test_memory_that_ran_out_on_gpus_is_remembered_with_their_number(demo_sweep:
     failures.ran_out(store, [cell_key(sweep.cells[0])], "evaluate", 1, 10**9, devices=2)
     plan = planned(demo_sweep, "method=rtn", "scheme=w3", *SMALL)
     assert [(each.batch_size, each.devices) for each in plan.scorings] == [(1, 4)]
-    assert any(
-        "is scored in batches of 1, on 4 GPUs: memory ran out for" in note for note in plan.notes
-    )
-    for most, expected in ((4, (4, False)), (2, (1, True))):  # more than any node has: main memory
-        cluster = Cluster(slots=4, most=most)
+    assert any("is scored in batches of 1, on 4 GPUs, because" in note for note in plan.notes)
+    for max_gpus, expected in (
+        (4, (4, False)),
+        (2, (1, True)),
+    ):  # more than any node has: main memory
+        cluster = Cluster(worker_slots=4, max_gpus=max_gpus)
         on = Scheduler(dataclasses.replace(plan, passes=()), cluster, "")
         on.submit()
         (task,) = cluster.held.values()
@@ -277,10 +235,10 @@ def test_cells_of_an_earlier_rank_come_first(demo_sweep: Make) -> None:
     plan = make(
         dataclasses.replace(sweep, first=(First("scheme: w3", keys),)), Store(sweep.runtime.runs)
     )
-    assert [each.rank for each in plan.passes] == [0, 1, 1] and {
+    assert [each.priority_tier for each in plan.passes] == [0, 1, 1] and {
         cell_key(c) for c in plan.passes[0].cells
     } == keys
     assert "first   1. scheme: w3: 1 cell to do" in render(plan)
-    cluster = Cluster(slots=1)
+    cluster = Cluster(worker_slots=1)
     Scheduler(plan, cluster, "").submit()
     assert {cell_key(cell) for cell in cluster.held[1].cells} == keys

@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from worker_tasks import evaluate_task, quantize_task
 
 from harness.core import plugins
-from harness.core.cell import cell_key, from_json, quantize_key, score_key, to_json
-from harness.core.errors import HarnessError
+from harness.core.cell import cell_key, quantize_key, score_key
 from harness.core.events import Event, Failed, Progress, Quantized, Scored, TaskEnded, TaskStarted
 from harness.core.sweep import Sweep
-from harness.execution import provenance
-from harness.execution.failures import failure, is_out_of_memory
-from harness.execution.logs import describe
 from harness.execution.process import prepare
-from harness.execution.tasks import EvaluateTask, QuantizeTask
+from harness.execution.tasks import QuantizeTask
 from harness.execution.worker import run
 from harness.storage.store import Store
 
 Make = Callable[..., Sweep]
+
+
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=4")
-
-
-def quantize_task(sweep: Sweep) -> QuantizeTask:
-    return QuantizeTask(
-        sweep.cells, str(sweep.runtime.runs), device="cpu", command="harness run test"
-    )
-
-
-def evaluate_task(sweep: Sweep) -> EvaluateTask:
-    return EvaluateTask(
-        sweep.cells,
-        tuple(cell.evaluations for cell in sweep.cells),
-        str(sweep.runtime.runs),
-        device="cpu",
-    )
 
 
 def kinds(events: list[Event]) -> list[str]:
     return [type(event).__name__ for event in events if not isinstance(event, Progress)]
-
-
-def test_tasks_travel_as_json(demo_sweep: Make) -> None:
-    sweep = demo_sweep("method=gptq", "scheme=w4", *SMALL)
-    for task in (quantize_task(sweep), evaluate_task(sweep)):
-        back = from_json(type(task), json.loads(json.dumps(to_json(task))))
-        assert back == task
-        assert [cell.evaluations for cell in back.cells] == [
-            cell.evaluations for cell in task.cells
-        ]
 
 
 def test_a_pass_then_its_scores(demo_sweep: Make) -> None:
@@ -248,91 +220,3 @@ def test_a_device_that_is_not_there_fails_all_cells(
         isinstance(failed, Failed) and len(failed.cell_keys) == 2 and "device=cpu" in failed.reason
     )
     assert prepare("auto", 0) == "cpu"
-
-
-def test_a_fraction_of_a_gpu_is_a_cap_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a card: what torch is asked. A process on the CPU asks no driver for anything."""
-    import torch
-
-    asked: list[tuple[float, int]] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(
-        torch.cuda,
-        "set_per_process_memory_fraction",
-        lambda share, index: asked.append((share, index)),
-    )
-    assert (
-        prepare("auto", 0, 0.25) == "cuda"
-        and prepare("cuda:1", 0, 0.5) == "cuda:1"
-        and prepare("cuda", 0) == "cuda"
-    )
-    assert asked == [(0.25, 0), (0.5, 1), (1.0, 0)]
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: pytest.fail("a CPU task looked for GPUs")
-    )
-    assert prepare("cpu", 0, 0.25) == "cpu"
-
-
-@pytest.mark.gpu
-def test_the_cap_holds_on_a_card() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    total = torch.cuda.get_device_properties(0).total_memory
-    try:
-        prepare("cuda", 0, 0.1)
-        with pytest.raises(torch.OutOfMemoryError) as full:
-            torch.empty(int(total * 0.2), dtype=torch.uint8, device="cuda")
-        assert is_out_of_memory(full.value)
-        torch.empty(int(total * 0.05), dtype=torch.uint8, device="cuda")
-    finally:
-        prepare("cuda", 0, 1.0)
-        torch.cuda.empty_cache()
-
-
-def test_kinds_of_failure() -> None:
-    import torch
-
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
-    assert not is_out_of_memory(ValueError("out of memory of the question"))
-    failed = failure(HarnessError("what, where\nmore"), ("k",), "stage")
-    assert (failed.kind, failed.reason) == ("error", "what, where")
-    assert failure(MemoryError(), ("k",), "s").kind == "out_of_memory"
-
-
-def test_every_event_has_its_line() -> None:
-    assert describe(Progress(0.0, ("k",), stage="block", step=1, steps=4)) == "block 1/4"
-    assert "4.250 bits" in describe(
-        Quantized(0.0, ("k",), record={"bits_per_weight": 4.25, "seconds": 1.0})
-    )
-    assert "a/b 2.5" in describe(Scored(0.0, ("k",), evaluation="a", metrics={"a/b": 2.5}))
-    assert "out_of_memory" in describe(
-        Failed(0.0, ("k",), stage="x", kind="out_of_memory", reason="r")
-    )
-    assert describe(TaskEnded(0.0)) == ""
-
-
-def test_provenance_is_plain_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "changes", lambda: "- a line\n+ another")
-    facts = provenance.collect("cpu", 2, "harness run x", Store(tmp_path))
-    assert (tmp_path / facts["changes"]).read_text() == "- a line\n+ another\n"
-    installed = (tmp_path / facts["packages"]).read_text().splitlines()
-    assert any(line.startswith("torch==") for line in installed) and all(
-        "==" in line for line in installed
-    )
-    assert (
-        provenance.collect("cpu", 2, "harness run x", Store(tmp_path))["packages"]
-        == facts["packages"]
-    )  # kept once
-    assert len(list((tmp_path / "provenance").iterdir())) == 2
-    assert json.loads(json.dumps(facts)) == facts
-    assert (
-        facts["threads"] == 2
-        and facts["versions"]["torch"]
-        and facts["host"]
-        and facts["python"].startswith("3.")
-    )

@@ -44,8 +44,8 @@ CALIBRATION = Calibration("tiny", "demo", samples=6, length=40, digest="tiny")
 FACTS: dict[str, Any] = {"version": 1, "needs": (), "stochastic": False, "activation_aware": False}
 
 
-def part(name: str, slot: str = "rounding", **settings: Any) -> Part:
-    facts = plugins.facts(slot, name)
+def part(name: str, kind: str = "rounding", **settings: Any) -> Part:
+    facts = plugins.facts(kind, name)
     return Part(
         name,
         freeze(settings),
@@ -497,7 +497,7 @@ def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) ->
 
 def test_names_and_folders_are_checked_first(made: Any, tmp_path: Path) -> None:
     tiny = made()
-    assert layouts() == ["compressed_tensors", "gptq", "peft"]
+    assert layouts() == ["awq", "compressed_tensors", "gptq", "gptq_v2", "peft"]
     unfinished = Cell(tiny.model, RTN, scheme(bits=4, symmetric=True), CALIBRATION)
     key = tiny.key(unfinished)
     with pytest.raises(ConfigError, match='did you mean "gptq"'):

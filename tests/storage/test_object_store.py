@@ -5,25 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.cli.status import status
 from harness.config.grid import load_sweep
-from harness.core import units
 from harness.core.cell import cell_key, quantize_key, score_key
-from harness.core.errors import ConfigError, StoreError
+from harness.core.errors import StoreError
 from harness.core.events import Progress, Quantized
 from harness.core.sweep import Sweep
 from harness.execution import driver
@@ -32,29 +25,9 @@ from harness.execution.worker import run
 from harness.planning.planner import make
 from harness.planning.render import render, require
 from harness.storage import files, gc, object_store
-from harness.storage.places import is_url, place_of
 from harness.storage.store import Store
 
-Make = Callable[..., Sweep]
 SMALL = ("evaluations=demo_perplexity", "evaluations.limit=2")
-
-
-@pytest.fixture
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """node("b") makes this process a node with a disk of its own."""
-
-    def be(name: str) -> None:
-        folder = tmp_path / "nodes" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        monkeypatch.setenv("HARNESS_CACHE", str(folder))
-
-    be("a")
-    return be
-
-
-@pytest.fixture
-def url() -> str:
-    return f"memory://bucket-{uuid.uuid4().hex}/runs"
 
 
 def sweep_at(url: str, *overrides: str) -> Sweep:
@@ -68,28 +41,6 @@ def sweep_at(url: str, *overrides: str) -> Sweep:
 
 def on_disk(sweep: Sweep, folder: Path) -> Sweep:
     return dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, runs=folder))
-
-
-def test_places() -> None:
-    assert (
-        is_url("s3://bucket/runs")
-        and not is_url("/runs")
-        and not is_url("runs")
-        and not is_url(Path("s3://x"))
-    )
-    assert place_of("s3://bucket/a b") == "s3://bucket/a b" and place_of("file:///x/runs") == Path(
-        "/x/runs"
-    )
-    assert units.bytes_of("1.5 TB", "q") == 1_500_000_000_000
-    with pytest.raises(StoreError, match="200GB"):
-        units.bytes_of("many", "store.quota")
-    with pytest.raises(StoreError, match="do not belong in a URL") as refused:
-        Store("s3://key:hunter2@bucket/runs")
-    assert "hunter2" not in str(refused.value)
-    with pytest.raises(StoreError, match="nosuch"):
-        Store("nosuch://bucket")
-    with pytest.raises(ConfigError, match=r"store\.quota.*many"):
-        load_sweep(None, ["model=demo", "method=rtn", "scheme=w4", "store.quota=many"])
 
 
 def test_a_sweep_over_nodes_that_share_no_disk(
@@ -152,11 +103,11 @@ def test_a_pass_goes_on_where_another_node_was_lost(
     events.close()  # type: ignore[attr-defined]
     node("b")
     kept: list[str] = []
-    keep = object_store.ObjectStore.keep
+    upload = object_store.ObjectStore.upload
     monkeypatch.setattr(
         object_store.ObjectStore,
-        "keep",
-        lambda self, path: (kept.append(path.name), keep(self, path)),
+        "upload",
+        lambda self, path: (kept.append(path.name), upload(self, path)),
     )
     assert any(isinstance(event, Quantized) for event in run(QuantizeTask(sweep.cells, url, "cpu")))
     blocks = [name for name in kept if name.endswith(".safetensors")]
@@ -173,7 +124,7 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
     path = store.checkpoint_folder(key) / "block-00001.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    store.files.keep(path)  # damaged where it is stored
+    store.files.upload(path)  # damaged where it is stored
     node("b")
     other = Store(url)
     with (
@@ -182,14 +133,14 @@ def test_hashes_are_checked_on_reading(url: str, node: Callable[[str], None]) ->
     ):
         pass
     path.write_bytes(whole)
-    store.files.keep(path)
+    store.files.upload(path)
     with other.reading(key) as place:
         (place / path.name).write_bytes(b"short")  # damaged in the mirror alone
     with other.reading(key) as place:
         assert (place / path.name).read_bytes() == whole
     report = path.with_suffix(".json")
     report.write_bytes(report.read_bytes().replace(b'"', b"'", 1))  # as long as before
-    store.files.keep(report)
+    store.files.upload(report)
     node("c")
     with (
         pytest.raises(StoreError, match=r"block-00001\.json: is damaged.*SHA-256"),
@@ -227,98 +178,6 @@ def test_what_no_cell_uses_goes(url: str, node: Callable[[str], None]) -> None:
     ).startswith(url)
     assert gc.remove(store, found) == found[0].bytes and store.manifest("f" * 64) is None
     assert store.manifest(quantize_key(sweep.cells[0])) is not None
-
-
-def test_leases(url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One works, the other waits; a holder that shows no sign of life is followed, and finds out before it writes."""
-    monkeypatch.setattr(object_store, "BEAT_SECONDS", 1e6)
-    first, second = Store(url), Store(url)
-    waited: list[Any] = []
-    order: list[str] = []
-
-    def wait() -> None:
-        with second.lock("k", on_wait=waited.append):
-            order.append("second")
-
-    with first.lock("k"):
-        with pytest.raises(StoreError, match=f"process {os.getpid()}"), second.lock("k", timeout=0):
-            pass
-        thread = threading.Thread(target=wait)
-        thread.start()
-        while not waited:
-            time.sleep(0.01)
-        with second.lock("another", timeout=0):
-            order.append("first")
-    thread.join()
-    assert order == ["first", "second"] and waited[0].pid == os.getpid()
-
-    monkeypatch.setattr(object_store, "LEASE_SECONDS", 0.0)
-    third = Store(url)
-    with first.lock("k"):
-        with third.lock("k"):
-            (lease,) = first.files._leases  # type: ignore[attr-defined]
-            assert first.files._fs.exists(lease.following)  # type: ignore[attr-defined]
-            lease.lost = True  # as its next beat says
-            with pytest.raises(StoreError, match="another took over"):
-                first.write_provenance("c", {})
-        with third.lock("k", timeout=0):  # free again, and the late one broke nothing
-            pass
-
-
-class ClientError(Exception):
-    """As botocore's, which has what the server answered."""
-
-    response: dict[str, dict[str, str]]
-
-
-@pytest.mark.parametrize(
-    "code", ["PreconditionFailed", "ConditionalRequestConflict", "AccessDenied"]
-)
-def test_object_stores_refuse_conditions_in_several_words(
-    code: str, url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What s3fs raises where the answer names no condition, as Swift's: an OSError whose cause has the code."""
-
-    answer = ClientError(code)
-    answer.response = {"Error": {"Code": code}}
-    held = Store(url).files
-    assert isinstance(held, object_store.ObjectStore)
-
-    def write(key: str, body: bytes, mode: str = "overwrite") -> None:
-        raise OSError(22, "refused") from answer
-
-    monkeypatch.setattr(held._fs, "pipe_file", write)
-    if code == "AccessDenied":
-        with pytest.raises(OSError, match="refused"):
-            held._create("bucket/once", b"1")
-    else:
-        assert not held._create("bucket/once", b"1")
-
-
-def test_a_lease_lives_as_long_as_its_holder(
-    url: str, node: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(object_store, "BEAT_SECONDS", 0.01)
-    store = Store(url)
-    with store.lock("k"):
-        (lease,) = store.files._leases  # type: ignore[attr-defined]
-        while lease.beat < 3:
-            time.sleep(0.01)
-        state = json.loads(store.files._fs.cat_file(lease.key))  # type: ignore[attr-defined]
-        assert state["beat"] >= 2 and not state["free"]
-
-
-def test_the_lease_of_a_dead_process_of_this_host_is_free(
-    url: str, node: Callable[[str], None]
-) -> None:
-    store = Store(url)
-    with store.lock("k"):
-        (lease,) = store.files._leases  # type: ignore[attr-defined]
-        state = json.loads(lease.body())
-        state["owner"]["birth"] = "1"  # its id was given to another process since
-        store.files._fs.pipe_file(lease.key, json.dumps(state).encode())  # type: ignore[attr-defined]
-        with Store(url).lock("k", timeout=0):
-            pass
 
 
 def test_a_quota_is_in_the_plan_and_stops_a_run(url: str, node: Callable[[str], None]) -> None:
@@ -383,7 +242,9 @@ def test_worker_processes_on_s3(bucket: str, node: Callable[[str], None], tmp_pa
     assert made[0] == made[1]
     held = store.files
     assert isinstance(held, object_store.ObjectStore)
-    assert held._create("harness-test/once", b"1") and not held._create("harness-test/once", b"2")
+    assert held.leases.create("harness-test/once", b"1") and not held.leases.create(
+        "harness-test/once", b"2"
+    )
     assert not any(b"planted-secret" in held.read(entry.path) for entry in held.walk(store.root))
     shutil.rmtree(store.root, ignore_errors=True)
     assert "3 of 3 cells done" in status(store.snapshot(sweep.cells), sweep.name, sweep.cells)

@@ -4,54 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import math
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from stored import make_cell
 
-from harness.core.cell import (
-    Cell,
-    Evaluation,
-    Method,
-    Model,
-    Part,
-    Scheme,
-    cell_key,
-    freeze,
-    quantize_key,
-    score_key,
-)
+from harness.core.cell import Cell, Evaluation, cell_key, freeze, quantize_key, score_key
 from harness.core.errors import StoreError
-from harness.storage.atomic_write import write_aside
 from harness.storage.json_files import write_json
-from harness.storage.locks import Owner
 from harness.storage.store import Store
-from harness.storage.sweep_state import SweepState, is_running
 
 PERPLEXITY = Evaluation("wikitext2", "perplexity", freeze({"length": 2048}), data_digest="w")
+
+
 ARC = Evaluation("arc_easy", "lm_eval_tasks", freeze({"task": "arc_easy"}), data_digest="a")
-
-
-def make_cell(
-    method: str = "gptq", evaluations: tuple[Evaluation, ...] = (PERPLEXITY, ARC)
-) -> Cell:
-    rounding = Method(method, rounding=Part(method))
-    return Cell(
-        Model("demo", "demo", digest="d"), rounding, Scheme("w4g32"), evaluations=evaluations
-    )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "runs")
 
 
 def fill(store: Store, cell: Cell) -> str:
@@ -114,16 +85,6 @@ def test_one_score_serves_evaluations_of_two_names(store: Store) -> None:
     }
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_infinities_survive_in_valid_json(store: Store, value: float) -> None:
-    cell = make_cell()
-    key = store.open_cell(cell)
-    store.write_score(key, score_key(cell, ARC), {"metrics": {"arc_easy/acc": value}})
-    json.loads(store.score_path(key, score_key(cell, ARC)).read_text(), parse_constant=pytest.fail)
-    read = store.record(cell).metrics()["arc_easy/acc"]
-    assert read == value or (math.isnan(read) and math.isnan(value))
-
-
 def test_a_truncated_score_counts_as_missing_and_is_named(store: Store) -> None:
     cell = make_cell()
     key = fill(store, cell)
@@ -147,40 +108,6 @@ def test_damaged_items_count_as_missing(store: Store) -> None:
     assert store.items(key, score_key(cell, PERPLEXITY)) is None
     path.unlink()
     assert "paired tests" in store.record(cell).problems[0]
-
-
-def test_leftovers_and_failed_writes_leave_the_old_file(store: Store) -> None:
-    path = store.root / "x.json"
-    write_json(path, {"a": 1})
-    (store.root / ".x.json.123456789abc").write_text("{half")
-
-    def break_off(aside: Path) -> None:
-        aside.write_text("{half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(StoreError, match="the disk is full"):
-        write_aside(path, break_off)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert len(list(store.root.iterdir())) == 2
-
-
-def test_kill_while_writing_leaves_the_old_or_the_new_file(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from harness.storage.json_files import write_json\n"
-        "n = 0\n"
-        "while True:\n"
-        "    n += 1\n"
-        "    write_json(Path(sys.argv[1]), {'n': n, 'pad': ['x' * 100] * 2000}, durable=False)\n"
-    )
-    path = tmp_path / "big.json"
-    for _ in range(3):
-        child = subprocess.Popen([sys.executable, "-c", program, str(path)])
-        while not path.exists():
-            time.sleep(0.01)
-        time.sleep(0.1)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert len(json.loads(path.read_text())["pad"]) == 2000
 
 
 def test_items_need_equal_columns(store: Store) -> None:
@@ -241,121 +168,6 @@ def test_a_file_in_the_place_of_runs(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(StoreError, match=r"runs"):
         Store(tmp_path / "runs").check_writable()
-
-
-def test_one_thread_works_the_other_waits(store: Store) -> None:
-    waited: list[Owner | None] = []
-    order: list[str] = []
-
-    def second() -> None:
-        with store.lock("k", on_wait=waited.append):
-            order.append("second")
-
-    with store.lock("k"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        while not waited:
-            time.sleep(0.005)
-        with (
-            pytest.raises(StoreError, match=f"process {os.getpid()}"),
-            store.lock("k", timeout=0.05),
-        ):
-            pass
-        with store.lock("another", timeout=0.05):
-            order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert waited[0] is not None and waited[0].pid == os.getpid()
-
-
-def test_the_lock_of_a_killed_process_is_free(store: Store) -> None:
-    program = (
-        "import sys, time; from harness.storage.store import Store\n"
-        "with Store(sys.argv[1]).lock('k'):\n    print('held', flush=True); time.sleep(100)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE
-    )
-    assert child.stdout is not None and child.stdout.readline() == b"held\n"
-    with pytest.raises(StoreError, match=f"process {child.pid}"), store.lock("k", timeout=0.05):
-        pass
-    child.kill()
-    child.wait()
-    with store.lock("k", timeout=120):
-        pass
-
-
-def test_a_lock_that_outlives_its_process_in_a_child_is_broken(store: Store) -> None:
-    program = (
-        "import os, sys, time; from harness.storage.store import Store\n"
-        "context = Store(sys.argv[1]).lock('k'); context.__enter__()\n"
-        "child = os.fork()\n"
-        "if child == 0:\n    time.sleep(60); os._exit(0)\n"
-        "print(child, flush=True); os._exit(0)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, str(store.root)], stdout=subprocess.PIPE
-    )
-    assert child.stdout is not None
-    orphan = int(child.stdout.readline())
-    child.wait()
-    try:
-        with store.lock("k", timeout=120):
-            pass
-    finally:
-        os.kill(orphan, signal.SIGKILL)
-
-
-def _count(root: str, turns: int) -> None:
-    store = Store(root)
-    path = Path(root) / "count"
-    for _ in range(turns):
-        with store.lock("count"):
-            path.write_text(str(int(path.read_text()) + 1))
-
-
-def test_many_processes_never_hold_one_lock_together(store: Store) -> None:
-    store.root.mkdir()
-    (store.root / "count").write_text("0")
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_count, args=(str(store.root), 15)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert (store.root / "count").read_text() == "60"
-
-
-def test_an_owner_is_dead_only_when_certain() -> None:
-    me = Owner.current()
-    assert not me.is_dead
-    assert dataclasses.replace(me, birth="1").is_dead  # the id was given to another process
-    assert not dataclasses.replace(me, host="elsewhere", pid=1).is_dead
-
-
-def test_the_state_of_a_sweep(store: Store) -> None:
-    state = SweepState(
-        store, "study", {"k1": "demo · rtn · w4", "k2": "demo · gptq · w4"}, interval_seconds=0
-    )
-    state.update("k1", "quantizing", stage="block", step=1, steps=3)
-    state.update("k2", "failed", reason="singular Hessian")
-    read = store.sweep_state("study")
-    assert read is not None and is_running(read) and store.sweep_names() == ["study"]
-    assert read["cells"]["k1"] == {
-        "title": "demo · rtn · w4",
-        "state": "quantizing",
-        "stage": "block",
-        "step": 1,
-        "steps": 3,
-    }
-    elsewhere = {**read, "owner": {**read["owner"], "host": "elsewhere"}}
-    assert is_running(elsewhere) and not is_running(
-        {**elsewhere, "updated": read["updated"] - 3600}
-    )
-    state.end()
-    ended = store.sweep_state("study")
-    assert ended is not None and not is_running(ended)
-    assert store.sweep_state("other") is None
 
 
 def test_keys_are_folders(store: Store) -> None:

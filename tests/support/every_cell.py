@@ -1,9 +1,10 @@
 """Methods × schemes × families: which cells the plan accepts, and whether these run.
 
-    python tests/methods/every_cell.py [--families llama,mixtral] [--methods gptq,awq]     # all of them; about an hour on one core
+    python tests/support/every_cell.py [--families llama,mixtral] [--methods gptq,awq]     # all of them; about an hour on one core
 
-Models are the tiny ones of `harness.demo.tiny`, of two blocks. What is run is what a sweep runs: `work.quantize` into a store, with
-tunings, then the model is loaded as an evaluation loads it, with its activations and cache rounded, and run on a few tokens.
+Models are the tiny ones of `harness.data.demo.tiny`, of two blocks. Each cell runs as in a sweep: `execution.worker.quantize` into
+a store, with tunings; then the model is loaded as an evaluation loads it, with rounded activations and cache, and run on a few
+tokens.
 `test_every_cell.py` asks the whole product what it accepts and runs a part; this command runs everything.
 """
 
@@ -78,7 +79,7 @@ def _small(cell: Cell) -> Cell:
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
-    parts = {slot: part(getattr(method, slot)) for slot in ("transform", "rounding", "tuning")}
+    parts = {kind: part(getattr(method, kind)) for kind in ("transform", "rounding", "tuning")}
     return dataclasses.replace(cell, method=dataclasses.replace(method, **parts))
 
 

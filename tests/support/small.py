@@ -37,9 +37,9 @@ def windows(samples: int = 6, length: int = 40, vocabulary: int = 256, seed: int
     )
 
 
-def part(name: str, slot: str = "rounding", **settings: Any) -> Part:
+def part(name: str, kind: str = "rounding", **settings: Any) -> Part:
     """A part with the facts of its plugin, as a config makes it."""
-    facts = plugins.facts(slot, name)
+    facts = plugins.facts(kind, name)
     known = {fact: facts.get(fact, default) for fact, default in FACTS.items()}
     return Part(name, freeze(settings), **known)
 

@@ -241,7 +241,7 @@ def world() -> dict[tuple[str, str], str]:
 
 @functools.cache
 def held_out_sums() -> tuple[tuple[int, int], ...]:
-    """Ordered pairs of addends that the text never adds; with (a, b) also (b, a)."""
+    """Ordered pairs of addends that the text never adds; (b, a) is included with (a, b)."""
     pairs = [(a, b) for a in range(ADDENDS) for b in range(a, ADDENDS)]
     chosen: list[tuple[int, int]] = []
     for a, b in Draw(SEED + 1).some(pairs, len(pairs)):
@@ -326,7 +326,7 @@ def _counting(start: int, step: int, terms: int) -> str:
 def questions(kind: str, count: int = 400) -> list[Question]:
     """The first `count` of the 400 questions of a kind: distinct prompts, four choices, one right.
 
-    Numbers offered have as many digits as the answer, so that no choice is the beginning of another.
+    Numbers among the choices have as many digits as the answer, so that no choice is the beginning of another.
     Raises DataError on an unknown kind.
     """
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Planted outliers: reparametrisations that change what rounding sees and leave the full-precision function alone.
+"""Planted outliers: reparametrisations that change the values to be rounded and leave the full-precision function unchanged.
 
 Large language models have channels whose activations, or weights, are tens to thousands of times larger than the rest; a demo
 model has none. Multiplying one side of a product by a power of two and dividing the other gives it some:

@@ -41,7 +41,7 @@ _CLIP = {
     "image_size": 28,
     "patch_size": 14,
 }
-# name -> what differs from the common shape; model_type where it is not the name. A new family adds its line.
+# name -> differences from the common shape; model_type where it is not the name. A new family adds its line.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 24},
@@ -152,7 +152,7 @@ def build(
 
     dtype: of the stored weights; shards: number of weight files; overrides: of the config.
     """
-    # Here, not above: sources, which asks for tiny models, must load without torch.
+    # Imported here, because texts and model folders must load without torch.
     import torch
     import transformers
     from transformers import AutoConfig
@@ -183,7 +183,7 @@ def build(
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as the config class takes them: of a model with images, those of the language part stand in text_config."""
+    """Settings as the config class takes them; for a model with images, those of the language model are in text_config."""
     if "vision_config" not in settings:
         return dict(settings)
     outer = {

@@ -132,9 +132,9 @@ def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[Llama
 
 
 def plant_outliers(model: LlamaForCausalLM) -> None:
-    """Make activations behind every norm of the blocks larger, in place: on a run of neighbours, and on a few channels anywhere.
+    """Make activations after every norm of the blocks larger, in place: on a run of neighbouring channels, and on a few others.
 
-    The run makes one scale per output channel worse than one per group; the few make groups worse than no outliers.
+    The run makes one scale per output channel worse than one per group; the others make groups worse than without outliers.
     """
     plant(
         model, "activation", RUN_SCALE, range(RUN_CHANNELS), range(model.config.num_hidden_layers)

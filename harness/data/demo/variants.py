@@ -1,4 +1,4 @@
-"""The demo model with harder outliers planted: "demo:weight_outliers" and "demo:activation_outliers".
+"""The demo model with larger planted outliers: "demo:weight_outliers" and "demo:activation_outliers".
 
 A variant is derived from the shipped model the first time it is asked for: no download, seconds. Its full-precision logits are
 those of the shipped model to the bit; what rounding sees differs:
@@ -85,7 +85,7 @@ def _shipped_files() -> Iterator[Path]:
 
 
 def _build(plants: tuple[Plant, ...], folder: Path) -> None:
-    # Here, not above: sources, which asks for variants, must load without torch.
+    # Imported here, because texts and model folders must load without torch.
     from transformers import AutoModelForCausalLM
 
     from harness.data.demo.plant import plant

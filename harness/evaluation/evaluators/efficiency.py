@@ -4,7 +4,13 @@ Prompts of `prompt_tokens` random tokens, then exactly `new_tokens` greedy ones 
 One warm-up, then `repeats` measured runs with the device synchronised around each part; the median is the value, the whole range
 is in the details. The prompt (prefill) and the tokens after it (decode) are timed apart.
 
-`details["execution"]` is "simulated" wherever quantized weights are computed with in their floating-point form or activations are
+With the setting `kernel` the model is loaded a second time with the kernels of `inference.kernels` ("any": the first that holds
+each matrix exactly; a name: that one), and the two models run in turn: the values are those of the kernels,
+`details["ratio_to_dense"]` is their decoding speed over that of dequantized matrices in the same process. A ratio below 1 stands
+there too. A cell that no kernel holds exactly fails with each kernel's reasons.
+
+`details["execution"]` is "real" for a full-precision model, "real:int4pack" where every quantized matrix is multiplied by that
+kernel, and "simulated" wherever quantized weights are computed with in their floating-point form, or activations or the cache are
 rounded and then multiplied as floats: such a speed is at best that of 16 bits and says nothing of a kernel for the format. The
 stored size does not depend on that. On a CPU the peak memory is that of the process since it began.
 
@@ -15,6 +21,7 @@ Energy is there where the device reports it (`meters`): on a processor that of t
 
 from __future__ import annotations
 
+import collections
 import platform
 import resource
 import statistics
@@ -27,11 +34,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.core.cell import Cell, Evaluation, Model
-from harness.core.errors import EvaluationError
+from harness.core.errors import EvaluationError, unknown_name
 from harness.core.events import Progress
 from harness.evaluation import meters
 from harness.evaluation.protocols import Score, Subject, model_context_length
+from harness.quantization.inference import kernels
+from harness.quantization.inference.linear import QuantizedLinear
 
+ANY_KERNEL = "any"
 MOST_OTHERS = 0.1  # of a processor's time that other processes may have had
 
 
@@ -47,6 +57,7 @@ class Evaluator:
     """Size and speed of one model."""
 
     version = 1
+    settings_added_later = ("kernel",)  # keys leave it out while it is off
     exclusive = True  # of its device: nothing else may run there meanwhile
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "prefill_seconds": {"higher_is_better": False, "unit": "seconds to the first token"},
@@ -69,13 +80,17 @@ class Evaluator:
 
     @dataclass(frozen=True)
     class Settings:
-        """Lengths in tokens; batch: sequences at once; repeats: measured runs after `warmup` others."""
+        """Lengths in tokens; batch: sequences at once; repeats: measured runs after `warmup` others.
+
+        kernel: "" (dequantized matrices), "any", or the name of a kernel of `inference.kernels`.
+        """
 
         prompt_tokens: int = 256
         new_tokens: int = 512
         batch: int = 1
         repeats: int = 3
         warmup: int = 1
+        kernel: str = ""
 
         def __post_init__(self) -> None:
             least = {"prompt_tokens": 1, "new_tokens": 2, "batch": 1, "repeats": 3, "warmup": 1}
@@ -84,6 +99,8 @@ class Evaluator:
                 for name, low in least.items()
                 if getattr(self, name) < low
             ]
+            if self.kernel not in ("", ANY_KERNEL, *kernels.ORDER):
+                problems.append(unknown_name("kernel", self.kernel, (ANY_KERNEL, *kernels.ORDER)))
             if problems:
                 raise ValueError("; ".join(problems))
 
@@ -112,15 +129,26 @@ class Evaluator:
         if torch.device(subject.device).type == "cuda":
             torch.cuda.reset_peak_memory_stats(subject.device)
         timings, joules = [], []
+        dense: list[Timing] = []
+        if settings.kernel:
+            assert subject.load_as is not None, (
+                "an evaluation of kernels needs the cell's checkpoint"
+            )
+            asked = "" if settings.kernel == ANY_KERNEL else f":{settings.kernel}"
+            model = subject.load_as(f"native{asked}")
         check_alone(subject.device)
         began = meters.ProcessorTime.now()
         yield subject.progress(evaluation, 0, runs)
         for run in range(runs):
             before = meters.energy_joules(subject.device)
-            timing = generate(subject.model, prompts, settings.new_tokens)
+            timing = generate(model, prompts, settings.new_tokens)
             after = meters.energy_joules(subject.device)
+            other = (
+                generate(subject.model, prompts, settings.new_tokens) if settings.kernel else None
+            )
             if run >= settings.warmup:
                 timings.append(timing)
+                dense += [other] if other is not None else []
                 joules.append(
                     after - before
                     if before is not None and after is not None and after > before
@@ -134,13 +162,15 @@ class Evaluator:
             if on_processor
             else meters.other_processes(subject.device)
         )
-        yield self._score(subject, evaluation, timings, joules, others)
+        yield self._score(subject, evaluation, model, timings, dense, joules, others)
 
     def _score(
         self,
         subject: Subject,
         evaluation: Evaluation,
+        model: nn.Module,
         timings: list[Timing],
+        dense: list[Timing],
         joules: list[float | None],
         others: float | None,
     ) -> Score:
@@ -162,11 +192,11 @@ class Evaluator:
             ]
         values = {name: statistics.median(measured) for name, measured in runs.items()}
         values["peak_memory_bytes"] = float(peak_memory_bytes(subject.device))
-        values["loaded_bytes"] = float(loaded_bytes(subject.model))
+        values["loaded_bytes"] = float(loaded_bytes(model))
         if "stored_bytes" in subject.manifest:
             values["stored_bytes"] = float(subject.manifest["stored_bytes"])
         details = {
-            "execution": "real" if is_full_precision(subject.cell) else "simulated",
+            **execution(subject.cell, model),
             "device": device_name(subject.device),
             "prompt_tokens": settings.prompt_tokens,
             "new_tokens": settings.new_tokens,
@@ -179,6 +209,9 @@ class Evaluator:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         }
+        if dense:
+            decode = statistics.median(timing.decode for timing in timings)
+            details["ratio_to_dense"] = statistics.median(t.decode for t in dense) / decode
         return Score(
             {f"{evaluation.name}/{name}": value for name, value in values.items()},
             {},
@@ -214,6 +247,22 @@ def generate(model: Any, prompts: Tensor, new_tokens: int) -> Timing:
 def is_full_precision(cell: Cell) -> bool:
     """True where nothing is quantized, so that a measured speed is the model's own."""
     return cell.method.is_baseline and cell.scheme.activation is None and cell.scheme.kv is None
+
+
+def execution(cell: Cell, model: nn.Module) -> dict[str, Any]:
+    """How a model's products are computed: execution, and where kernels run, kernels (name -> matrices, "dense" the others)."""
+    if is_full_precision(cell):
+        return {"execution": "real"}
+    found = collections.Counter(
+        module.kernel.name if module.kernel is not None else "dense"
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear)
+    )
+    names = sorted(name for name in found if name != "dense")
+    if not names or cell.scheme.kv is not None:
+        return {"execution": "simulated"}
+    kind = "partly" if found["dense"] else "real"
+    return {"execution": f"{kind}:{'+'.join(names)}", "kernels": dict(sorted(found.items()))}
 
 
 def loaded_bytes(model: nn.Module) -> int:

@@ -49,6 +49,13 @@ class Evaluator:
     """One task, or one group of tasks, of lm-eval."""
 
     version = 1
+    settings_added_later = ("apply_chat_template",)  # keys leave it out while it is off
+    groups_tasks = (
+        True  # its `task` may be a group, whose members report metrics under their own names
+    )
+    compares_items = (
+        True  # its items are answers, comparable with those of the full-precision model
+    )
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "acc": {"higher_is_better": True, "unit": "share of items"},
         "acc_norm": {"higher_is_better": True, "unit": "share of items"},

@@ -1,4 +1,4 @@
-"""What every executor offers the scheduler: slots, GPUs, messages, and the environment of a worker process."""
+"""The interface of executors for the scheduler: worker slots, GPUs, messages, and the environment of a worker process."""
 
 from __future__ import annotations
 
@@ -6,71 +6,75 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from harness.core.events import Event
+from harness.core.failures import FailureKind
 from harness.execution.tasks import Task
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a task's process ended. kind "" is a normal end, else kind, reason and detail are those of `events.Failed`."""
+    """How a task's process ended. kind None is a normal end, else kind, reason and detail are those of `events.Failed`."""
 
-    kind: str = ""
+    kind: FailureKind | None = None
     reason: str = ""
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", None if self.kind is None else FailureKind(self.kind))
 
 
 @dataclass(frozen=True)
 class Message:
-    """News of one task: an event, or its end."""
+    """An event of one task, or how its process ended. number: of the task."""
 
     number: int
     news: Event | Exit
 
 
 class Executor(Protocol):
-    """Runs tasks somewhere. slots: how many at once; threads: CPU threads of each (0: as they are); share: of a GPU (0: none).
+    """Runs tasks.
 
-    slots is 0 while no node can take a task. most: GPUs that one task can have, which are those of the largest node; 0 where tasks
-    use none.
+    worker_slots  tasks that run at once; 0 while no node can run a task
+    threads       CPU threads of each task; 0: as the process has them
+    gpu_fraction  of one GPU that a task has, 0 to 1; 0: no GPU
+    max_gpus      GPUs that one task can have, those of the largest node; 0 where tasks use no GPU
     """
 
-    slots: int
+    worker_slots: int
     threads: int
-    share: float
-    most: int
+    gpu_fraction: float
+    max_gpus: int
 
     def width(self, gpus: float) -> int:
-        """Slots that a task takes which asks for so many GPUs; 0: the share that every task has."""
+        """Worker slots that a task with so many GPUs takes; gpus 0: the fraction that every task has."""
         ...
 
     def submit(self, number: int, task: Task) -> None: ...
 
     def waits(self, number: int) -> bool:
-        """Whether a submitted task has no slot yet, so that taking it back costs nothing."""
+        """Whether a submitted task has no slot yet, so that its withdrawal loses no work."""
         ...
 
     def wait(self) -> list[Message]:
-        """News of the running tasks, waiting for some for at most POLL_SECONDS."""
+        """Messages of the running tasks; waits at most POLL_SECONDS for the first."""
         ...
 
     def cancel(self, number: int) -> None:
-        """End a task's process; no more news of it will come."""
+        """End a task's process; it sends no more messages."""
         ...
 
     def close(self) -> None:
-        """End whatever still runs, and leave no process behind."""
+        """End all tasks, and leave no process behind."""
         ...
 
 
-POLL_SECONDS = 1.0  # how long an executor waits for events before deadlines are looked at
-RETURN_SECONDS = (
-    600.0  # for a lost head, or for nodes that could take what no node can, to come back
-)
+POLL_SECONDS = 1.0  # that an executor waits for events before the time limits are checked
+RETURN_SECONDS = 600.0  # that a run waits for a lost head, or for a node that can run its tasks
 
 
 def gpus_of(task: Task) -> float:
-    """GPUs that a task takes: several whole ones, or its share of one."""
+    """GPUs that a task takes: a number of full GPUs, or its fraction of one."""
     devices = getattr(task, "devices", 1)
-    return float(devices) if devices > 1 else task.share
+    return float(devices) if devices > 1 else task.gpu_fraction
 
 
 def process_environment(threads: int) -> dict[str, str]:
@@ -81,5 +85,5 @@ def process_environment(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task without a GPU must not see all of them
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task without a GPU must not see all GPUs
     }

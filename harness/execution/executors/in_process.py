@@ -1,4 +1,4 @@
-"""Tasks one after the other in this process: no start-up, and a debugger stops where it should."""
+"""Runs tasks one after the other in this process: no start-up time, and breakpoints of a debugger work."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from harness.execution.tasks import Task
 
 
 class InProcess:
-    """One task after the other in this process."""
+    """Runs one task after the other in this process. max_gpus: GPUs that a task can have."""
 
-    slots = 1
+    worker_slots = 1
     threads = 0
-    share = 1.0
+    gpu_fraction = 1.0
 
-    def __init__(self, most: int = 0) -> None:
-        self.most = most
+    def __init__(self, max_gpus: int = 0) -> None:
+        self.max_gpus = max_gpus
         self._current: tuple[int, Iterator[Event]] | None = None
 
     def width(self, gpus: float) -> int:

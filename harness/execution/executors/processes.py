@@ -1,4 +1,4 @@
-"""A fresh process per task on this machine, without Ray."""
+"""Runs every task in a new process of this machine, without Ray."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from harness.core.failures import FailureKind
 from harness.core.sweep import Runtime
 from harness.execution import worker
 from harness.execution.executors.base import (
@@ -28,32 +29,34 @@ from harness.execution.executors.base import (
 from harness.execution.tasks import Task, decode, decode_event, encode, encode_event
 from harness.planning.resources import count_cores, count_gpus
 
-STOP_SECONDS = 5.0  # between asking a process to end and ending it
-PRINTED_BYTES = 4000  # of what a worker printed last, kept with its failure
+STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL
+PRINTED_BYTES = 4000  # of a worker's last output, stored with its failure
 
 
 class Processes:
-    """A fresh process per task on this machine. Each sees as many of its GPUs as the task needs, where there are any.
+    """Runs every task in a new process of this machine, which sees as many GPUs as the task needs.
 
     A worker reads its task as JSON from its standard input and writes events as lines of JSON to a pipe; what libraries print goes
-    to a file, whose end is the detail of a failure.
+    to a file, whose last lines are the detail of a failure.
     """
 
     def __init__(self, workers: int, runtime: Runtime) -> None:
-        self.slots = workers
+        self.worker_slots = workers
         self.threads = max(1, count_cores() // workers)
         self._gpus = count_gpus() if runtime.device != "cpu" else 0
         self._hidden = runtime.device == "cpu"
-        self.share, self.most = min(1.0, self._gpus / workers), self._gpus
+        self.gpu_fraction, self.max_gpus = min(1.0, self._gpus / workers), self._gpus
         self._news: queue.Queue[Message] = queue.Queue()
         self._running: dict[int, tuple[subprocess.Popen[str], list[int]]] = {}
 
     def width(self, gpus: float) -> int:
-        """Where tasks share GPUs, one that needs more than its share has the machine to itself."""
-        if gpus <= self.share or not self._gpus:
+        """Where tasks share GPUs, a task that needs more than its fraction takes all slots."""
+        if gpus <= self.gpu_fraction or not self._gpus:
             return 1
         return (
-            self.slots if self._gpus < self.slots else math.ceil(gpus / (self._gpus // self.slots))
+            self.worker_slots
+            if self._gpus < self.worker_slots
+            else math.ceil(gpus / (self._gpus // self.worker_slots))
         )
 
     def waits(self, number: int) -> bool:
@@ -62,7 +65,7 @@ class Processes:
     def submit(self, number: int, task: Task) -> None:
         devices = getattr(task, "devices", 1)
         taken = {place for _, places in self._running.values() for place in places}
-        places = [place for place in range(self.slots) if place not in taken][
+        places = [place for place in range(self.worker_slots) if place not in taken][
             : self.width(gpus_of(task))
         ]
         environment = {**os.environ, **process_environment(self.threads)}
@@ -96,16 +99,14 @@ class Processes:
             target=self._listen, args=(number, process, ours, printed), daemon=True
         ).start()
         assert process.stdin is not None
-        with (
-            contextlib.suppress(BrokenPipeError),
-            process.stdin,
-        ):  # one that died at once is told of by its exit
+        # The exit code of a process that died at once is reported.
+        with contextlib.suppress(BrokenPipeError), process.stdin:
             json.dump(encode(task), process.stdin)
 
     def _gpus_of(self, places: Sequence[int]) -> list[int]:
-        """The GPUs of slots: each has some of its own, or shares one with others."""
-        each = max(1, self._gpus // self.slots)
-        if len(places) == self.slots:
+        """The GPUs of slots: each slot has GPUs of its own, or shares one with other slots."""
+        each = max(1, self._gpus // self.worker_slots)
+        if len(places) == self.worker_slots:
             return list(range(self._gpus))
         return [
             index % self._gpus
@@ -118,7 +119,7 @@ class Processes:
     ) -> None:
         with open(pipe, encoding="utf-8") as lines, printed:
             for line in lines:
-                if line.endswith("\n"):  # a killed worker may leave half a line
+                if line.endswith("\n"):  # a killed worker may leave an incomplete line
                     self._news.put(Message(number, decode_event(json.loads(line))))
             code = process.wait()
             printed.seek(0, os.SEEK_END)
@@ -135,7 +136,7 @@ class Processes:
             pass
         known = [
             message for message in messages if message.number in self._running
-        ]  # a cancelled task has no more news
+        ]  # a cancelled task sends no more messages
         for message in known:
             if isinstance(message.news, Exit):
                 del self._running[message.number]
@@ -153,7 +154,7 @@ class Processes:
 def serve() -> None:
     """The main function of a worker process. Arguments: the pipe for events, the driver's process id."""
     pipe, driver = int(sys.argv[1]), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides which tasks an interrupt ends
     threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
     with open(pipe, "w", encoding="utf-8") as out:
         for event in worker.run(decode(json.load(sys.stdin))):
@@ -162,7 +163,7 @@ def serve() -> None:
 
 
 def _end_with(driver: int) -> None:
-    """End this process when the driver is gone, however it went."""
+    """End this process when the driver has ended, for whatever reason."""
     while os.getppid() == driver:
         time.sleep(0.5)
     os._exit(1)
@@ -177,12 +178,12 @@ def _exit_of(code: int, printed: str) -> Exit:
             if -code in {s.value for s in signal.Signals}
             else f"signal {-code}"
         )
-        hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
-        return Exit("killed", f"the worker process was ended by {name}{hint}", printed)
+        killed = FailureKind.KILLED
+        return Exit(killed, f"{killed.sentence} by {name}", printed)
     last = next(
-        (line for line in reversed(printed.splitlines()) if line.strip()), "it said nothing"
+        (line for line in reversed(printed.splitlines()) if line.strip()), "it printed nothing"
     )
-    return Exit("error", f"the worker process ended with code {code}: {last}", printed)
+    return Exit(FailureKind.ERROR, f"the worker process ended with code {code}: {last}", printed)
 
 
 def _end(processes: Sequence[subprocess.Popen[str]]) -> None:

@@ -49,6 +49,8 @@ HALF = ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "nvfp4")  # read back in bfloat16
 class Layout:
     """compressed-tensors."""
 
+    stores_group_order = False
+
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None
     ) -> list[str]:

@@ -1,14 +1,16 @@
 """Checkpoints in the layout of GPTQ-for-LLaMa and AutoGPTQ, version 1, which vLLM, GPTQModel and other kernels load.
 
-Of a linear [out, in] with groups of columns, all codes of b bits run through int32 words without gaps, lowest bits first:
+A linear [out, in] with groups of columns is stored as codes of b bits in int32 words, without gaps, lowest bits first:
 
     qweight  [in · b / 32, out] int32     codes of one output channel, down the columns
     qzeros   [groups, out · b / 32] int32   zero point - 1, across the outputs: a zero point of 0 cannot be stored
     scales   [groups, out] float16
     g_idx    [in] int32                   the group of each input channel; any order (act_order)
 
-weight = scales[g] · (code - zero), symmetric ones with zero 2^(b-1). quantize_config.json repeats what config.json says.
-transformers itself loads this layout only with a kernel package (gptqmodel); `unpack_linear` reads it with torch alone.
+weight = scales[g] · (code - zero), symmetric ones with zero 2^(b-1). quantize_config.json repeats what config.json says. Version
+2 (`formats/gptq_v2.py`) stores zero points as they are. A file says which it is by `checkpoint_format`; an engine that takes one
+for the other writes text without sense and raises no error. transformers itself loads this layout only with a kernel package
+(gptqmodel); `unpack_linear` reads it with torch alone.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ MULTIPLE = 32  # kernels ask it of both features; words of 3 bits need it
 
 
 class Layout:
-    """GPTQ, version 1."""
+    """GPTQ, version 1. subtracted: from every zero point before it is stored."""
+
+    checkpoint_format = "gptq"
+    subtracted = 1
 
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None
@@ -46,7 +51,9 @@ class Layout:
                 "GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer"
             )
         if activation is not None:
-            reasons.append("GPTQ's layout is of weights alone; the scheme rounds activations too")
+            reasons.append(
+                "GPTQ's layout holds weights only, and the scheme rounds activations too"
+            )
         return reasons
 
     def weight_reasons(self, weight: QuantizedWeight, dtype: torch.dtype) -> list[str]:
@@ -60,9 +67,9 @@ class Layout:
             zero = weight.zero
             if not bool(((zero == zero.round()) & (zero < 2**weight.bits)).all()):
                 reasons.append("zero points that are not among the codes, or no integers")
-            elif not bool((zero >= 1).all()):
+            elif not bool((zero >= self.subtracted).all()):
                 reasons.append(
-                    "zero points of 0, which the layout (it stores zero - 1) cannot hold; use a symmetric scheme"
+                    "zero points of 0, which the layout (it stores zero - 1) cannot hold; use -f gptq_v2, or a symmetric scheme"
                 )
         if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale):
             reasons.append(
@@ -122,7 +129,7 @@ class Layout:
             )
         return {
             "qweight": _words(weight.codes, weight.bits).T.contiguous(),
-            "qzeros": _words((zero - 1).T.to(torch.uint8), weight.bits),
+            "qzeros": _words((zero - self.subtracted).T.to(torch.uint8), weight.bits),
             "scales": weight.scale.T.to(torch.float16).contiguous(),
             "g_idx": group.to(torch.int32),
         }
@@ -136,7 +143,7 @@ class Layout:
             **first,
             "desc_act": ordered,
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.checkpoint_format,
             "lm_head": False,
         }
 
@@ -144,12 +151,12 @@ class Layout:
         return {"quantize_config.json": dict(quantization_config)}
 
 
-def unpack_linear(tensors: Mapping[str, Tensor], bits: int) -> Tensor:
-    """The matrix [out, in] float32 of qweight, qzeros, scales and g_idx."""
+def unpack_linear(tensors: Mapping[str, Tensor], bits: int, added: int = 1) -> Tensor:
+    """The matrix [out, in] float32 of qweight, qzeros, scales and g_idx. added: to stored zero points; 1 in version 1, else 0."""
     groups, rows = tensors["scales"].shape
     columns = tensors["g_idx"].numel()
     codes = _codes(tensors["qweight"].T.contiguous(), bits, columns).float()  # [out, in]
-    zero = (_codes(tensors["qzeros"], bits, rows).float() + 1).T  # [out, groups]
+    zero = (_codes(tensors["qzeros"], bits, rows).float() + added).T  # [out, groups]
     assert zero.shape == (rows, groups)
     group = tensors["g_idx"].long()
     return tensors["scales"].T.float()[:, group] * (codes - zero[:, group])

@@ -5,11 +5,11 @@
     block-00000.safetensors     the packed tensors of one block: "<linear>:<part>", and "dense:<name>" for what a transform changed
     block-00000.json            kind, shape and meta of each linear, size and SHA-256 of the file above, the block's report
     ends.safetensors, .json     changed tensors outside the blocks, where there are any
-    learned.safetensors, .json  what a transform learned of the whole model before its blocks were rewritten, where one does
+    learned.safetensors, .json  tensors that a transform learned from the whole model before its blocks were rewritten, if any
     manifest.json               written last: a folder with it is complete
 
-Every file is written aside and renamed; a block counts once its .json is there. Reading verifies size and SHA-256 of tensors and of
-the .json of blocks where the manifest has them (those written before 2026-11-23 do not).
+Every file is written under a temporary name and renamed; a block is finished once its .json exists. Reading
+verifies size and SHA-256 of tensors, and of the .json of blocks where the manifest has them (since 2026-11-23).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CheckpointWriter:
         fingerprint: Mapping[str, Any],
         keep: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """keep: told of every file that was written or removed, in that order; a store elsewhere follows."""
+        """keep: called with every file that was written or removed, in that order, so that a remote store can mirror the folder."""
         self.folder, self._keep = folder, keep
         self.fingerprint = json.loads(json.dumps(fingerprint))
         path = folder / "fingerprint.json"
@@ -78,7 +78,7 @@ class CheckpointWriter:
                     if held.get(k) != self.fingerprint.get(k)
                 )
                 differences = "; ".join(
-                    f"{k}: {held.get(k)!r} there, {self.fingerprint.get(k)!r} asked for"
+                    f"{k}: {held.get(k)!r} in the folder, {self.fingerprint.get(k)!r} expected"
                     for k in names
                 )
                 raise StoreError(
@@ -130,11 +130,11 @@ class CheckpointWriter:
         self._store("ends", dict(dense), {})
 
     def write_learned(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store what the transform learned before the walk, for a pass that resumes."""
+        """Store the tensors that the transform learned from the whole model, for a pass that resumes."""
         self._store("learned", dict(tensors), {})
 
     def learned(self) -> dict[str, Tensor] | None:
-        """What the transform of an earlier pass learned, verified; None where it has not."""
+        """The tensors that the transform of an earlier pass learned, verified; None where there are none."""
         path = self.folder / "learned.json"
         return (
             _read_tensors(path.with_suffix(".safetensors"), _read_json(path)["file"])
@@ -303,9 +303,9 @@ def _kind(kind: str, defined_in: str, folder: Path) -> type[QuantizedWeight]:
     if kind not in QuantizedWeight.kinds:
         if defined_in in {path.stem for path in NUMERICS.glob("*.py")}:
             importlib.import_module(f"harness.quantization.numerics.{defined_in}")
-        for slot in ("rounding", "transform", "tuning"):
-            if defined_in in plugins.find(slot):
-                plugins.load(slot, defined_in)
+        for kind in ("rounding", "transform", "tuning"):
+            if defined_in in plugins.find(kind):
+                plugins.load(kind, defined_in)
     if kind not in QuantizedWeight.kinds:
         raise StoreError(
             f'{folder}: the layout "{kind}" is defined in "{defined_in}", which is not installed here'

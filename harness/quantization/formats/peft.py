@@ -1,4 +1,4 @@
-"""Low-rank adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors, without the model that they are for.
+"""Low-rank adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, without the model that they belong to.
 
 PEFT puts an adapter on whatever model it is given. The numbers are ours where that model holds the matrices of the cell without its
 tuning: an export of that cell by another layout, or, for NF4 with double-quantized scales, what bitsandbytes makes of the source.

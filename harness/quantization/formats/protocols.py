@@ -1,4 +1,4 @@
-"""What an export asks of a checkpoint layout that other libraries load.
+"""The contract of a checkpoint layout that other libraries load.
 
 `harness/quantization/formats/<name>.py` defines `class Layout`.
 
@@ -18,11 +18,14 @@ from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
 from harness.quantization.numerics.weights import QuantizedWeight
 
-Description = dict[str, Any]  # of a linear in the layout's own words: JSON values
+Description = dict[str, Any]  # a linear as the layout describes it: JSON values
 
 
 class Layout(Protocol):
-    """dtype is always that of the model: of what is not quantized, and of the weights once they are read back."""
+    """In all methods dtype is the model's: the dtype of unquantized tensors, and of the weights once they are read back.
+
+    A layout whose groups are always neighbouring channels states `stores_group_order = False` in its class body.
+    """
 
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None
@@ -37,7 +40,7 @@ class Layout(Protocol):
     def describe(
         self, weight: QuantizedWeight, activation: ActivationScheme | None
     ) -> Description | None:
-        """What `quantization_config` says of the linear; None: it is stored as an ordinary weight."""
+        """The linear's description in `quantization_config`; None: it is stored as an ordinary weight."""
         ...
 
     def model_reasons(self, described: Mapping[str, Description | None]) -> list[str]:
@@ -47,7 +50,7 @@ class Layout(Protocol):
     def pack_linear(
         self, weight: QuantizedWeight, activation: ActivationScheme | None, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The linear's tensors by their names within its module, the bias apart."""
+        """The linear's tensors without its bias, by their names within its module."""
         ...
 
     def quantization_config(
@@ -63,7 +66,7 @@ class Layout(Protocol):
 
 @runtime_checkable
 class AdapterLayout(Protocol):
-    """A layout of adapters alone: `class Layout` with these methods instead."""
+    """A layout of adapters only: `class Layout` with these methods instead."""
 
     def scheme_reasons(
         self, weight: WeightScheme, activation: ActivationScheme | None

@@ -1,6 +1,6 @@
 """The weight files of a model folder: one or many safetensors files, read tensor by tensor.
 
-A file is opened for the tensors asked for and closed again, so that its pages never count as the process's memory.
+A file is opened for the requested tensors and closed again, so that its pages never count as the process's memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rounding of activations at run time: simulated, the values are rounded to a grid and the product is computed in floating point.
 
-The grids are those of `numerics.activations`. Dynamic scales are of the tensor in hand; a "tensor" scale is of one sequence, never
-of its batch mates, so that a batch scores as its items do alone. Static scales are one number per linear, the largest |x| over the
-calibration windows (smallest and largest value when asymmetric), and codes are clamped.
+The grids are those of `numerics.activations`. Dynamic scales are computed from the tensor that is rounded; a "tensor" scale
+is computed for each sequence of a batch, so that an item scores the same in every batch. Static scales are one number per linear,
+the largest |x| over the calibration windows (smallest and largest value when asymmetric), and codes are clamped.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
             f" and {len(experts) - 2} more" if len(experts) > 2 else ""
         )
         problems.append(
-            f"experts ({first}) see tokens of several sequences at once, or none: their activations need dynamic scales per token "
-            "or per group; use granularity token"
+            f"experts ({first}) receive tokens of several sequences at once, or none: "
+            "their activations need dynamic scales per token or per group; use granularity token"
         )
     return list(dict.fromkeys(problems))
 
@@ -74,12 +74,10 @@ def _problems(scheme: ActivationScheme) -> list[str]:
     if scheme.outlier_threshold and (
         scheme.granularity != "token" or not scheme.dynamic or scheme.format != "int"
     ):
-        problems.append(
-            "activation outliers are kept apart with dynamic integer scales per token only (LLM.int8())"
-        )
+        problems.append("activation outliers (LLM.int8()) need dynamic integer scales per token")
     if scheme.outlier_threshold < 0:
         problems.append(
-            f"activation outlier_threshold {scheme.outlier_threshold:g} is negative; 0 keeps no channel apart"
+            f"activation outlier_threshold {scheme.outlier_threshold:g} is negative; 0 means that no channel is an outlier"
         )
     if not scheme.dynamic and scheme.granularity != "tensor":
         problems.append(

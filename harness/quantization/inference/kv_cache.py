@@ -71,7 +71,7 @@ def round_cache(
 ) -> Tensor:
     """x [batch, heads, tokens, head_dim] rounded. axis "channel": groups of tokens, the last may be short; "token": of channels.
 
-    to_integers: torch.round, or a rounding that lets gradients through (`numerics.learning.round_through`).
+    to_integers: torch.round, or a rounding that lets gradients through (`numerics.training.round_through`).
     """
     if axis == "token":
         return _round_groups(x.unflatten(-1, (-1, group_size)), bits, to_integers).flatten(-2)

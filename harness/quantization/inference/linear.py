@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from harness.quantization.inference.products import CodeProduct
+from harness.quantization.inference import kernels
+from harness.quantization.inference.kernels.protocols import Kernel
 from harness.quantization.numerics.activations import outlier_channels
 from harness.quantization.numerics.adapters import AdaptedWeight, low_rank
 from harness.quantization.numerics.inputs import apply
@@ -17,16 +18,16 @@ MODES = ("dense", "packed", "native")
 
 
 class QuantizedLinear(nn.Module):
-    """y = round(t(x)) W'ᵀ + b, t what `numerics.inputs` says of the linear's input tensors, if it has any.
+    """y = round(t(x)) W'ᵀ + b, where t applies the linear's input tensors, if it has any (`numerics.inputs`).
 
     A low-rank adapter stays beside its matrix: it is added in the model's dtype and reads its input before that is rounded.
 
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
     Both give the same bits.
-    mode "native" multiplies codes with codes, INT8 or FP8 (`runtime.products`), where weights and activations are of one such
-    format; it equals the others up to the order of a sum, and exactly in its codes. MethodError for anything else.
-    Channels that the activation scheme keeps apart multiply a matrix of their own where the weight has one (LLM.int8(), 16 bits).
+    mode "native" hands the codes to the first kernel of `inference.kernels` that holds them exactly, "native:int4pack" to that
+    one; it equals the others up to the order of a sum and the rounding of its result. MethodError where no kernel holds them.
+    Outlier channels of the activation scheme multiply a second matrix where the weight has one (LLM.int8(), 16 bits).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class QuantizedLinear(nn.Module):
         inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        mode, _, kernel = mode.partition(":")
         assert mode in MODES, mode
         self.out_features, self.in_features = weight.shape
         self.mode, self.kind, self.activation = mode, weight.kind, activation
@@ -63,11 +65,14 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("adapter_down", weight.down.to(device, dtype), persistent=False)
             self.register_buffer("adapter_up", weight.up.to(device, dtype), persistent=False)
             weight = weight.base
-        self._product: CodeProduct | None = None
+        self.kernel: Kernel | None = None
         if mode == "native":
-            self._product = CodeProduct(weight, getattr(activation, "scheme", None), device)
-            self.register_buffer("codes", self._product.codes, persistent=False)
-            self.register_buffer("scale", self._product.scale, persistent=False)
+            scheme = getattr(activation, "scheme", None)
+            self.kernel = kernels.choose(weight, scheme, dtype, device, kernel)
+            prepared = self.kernel.prepare(weight, device)
+            for name, tensor in prepared.items():
+                self.register_buffer(name, tensor, persistent=False)
+            self._prepared = tuple(prepared)
         elif mode == "dense":
             self.register_buffer("dense", weight.dequantize().to(device, dtype), persistent=False)
             beside = weight.beside_outliers() if self._threshold else None
@@ -92,13 +97,23 @@ class QuantizedLinear(nn.Module):
         return (self._matrix() + change).to(self._dtype)
 
     def _matrix(self) -> Tensor:
-        if self._product is not None:
-            return (self.get_buffer("codes").float() * self.get_buffer("scale")[:, None]).to(
-                self._dtype
-            )
+        if self.kernel is not None:
+            return self.kernel.dequantize(self._buffers_of_kernel()).to(self._dtype)
         if self.mode == "dense":
             return self.get_buffer("dense")
         return self._unpacked().dequantize().to(self._dtype)
+
+    def _buffers_of_kernel(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name) for name in self._prepared}
+
+    def _by_kernel(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype."""
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        if not flat.shape[0]:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        scheme = getattr(self.activation, "scheme", None)
+        y = kernel.multiply(flat, self._buffers_of_kernel(), scheme)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _unpacked(self) -> QuantizedWeight:
         return self._layout.unpack(
@@ -106,8 +121,8 @@ class QuantizedLinear(nn.Module):
         )
 
     def _beside_outliers(self) -> Tensor | None:
-        """What outlier channels multiply, in the model's dtype; None where that is `weight`."""
-        if not self._threshold or self._product is not None:
+        """The matrix that outlier channels multiply, in the model's dtype; None where that is `weight`."""
+        if not self._threshold or self.kernel is not None:
             return None
         if self.mode == "dense":
             return self._buffers["beside"]
@@ -117,8 +132,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._inputs:
             x = apply(x, {name: self.get_buffer(name) for name in self._inputs})
-        if self._product is not None:
-            y = self._product(x, self.get_buffer("codes"), self.get_buffer("scale"))
+        if self.kernel is not None:
+            y = self._by_kernel(self.kernel, x)
             y = y if self.bias is None else y + self.bias
         else:
             y = self._multiplied(x)

@@ -165,8 +165,12 @@ def _load_block(
     """Fill one block; return the quantizers that round its inputs."""
     block = family.blocks(model)[index]
     prefix = family.block_prefix(index)
-    slots = family.slots(config, index)
-    whole = {slot.parameter for slot in slots if slot.is_whole} if content is not None else set()
+    locations = family.locations(config, index)
+    whole = (
+        {location.parameter for location in locations if location.is_whole}
+        if content is not None
+        else set()
+    )
     for name in list(block.state_dict()):
         if name not in whole:
             set_tensor(block, name, family.read(reader, prefix + name, dtype, device))
@@ -179,21 +183,21 @@ def _load_block(
             )
         attach_all(block)
     owners: dict[str, list[WeightLocation]] = {}
-    for slot in slots:
-        owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+    for location in locations:
+        owners.setdefault(location.parameter.rpartition(".")[0], []).append(location)
     quantizers: list[ActivationQuantizer] = []
     for owner, members in owners.items():
         module = block.get_submodule(owner)
         rounded = _quantizers(cell, index, members)
         quantizers += rounded.values()
         if len(members) == 1 and members[0].is_whole and isinstance(module, nn.Linear):
-            slot = members[0]
+            location = members[0]
             weight = (
-                content.weights[slot.name]
+                content.weights[location.name]
                 if content is not None
-                else DenseWeight(get_tensor(block, slot.parameter))
+                else DenseWeight(get_tensor(block, location.parameter))
             )
-            quantizer = rounded.get(slot.name)
+            quantizer = rounded.get(location.name)
             if content is not None or quantizer is not None:
                 bias = None if module.bias is None else get_tensor(block, f"{owner}.bias")
                 parent, _, leaf = owner.rpartition(".")
@@ -202,18 +206,18 @@ def _load_block(
                 )
                 setattr(block.get_submodule(parent), leaf, made)
             continue
-        if mode == "native":
-            names = ", ".join(slot.name for slot in members)
+        if mode.startswith("native"):
+            names = ", ".join(location.name for location in members)
             raise MethodError(
                 f"{cell.title}: {names} are one fused matrix, whose codes are not multiplied as such; use mode dense"
             )
         if content is not None:
-            for slot in members:
-                value = content.weights[slot.name].dequantize().to(device, dtype)
-                if slot.is_whole:
-                    set_tensor(block, slot.parameter, value)
+            for location in members:
+                value = content.weights[location.name].dequantize().to(device, dtype)
+                if location.is_whole:
+                    set_tensor(block, location.parameter, value)
                 else:
-                    slot.view(get_tensor(block, slot.parameter)).copy_(value)
+                    location.view(get_tensor(block, location.parameter)).copy_(value)
         if rounded:
             family.replace_inputs(block, owner, members, functools.partial(_round_inputs, rounded))
     return quantizers
@@ -222,13 +226,13 @@ def _load_block(
 def _quantizers(
     cell: Cell, index: int, members: list[WeightLocation]
 ) -> dict[str, ActivationQuantizer]:
-    """What rounds the inputs of a module that holds these matrices, by the first matrix of each input.
+    """The quantizers for the inputs of a module that holds these matrices, by the first matrix of each input.
 
     Matrices of one input must have one activation scheme.
     """
     groups: dict[str, list[str]] = {}
-    for slot in members:
-        groups.setdefault(slot.group, []).append(slot.name)
+    for location in members:
+        groups.setdefault(location.group, []).append(location.name)
     found: dict[str, ActivationQuantizer] = {}
     for names in groups.values():
         schemes = {cell.scheme.activation_for(index, name) for name in names}

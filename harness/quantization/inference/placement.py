@@ -1,6 +1,6 @@
-"""Where the parts of a model stand when one device does not hold it: spread over several, or its blocks on the CPU in between.
+"""Placement of a model that one device cannot hold: spread over several devices, or with its blocks on the CPU between uses.
 
-Blocks are never split. What moves hidden states from one device to the next are the hooks of accelerate.
+Blocks are never split. The hooks of accelerate move hidden states from one device to the next.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def device_map(
 
 
 def device_of(placed: dict[str, str], family: DecoderFamily, name: str) -> torch.device:
-    """Of the tensor or module with this name."""
+    """The device of the tensor or module with this name."""
     return torch.device(placed[_part(name, tuple(family.blocks_name.split(".")))])
 
 
@@ -68,7 +68,7 @@ def offload(blocks: Sequence[nn.Module], device: torch.device) -> None:
 
 
 def _part(name: str, root: tuple[str, ...]) -> str:
-    """What is placed as one: a block, or a child of the modules that hold the blocks."""
+    """The modules that are placed as one: each block, and each child of the modules that hold the blocks."""
     parts = name.split(".")
     common = 0
     while common < min(len(root), len(parts)) and parts[common] == root[common]:

@@ -21,13 +21,15 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_tables
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, sensitivity_of
+from harness.quantization.methods.evidence import sensitivity_of
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.codebooks import nested_tables
 from harness.quantization.numerics.weights import QuantizedWeight
 
-MOST_BITS = 8  # of the nested model; every cell is a prefix of it
+MOST_BITS = 8  # width of the nested model; every cell is a prefix of it
 
 
 class Rounding:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform
+from harness.quantization.methods.checks import check_uniform, require_finite
 from harness.quantization.methods.folding import fold_scales
-from harness.quantization.methods.protocols import BlockView, Scheme, require_finite
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, fit
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight

@@ -24,17 +24,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
-from harness.quantization.methods.checks import check_grid
+from harness.quantization.methods.checks import check_grid, require_finite
 from harness.quantization.methods.folding import fold_scales, repeat_scales
-from harness.quantization.methods.protocols import (
-    BlockView,
-    Evidence,
-    Scheme,
-    WeightScheme,
-    require_finite,
-)
+from harness.quantization.methods.protocols import BlockView, Evidence
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
 

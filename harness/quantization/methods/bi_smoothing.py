@@ -10,7 +10,7 @@ opposite of SmoothQuant's usual case, whose formula with strength 0.5 this is, f
 As in the author's code (jybbjybb/llama_quant): each linear has its own s, inputs are divided at run time, statistics are of the
 unrounded model (inputs=full_precision). There statistics come from the first batch that a layer sees, here from the calibration
 windows; recomputing them for every batch is not offered, for then a text's score would depend on its neighbours. fold=true puts
-one s per norm, from the largest weight of its consumers, into the norms instead, and leaves o_proj and down_proj alone.
+one s per norm, from the largest weight of its consumers, into the norms instead, and leaves o_proj and down_proj unchanged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.folding import fold_scales
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 
 STATISTICS = ("max_med", "max_max")
 SMALLEST = 1e-8  # added to weights; the floor of activations, which the author leaves free to be 0

@@ -27,15 +27,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import (
-    Evidence,
-    Scheme,
-    WeightScheme,
-    require_finite,
-    shared_factor,
-)
+from harness.quantization.methods.checks import refusals, require_finite
+from harness.quantization.methods.evidence import shared_factor
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
 from harness.quantization.numerics.hessians import Factor

@@ -1,14 +1,25 @@
-"""Checks that methods share: which number formats and group sizes they accept."""
+"""Checks that methods share: which number formats and group sizes they accept, and that a weight is finite."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+import torch
+from torch import Tensor
+
 from harness.core.cell import Scheme, WeightScheme
-from harness.core.errors import unknown_name
+from harness.core.errors import MethodError, unknown_name
 from harness.core.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.numerics.grids import CONVENTIONS
+
+
+def require_finite(weight: Tensor, name: str = "") -> None:
+    """Raise MethodError when a matrix [out, in] holds NaN or infinity; name: of its linear, where the caller has several."""
+    if not bool(torch.isfinite(weight).all()):
+        raise MethodError(
+            f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged"
+        )
 
 
 def check_rotations(shapes: Shapes) -> list[str]:

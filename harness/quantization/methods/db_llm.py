@@ -22,16 +22,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import (
-    Evidence,
-    Network,
-    Scheme,
-    WeightScheme,
-    require_finite,
-)
+from harness.quantization.methods.checks import check_uniform, require_finite
+from harness.quantization.methods.protocols import Evidence, Network
 from harness.quantization.numerics.dual_binary import (
     LEVELS,
     DualBinaryWeight,

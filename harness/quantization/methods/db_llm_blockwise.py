@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import BlockView, Scheme, require_finite
+from harness.quantization.methods.checks import check_uniform, require_finite
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.dual_binary import LEVELS, TrainedScales, initial_step
 from harness.quantization.numerics.training import train
 from harness.quantization.numerics.weights import QuantizedWeight

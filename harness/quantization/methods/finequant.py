@@ -8,7 +8,7 @@ Objective: the coarsest groups whose range no longer falls sharply when halved. 
 from g = in: accept g / 2 while the 99.9th percentile over rows of 1 - R_{g/2} / R_g exceeds alpha, g / 2 divides the row and is at
 least minimum_group. (Halving a normally distributed row shrinks R by 5 to 10 %, a row ruled by one outlier by nearly a half.)
 Then q = round(w / s) with s = max|w| / (2^(bits-1) - 1) per row and group; code -2^(bits-1) is unused.
-The group size is an outcome: `UniformWeight.group_size` of each layer tells it.
+The group size is a result: each layer has it as `UniformWeight.group_size`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.grids import from_range
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 

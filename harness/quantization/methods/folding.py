@@ -28,7 +28,7 @@ def fold_scales(block: BlockView, pair: ScalePair, scales: Tensor) -> None:
             bias.copy_(bias.float() / scales)
     else:
         linear = block.linear(pair.producer)
-        rows = scales.numel()  # of a fused q, k, v: the last ones, the values
+        rows = scales.numel()  # in a fused q, k, v the last rows are the values
         linear.weight[-rows:] = (linear.weight[-rows:].float() / scales[:, None]).to(
             linear.weight.dtype
         )
@@ -90,7 +90,7 @@ def rotate_block(
     for pair in (
         pair for pair in shapes.pairs if pair.kind == "linear" and in_attention(pair.producer)
     ):
-        rows = shapes.kv_heads * shapes.head_dim  # of a fused q, k, v: the last ones, the values
+        rows = shapes.kv_heads * shapes.head_dim  # in a fused q, k, v the last rows are the values
         for name in (f"{pair.producer}.weight", f"{pair.producer}.bias"):
             if (values := take(name)) is not None:
                 by_head = values[-rows:].to(dtype).unflatten(0, (shapes.kv_heads, shapes.head_dim))
@@ -108,7 +108,7 @@ def rotate_block(
 
 
 def rotate_ends(ends: Mapping[str, Tensor], shapes: Shapes, residual: Tensor) -> dict[str, Tensor]:
-    """Embeddings, final norm and head of a residual stream turned by residual [hidden, hidden], by name."""
+    """Embeddings, final norm and head of a residual stream rotated by residual [hidden, hidden], by name."""
     assert shapes.ends is not None
     embeddings, norm, head = shapes.ends
     residual = residual.to(ends[embeddings].device)

@@ -23,14 +23,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import check_grid, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, shared_factor
+from harness.quantization.methods.evidence import shared_factor
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.hessians import Factor
@@ -44,6 +47,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True, "static_groups": False}
 
     @dataclass(frozen=True)
     class Settings:
@@ -114,7 +118,7 @@ class Rounding:
         fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
         form = fitting.fit(
             weight if scheme.group_size == -1 else weight[:, :size]
-        )  # of all grids; one per channel: the grid
+        )  # holds all grids; one per channel: the grid itself
         w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)
@@ -168,4 +172,7 @@ class Rounding:
 
 def _scattered(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
     if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
-        yield "act_order takes the columns of a group apart, and double_quantized scales are of neighbours; use static_groups=true"
+        yield (
+            "act_order scatters the columns of a group, and double_quantized scales need neighbouring columns; "
+            "use static_groups=true"
+        )

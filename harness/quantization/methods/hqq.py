@@ -23,9 +23,10 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.grids import as_stored
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
@@ -156,7 +157,7 @@ class Rounding:
             size = error.abs()
             kept = error.sign() * (size - size.pow(settings.norm - 1) / beta).clamp_(min=0)
             zero = (codes - (values - kept) * inverse_scale).mean(1, keepdim=True)
-            mean_error = float(size.mean())  # of the zero points before this update
+            mean_error = float(size.mean())  # error with the zero points before this update
             if settings.early_stop and not mean_error < lowest:
                 break
             lowest = min(lowest, mean_error)

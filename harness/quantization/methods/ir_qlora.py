@@ -28,10 +28,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.adapters import (
     AdapterTuning,
     LowRankLinear,
@@ -51,7 +52,7 @@ from harness.quantization.numerics.grids import Grid, encode, from_range
 from harness.quantization.numerics.training import Document
 from harness.quantization.numerics.weights import NormalFloatWeight, QuantizedWeight, UniformWeight
 
-SIGMA = 1 / 1.848130637  # of NF4: its outermost quantile, Φ⁻¹(0.9677083), is the largest magnitude
+SIGMA = 1 / 1.848130637  # NF4's outermost quantile, Φ⁻¹(0.9677083), is the largest magnitude
 BLOCKS_AT_ONCE = 2**16
 INTEGER_RANGE, INTEGER_STEPS = 0.1, 50
 
@@ -116,7 +117,7 @@ class Rounding:
 
     @dataclass(frozen=True)
     class Settings:
-        """shift_range: λ, how far shifts are searched, in units of σ M.   shift_steps: n, how many on either side. Of NF4 alone."""
+        """shift_range: λ, how far shifts are searched, in units of σ M.   shift_steps: n, how many on either side. For NF4 only."""
 
         shift_range: float = 0.1
         shift_steps: int = 100
@@ -226,7 +227,7 @@ def widest_codes(groups: Tensor, bits: int, symmetric: bool, scale_dtype: str) -
 def _most_entropy(
     candidates: Iterator[Tensor], codes: Callable[[Tensor], Tensor], count: int
 ) -> Tensor:
-    """Of candidates [n, 1] for n blocks, each block's first whose codes [n, size] have the largest entropy, [n, 1]."""
+    """The first candidate of each block whose codes [n, size] have the largest entropy; candidates and result [n, 1]."""
     best = next(candidates)
     highest = entropy(codes(best), count)
     for candidate in candidates:
@@ -260,7 +261,7 @@ class Tuning(AdapterTuning):
 
     @dataclass(frozen=True)
     class Settings(StoredSettings):
-        """Those of adapters that stay beside their matrix; the factors are stored with their paths folded in."""
+        """The settings of adapters that are not merged; the factors are stored with their paths folded in."""
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""

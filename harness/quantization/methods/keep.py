@@ -1,4 +1,4 @@
-"""Weights as they are: what rounding activations, or the KV cache, costs alone.
+"""Weights stay as they are: this measures the cost of rounding only the activations, or only the KV cache.
 
 No paper of its own; the W16A8 and KV-only rows of studies that ask which side of a product the damage comes from (arXiv 2408.15301:
 LLaMA3-70B breaks with 8-bit weights and unrounded activations, and hardly the other way round). Weights keep the model's numbers in
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -21,10 +21,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 OUTLIER_WEIGHTS = ("int8", "fp16")
@@ -55,14 +56,14 @@ class Rounding:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """8 symmetric bits per output row; with float16 outlier weights, an activation scheme that keeps outliers apart."""
+        """8 symmetric bits per output row; with float16 outlier weights, an activation scheme with outliers."""
         sixteen, refused = self.settings.outlier_weights == "fp16", []
-        apart = [
+        activations = [
             activation
             for linear in shapes.linears
             if (activation := scheme.activation_for(0, linear.name)) is not None
         ]
-        if sixteen and not any(activation.outlier_threshold for activation in apart):
+        if sixteen and not any(activation.outlier_threshold for activation in activations):
             refused.append(
                 "outlier_weights=fp16 needs outliers: set scheme.activation.outlier_threshold, as w8a8_llm_int8 does"
             )

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.block_maxima import BlockMaxima, check_block, unit_blocks
 from harness.quantization.numerics.grids import encode
 from harness.quantization.numerics.weights import NormalFloatWeight, QuantizedWeight

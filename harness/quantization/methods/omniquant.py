@@ -28,11 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
-from harness.quantization.methods.checks import check_uniform
+from harness.quantization.methods.checks import check_uniform, require_finite
 from harness.quantization.methods.folding import repeat_scales
-from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Grid
 from harness.quantization.numerics.training import (
@@ -45,7 +46,7 @@ from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 INITIAL_STRENGTH = 4.0
 SMALLEST_SCALE = 1e-2
-FLOOR = 1e-5  # of the maxima that start the scales
+FLOOR = 1e-5  # lower bound of the maxima that start the scales
 
 
 class Rounding:
@@ -230,7 +231,7 @@ class _Linears:
         return nearest_through(groups, self._grid(name, groups)).reshape(weight.shape)
 
     def quantize(self, name: str, weight: Tensor) -> UniformWeight:
-        """The codes of what `nearest` gives."""
+        """The codes of the weights that `nearest` returns."""
         scheme = self.grouped[name]
         groups = weight.reshape(weight.shape[0], -1, self._size(name))
         grid = self._grid(name, groups)
@@ -294,15 +295,15 @@ class _Scales:
             self.scales.append(nn.Parameter(start))
             self.shifts.append(nn.Parameter(centre) if settings.shift else None)
         device = block.linear(self.query_key[0]).weight.device
-        self.turned = nn.Parameter(torch.ones(shapes.kv_heads, shapes.head_dim // 2, device=device))
+        self.rotary = nn.Parameter(torch.ones(shapes.kv_heads, shapes.head_dim // 2, device=device))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.scales, *(shift for shift in self.shifts if shift is not None), self.turned]
+        return [*self.scales, *(shift for shift in self.shifts if shift is not None), self.rotary]
 
     @torch.no_grad()
     def keep_from_zero(self) -> None:
         """Push scales out of ±0.01, in place: their inverses would explode."""
-        for scale in (*self.scales, self.turned):
+        for scale in (*self.scales, self.rotary):
             edge = torch.where(scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
             scale.copy_(torch.where(scale.abs() < SMALLEST_SCALE, edge, scale))
 
@@ -310,7 +311,7 @@ class _Scales:
         """The block's parameters with every scale divided out where it is made and multiplied in where it is read."""
         tensors = dict(originals)
         for pair, parameter, shift in zip(self.pairs, self.scales, self.shifts, strict=True):
-            if shift is not None:  # of values too: attention's weights sum to 1
+            if shift is not None:  # values too: attention's weights sum to 1
                 tensors[f"{pair.producer}.bias"] = tensors[f"{pair.producer}.bias"] - shift
                 for name in pair.consumers:
                     moved = tensors[f"{name}.weight"] @ repeat_scales(shift, pair, self.shapes)
@@ -320,7 +321,7 @@ class _Scales:
             for name in pair.consumers:
                 tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * columns
         keys = torch.cat(
-            (self.turned, self.turned), dim=-1
+            (self.rotary, self.rotary), dim=-1
         )  # rotary positions mix channel i with i + head_dim / 2
         queries = keys.repeat_interleave(self.shapes.heads // self.shapes.kv_heads, dim=0)
         _scale_rows(tensors, self.query_key[0], 1 / queries.reshape(-1))
@@ -338,7 +339,7 @@ def _scale_rows(tensors: dict[str, Tensor], name: str, factor: Tensor, offset: f
 
 
 def _makes_values(pair: ScalePair) -> bool:
-    """Whether the producer is the value projection: the authors leave up → down alone."""
+    """Whether the producer is the value projection: the authors do not scale up → down."""
     return pair.kind == "linear" and "att" in pair.producer.rpartition(".")[0]
 
 
@@ -393,7 +394,7 @@ def _biases_and_norms(block: BlockView) -> dict[str, Tensor]:
 def _activation_rounding(
     block: BlockView, scheme: Scheme
 ) -> Callable[[str, Tensor], Tensor] | None:
-    """What rounds the inputs of the linears as the scheme will at run time, with gradients; None where inputs stay as they are."""
+    """A function that rounds inputs of linears as at run time, with gradients; None where inputs stay as they are."""
     if scheme.activation is None:
         return None
 

@@ -1,4 +1,4 @@
-"""PEQA: the integers of a quantized model stay, its scales alone are fine-tuned.
+"""PEQA: the integers of a quantized model stay as they are, and only its scales are fine-tuned.
 
 Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer Quantization (arXiv 2305.14152).
 Objective: min over Δs of the language-model loss with W = (s0 + Δs) (q - z), s0 and the integers q and z from rounding, Δs = 0 at
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import Network, Scheme
+from harness.quantization.methods.protocols import Network
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
 from harness.quantization.numerics.training import steps_of
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight

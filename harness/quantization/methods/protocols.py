@@ -1,14 +1,18 @@
-"""What a method is given and what it returns. Methods import this module and `harness.quantization.numerics`, nothing else of ours.
+"""The contract of a method: what it receives and what it returns.
 
 A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Transform`, `Rounding`,
-`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal `conf/<slot>/<name>.yaml`, takes it as
-its only constructor argument, and states its facts as literals, which `harness.core.plugins` reads without importing the file:
+`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of `conf/<part>/<name>.yaml`
+(conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument, and states its facts as literals, which
+`harness.core.plugins` reads without importing the file:
 
     class Rounding:
         version = 1                     # raised when its numbers change; part of every key
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+
+A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
+schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
 
 Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in], scale [out, groups].
 """
@@ -19,13 +23,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from collections.abc import Generator as Generating
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import torch
 from torch import Generator, Tensor, nn
 
 from harness.core.cell import Scheme, WeightScheme
-from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
-from harness.quantization.numerics.hessians import Factor, factored
 from harness.quantization.numerics.weights import QuantizedWeight
 
 STATISTICS: dict[str, str] = {
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Evidence(Protocol):
-    """What calibration says of one linear's input. Read-only; linears with one input share one object.
+    """Calibration statistics of one linear's input. Read-only; linears with one input share one object.
 
     A statistic that the method did not name in `needs` raises KeyError. Values are shared between cells: never write to them.
     """
@@ -66,7 +67,7 @@ class Evidence(Protocol):
 
 
 class BlockView(Protocol):
-    """One decoder block in the hands of a transform or a block-wise rounding; its weights are float, on the device."""
+    """One decoder block as a transform or a block-wise rounding gets it; its weights are float, on the device."""
 
     index: int  # position in the model, from 0
     module: nn.Module
@@ -100,8 +101,8 @@ class BlockView(Protocol):
         """The block's output [1, length, hidden] for one sequence, with `weights` in place of named parameters
         ("self_attn.q_proj.weight"); differentiable in them.
 
-        receive(linear, its input [..., in]) returns what the linear shall see instead: rounded activations, or what it was
-        given by a method that only watches. Linears that are parts of one parameter are asked for once, by the first's name.
+        receive(linear, its input [..., in]) returns the input that the linear uses instead: rounded activations, or the same
+        tensor if the method only observes. Linears that are parts of one parameter get one call, with the name of the first.
         """
         ...
 
@@ -113,7 +114,7 @@ class BlockView(Protocol):
 
 
 class WholeModel(Protocol):
-    """The unrounded model in the hands of a transform that learns from its loss: one block at a time, in both directions."""
+    """The unrounded model as a transform that learns from its loss gets it: one block at a time, forward and backward."""
 
     shapes: Shapes
     sequences: int  # calibration sequences
@@ -140,13 +141,14 @@ class WholeModel(Protocol):
 class Transform(Protocol):
     """Rewrites a block into an equivalent one before rounding.
 
-    One that learns from the whole model before the walk over its blocks names "tokens" in `needs` and defines two more methods:
+    A transform that learns from the whole model, before its blocks are rewritten, names "tokens" in `needs` and defines two
+    more methods:
 
         def learn(self, model: WholeModel, scheme: Scheme, rng: Generator) -> Generating[tuple[int, int], None, dict[str, Tensor]]
         def use(self, learned: Mapping[str, Tensor]) -> None
 
-    learn yields (step, steps) and returns what it learned; `use` is given that, by this pass or by one that resumes it, before
-    anything is rewritten.
+    learn yields (step, steps) and returns what it learned. The pass, or one that resumes it, calls `use` with that before it
+    rewrites a block.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
@@ -191,7 +193,7 @@ class Rounding(Protocol):
 
 
 class Network(Protocol):
-    """A whole causal language model in the hands of a tuning."""
+    """A whole causal language model as a tuning gets it."""
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[sequences, length] tokens -> [sequences, length, vocabulary] float32; of the model in training differentiable."""
@@ -210,7 +212,7 @@ class TrainedLinear(Protocol):
         ...
 
     def stored(self) -> QuantizedWeight:
-        """What the checkpoint shall hold of it now."""
+        """The weight that the checkpoint stores, as training has left it."""
         ...
 
 
@@ -246,40 +248,3 @@ class Tuning(Protocol):
         Raises MethodError when a loss is not finite.
         """
         ...
-
-
-def require_finite(weight: Tensor, name: str = "") -> None:
-    """Raise MethodError when a matrix [out, in] holds NaN or infinity; name: of its linear, where the caller has several."""
-    if not bool(torch.isfinite(weight).all()):
-        raise MethodError(
-            f"{name and f'{name}: '}the weight holds NaN or infinity; the model itself is damaged"
-        )
-
-
-def shared_factor(
-    weight: Tensor, evidence: Evidence | None, damping_fraction: float, act_order: bool = False
-) -> Factor:
-    """What a column-by-column rounding of weight [out, in] starts from: its Hessian, damped, inverted and factored.
-
-    Computed once for all matrices with one input and all cells of one stream. Raises MethodError when the weight or the Hessian
-    is not finite, or the Hessian not positive definite.
-    """
-    assert evidence is not None, "a method that needs the Hessian is given evidence"
-    require_finite(weight)
-    return evidence.once(
-        ("factor", damping_fraction, act_order),
-        lambda: factored(evidence["hessian"], damping_fraction, act_order),
-    )
-
-
-def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:
-    """Squared gradients of weight [out, in], for methods that weigh its errors with them. Raises MethodError when they, or the
-    weight, are not finite."""
-    assert evidence is not None, "a method that needs squared gradients is given evidence"
-    require_finite(weight)
-    sensitivity = evidence["squared_gradient"]
-    if not bool(torch.isfinite(sensitivity).all()):
-        raise MethodError(
-            "squared gradients hold NaN or infinity; load the model with model.dtype=float32"
-        )
-    return sensitivity

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_uniform
-from harness.quantization.methods.protocols import Scheme
 from harness.quantization.numerics.adapters import (
     AdapterTuning,
     LowRankLinear,

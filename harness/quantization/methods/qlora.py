@@ -6,7 +6,7 @@ NF4 in blocks of 64 with double quantization in `method: qlora`, any other round
 B is 0 at first: training starts at the quantized model. The adapter is not merged into W', neither stored nor run.
 
 Defaults are those of the authors' code (artidoro/qlora): rank 64, α 16, all linears of the blocks, AdamW at a constant 2e-4, norm
-of gradients at most 0.3, 10,000 steps of 16 texts, 384 tokens of a prompt and 128 of its answer, loss on answers alone. Their
+of gradients at most 0.3, 10,000 steps of 16 texts, 384 tokens of a prompt and 128 of its answer, loss on answers only. Their
 Guanaco scripts use a dropout of 0.05; 33B and 65B a rate of 1e-4.
 
 Where we differ: factors are trained in float32 and rounded to adapter_dtype when stored (theirs are in the compute dtype all
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.protocols import Scheme
 from harness.quantization.numerics.adapters import AdapterTuning, LowRankLinear, StoredSettings
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -38,7 +38,7 @@ class Tuning(AdapterTuning):
 
     @dataclass(frozen=True)
     class Settings(StoredSettings):
-        """Those of adapters that stay beside their matrix."""
+        """The settings of adapters that are not merged."""
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Any weights; `linears` must name linears of the model."""

@@ -3,16 +3,16 @@
 QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs (arXiv 2404.00456).
 
 With norms folded into the linears behind them, RMSNorm(x Q) = RMSNorm(x) Q for every orthogonal Q, so the whole residual stream
-can be turned (§4, stage 1a): embeddings E Q; q, k, v, gate, up and head W Q; o and down Qᵀ W. Q = diag(±1) H, H a Hadamard matrix,
+can be rotated (§4, stage 1a): embeddings E Q; q, k, v, gate, up and head W Q; o and down Qᵀ W. Q = diag(±1) H, H a Hadamard matrix,
 signs from rotation_seed. Inside a block (1b, 1c), with H of the size at hand:
 
     down    W H, and its input x ← H x at run time
     values  each head's rows H_head_dim V; output columns (H_heads ⊗ H_head_dim); at run time H_heads across heads before o
 
 What runs at run time is stored as an input tensor of the linear (`numerics.inputs`) and executed in float32. Queries and keys
-are turned when keys are rounded: scheme kv.hadamard.
+are rotated when keys are rounded: scheme kv.hadamard.
 
-Where we differ from the authors' code: no mean is subtracted from embedding rows, which leaves an RMSNorm model's function alone
+Where we differ from the authors' code: no mean is subtracted from embedding rows, which keeps an RMSNorm model's function
 only approximately; a norm keeps its own epsilon; the head dimension is the config's; the full transform of o is the product
 H_heads ⊗ H_head_dim for every number of heads; Hadamard matrices of other orders than powers of two are Paley's.
 """
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations
 from harness.quantization.methods.folding import (
@@ -34,7 +35,7 @@ from harness.quantization.methods.folding import (
     rotate_ends,
     writes_residual,
 )
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics import hadamard
 
 
@@ -64,7 +65,7 @@ class Transform:
         self.settings = settings
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """A family whose residual stream can be turned, separate output linears, and sizes that have Hadamard matrices."""
+        """Reasons to refuse: a residual stream that cannot be rotated, fused output linears, sizes without Hadamard matrices."""
         reasons = check_rotations(shapes)
         if not shapes.rotations or shapes.ends is None:
             return reasons
@@ -91,7 +92,7 @@ class Transform:
     def rewrite_ends(
         self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: Generator
     ) -> dict[str, Tensor]:
-        """Embeddings, final norm and head of the turned residual stream."""
+        """Embeddings, final norm and head of the rotated residual stream."""
         return rotate_ends(ends, shapes, self._rotation(shapes, torch.device("cpu")))
 
     @torch.no_grad()

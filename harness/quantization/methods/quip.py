@@ -25,10 +25,11 @@ from typing import Any, Self
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import descend, ldlq
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored, fit
 from harness.quantization.numerics.hessians import damped

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_grid
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_grid, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
 

@@ -1,4 +1,4 @@
-"""SliM-LLM: GPTQ whose groups take a bit from the least salient and give it to the most salient; ranges are searched.
+"""SliM-LLM: GPTQ that takes a bit from the least salient groups and gives it to the most salient ones; ranges are searched.
 
 SliM-LLM: Salience-Driven Mixed-Precision Quantization for Large Language Models (arXiv 2405.14917). Their code states no licence;
 this file is written from descriptions alone.
@@ -12,13 +12,16 @@ Per linear, with groups of g columns, base width b and Uᵀ U = (H + λ I)⁻¹ 
    sum |w' - w|^2.4, with entries of a salience above 2 standard deviations weighted by salient_weight.
    Groups of one bit take mean ± mean|w|.
 
-The mean width is b, always: uniform widths are not among the candidates. As in the authors' code the Hessian gets 0.01 on its
-diagonal before step 2, in their unit (twice the mean over sequences of the sum over tokens), and damping on top before step 3;
-salient_weight is 1 by default, so that salience does not weigh in the range search.
-Where we differ: a layer's bias is on neither side of the divergence (theirs has it on one); every group's grid is asymmetric, as
-with their downloaded maps of widths (in a search from scratch their leading low groups start symmetric); a layer of fewer than
-four groups has no candidate and keeps width b (theirs fails); scales are rounded to their storage type; a weight on its group's
-mean takes the upper of two values.
+The mean width is always b, because uniform widths are not among the candidates. As in the authors' code the search adds 0.01 to
+the diagonal of the Hessian, in their unit (twice the mean over sequences of the sum over tokens), and leaves it there: after a
+search no column counts as dead any more, so the weights of dead columns stay in salience, ranges and codes. Without a search
+(uniform widths, or fewer than four groups) nothing is added, and weights of dead columns become 0 as in GPTQ. salient_weight is 1
+by default, so that salience has no effect on the range search.
+
+Where we differ from the authors' code: a layer's bias is on neither side of the divergence (theirs has it on one); every group's
+grid is asymmetric, as with their downloaded maps of widths (in a search from scratch their leading low groups start symmetric); a
+layer of fewer than four groups has no candidate and keeps width b (theirs fails); scales are rounded to their storage type; a
+weight on its group's mean takes the upper of two values.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import from_range
-from harness.quantization.numerics.hessians import damped, inverse_factor
+from harness.quantization.numerics.hessians import damped, factored, inverse_factor
 from harness.quantization.numerics.mixed_width import (
     MixedWidthWeight,
     binarize,
@@ -44,13 +48,14 @@ from harness.quantization.numerics.mixed_width import (
 from harness.quantization.numerics.weights import QuantizedWeight
 
 ADDED = 0.01  # to the diagonal before the search, in the authors' unit
+LEAST_GROUPS = 4  # a layer with fewer offers no pair of groups to the search
 EXPONENT = 2.4
 
 
 class Rounding:
     """Error-compensating rounding with a width per group."""
 
-    version = 1
+    version = 2
     needs = ("hessian", "inputs")
     stochastic = False
     activation_aware = False
@@ -103,21 +108,19 @@ class Rounding:
         bits, size, settings = int(scheme.bits), scheme.group_size, self.settings
         inputs = evidence["inputs"]
         unit = 2.0 * inputs.shape[-2]  # the authors' Hessian over ours
-        before, dead, factor = evidence.once(
-            ("slim_llm factors", settings.damping_fraction),
-            lambda: factors(evidence["hessian"] * unit, settings.damping_fraction),
-        )
-        moved = 0
-        if settings.search_widths:
-            moved = search_moved(
-                weight,
-                list(inputs),
-                group_salience(weight, before, size),
-                bits,
-                size,
-                scheme.scale_dtype,
+        moved, fraction = 0, settings.damping_fraction
+        if settings.search_widths and weight.shape[1] // size >= LEAST_GROUPS:
+            before, factor = evidence.once(
+                ("slim_llm search", fraction),
+                lambda: search_factors(evidence["hessian"] * unit, fraction),
             )
-        weight = weight.masked_fill(dead, 0)
+            salience = group_salience(weight, before, size)
+            moved = search_moved(weight, list(inputs), salience, bits, size, scheme.scale_dtype)
+        else:
+            found = evidence.once(
+                ("slim_llm", fraction), lambda: factored(evidence["hessian"] * unit, fraction)
+            )
+            factor, weight = found.upper, weight.masked_fill(found.dead, 0)
         widths = widths_of(group_salience(weight, factor, size), bits, moved)
         return self._round(weight, factor, widths, scheme)
 
@@ -196,12 +199,14 @@ class Rounding:
         return best
 
 
-def factors(hessian: Tensor, damping_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a Hessian [in, in] in the authors' unit: U before the search, dead columns [in], U of the rounding."""
-    dead = hessian.diagonal() == 0
-    hessian, _ = damped(hessian, 0.0)
-    hessian.diagonal().add_(ADDED)
-    return inverse_factor(hessian), dead, inverse_factor(damped(hessian, damping_fraction)[0])
+def search_factors(hessian: Tensor, damping_fraction: float) -> tuple[Tensor, Tensor]:
+    """The upper triangular factors of the search and of the rounding after it, of a Hessian [in, in] in the authors' unit.
+
+    Dead columns get a unit diagonal, then the whole diagonal 0.01 more, which the rounding's damping comes on top of.
+    """
+    searched, _ = damped(hessian, 0.0)
+    searched.diagonal().add_(ADDED)
+    return inverse_factor(searched), inverse_factor(damped(searched, damping_fraction)[0])
 
 
 def check_groups(scheme: Scheme, shapes: Shapes) -> list[str]:
@@ -219,7 +224,7 @@ def check_groups(scheme: Scheme, shapes: Shapes) -> list[str]:
         return problems
 
     found = refusals(scheme, shapes, reasons)
-    if not found and counts and max(counts) < 4:
+    if not found and counts and max(counts) < LEAST_GROUPS:
         found.append(
             f"no layer has four groups (the most is {max(counts)}), so no width could be moved; use a smaller group_size"
         )

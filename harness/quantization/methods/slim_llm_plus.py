@@ -17,16 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import (
-    BlockView,
-    Evidence,
-    Scheme,
-    WeightScheme,
-    require_finite,
-)
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import BlockView, Evidence
 from harness.quantization.numerics.grids import Grid
 from harness.quantization.numerics.hessians import damped, inverse_factor
 from harness.quantization.numerics.mixed_width import (
@@ -193,7 +188,7 @@ class _Matrix:
         return torch.cat([part for part in parts if part is not None], dim=1)
 
     def quantize(self) -> MixedWidthWeight:
-        """The codes of what `nearest` gives."""
+        """The codes of the weights that `nearest` returns."""
         rows, count, _ = self.groups.shape
         codes = torch.empty_like(self.groups, dtype=torch.uint8)
         scale = torch.empty(rows, count, device=codes.device)

@@ -10,7 +10,7 @@ As in the authors' code: the weights' maxima and s are floored at 1e-5, and only
 s in float32, theirs in the weights' dtype; maxima are of the cell's input stream (theirs: inputs=full_precision, as the method's
 YAML says), floored at 1e-5 as well, so that alpha = 1 and a dead channel give no zero.
 down adds up_proj → down_proj, as later published recipes do; direction "activation_to_weight" clamps s to at least 1, the ablation
-that cannot repair outliers of the weights; run_time leaves norms alone and divides inputs when the model runs.
+that cannot repair outliers of the weights; run_time leaves norms unchanged and divides inputs when the model runs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
 from harness.quantization.methods.folding import fold_scales
-from harness.quantization.methods.protocols import BlockView, Scheme
+from harness.quantization.methods.protocols import BlockView
 
 FLOOR = 1e-5
 DIRECTIONS = ("both", "activation_to_weight")
@@ -104,7 +105,7 @@ class Transform:
         return {"scales": notes}
 
     def _pairs(self, shapes: Shapes) -> list[ScalePair]:
-        """Norm pairs, and up → down where asked for: the linear pair outside attention, which repeats nothing."""
+        """Norm pairs, and with `down` the pair up → down: the linear pair outside attention, which repeats nothing."""
         return [
             pair
             for pair in shapes.pairs

@@ -10,13 +10,13 @@ With norms folded into the linears behind them the function does not depend on (
     R2  [head_dim, head_dim]    one per block: every head's values, and the columns of o that read them
 
 but the rounded model's loss does. Both start as random Hadamard matrices and follow Cayley SGD (eq. 3, `numerics.rotations`), rate
-falling by a cosine to zero. R4, a Hadamard transform of down's input, is executed at run time (`numerics.inputs`), R3 turns queries
-and keys where the scheme says kv.hadamard; neither is learned. Afterwards the rotations are folded, and the rounding sees an
+falling by a cosine to zero. R4, a Hadamard transform of down's input, is executed at run time (`numerics.inputs`), R3 rotates
+queries and keys where the scheme has kv.hadamard; neither is learned. Afterwards the rotations are folded, and the rounding sees an
 ordinary model.
 
 Where we differ from the authors' code: the model is never whole on the device, a step walks its blocks forward and backward
-(`streaming.learning`). Cayley's map is solved exactly, in float64; theirs takes five fixed-point iterations, with which R drifts
-from the manifold. Weights of a step are turned in float32, theirs in float64. A norm keeps its own epsilon, and no mean is
+(`pipeline.model_gradients`). Cayley's map is solved exactly, in float64; theirs takes five fixed-point iterations, with which R
+drifts from the manifold. Weights of a step are rotated in float32, theirs in float64. A norm keeps its own epsilon, and no mean is
 subtracted from embeddings. A step's sequences are the calibration's, in order; theirs are shuffled over eight cards. Ranges of
 weights are those of min and max while rotations are learned, unless range_search is set; theirs are searched. The inputs of o get
 the scheme's scale per token like all others; theirs one per head.
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_rotations, check_uniform
@@ -44,7 +45,7 @@ from harness.quantization.methods.folding import (
     rotate_ends,
     writes_residual,
 )
-from harness.quantization.methods.protocols import BlockView, Scheme, WeightScheme, WholeModel
+from harness.quantization.methods.protocols import BlockView, WholeModel
 from harness.quantization.numerics import hadamard
 from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
@@ -101,7 +102,7 @@ class Transform:
         self._learned: Mapping[str, Tensor] = {}
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """A residual stream that can be turned, sizes that have Hadamard matrices, and rounding that gradients can pass."""
+        """Reasons to refuse: no rotations of the residual stream, sizes without Hadamard matrices, rounding without gradients."""
         reasons = check_rotations(shapes)
         if not shapes.rotations or shapes.ends is None:
             return reasons
@@ -190,7 +191,7 @@ class Transform:
     def rewrite_ends(
         self, ends: dict[str, Tensor], shapes: Shapes, scheme: Scheme, rng: torch.Generator
     ) -> dict[str, Tensor]:
-        """Embeddings, final norm and head of the turned residual stream."""
+        """Embeddings, final norm and head of the rotated residual stream."""
         return rotate_ends(ends, shapes, self._learned[RESIDUAL])
 
     @torch.no_grad()
@@ -241,7 +242,7 @@ class _Rounded:
 
         def leave(
             hidden: Tensor,
-        ) -> Tensor:  # the head is not rounded: the original one reads the stream turned back
+        ) -> Tensor:  # the head is not rounded: the original one reads the stream rotated back
             return (hidden.float() @ matrix(hidden).T).to(hidden.dtype)
 
         def run(block: BlockView, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -280,7 +281,7 @@ class _Rounded:
         return nearest_through(groups, grid).reshape(wide.shape).to(weight.dtype)
 
     def _receive(self, index: int, down: set[str]) -> Callable[[str, Tensor], Tensor]:
-        """What a linear of block `index` sees of its input: rotated where it is rotated at run time, then rounded."""
+        """The input of a linear of block `index` as at run time: rotated where the linear has a rotation, then rounded."""
 
         def receive(name: str, inputs: Tensor) -> Tensor:
             x = hadamard.transform(inputs) if name in down else inputs

@@ -22,14 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_uniform, refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import check_uniform, refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
 from harness.quantization.numerics.hessians import damped, inverse_factor
@@ -172,6 +173,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True}
 
     @dataclass(frozen=True)
     class Settings:

@@ -1,4 +1,4 @@
-"""SqueezeLLM: a table of values per row, placed where the loss is sensitive; the few worst weights kept apart.
+"""SqueezeLLM: a table of values per row, placed where the loss is sensitive; the few worst weights are stored in a sparse matrix.
 
 SqueezeLLM: Dense-and-Sparse Quantization (arXiv 2306.07629).
 Objective: min sum F (w - w')² per output row, with F = sum over sequences of (d loss / d W)², the diagonal of the Fisher
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_tables
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, sensitivity_of
+from harness.quantization.methods.evidence import sensitivity_of
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.codebooks import nested_tables
 from harness.quantization.numerics.sparse import Outliers
 from harness.quantization.numerics.weights import QuantizedWeight
@@ -77,7 +79,7 @@ class Rounding:
             weight.abs().masked_fill(sparse, 0), self.settings.outlier_fraction
         )
         importance = sensitivity.masked_fill(sparse, 0) * (weight != 0)
-        # A row without any gradient is clustered by its weights alone, and those in the sparse matrix must not pull at it.
+        # A row without any gradient is clustered by its weights only, without those that are in the sparse matrix.
         importance = torch.where(importance.sum(1, keepdim=True) > 0, importance, (~sparse).float())
         bits = int(scheme.bits)
         outliers = (

@@ -26,14 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
 
+from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import refusals
-from harness.quantization.methods.protocols import Evidence, Scheme, WeightScheme, require_finite
+from harness.quantization.methods.checks import refusals, require_finite
+from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.codebooks import cluster_vectors, nearest_vectors
 from harness.quantization.numerics.error_feedback import Columns, feed_forward
 from harness.quantization.numerics.grids import SCALE_DTYPES, as_stored
@@ -136,6 +137,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = True
     activation_aware = False
+    reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True}
     sequential = False
 
     @dataclass(frozen=True)
@@ -274,7 +276,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all matrices on one input share: U and its column order, dead columns, H's diagonal as weights of the columns."""
+    """Shared by all matrices with one input: U and its column order, dead columns, H's diagonal as weights of the columns."""
 
     upper: Tensor
     order: Tensor

@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def shapes(folder: Path) -> Shapes:
-    """Shapes of the model in a folder, from its config.json alone."""
+    """Shapes of the model in a folder, from its config.json only."""
     path = folder / "config.json"
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     return _shapes(folder, stamp)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import row_slots
+from harness.quantization.models.parts import row_locations
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 FUSED, DENSE = "self_attention.query_key_value", "self_attention.dense"
@@ -32,7 +32,7 @@ class Family(DecoderFamily):
     after = ("transformer.ln_f", "lm_head")
     returns_tuple = True
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         attention, mlp = self._inputs(config)
         return (
             *self._fused(config, attention),
@@ -43,7 +43,7 @@ class Family(DecoderFamily):
         )
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
-        projections = tuple(slot.name for slot in self._fused(config, ""))
+        projections = tuple(location.name for location in self._fused(config, ""))
         attention, mlp = self._inputs(config)
         if attention == mlp:
             found = [ScalePair("input_layernorm", (*projections, WIDE), "norm")]
@@ -90,7 +90,7 @@ class Family(DecoderFamily):
         if not self._one_value_head(config):
             return self._linear(config, FUSED, group)
         head = config.hidden_size // config.num_attention_heads
-        return row_slots(
+        return row_locations(
             group,
             FUSED,
             dict(zip(SPLIT, (config.hidden_size, head, head), strict=True)),
@@ -100,7 +100,7 @@ class Family(DecoderFamily):
     def _linear(
         self, config: PretrainedConfig, name: str, group: str, early: bool = True
     ) -> tuple[WeightLocation, ...]:
-        """The slot of one linear; none where it has its turn elsewhere."""
+        """The location of one linear; none where it comes at another place of the order."""
         return (
             (
                 WeightLocation(

@@ -18,7 +18,7 @@ from harness.quantization.models.parts import (
     QKV,
     attention_pairs,
     gated_mlp_pairs,
-    whole_slots,
+    whole_locations,
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
@@ -28,8 +28,10 @@ class Family(DecoderFamily):
 
     architectures = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        return whole_slots(ATTENTION | GATED_MLP, (*QKV, OUTPUT) if config.attention_bias else ())
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        return whole_locations(
+            ATTENTION | GATED_MLP, (*QKV, OUTPUT) if config.attention_bias else ()
+        )
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         norm = (

@@ -1,8 +1,8 @@
-"""Whatever transformers loads as a causal language model and no other family names.
+"""The family of every causal language model that transformers loads and no other family file names.
 
 Nothing is known of such a model beforehand, so it is watched: it runs once on tensors that have shapes and no memory, which tells
 which linears run, in which order, and which of them multiply one and the same tensor. That is enough for data-free methods, and
-for all that need inputs of linears alone (GPTQ and its relatives).
+for all that need only inputs of linears (GPTQ and its relatives).
 
 What it cannot do: transforms are refused, because what produces a linear's input, and what else reads it, cannot be seen from
 outside. Fused expert parameters are refused here, with their names: skipping them would leave most of the model unquantized.
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.core.errors import ModelError
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
-TOKENS = 4  # of the run that is watched; no number depends on it
+TOKENS = 4  # length of the observed run; no number depends on it
 
 
 class Family(DecoderFamily):
@@ -34,7 +34,7 @@ class Family(DecoderFamily):
     architectures = ("*",)
 
     def __init__(self) -> None:
-        self._slots: list[tuple[WeightLocation, ...]] = []
+        self._locations: list[tuple[WeightLocation, ...]] = []
         self._left: list[str] = []  # matrices of blocks that no linear multiplies text with
 
     def config(self, data: Mapping[str, Any]) -> PretrainedConfig:
@@ -58,8 +58,8 @@ class Family(DecoderFamily):
         self._find_ends(model)
         return config
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        return self._slots[index]
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        return self._locations[index]
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
         known = f"{config.model_type} has no family file: transforms are refused, and grouping is as one run of the model showed it"
@@ -86,7 +86,7 @@ class Family(DecoderFamily):
             )
 
     def _watch_run(self, model: nn.Module) -> None:
-        """Fill in the slots of every block, in order of execution, and how a block returns its output."""
+        """Fill in the locations of every block, in order of execution, and how a block returns its output."""
         blocks = self.blocks(model)
         seen: list[dict[str, Tensor]] = [{} for _ in blocks]
         tuples: list[bool] = []
@@ -122,31 +122,33 @@ class Family(DecoderFamily):
                 f"{type(model).__name__}: no linear of the blocks {listed} multiplies text; it needs a family file"
             )
         self.returns_tuple = tuples[0]
-        self._slots = [
-            self._slots_of(block, found) for block, found in zip(blocks, seen, strict=True)
+        self._locations = [
+            self._locations_of(block, found) for block, found in zip(blocks, seen, strict=True)
         ]
 
-    def _slots_of(self, block: nn.Module, seen: Mapping[str, Tensor]) -> tuple[WeightLocation, ...]:
+    def _locations_of(
+        self, block: nn.Module, seen: Mapping[str, Tensor]
+    ) -> tuple[WeightLocation, ...]:
         first: dict[
             int, str
         ] = {}  # the tensors are alive in `seen`, so that their ids are their own
-        slots = []
+        locations = []
         for name, inputs in seen.items():
             module = block.get_submodule(name)
             bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
             group = first.setdefault(id(inputs), name)
-            slots.append(
+            locations.append(
                 WeightLocation(
                     name, group, f"{name}.weight", transposed=isinstance(module, Conv1D), bias=bias
                 )
             )
-        taken = {slot.parameter for slot in slots}
+        taken = {location.parameter for location in locations}
         self._left += [
             name
             for name, parameter in block.named_parameters()
             if parameter.ndim > 1 and name not in taken
         ]
-        return tuple(slots)
+        return tuple(locations)
 
     def _find_ends(self, model: Any) -> None:
         """The head is after the blocks; all else outside them counts as before, which costs memory and nothing more."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import whole_slots
+from harness.quantization.models.parts import whole_locations
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 ATTENTION = {"query_key_value": ("attention.query_key_value",), "dense": ("attention.dense",)}
@@ -26,11 +26,11 @@ class Family(DecoderFamily):
     before = ("gpt_neox.embed_in",)
     after = ("gpt_neox.final_layer_norm", "lm_head")
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         biased = {name for members in MLP.values() for name in members}
         if config.attention_bias:
             biased |= {name for members in ATTENTION.values() for name in members}
-        return whole_slots(ATTENTION | MLP, biased)
+        return whole_locations(ATTENTION | MLP, biased)
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (

@@ -18,7 +18,7 @@ from harness.quantization.models.parts import (
     QKV,
     attention_pairs,
     gated_mlp_pairs,
-    whole_slots,
+    whole_locations,
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
@@ -34,8 +34,8 @@ class Family(DecoderFamily):
     )
     rotations = True
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        return whole_slots(ATTENTION | GATED_MLP, _biased(config))
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        return whole_locations(ATTENTION | GATED_MLP, _biased(config))
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (*attention_pairs(config), *gated_mlp_pairs())

@@ -12,7 +12,12 @@ from typing import ClassVar
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import ATTENTION, MixtureFamily, attention_pairs, whole_slots
+from harness.quantization.models.parts import (
+    ATTENTION,
+    MixtureFamily,
+    attention_pairs,
+    whole_locations,
+)
 from harness.quantization.models.protocols import WeightLocation
 
 
@@ -29,8 +34,8 @@ class Family(MixtureFamily):
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
         return config.num_local_experts, config.intermediate_size
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        return (*whole_slots(ATTENTION), *self.expert_slots(config))
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        return (*whole_locations(ATTENTION), *self.expert_locations(config))
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (*attention_pairs(config), *self.expert_pairs(config))

@@ -1,6 +1,6 @@
 """Language parts of LLaVA-NeXT and Qwen2-VL: Llama's block inside a model that also sees images.
 
-Quantized and calibrated on text alone, as the published studies did; vision tower and projector stay as they are and are loaded
+Quantized and calibrated on text only, as the published studies did; vision tower and projector stay as they are and are loaded
 with the model, so that it still answers about images. Files of the hub predate the module's names, in two ways.
 """
 
@@ -18,7 +18,7 @@ from harness.quantization.models.parts import (
     QKV,
     attention_pairs,
     gated_mlp_pairs,
-    whole_slots,
+    whole_locations,
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
@@ -32,7 +32,7 @@ LANGUAGE, HEAD, TOWER = "model.language_model.", "lm_head.", "model.vision_tower
 
 
 class Family(DecoderFamily):
-    """Both read text as their language part alone would."""
+    """Both read text exactly as their language part does."""
 
     architectures = ("LlavaNextForConditionalGeneration", "Qwen2VLForConditionalGeneration")
     auto_class = AutoModelForImageTextToText
@@ -40,13 +40,13 @@ class Family(DecoderFamily):
     before = ("model.language_model.embed_tokens",)
     after = ("model.language_model.norm", "lm_head")
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         text = config.get_text_config()
         if text.model_type not in BIASED:
             raise ModelError(
                 f'the language part "{text.model_type}" of {config.model_type} is none of {", ".join(BIASED)}'
             )
-        return whole_slots(ATTENTION | GATED_MLP, BIASED[text.model_type])
+        return whole_locations(ATTENTION | GATED_MLP, BIASED[text.model_type])
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         return (*attention_pairs(config.get_text_config()), *gated_mlp_pairs())
@@ -55,9 +55,7 @@ class Family(DecoderFamily):
         return ("self_attn.q_proj", "self_attn.k_proj")
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        return (
-            "the language part alone is quantized; vision tower and projector stay as they are",
-        )
+        return ("only the language part is quantized; vision tower and projector stay as they are",)
 
     def file_names(self, name: str) -> Iterator[str]:
         yield from super().file_names(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from harness.core.shapes import ScalePair
-from harness.quantization.models.parts import QKV, whole_slots
+from harness.quantization.models.parts import QKV, whole_locations
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 GROUPS = {"qkv": QKV, "out": ("self_attn.out_proj",), "fc1": ("fc1",), "fc2": ("fc2",)}
@@ -27,9 +27,9 @@ class Family(DecoderFamily):
     )
     after = ("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head")
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         names = [name for members in GROUPS.values() for name in members]
-        return whole_slots(GROUPS, names if config.enable_bias else ())
+        return whole_locations(GROUPS, names if config.enable_bias else ())
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         found = [ScalePair("self_attn.v_proj", ("self_attn.out_proj",), "linear")]

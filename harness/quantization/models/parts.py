@@ -33,7 +33,7 @@ ATTENTION = {"qkv": QKV, "o": (OUTPUT,)}
 GATED_MLP = {"gate_up": GATE_UP, "down": (DOWN,)}
 
 
-def whole_slots(
+def whole_locations(
     groups: Mapping[str, tuple[str, ...]], biased: Collection[str] = ()
 ) -> tuple[WeightLocation, ...]:
     """Slots that are the weights of linears of their own; groups: {group: names}; biased: names of those with a bias."""
@@ -46,14 +46,14 @@ def whole_slots(
     )
 
 
-def row_slots(
+def row_locations(
     group: str, linear: str, parts: dict[str, int], biased: bool = False
 ) -> tuple[WeightLocation, ...]:
     """Slots that are runs of rows of one fused linear, in order; parts: {name: rows}."""
-    slots, start = [], 0
+    locations, start = [], 0
     for name, rows in parts.items():
         span = (start, start + rows)
-        slots.append(
+        locations.append(
             WeightLocation(
                 name,
                 group,
@@ -63,7 +63,7 @@ def row_slots(
             )
         )
         start += rows
-    return tuple(slots)
+    return tuple(locations)
 
 
 def attention_pairs(
@@ -108,14 +108,14 @@ class MixtureFamily(DecoderFamily):
         """How many experts, and their inner width."""
         raise ModelError(f"{type(self).__module__} does not say how many experts there are")
 
-    def expert_slots(self, config: PretrainedConfig) -> tuple[WeightLocation, ...]:
+    def expert_locations(self, config: PretrainedConfig) -> tuple[WeightLocation, ...]:
         """The matrices of all experts, in the order of experts."""
         count, inner = self.experts(config)
-        slots: list[WeightLocation] = []
+        locations: list[WeightLocation] = []
         for expert in range(count):
             name, both = f"{self.experts_name}.{expert}", f"{self.experts_name}.gate_up_proj"
             first, second = f"{name}.gate_up", f"{name}.down"
-            slots += [
+            locations += [
                 WeightLocation(
                     f"{name}.gate_proj",
                     first,
@@ -141,7 +141,7 @@ class MixtureFamily(DecoderFamily):
                 ),
             ]
         return tuple(
-            sorted(slots, key=lambda slot: slot.stage != "gate_up")
+            sorted(locations, key=lambda location: location.stage != "gate_up")
         )  # all first halves run before the second
 
     def expert_pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
@@ -212,11 +212,13 @@ class MixtureFamily(DecoderFamily):
 
     @contextmanager
     def watch(
-        self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive
+        self, block: nn.Module, locations: Sequence[WeightLocation], receive: Receive
     ) -> Iterator[None]:
         """As for any family; an expert's inputs are those of the tokens sent to it, none for an expert that was not chosen."""
-        chosen = sorted({slot.expert for slot in slots if slot.expert is not None})
-        with super().watch(block, [slot for slot in slots if slot.expert is None], receive):
+        chosen = sorted({location.expert for location in locations if location.expert is not None})
+        with super().watch(
+            block, [location for location in locations if location.expert is None], receive
+        ):
             if not chosen:
                 yield
                 return
@@ -242,7 +244,7 @@ class MixtureFamily(DecoderFamily):
         if owner != self.experts_name:
             return super().replace_inputs(block, owner, members, replace)
         module = block.get_submodule(owner)
-        experts = sorted({slot.expert for slot in members if slot.expert is not None})
+        experts = sorted({location.expert for location in members if location.expert is not None})
         first = {"gate_up": "gate_proj", "down": "down_proj"}
 
         def see(expert: int, half: str, inputs: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""What the pass and the runtime ask of a model family, and the answers that most decoder-only families share.
+"""The contract of a model family for passes and for quantized models that run, with what most decoder-only families share.
 
 A family file (`harness/quantization/models/<name>.py`) defines `class Family(DecoderFamily)`:
 `architectures` as a literal, then whatever is particular to it. Fused projections, transposed
 weights, fused experts, odd names in files are absorbed here and nowhere else:
 
-    slots          the quantizable matrices of a block, each [out, in], wherever the module keeps them
-    watch          the input of every group of slots while the block runs
+    locations      the quantizable matrices of a block, each [out, in], wherever the module keeps them
+    watch          the input of every group of locations while the block runs
     pairs          where a diagonal scale can be folded
     ends           modules before and after the blocks
     read           tensors of the files under the names of the module
@@ -36,7 +36,7 @@ from harness.core.shapes import LinearShape, ScalePair, Shapes
 Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
 Replace = Callable[
     [str, Tensor], Tensor
-]  # (a slot's name, inputs [..., in]) -> what the matrix shall multiply
+]  # (a location's name, inputs [..., in]) -> the inputs that the matrix multiplies instead
 
 
 class TensorSource(Protocol):
@@ -52,7 +52,7 @@ class WeightLocation:
     """One quantizable matrix of a block: a parameter, or the part of one.
 
     name        within the block, "self_attn.q_proj": what schemes, records and checkpoints call it
-    group       slots with the same input have the same group
+    group       locations with the same input have the same group
     parameter   of the block, "self_attn.qkv_proj.weight"
     rows        the rows of a fused weight that are this matrix; None: all
     expert      index into a 3-D parameter [experts, …, …]; None: the parameter is a matrix
@@ -94,14 +94,14 @@ class DecoderFamily:
     )  # modules that make logits of the last block's output
     returns_tuple: bool = False  # a block's output comes first in a tuple
     auto_class: ClassVar[Any] = (
-        AutoModelForCausalLM  # of transformers, builds the model from its config
+        AutoModelForCausalLM  # the class of transformers that builds the model from its config
     )
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
 
-    # --- what a family file says ----------------------------------------------------------------------------------------------
+    # --- what a family file defines ----------------------------------------------------------------------------------------------
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
         """The quantizable matrices of block `index`, in order of execution."""
         raise ModelError(f"{type(self).__module__} names no quantizable matrices")
 
@@ -119,7 +119,7 @@ class DecoderFamily:
         return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
     def notes(self, config: PretrainedConfig) -> tuple[str, ...]:
-        """What a plan should tell the user about this model."""
+        """Notes about this model that a plan shows to the user."""
         return ()
 
     # --- what most families share ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class DecoderFamily:
         return model.eval()
 
     def block_prefix(self, index: int) -> str:
-        """What the names of block `index`'s parameters begin with: "model.layers.3."."""
+        """The prefix of the names of block `index`'s parameters: "model.layers.3."."""
         return f"{self.blocks_name}.{index}."
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:
@@ -201,16 +201,16 @@ class DecoderFamily:
 
     @contextmanager
     def watch(
-        self, block: nn.Module, slots: Sequence[WeightLocation], receive: Receive
+        self, block: nn.Module, locations: Sequence[WeightLocation], receive: Receive
     ) -> Iterator[None]:
-        """While the context is open, receive(group, inputs) is called for each group of `slots` whenever the block runs.
+        """While the context is open, receive(group, inputs) is called for each group of `locations` whenever the block runs.
 
-        Here the input is the first argument of the module that owns the parameter of the group's first slot.
+        Here the input is the first argument of the module that owns the parameter of the group's first location.
         """
-        first = {slot.group: slot for slot in reversed(slots)}
+        first = {location.group: location for location in reversed(locations)}
         handles = []
-        for group, slot in first.items():
-            module = block.get_submodule(slot.parameter.rpartition(".")[0])
+        for group, location in first.items():
+            module = block.get_submodule(location.parameter.rpartition(".")[0])
 
             def hook(_module: nn.Module, args: tuple[Any, ...], group: str = group) -> None:
                 receive(group, args[0])
@@ -226,9 +226,9 @@ class DecoderFamily:
         self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace
     ) -> Callable[[], None]:
         """From now on the matrices `members`, all that the module `owner` holds, multiply replace(name, input) in place of their
-        input; matrices with one input are asked for once, by the first's name. Returns what undoes it.
+        input; matrices with one input get one call, with the name of the first. Returns a function that undoes it.
         """
-        if len({slot.group for slot in members}) > 1:
+        if len({location.group for location in members}) > 1:
             raise ModelError(
                 f"{type(self).__module__} does not say how inputs inside {owner} can be reached one by one"
             )
@@ -239,7 +239,7 @@ class DecoderFamily:
         return block.get_submodule(owner).register_forward_pre_hook(hook).remove
 
     def shapes(self, data: Mapping[str, Any]) -> Shapes:
-        """What a plan knows of a model from its config.json; reads no weights (0.2 s for 80 blocks)."""
+        """The shapes of a model from its config.json, for plans; reads no weights (0.2 s for 80 blocks)."""
         config = self.config(data)
         model = self.skeleton(config, torch.float32)
         count = len(self.blocks(model))
@@ -248,24 +248,24 @@ class DecoderFamily:
             count
         ):  # blocks may differ (dense first blocks of a mixture); the union counts
             parameters = dict(self.blocks(model)[index].named_parameters())
-            slots = self.slots(config, index)
-            missing = sorted({slot.parameter for slot in slots} - parameters.keys())
+            locations = self.locations(config, index)
+            missing = sorted({location.parameter for location in locations} - parameters.keys())
             if missing:
                 raise ModelError(
                     f"block {index} of {type(model).__name__} has no parameter {', '.join(missing[:3])}"
                 )
-            for slot in slots:
-                out_features, in_features = slot.view(parameters[slot.parameter]).shape
-                expert, biased = slot.expert is not None, slot.bias is not None
+            for location in locations:
+                out_features, in_features = location.view(parameters[location.parameter]).shape
+                expert, biased = location.expert is not None, location.bias is not None
                 linears[
                     LinearShape(
-                        slot.name,
+                        location.name,
                         out_features,
                         in_features,
-                        slot.group,
+                        location.group,
                         biased,
                         expert,
-                        fused=not slot.is_whole,
+                        fused=not location.is_whole,
                     )
                 ] = None
         text = config.get_text_config()

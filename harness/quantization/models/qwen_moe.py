@@ -17,7 +17,7 @@ from harness.quantization.models.parts import (
     MixtureFamily,
     attention_pairs,
     gated_mlp_pairs,
-    whole_slots,
+    whole_locations,
 )
 from harness.quantization.models.protocols import WeightLocation
 
@@ -35,12 +35,12 @@ class Family(MixtureFamily):
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
         return config.num_experts, config.moe_intermediate_size
 
-    def slots(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
-        attention = whole_slots(ATTENTION, self._biased(config))
+    def locations(self, config: PretrainedConfig, index: int) -> tuple[WeightLocation, ...]:
+        attention = whole_locations(ATTENTION, self._biased(config))
         if not self._is_mixture(config, index):
-            return (*attention, *whole_slots(GATED_MLP))
-        shared = whole_slots(SHARED) if self._has_shared(config) else ()
-        return (*attention, *shared, *self.expert_slots(config))
+            return (*attention, *whole_locations(GATED_MLP))
+        shared = whole_locations(SHARED) if self._has_shared(config) else ()
+        return (*attention, *shared, *self.expert_locations(config))
 
     def pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         mixtures = [self._is_mixture(config, index) for index in range(config.num_hidden_layers)]

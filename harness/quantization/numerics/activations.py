@@ -10,13 +10,15 @@ With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("t
                                                                                    the range need not hold zero
     asymmetric    (hi - lo) / (2^b - 1)              shifted by round(-lo/scale)   GPTQ's rule; of every other grid's name
 
-formats fp8_e4m3 and fp8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
+The formats fp8_e4m3 and fp8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
 activation's own dtype, as the references do.
 
 outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others
-are rounded with a scale over the values below t, those of outlier channels among them. Outlier channels are those of one sequence,
-never of its batch mates. The product with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights; a
-weight that keeps a matrix of 16 bits for these channels (`QuantizedWeight.beside_outliers`) multiplies them by it.
+are rounded with a scale over the values below t, which include the small values of outlier channels. Outlier channels are found in
+each sequence by itself, so that a batch scores as its items do. On the symmetric "smoothquant" grid the codes are those of
+bitsandbytes: round(x · (m / a)) with a = max|x| below t, scale and product in float32 whatever the activation's dtype. The product
+with the dequantized 8-bit weight is then that of bitsandbytes with int8 outlier weights; a weight that keeps a 16-bit matrix for
+these channels (`QuantizedWeight.beside_outliers`) multiplies them by it.
 """
 
 from __future__ import annotations
@@ -33,28 +35,39 @@ GRIDS = ("smoothquant", "compressed", "llama_quant", "omniquant")
 GRANULARITIES = ("token", "tensor", "group")
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
+VANISHING = 1e-30  # the least maximum that float32 can divide 2^15 by
+
 Round = Callable[[Tensor], Tensor]
 
 
 def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torch.round) -> Tensor:
     """x [..., tokens, in] on grids of its own ranges, in x's dtype. group_size must divide in.
 
-    to_integers: torch.round, or a rounding that lets gradients through (`learning.round_through`).
+    to_integers: torch.round, or a rounding that lets gradients through (`training.round_through`).
     """
     if scheme.outlier_threshold > 0:
         large, kept = (
             x.abs() >= scheme.outlier_threshold,
             outlier_channels(x, scheme.outlier_threshold),
         )
-        rest = round_dynamic(
-            x.masked_fill(large, 0), dataclasses.replace(scheme, outlier_threshold=0.0), to_integers
-        )
-        return torch.where(kept, x, rest)
+        small = x.masked_fill(large, 0)
+        if scheme.symmetric and scheme.grid == "smoothquant":
+            return torch.where(kept, x, _vector_wise(small, scheme.bits, to_integers))
+        plain = dataclasses.replace(scheme, outlier_threshold=0.0)
+        return torch.where(kept, x, round_dynamic(small, plain, to_integers))
     if scheme.granularity == "group":
         groups = x.unflatten(-1, (-1, scheme.group_size))
         return round_to_range(groups, *_range(groups, (-1,)), scheme, to_integers).flatten(-2)
     axes = (-1,) if scheme.granularity == "token" else tuple(range(1 if x.ndim > 2 else 0, x.ndim))
     return round_to_range(x, *_range(x, axes), scheme, to_integers)
+
+
+def _vector_wise(x: Tensor, bits: int, to_integers: Round) -> Tensor:
+    """LLM.int8()'s rounding of each token of x [..., in], computed in float32 and returned in x's dtype; zeros stay zeros."""
+    m = 2 ** (bits - 1) - 1
+    wide = x.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=VANISHING)
+    return (to_integers(wide * (m / largest)) * (largest / m)).to(x.dtype)
 
 
 def outlier_channels(x: Tensor, threshold: float) -> Tensor:
@@ -96,7 +109,7 @@ def round_to_range(
 
 
 def codes_per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
-    """What `round_dynamic` multiplies: codes [..., tokens, in] in int8 or float8, and their scales [..., tokens, 1] in x's dtype.
+    """The codes [..., tokens, in] of `round_dynamic`, in int8 or float8, and their scales [..., tokens, 1] in x's dtype.
 
     For symmetric 8-bit schemes with a scale per token, and for 8-bit floats; codes times scales are round_dynamic(x), to the bit.
     """

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a quantized matrix (LoRA, arXiv 2106.09685): y = x W'ᵀ + α/r · (x Aᵀ) Bᵀ, A [r, in], B [out, r].
+"""Low-rank adapters of a quantized matrix (LoRA, arXiv 2106.09685): y = x W'ᵀ + α/r · (x Aᵀ) Bᵀ, A [r, in], B [out, r].
 
 As stored (`AdaptedWeight`: the adapter is not merged, its bits are counted), as run (`low_rank`), as trained (`LowRankLinear`), and
 what the methods that train them share: their settings and the loop over documents.
@@ -134,7 +134,7 @@ class LowRankSettings:
 
 @dataclass(frozen=True)
 class StoredSettings(LowRankSettings):
-    """adapter_dtype: in which A and B are stored, where they stay beside their matrix: bfloat16, float16 or float32."""
+    """adapter_dtype: in which A and B are stored, where they are not merged: bfloat16, float16 or float32."""
 
     adapter_dtype: str = "bfloat16"
 
@@ -172,7 +172,7 @@ class FrozenLinear(nn.Module):
 
 
 class LowRankLinear(FrozenLinear):
-    """A frozen linear with A and B beside it. Both are zeros until `start`. features: columns of A."""
+    """A frozen linear with trainable A and B. Both are zeros until `start`. features: columns of A."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class LowRankLinear(FrozenLinear):
         return x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)
 
     def change(self, x: Tensor) -> Tensor:
-        """What the adapter adds to the output."""
+        """The part of the output that comes from the adapter."""
         return low_rank(self.drop(x), self.down, self.up, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class Student(Protocol):
 
 
 class AdapterTuning(ABC):
-    """What tunings by adapters share: which linears get one, and the loop over documents. A method says what an adapter is."""
+    """The base of tunings by adapters: it selects the linears and loops over documents; a method defines its adapter."""
 
     def __init__(self, settings: LowRankSettings) -> None:
         self.settings = settings

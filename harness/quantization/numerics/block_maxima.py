@@ -1,4 +1,4 @@
-"""Largest magnitudes of blocks as bitsandbytes stores them: float32, or 8-bit codes of what they differ from their mean by.
+"""Largest magnitudes of blocks as bitsandbytes stores them: float32, or 8-bit codes of their difference from their mean.
 
 QLoRA (arXiv 2305.14314), §3, double quantization: the mean over the matrix is taken off, the rest is divided by its own largest
 magnitude in blocks of 256, and the nearest entry of a signed 8-bit table for numbers of very unequal size is stored. Codes of the
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 SECOND_BLOCK = 256  # block maxima that share one second-level scale
-SMALLEST = 1e-38  # of a divisor: blocks of zeros stay zeros
+SMALLEST = 1e-38  # lower bound of a divisor: blocks of zeros stay zeros
 
 
 def dynamic_table() -> Tensor:
@@ -36,7 +36,7 @@ def nearest(values: Tensor, table: Tensor) -> Tensor:
 
 
 def check_block(formats: str, size: int) -> list[str]:
-    """Why blocks of `size` weights are none that bitsandbytes has."""
+    """Reasons why bitsandbytes has no blocks of `size` weights; empty when it has."""
     if 32 <= size <= 4096 and not size & (size - 1):
         return []
     return [f"{formats} blocks are powers of two from 32 to 4096 weights, not group_size {size}"]

@@ -1,11 +1,11 @@
-"""Rounding one column after the other, each column's error made good by those still to come.
+"""Rounding of one column after the other; later columns compensate the error of each column.
 
 Both forms minimise tr((W - Q) H (W - Q)ᵀ) greedily and are the same rule (QuIP, arXiv 2307.13304, theorem 6):
 
     feed_forward    GPTQ (arXiv 2210.17323): first column to last, through the factor U of H⁻¹ = Uᵀ U; errors change later columns
     ldlq            QuIP: last column to first, through H = (L + I) D (L + I)ᵀ; each column collects the errors made after it
 
-What happens to a column is the caller's: one grid, a grid per group, a codebook, outliers kept. Blocks of columns keep the updates
+The caller rounds the columns: on one grid, a grid per group, a codebook, or with exact outliers. Blocks of columns keep the updates
 inside the cache; the rest of the matrix is updated by one product per block.
 """
 

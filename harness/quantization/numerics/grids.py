@@ -1,7 +1,7 @@
 """Grids: from the range of a row or group to scale and zero point, and between values and codes.
 
 Two kinds behind one `Grid`: uniform integers, and the elements of `number_formats` (NF4, FP8, MX, …), which have no zero point. A
-method that takes both asks a `Fitting` for its grids.
+method that takes both gets its grids from a `Fitting`.
 
 Uniform grids. Papers draw the same bit width from different grids, and results at 2 and 3 bits depend on it, so the convention is a
 parameter. lo, hi are the smallest and largest value of the row or group, Q = 2^bits - 1, and a code q stands for
@@ -367,7 +367,7 @@ def _to_float8(scale: Tensor) -> Tensor:
 
 
 def pack_scales(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """What is stored of scales [out, groups] that are exact in dtype: "scale", and "tensor_scale" with float8."""
+    """The stored tensors of scales [out, groups] that are exact in dtype: "scale", and "tensor_scale" with float8."""
     if dtype == "e8m0":
         return {"scale": (torch.frexp(scale).exponent - 1 + E8M0_BIAS).to(torch.uint8)}
     if dtype == "float8_e4m3":

@@ -64,7 +64,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a column-by-column rounding needs of a Hessian.
+    """The factor of a Hessian that a column-by-column rounding needs.
 
     upper   [in, in] float32: Uᵀ U = (H + λI)⁻¹, in the order of `order`
     dead    [in] bool: columns whose input was never active, in their original order
@@ -77,7 +77,7 @@ class Factor:
 
     @classmethod
     def uncalibrated(cls, weight: Tensor) -> Self:
-        """That of inputs of which nothing is known: all columns of weight [out, in] alike, none dead, no error to pass on."""
+        """The factor without calibration: all columns of weight [out, in] count alike, none is dead, no error is passed on."""
         columns = weight.shape[1]
         return cls(
             torch.eye(columns, device=weight.device),

@@ -1,7 +1,7 @@
-"""What happens to a linear's input at run time, before it is rounded: the half of a transform that no other weight can take.
+"""Transforms of a linear's input at run time, before it is rounded: the part of a transform that cannot be folded into a weight.
 
 A transform that multiplies W by some invertible matrix from the right must undo it on x. Where a norm or a linear comes before, the
-undoing is folded into that; where nothing does, it is stored beside the weight, as tensors of the linear, and executed:
+inverse is folded into it; otherwise it is stored with the weight, as tensors of the linear, and executed at run time:
 
     input_scale      [in]           x / input_scale                                    smoothing without folding
     input_hadamard   [1 or 2, 3]    x as [outer, size, inner], H_size along the middle; several rows: one after another

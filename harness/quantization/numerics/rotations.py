@@ -78,8 +78,8 @@ def cayley_step(rotation: Tensor, gradient: Tensor, rate: float) -> Tensor:
     step = min(rate, 1.0 / (float(skew.abs().sum(0).max()) + 1e-8))
     half = skew * (step / 2)
     eye = torch.eye(r.shape[0], dtype=r.dtype, device=r.device)
-    turned = r @ torch.linalg.solve(eye + half, eye - half)  # the two factors commute
-    return (turned @ (3 * eye - turned.T @ turned) / 2).to(rotation.dtype)
+    moved = r @ torch.linalg.solve(eye + half, eye - half)  # the two factors commute
+    return (moved @ (3 * eye - moved.T @ moved) / 2).to(rotation.dtype)
 
 
 def split(size: int) -> tuple[int, int]:

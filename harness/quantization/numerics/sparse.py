@@ -1,4 +1,4 @@
-"""A few entries of a matrix kept apart from its codes, row by row."""
+"""A few entries of a matrix that are stored besides its codes, row by row."""
 
 from __future__ import annotations
 

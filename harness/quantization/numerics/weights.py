@@ -1,4 +1,4 @@
-"""A quantized weight matrix as it is stored: codes with what turns them back into numbers, all overheads counted.
+"""A quantized weight matrix as it is stored: codes and all that dequantizes them, with every overhead counted.
 
 Each layout is a `QuantizedWeight` with a `kind`, by which a checkpoint names it. `pack` gives exactly the tensors that go to
 disk and `unpack` reads them back; `bits_per_weight` is their size. A method whose layout is not here defines its own subclass
@@ -48,13 +48,13 @@ class QuantizedWeight(ABC):
         """The matrix in numbers, [out, in] float32."""
 
     def beside_outliers(self) -> Tensor | None:
-        """The matrix [out, in] float32 that input channels multiply which the activation scheme keeps apart (`outlier_threshold`),
-        where it is another than `dequantize` gives; None where it is the same."""
+        """The matrix [out, in] float32 that outlier channels of the activations multiply (`outlier_threshold`); None where that is
+        the dequantized matrix."""
         return None
 
     @abstractmethod
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is stored: contiguous tensors by name, and JSON values that are not worth a tensor."""
+        """The stored form: contiguous tensors by name, and JSON values for everything small."""
 
     @classmethod
     @abstractmethod
@@ -80,7 +80,7 @@ class QuantizedWeight(ABC):
 
 @dataclass(frozen=True)
 class DenseWeight(QuantizedWeight):
-    """The matrix in a floating dtype: layers that a method leaves alone. values: [out, in]."""
+    """The matrix in a floating dtype: layers that a method does not quantize. values: [out, in]."""
 
     kind = "dense"
     values: Tensor

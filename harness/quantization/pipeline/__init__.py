@@ -1,1 +1,1 @@
-"""The walk over a model's blocks, one block on the device at a time."""
+"""The pass over a model's blocks, with one block on the device at a time."""

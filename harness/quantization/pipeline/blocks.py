@@ -24,6 +24,7 @@ from harness.quantization.methods.protocols import Evidence
 from harness.quantization.models import family_of, read_config
 from harness.quantization.models.protocols import WeightLocation, get_tensor, set_tensor, tied
 from harness.quantization.numerics.inputs import attach_all, hold
+from harness.quantization.numerics.weights import QuantizedWeight
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block receives besides its hidden state
 
@@ -56,8 +57,8 @@ class Blocks:
 
     # --- weights --------------------------------------------------------------------------------------------------------------
 
-    def slots(self, index: int) -> tuple[WeightLocation, ...]:
-        return self.family.slots(self.config, index)
+    def locations(self, index: int) -> tuple[WeightLocation, ...]:
+        return self.family.locations(self.config, index)
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Every parameter and stored buffer of a block, by its name within it, on the device in the model's dtype."""
@@ -78,6 +79,29 @@ class Blocks:
             set_tensor(block, name, tensor)
         attach_all(block)
         return block
+
+    def with_weights(
+        self,
+        locations: Sequence[WeightLocation],
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, QuantizedWeight],
+    ) -> dict[str, Tensor]:
+        """A block's tensors with dequantized weights, in the model's dtype, in the places of its matrices.
+
+        `tensors` stays as it is; a parameter that holds several matrices is copied once.
+        """
+        placed = dict(tensors)
+        copied: set[str] = set()
+        for location in locations:
+            value = weights[location.name].dequantize().to(self.device, self.dtype)
+            if location.is_whole:
+                placed[location.parameter] = value
+                continue
+            if location.parameter not in copied:
+                placed[location.parameter] = placed[location.parameter].clone()
+                copied.add(location.parameter)
+            location.view(placed[location.parameter]).copy_(value)
+        return placed
 
     def ends(self) -> dict[str, Tensor]:
         """Every parameter outside the blocks, a tied head as a tensor of its own; on the CPU in the model's dtype."""
@@ -134,7 +158,8 @@ class Blocks:
         calls = self._calls[index]
         if any(not _same(calls[0], call) for call in calls[1:]):
             raise MethodError(
-                f"block {index} takes arguments that differ by sequence, and this method does not say which it runs"
+                f"block {index} takes arguments that differ between sequences, "
+                "and this method runs a block without naming the sequence"
             )
         return calls[0]
 
@@ -164,7 +189,7 @@ class StreamedBlock:
             hidden,
             references,
         )
-        self._slots = {slot.name: slot for slot in blocks.slots(index)}
+        self._locations = {location.name: location for location in blocks.locations(index)}
         self.shapes, self.left_out = self._own(blocks.shapes, without_evidence)
         self._regions: dict[tuple[str, int], Call] = {}
         self._pristine: nn.Module | None = None
@@ -173,13 +198,13 @@ class StreamedBlock:
     def _own(
         self, shapes: Shapes, without_evidence: Collection[str]
     ) -> tuple[Shapes, tuple[str, ...]]:
-        """What of the model's shapes is true of this block, for blocks may differ; and the pairs that lack evidence, in words."""
-        linears = tuple(linear for linear in shapes.linears if linear.name in self._slots)
+        """The part of the model's shapes that this block has, since blocks may differ; and the pairs without evidence."""
+        linears = tuple(linear for linear in shapes.linears if linear.name in self._locations)
         here = [
             pair
             for pair in shapes.pairs
-            if all(name in self._slots for name in pair.consumers)
-            and (pair.kind == "norm" or pair.producer in self._slots)
+            if all(name in self._locations for name in pair.consumers)
+            and (pair.kind == "norm" or pair.producer in self._locations)
         ]
         offered = tuple(pair for pair in here if not set(pair.consumers) & set(without_evidence))
         left_out = tuple(
@@ -189,29 +214,30 @@ class StreamedBlock:
 
     def linear(self, name: str) -> nn.Linear:
         """The linear itself, or a stand-in over the part of a fused parameter; write to its weight in place."""
-        slot = self._slots[name]
-        if slot.is_whole:
-            module = self.module.get_submodule(slot.parameter.rpartition(".")[0])
+        location = self._locations[name]
+        if location.is_whole:
+            module = self.module.get_submodule(location.parameter.rpartition(".")[0])
             if isinstance(module, nn.Linear):
                 return module
-        weight = slot.view(get_tensor(self.module, slot.parameter))
+        weight = location.view(get_tensor(self.module, location.parameter))
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        if slot.bias is not None:
-            bias = get_tensor(self.module, slot.bias)
+        if location.bias is not None:
+            bias = get_tensor(self.module, location.bias)
             linear.bias = nn.Parameter(
-                bias if slot.rows is None else bias[slot.rows[0] : slot.rows[1]],
+                bias if location.rows is None else bias[location.rows[0] : location.rows[1]],
                 requires_grad=False,
             )
         return linear
 
     def set_input(self, name: str, kind: str, value: Tensor) -> None:
-        slot = self._slots[name]
-        if not slot.is_whole:
+        location = self._locations[name]
+        if not location.is_whole:
             raise MethodError(
-                f"block {self.index}, {name}: a fused matrix shares its input, which cannot be transformed for it alone"
+                f"block {self.index}, {name}: a fused matrix shares its input with other matrices, "
+                "so the input cannot be transformed for this one only"
             )
-        hold(self.module.get_submodule(slot.parameter.rpartition(".")[0]), kind, value)
+        hold(self.module.get_submodule(location.parameter.rpartition(".")[0]), kind, value)
 
     def inputs(self) -> Sequence[Tensor]:
         if self._hidden is None:
@@ -293,8 +319,8 @@ class StreamedBlock:
     def _watched(self, receive: Callable[[str, Tensor], Tensor] | None) -> Iterator[None]:
         """While open, every module that owns matrices sees receive(the first of them, its input) in place of its input."""
         owners: dict[str, list[WeightLocation]] = {}
-        for slot in self._slots.values() if receive is not None else ():
-            owners.setdefault(slot.parameter.rpartition(".")[0], []).append(slot)
+        for location in self._locations.values() if receive is not None else ():
+            owners.setdefault(location.parameter.rpartition(".")[0], []).append(location)
         undo: list[Callable[[], None]] = []
         for owner, members in owners.items():
             assert receive is not None
@@ -309,13 +335,13 @@ class StreamedBlock:
         """`weights` under the names of real parameters: parts of a fused parameter are put into a copy of it, differentiably."""
         whole: dict[str, Tensor] = {}
         for name, value in (weights or {}).items():
-            slot = self._slots.get(name.removesuffix(".weight"))
-            if slot is None or (slot.parameter == name and slot.is_whole):
+            location = self._locations.get(name.removesuffix(".weight"))
+            if location is None or (location.parameter == name and location.is_whole):
                 whole[name] = value
                 continue
-            if slot.parameter not in whole:
-                whole[slot.parameter] = get_tensor(self.module, slot.parameter).clone()
-            slot.view(whole[slot.parameter]).copy_(value)
+            if location.parameter not in whole:
+                whole[location.parameter] = get_tensor(self.module, location.parameter).clone()
+            location.view(whole[location.parameter]).copy_(value)
         return whole
 
 

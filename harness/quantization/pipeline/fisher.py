@@ -64,8 +64,8 @@ class SquaredGradients:
         for index in reversed(range(len(blocks))):
             inputs = load_file(self._inputs(index))
             block = blocks.build(index, blocks.tensors(index))
-            slots = blocks.slots(index)
-            names = list(dict.fromkeys(slot.parameter for slot in slots))
+            locations = blocks.locations(index)
+            names = list(dict.fromkeys(location.parameter for location in locations))
             trained = [block.get_parameter(name).requires_grad_() for name in names]
             sums: dict[str, Tensor] = {}
             for sequence in range(len(gradients)):
@@ -79,15 +79,17 @@ class SquaredGradients:
                 )
                 gradients[sequence] = found[0].cpu()
                 by_name = dict(zip(names, found[1:], strict=True))
-                for slot in slots:
-                    gradient = by_name[slot.parameter]
+                for location in locations:
+                    gradient = by_name[location.parameter]
                     if gradient is None:  # an expert that this sequence never chose
                         continue
-                    square = slot.view(gradient).float().square()
-                    sums[slot.name] = sums[slot.name] + square if slot.name in sums else square
-            for slot in slots:
-                shape = slot.view(get_tensor(block, slot.parameter)).shape
-                sums.setdefault(slot.name, torch.zeros(shape))
+                    square = location.view(gradient).float().square()
+                    sums[location.name] = (
+                        sums[location.name] + square if location.name in sums else square
+                    )
+            for location in locations:
+                shape = location.view(get_tensor(block, location.parameter)).shape
+                sums.setdefault(location.name, torch.zeros(shape))
             save_file(
                 {name: total.cpu().contiguous() for name, total in sums.items()},
                 self._gradients(index),

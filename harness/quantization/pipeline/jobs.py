@@ -1,15 +1,21 @@
-"""One checkpoint in the making, and a block after a transform."""
+"""One checkpoint in the making, and the block as the cells of one stream see it."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.core.cell import Cell, Part
 from harness.quantization.formats.native import CheckpointWriter
-from harness.quantization.pipeline.observers import Statistics
+from harness.quantization.methods.protocols import Evidence
+from harness.quantization.models.protocols import WeightLocation
+from harness.quantization.pipeline.observers import OF_INPUTS, InputEvidence, Statistics
 
 EMBEDDINGS, FULL = "embeddings", "full_precision"  # histories; all others are digests
 
@@ -28,7 +34,7 @@ class Job:
     history: str = EMBEDDINGS
     seconds: float = 0.0
     own_stream: bool = False  # its transform rewrites the ends, so its stream starts elsewhere
-    added_bits: int = 0  # of parameters that the model does not have
+    added_bits: int = 0  # bits of parameters that the model does not have
     failed: bool = False
 
     @property
@@ -51,3 +57,77 @@ class RewrittenBlock:
     statistics: Statistics
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockInStream:
+    """One block of the model as the cells of one stream see it. Tensors are shared between cells: never write to them.
+
+    index       position in the model, from 0
+    original    the block's tensors as the model has them, by name
+    tensors     the same as they stand: `original`, or what a transform made of it
+    statistics  of the inputs of the block's groups, when the block has `tensors`
+    hidden      the block's inputs in this stream, one [1, length, hidden] per sequence; None: the cells read no inputs
+    references  outputs of the original block on full-precision inputs, alike; None where no cell of the pass reads them
+    gradients   squared gradients of the original matrices, [out, in] by linear name; empty where no cell reads them
+    """
+
+    index: int
+    original: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    statistics: Statistics
+    hidden: list[Tensor] | None
+    references: list[Tensor] | None
+    gradients: dict[str, Tensor]
+
+    def after(self, made: RewrittenBlock) -> BlockInStream:
+        """The block as a transform left it."""
+        return dataclasses.replace(self, tensors=made.tensors, statistics=made.statistics)
+
+    def evidence(
+        self, locations: Sequence[WeightLocation], needs: frozenset[str], basis: str
+    ) -> dict[str, Evidence]:
+        """Evidence by linear name; linears of a group share one object, unless gradients differ between them.
+
+        basis: "quantized" or "full_precision", the inputs of the cell that reads it.
+        """
+        by_group: dict[str, InputEvidence] = {}
+        found: dict[str, Evidence] = {}
+        more: dict[str, Callable[[], Tensor]] = {}
+        if self.references is not None:
+            more["reference"] = partial(torch.cat, self.references)
+        for location in locations:
+            of_group = self.statistics.get(location.group)
+            if of_group is None:
+                continue
+            if "squared_gradient" in needs:
+                own: dict[str, Callable[[], Tensor]] = {
+                    **more,
+                    "squared_gradient": partial(self.gradients.__getitem__, location.name),
+                }
+                found[location.name] = InputEvidence(of_group, needs, basis, location.name, own)
+            else:
+                found[location.name] = by_group.setdefault(
+                    location.group, InputEvidence(of_group, needs, basis, None, more)
+                )
+        return found
+
+    def too_few_tokens(
+        self, locations: Sequence[WeightLocation], needs: Collection[str]
+    ) -> dict[str, int]:
+        """Matrices of experts that too few calibration tokens reached, with the number of these tokens.
+
+        Too few is no token at all, or, for a method that reads the second moment of the inputs, fewer tokens than inputs: the
+        moment is singular then.
+        """
+        found: dict[str, int] = {}
+        for location in locations:
+            if location.expert is None or not set(needs) & set(OF_INPUTS):
+                continue
+            inputs = location.view(self.tensors[location.parameter]).shape[1]
+            enough = inputs if "hessian" in needs else 1
+            of_group = self.statistics.get(location.group)
+            tokens = of_group.tokens if of_group is not None else 0
+            if tokens < enough:
+                found[location.name] = tokens
+        return found

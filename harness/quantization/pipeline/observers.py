@@ -1,6 +1,6 @@
-"""What calibration says of a linear's input: accumulated sequence by sequence in float32, in a fixed order.
+"""Calibration statistics of a linear's input, accumulated sequence by sequence in float32, in a fixed order.
 
-A `Collector` gathers the statistics of one group of linears with one input; an `InputEvidence` shows a method those that it named.
+A `Collector` gathers the statistics of one group of linears with one input; an `InputEvidence` gives a method those that it needs.
 Linears of a group and cells of one stream share the statistics and what was computed from them once.
 """
 

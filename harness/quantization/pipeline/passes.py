@@ -1,8 +1,8 @@
-"""The walk through a model's blocks that quantizes many cells together. It exists once, here.
+"""The loop over a model's blocks that quantizes many cells in one pass. It exists only here.
 
-Each block is read once. Cells stand in streams: what a block receives depends only on the stream's history, so cells with one
-history share the block's forward, its statistics and their transforms; what they share never changes a number, and a cell alone
-and the same cell in company give the same bytes.
+Each block is read once. Every cell belongs to a stream. The inputs of a block depend only on the stream's history, so cells with
+the same history share the block's forward, its statistics and their transforms. Sharing never changes a number: a cell gives the
+same bytes in a pass of its own and in a pass with other cells.
 
     history of a cell's stream     at block 0                  after it
     inputs: full_precision         the embeddings              outputs of the original blocks: one stream for all such cells
@@ -44,23 +44,17 @@ from harness.core.cell import (
 )
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized
-from harness.quantization.calibration import windows_digest
+from harness.core.failures import failure_kind
 from harness.quantization.formats.native import CheckpointWriter
-from harness.quantization.methods.protocols import Evidence
 from harness.quantization.models.protocols import WeightLocation, get_tensor
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
+from harness.quantization.pipeline import report
 from harness.quantization.pipeline.blocks import StreamedBlock
 from harness.quantization.pipeline.fisher import SquaredGradients
-from harness.quantization.pipeline.jobs import EMBEDDINGS, FULL, Job, RewrittenBlock
+from harness.quantization.pipeline.jobs import EMBEDDINGS, FULL, BlockInStream, Job, RewrittenBlock
 from harness.quantization.pipeline.model_gradients import StreamedModel
-from harness.quantization.pipeline.observers import (
-    OF_INPUTS,
-    GroupStatistics,
-    InputEvidence,
-    Statistics,
-)
-from harness.quantization.pipeline.report import json_values, relative_error
+from harness.quantization.pipeline.observers import OF_INPUTS, GroupStatistics, Statistics
 from harness.quantization.pipeline.walk import Walk
 
 
@@ -111,7 +105,7 @@ class _Pass(Walk):
         self.streams: dict[str, list[Tensor]] = {}
         self.gradients: SquaredGradients | None = None
         self.failures: list[Failed] = []
-        self.shared_seconds, self.gradient_seconds = 0.0, 0.0
+        self.shared = report.SharedSeconds()
 
     def _jobs(self, cells: Sequence[Cell], writers: Mapping[str, CheckpointWriter]) -> list[Job]:
         by_key: dict[str, list[Cell]] = {}
@@ -134,7 +128,7 @@ class _Pass(Walk):
             )
         return jobs
 
-    # --- the walk -------------------------------------------------------------------------------------------------------------
+    # --- the loop -------------------------------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[Event]:
         for job in self.jobs:
@@ -153,7 +147,7 @@ class _Pass(Walk):
                 yield from self._report_failures()
             for job in self._alive():
                 if job.finished <= index:
-                    job.writer.write_seconds(self._seconds(job))
+                    job.writer.write_seconds(self.shared.cost_of(job))
             keys = tuple(key for job in self._alive() for key in job.cell_keys)
             if keys:
                 yield Progress(time.time(), keys, "block", index + 1, count)
@@ -162,7 +156,7 @@ class _Pass(Walk):
                 yield from self._finish(job)
 
     def _open(self, job: Job) -> None:
-        """Build the plugins, and refuse what a pass cannot do."""
+        """Build the plugins of a job. Raises MethodError or DataError for a cell that a pass cannot quantize."""
         method = job.cell.method
         if method.tuning is not None:
             raise MethodError(
@@ -170,10 +164,10 @@ class _Pass(Walk):
             )
         if method.is_baseline:
             return
-        for slot in ("transform", "rounding"):
-            part: Part | None = getattr(method, slot)
+        for kind in ("transform", "rounding"):
+            part: Part | None = getattr(method, kind)
             if part is not None:
-                setattr(job, slot, plugins.build(slot, part.name, to_json(part)["settings"]))
+                setattr(job, kind, plugins.build(kind, part.name, to_json(part)["settings"]))
         if job.needs and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(
@@ -181,10 +175,11 @@ class _Pass(Walk):
             )
         job.own_stream = hasattr(job.transform, "rewrite_ends")
         for index in range(0 if job.writer.manifest() else job.finished):
-            job.added_bits += self._added_bits(index, job.writer.read_block(index).dense)
+            dense = job.writer.read_block(index).dense
+            job.added_bits += report.added_bits(self.blocks, index, dense)
 
     def _learn(self) -> Iterator[Event]:
-        """Before the walk: what transforms learn from the whole model. Cells with one transform and one scheme learn once."""
+        """Let transforms learn from the whole model, before blocks are quantized; once for cells of one transform and scheme."""
         waiting: dict[str, list[Job]] = {}
         for job in self._alive():
             if hasattr(job.transform, "learn") and job.finished < len(self.blocks):
@@ -231,18 +226,18 @@ class _Pass(Walk):
             yield Progress(time.time(), keys, "learning", step, steps)
 
     def _start_streams(self) -> None:
-        """The first block's inputs, where any unfinished cell reads them, and squared gradients, where one needs them."""
+        """Compute the first block's inputs and squared gradients, each only if an unfinished cell needs them."""
         unfinished = [job for job in self._alive() if job.finished < len(self.blocks)]
         if any(job.reads_stream for job in unfinished):
             assert self.windows is not None
-            began = time.monotonic()
-            self.streams[EMBEDDINGS] = [h.to(self.storage) for h in self.blocks.start(self.windows)]
-            self.shared_seconds += time.monotonic() - began
+            with self.shared.measure("stream"):
+                embedded = self.blocks.start(self.windows)
+                self.streams[EMBEDDINGS] = [h.to(self.storage) for h in embedded]
+            del embedded
         if any("squared_gradient" in job.needs for job in unfinished):
             assert self.windows is not None
-            began = time.monotonic()
-            self.gradients = SquaredGradients(self.blocks, self.windows, self.scratch)
-            self.gradient_seconds += time.monotonic() - began
+            with self.shared.measure("gradients"):
+                self.gradients = SquaredGradients(self.blocks, self.windows, self.scratch)
         for job in [job for job in self._alive() if job.own_stream]:
             self._try(job, "ends", partial(self._rewrite_ends, job))
 
@@ -293,142 +288,108 @@ class _Pass(Walk):
 
     def _walk_block(self, index: int) -> None:
         blocks = self.blocks
-        began = time.monotonic()
-        original = blocks.tensors(index)
-        self.shared_seconds += time.monotonic() - began
-        began = time.monotonic()
-        gradients = self.gradients.read(index) if self.gradients is not None else {}
-        self.gradient_seconds += time.monotonic() - began
-        tokens = self.windows.numel() if self.windows is not None else 0
-        unobserved = {
-            slot.group: GroupStatistics(slot.group, tokens, True, {})
-            for slot in blocks.slots(index)
-        }
-        full = EMBEDDINGS if index == 0 else FULL
-        following: dict[str, list[Tensor]] = {}
+        with self.shared.measure("stream"):
+            original = blocks.tensors(index)
+        with self.shared.measure("gradients"):
+            gradients = self.gradients.read(index) if self.gradients is not None else {}
         alive = self._alive()
+        unobserved = self._without_stream(index, original, gradients)
         for job in alive:
             if not job.reads_stream and job.finished <= index:
-                self._try(
-                    job,
-                    f"block {index}",
-                    partial(
-                        self._quantize, job, index, original, unobserved, None, None, gradients
-                    ),
-                )
+                self._try(job, f"block {index}", partial(self._quantize, job, unobserved))
+        first = EMBEDDINGS if index == 0 else FULL
+        following: dict[str, list[Tensor]] = {}
         readers = [job for job in alive if job.reads_stream and job.finished < len(blocks)]
-        histories = list(dict.fromkeys([full, *(job.history for job in readers)]))
+        histories = list(dict.fromkeys([first, *(job.history for job in readers)]))
         references: list[Tensor] | None = None
         for history in histories:
             members = [job for job in readers if job.history == history and not job.failed]
-            keep = history == full and any(self._reads_full(job, index) for job in self._alive())
+            keep = history == first and any(self._reads_full(job, index) for job in self._alive())
             working = [job for job in members if job.finished <= index]
             if not (members or keep):
                 continue
             hidden = self.streams.pop(history)
-            began = time.monotonic()
             try:
-                statistics, outputs = self._observe(
-                    index, blocks.build(index, original), hidden, _first_needs(working), keep
-                )
+                with self.shared.measure("stream"):
+                    statistics, outputs = self._observe(
+                        index, blocks.build(index, original), hidden, _first_needs(working), keep
+                    )
             except Exception as error:  # nothing of this stream can go on
-                for job in (
-                    job
-                    for job in self._alive()
-                    if job in members or (keep and self._reads_full(job, index))
-                ):
-                    self._fail(job, f"block {index}", error)
+                for job in self._alive():
+                    if job in members or (keep and self._reads_full(job, index)):
+                        self._fail(job, f"block {index}", error)
                 continue
-            self.shared_seconds += time.monotonic() - began
             if keep:
                 following[FULL] = references = outputs
             self._walk_stream(
-                index, original, hidden, members, statistics, references, gradients, following
+                BlockInStream(index, original, original, statistics, hidden, references, gradients),
+                members,
+                following,
             )
         self.streams = following
 
+    def _without_stream(
+        self, index: int, original: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> BlockInStream:
+        """The block for cells that read no inputs: its groups have no statistics."""
+        tokens = self.windows.numel() if self.windows is not None else 0
+        groups = dict.fromkeys(location.group for location in self.blocks.locations(index))
+        nothing = {group: GroupStatistics(group, tokens, True, {}) for group in groups}
+        return BlockInStream(index, original, original, nothing, None, None, gradients)
+
     def _walk_stream(
+        self, block: BlockInStream, members: list[Job], following: dict[str, list[Tensor]]
+    ) -> None:
+        """Quantize the members of one stream, transform by transform, and add the streams that they read next to `following`."""
+        rewritten: dict[str, RewrittenBlock] = {}  # the block after the last transform, by its key
+        for job in sorted(members, key=self._transform_key):
+            work = partial(self._walk_job, job, block, rewritten, following)
+            self._try(job, f"block {block.index}", work)
+
+    def _walk_job(
         self,
-        index: int,
-        original: dict[str, Tensor],
-        hidden: list[Tensor],
-        members: list[Job],
-        statistics: Statistics,
-        references: list[Tensor] | None,
-        gradients: dict[str, Tensor],
+        job: Job,
+        block: BlockInStream,
+        rewritten: dict[str, RewrittenBlock],
         following: dict[str, list[Tensor]],
     ) -> None:
-        """Quantize the members of one stream, transform by transform, and lay out the streams that they read next."""
-        last = index + 1 == len(self.blocks)
-        rewritten: tuple[str, RewrittenBlock] | None = None
-        for job in sorted(members, key=lambda job: self._transform_key(job)):
-
-            def work(job: Job = job) -> None:
-                nonlocal rewritten
-                made: RewrittenBlock | None = None
-                if job.finished <= index:
-                    key = self._transform_key(job)
-                    if job.transform is not None and (rewritten is None or rewritten[0] != key):
-                        rewritten = None  # free the last one first
-                        rewritten = (
-                            key,
-                            self._rewrite(
-                                job, index, original, hidden, statistics, references, gradients
-                            ),
-                        )
-                    made = (
-                        rewritten[1]
-                        if job.transform is not None and rewritten is not None
-                        else None
-                    )
-                    parameters = self._quantize(
-                        job, index, original, statistics, hidden, references, gradients, made
-                    )
-                else:
-                    parameters = self._read_back(job, index, original)
-                if last or job.finished == len(self.blocks):
-                    return
-                if job.cell.inputs == FULL and not job.own_stream:
-                    job.history = FULL
-                    return
-                rounded = job.cell.inputs != FULL
-                job.history = self._next_history(job, index)
-                if job.history not in following:
-                    if not rounded:
-                        parameters = (
-                            made.tensors
-                            if made is not None
-                            else self._retransform(job, index, original, hidden)
-                        )
-                    began = time.monotonic()
-                    block = self.blocks.build(index, parameters)
-                    following[job.history] = self._observe(index, block, hidden, {}, True)[1]
-                    job.seconds += time.monotonic() - began
-
-            self._try(job, f"block {index}", work)
+        """Quantize the block for one cell, or read it back, and run it if no other cell has made its outputs yet."""
+        index = block.index
+        made: RewrittenBlock | None = None
+        if job.finished <= index:
+            if job.transform is not None:
+                key = self._transform_key(job)
+                if key not in rewritten:
+                    rewritten.clear()  # frees the last one before the next is made
+                    rewritten[key] = self._rewrite(job, block)
+                made = rewritten[key]
+            parameters = self._quantize(job, block, made)
+        else:
+            parameters = self._read_back(job, block)
+        if index + 1 == len(self.blocks) or job.finished == len(self.blocks):
+            return
+        if job.cell.inputs == FULL and not job.own_stream:
+            job.history = FULL
+            return
+        job.history = self._next_history(job, index)
+        if job.history in following:
+            return
+        if job.cell.inputs == FULL:  # the transformed block, not the rounded one
+            parameters = made.tensors if made is not None else self._retransform(job, block)
+        assert block.hidden is not None, "only cells that read a stream stand in one"
+        began = time.monotonic()
+        module = self.blocks.build(index, parameters)
+        following[job.history] = self._observe(index, module, block.hidden, {}, True)[1]
+        job.seconds += time.monotonic() - began
 
     # --- one cell, one block --------------------------------------------------------------------------------------------------
 
-    def _rewrite(
-        self,
-        job: Job,
-        index: int,
-        original: dict[str, Tensor],
-        hidden: list[Tensor],
-        statistics: Statistics,
-        references: list[Tensor] | None,
-        gradients: dict[str, Tensor],
-    ) -> RewrittenBlock:
+    def _rewrite(self, job: Job, block: BlockInStream) -> RewrittenBlock:
         """The block after the job's transform, and what its rounding needs to know of the rewritten block's inputs."""
         began = time.monotonic()
-        module = self.blocks.build(
-            index, {name: tensor.clone() for name, tensor in original.items()}
-        )
-        needs = job.needs_of(job.cell.method.transform)
-        inputs = hidden if needs - {"tokens"} else None
-        view = self._view(
-            job, index, module, original, needs, statistics, inputs, references, gradients
-        )
+        index, needs = block.index, job.needs_of(job.cell.method.transform)
+        module = self._copy_of(block)
+        view = self._view(job, block, module, needs, reads_inputs=bool(needs - {"tokens"}))
         notes = job.transform.rewrite_block(
             view, job.cell.scheme, generator(job.cell.seed, index, "transform")
         )
@@ -438,174 +399,110 @@ class _Pass(Walk):
         after = job.needs_of(job.cell.method.rounding)
         seen: Statistics = {}
         if after:
-            seen, _ = self._observe(
-                index, self.blocks.build(index, tensors), hidden, {"*": after}, False
-            )
+            rewritten = self.blocks.build(index, tensors)
+            seen, _ = self._observe(index, rewritten, block.hidden or [], {"*": after}, False)
         return RewrittenBlock(
-            tensors, seen, json_values({**notes, **left_out}), time.monotonic() - began
+            tensors, seen, report.json_values({**notes, **left_out}), time.monotonic() - began
         )
 
-    def _retransform(
-        self, job: Job, index: int, original: dict[str, Tensor], hidden: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _retransform(self, job: Job, block: BlockInStream) -> dict[str, Tensor]:
         """The transformed, unrounded block of a job that was resumed behind it."""
         needs = {"*": job.needs_of(job.cell.method.transform)}
-        statistics, _ = self._observe(
-            index, self.blocks.build(index, original), hidden, needs, False
-        )
-        return self._rewrite(job, index, original, hidden, statistics, None, {}).tensors
+        module = self.blocks.build(block.index, block.original)
+        statistics, _ = self._observe(block.index, module, block.hidden or [], needs, False)
+        again = dataclasses.replace(block, statistics=statistics, references=None, gradients={})
+        return self._rewrite(job, again).tensors
 
     def _quantize(
-        self,
-        job: Job,
-        index: int,
-        original: dict[str, Tensor],
-        statistics: Statistics,
-        hidden: list[Tensor] | None,
-        references: list[Tensor] | None,
-        gradients: dict[str, Tensor],
-        made: RewrittenBlock | None = None,
+        self, job: Job, block: BlockInStream, made: RewrittenBlock | None = None
     ) -> dict[str, Tensor]:
-        """Round one block for one job, store it, and return the block's tensors with the rounded weights in their places."""
+        """Round one block for one job, store it, and return the block's tensors with the rounded weights in their places.
+
+        made: the block after the job's transform, where the stream has it already.
+        """
         began = time.monotonic()
         if job.transform is not None and made is None:
-            made = self._rewrite(
-                job, index, original, hidden or [], statistics, references, gradients
-            )
+            made = self._rewrite(job, block)
         if made is not None:
-            statistics = made.statistics
-        before = made.tensors if made is not None else original
-        slots = self._slots(index, before)
+            block = block.after(made)
+        index, tensors = block.index, dict(block.tensors)
+        locations = self._locations(index, block.tensors)
         needs = job.needs_of(job.cell.method.rounding)
-        tensors = dict(before)
         notes = dict(made.notes) if made is not None else {}
         weights: dict[str, QuantizedWeight] = {}
         if job.rounding is None:
-            weights = {
-                slot.name: DenseWeight(slot.view(before[slot.parameter]).clone()) for slot in slots
-            }
+            for location in locations:
+                weight = location.view(block.tensors[location.parameter])
+                weights[location.name] = DenseWeight(weight.clone())
         elif hasattr(job.rounding, "round_block"):
-            module = self.blocks.build(
-                index, {name: tensor.clone() for name, tensor in before.items()}
-            )
-            view = self._view(
-                job,
-                index,
-                module,
-                before,
-                needs,
-                statistics,
-                hidden if needs else None,
-                references,
-                gradients,
-            )
+            module = self._copy_of(block)
+            view = self._view(job, block, module, needs, reads_inputs=bool(needs))
             weights = job.rounding.round_block(
                 view, job.cell.scheme, generator(job.cell.seed, index, "block")
             )
             tensors = _tensors(module)
-            notes |= json_values(view.notes)
+            notes |= report.json_values(view.notes)
         else:
-            weights, unseen = self._round_layers(
-                job, index, before, statistics, hidden, references, gradients
-            )
+            weights, unseen = self._round_layers(job, block)
             notes |= {"rounded_to_nearest": unseen} if unseen else {}
-        matrices = {slot.parameter for slot in slots}
-        dense = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if name not in matrices
-            and (name not in original or not torch.equal(tensor, original[name]))
-        }
-        self._assert_coverage(job, index, slots, before, weights, dense)
+        dense = _changed(tensors, block.original, {location.parameter for location in locations})
+        where = f"{job.cell.title}, block {index}"
+        report.check_coverage(where, locations, block.tensors, weights, dense)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
-        report = {
-            "linears": self._errors(slots, tensors, weights, needs, statistics),
-            "notes": notes,
-        }
-        job.writer.write_block(index, weights, dense, report)
-        job.added_bits += self._added_bits(index, dense)
+        errors = report.layer_errors(locations, tensors, weights, needs, block.statistics)
+        job.writer.write_block(index, weights, dense, {"linears": errors, "notes": notes})
+        job.added_bits += report.added_bits(self.blocks, index, dense)
         job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
-        return self._with_weights(slots, tensors, weights)
+        return self.blocks.with_weights(locations, tensors, weights)
 
     def _round_layers(
-        self,
-        job: Job,
-        index: int,
-        before: dict[str, Tensor],
-        statistics: Statistics,
-        hidden: list[Tensor] | None,
-        references: list[Tensor] | None,
-        gradients: dict[str, Tensor],
+        self, job: Job, block: BlockInStream
     ) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:
         """Linear by linear; with `sequential`, each stage's statistics come from the block with the stages before it rounded.
 
         Also returns the matrices of experts that too few calibration tokens reached, with their number.
         """
-        needs = job.needs_of(job.cell.method.rounding)
-        slots = self._slots(index, before)
+        index, needs = block.index, job.needs_of(job.cell.method.rounding)
+        locations = self._locations(index, block.tensors)
         sequential = bool(getattr(job.rounding, "sequential", False)) and bool(
             needs & set(OF_INPUTS)
         )
         stages: dict[str, list[WeightLocation]] = {}
-        for slot in slots:
-            stages.setdefault(slot.stage or slot.group, []).append(slot)
+        for location in locations:
+            stages.setdefault(location.stage or location.group, []).append(location)
         weights: dict[str, QuantizedWeight] = {}
         unseen: dict[str, int] = {}
         for position, members in enumerate(stages.values()):
+            now = block
             if sequential and position > 0:
-                assert hidden is not None
-                so_far = self._with_weights(
-                    [slot for slot in slots if slot.name in weights], before, weights
-                )
-                wanted = {slot.group: needs for slot in members}
-                seen, _ = self._observe(
-                    index, self.blocks.build(index, so_far), hidden, wanted, False
-                )
-            else:
-                seen = statistics
-            evidence = (
-                self._evidence(job, slots, needs, seen, references, gradients) if needs else {}
-            )
-            too_few = self._too_few_tokens(members, before, needs, seen)
+                assert block.hidden is not None
+                rounded = [location for location in locations if location.name in weights]
+                so_far = self.blocks.with_weights(rounded, block.tensors, weights)
+                wanted = {location.group: needs for location in members}
+                module = self.blocks.build(index, so_far)
+                seen, _ = self._observe(index, module, block.hidden, wanted, False)
+                now = dataclasses.replace(block, statistics=seen)
+            evidence = now.evidence(locations, needs, job.cell.inputs) if needs else {}
+            too_few = now.too_few_tokens(members, needs)
             unseen |= too_few
-            for slot in members:
-                scheme = job.cell.scheme.weight_for(index, slot.name)
-                weight = slot.view(before[slot.parameter]).to(torch.float32, copy=True).contiguous()
-                rng = generator(job.cell.seed, index, slot.name)
+            for location in members:
+                name = location.name
+                scheme = job.cell.scheme.weight_for(index, name)
+                weight = location.view(block.tensors[location.parameter])
+                weight = weight.to(torch.float32, copy=True).contiguous()
+                rng = generator(job.cell.seed, index, name)
                 try:
-                    if slot.name in too_few:
-                        weights[slot.name] = self._round_unseen(
-                            job, slot.name, weight, scheme, rng, too_few[slot.name]
+                    if name in too_few:
+                        weights[name] = self._round_unseen(
+                            job, name, weight, scheme, rng, too_few[name]
                         )
                     else:
-                        weights[slot.name] = job.rounding.round_layer(
-                            slot.name, weight, evidence.get(slot.name), scheme, rng
+                        weights[name] = job.rounding.round_layer(
+                            name, weight, evidence.get(name), scheme, rng
                         )
                 except HarnessError as error:
-                    raise type(error)(f"block {index}, {slot.name}: {error}") from error
+                    raise type(error)(f"block {index}, {name}: {error}") from error
         return weights, unseen
-
-    def _too_few_tokens(
-        self,
-        slots: Sequence[WeightLocation],
-        tensors: Mapping[str, Tensor],
-        needs: Collection[str],
-        statistics: Statistics,
-    ) -> dict[str, int]:
-        """Matrices of experts of which calibration says too little, with the number of tokens that reached them.
-
-        Too little is no token at all, or, for a method that reads the second moment of the inputs, fewer tokens than inputs: the
-        moment is singular then.
-        """
-        found: dict[str, int] = {}
-        for slot in slots:
-            if slot.expert is None or not set(needs) & set(OF_INPUTS):
-                continue
-            enough = slot.view(tensors[slot.parameter]).shape[1] if "hessian" in needs else 1
-            tokens = statistics[slot.group].tokens if slot.group in statistics else 0
-            if tokens < enough:
-                found[slot.name] = tokens
-        return found
 
     def _round_unseen(
         self,
@@ -636,161 +533,44 @@ class _Pass(Walk):
             )
         return nearest.round_layer(name, weight, None, scheme, rng)
 
-    def _read_back(self, job: Job, index: int, original: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read_back(self, job: Job, block: BlockInStream) -> dict[str, Tensor]:
         """The rounded block as the writer holds it."""
         device = self.blocks.device
-        content = job.writer.read_block(index, device)
-        tensors = {
-            **original,
-            **{name: tensor.to(device) for name, tensor in content.dense.items()},
-        }
-        return self._with_weights(self.blocks.slots(index), tensors, content.weights)
+        content = job.writer.read_block(block.index, device)
+        dense = {name: tensor.to(device) for name, tensor in content.dense.items()}
+        return self.blocks.with_weights(
+            self.blocks.locations(block.index), {**block.original, **dense}, content.weights
+        )
 
-    def _with_weights(
-        self,
-        slots: Sequence[WeightLocation],
-        tensors: Mapping[str, Tensor],
-        weights: Mapping[str, QuantizedWeight],
-    ) -> dict[str, Tensor]:
-        """The tensors with dequantized weights, in the model's dtype, in the places of the matrices; `tensors` stays as it is."""
-        placed = dict(tensors)
-        copied: set[str] = set()
-        for slot in slots:
-            value = weights[slot.name].dequantize().to(self.blocks.device, self.blocks.dtype)
-            if slot.is_whole:
-                placed[slot.parameter] = value
-                continue
-            if slot.parameter not in copied:
-                placed[slot.parameter] = placed[slot.parameter].clone()
-                copied.add(slot.parameter)
-            slot.view(placed[slot.parameter]).copy_(value)
-        return placed
-
-    # --- evidence and reports -------------------------------------------------------------------------------------------------
-
-    def _evidence(
-        self,
-        job: Job,
-        slots: Sequence[WeightLocation],
-        needs: frozenset[str],
-        statistics: Statistics,
-        references: list[Tensor] | None,
-        gradients: Mapping[str, Tensor],
-    ) -> dict[str, Evidence]:
-        """Evidence by linear name; linears of a group share one object, unless gradients tell them apart."""
-        by_group: dict[str, InputEvidence] = {}
-        found: dict[str, Evidence] = {}
-        more: dict[str, Callable[[], Tensor]] = {}
-        if references is not None:
-            more["reference"] = lambda: torch.cat(references)
-        for slot in slots:
-            of_group = statistics.get(slot.group)
-            if of_group is None:
-                continue
-            if "squared_gradient" in needs:
-                own: dict[str, Callable[[], Tensor]] = {
-                    **more,
-                    "squared_gradient": partial(gradients.__getitem__, slot.name),
-                }
-                found[slot.name] = InputEvidence(of_group, needs, job.cell.inputs, slot.name, own)
-            else:
-                found[slot.name] = by_group.setdefault(
-                    slot.group, InputEvidence(of_group, needs, job.cell.inputs, None, more)
-                )
-        return found
+    def _copy_of(self, block: BlockInStream) -> nn.Module:
+        """A module with copies of the block's tensors, for a method to change."""
+        copies = {name: tensor.clone() for name, tensor in block.tensors.items()}
+        return self.blocks.build(block.index, copies)
 
     def _view(
         self,
         job: Job,
-        index: int,
+        block: BlockInStream,
         module: nn.Module,
-        original: Mapping[str, Tensor],
         needs: frozenset[str],
-        statistics: Statistics,
-        hidden: list[Tensor] | None,
-        references: list[Tensor] | None,
-        gradients: Mapping[str, Tensor],
+        *,
+        reads_inputs: bool,
     ) -> StreamedBlock:
         if "reference" in needs and job.own_stream:
             raise MethodError(
                 "full-precision references are in the original basis, and this method's transform changes the basis"
             )
-        slots = self._slots(index, original)
-        evidence = (
-            self._evidence(job, slots, needs, statistics, references, gradients) if needs else {}
-        )
-        unseen = self._too_few_tokens(self.blocks.slots(index), original, needs, statistics)
+        locations = self._locations(block.index, block.tensors)
         return StreamedBlock(
             self.blocks,
-            index,
+            block.index,
             module,
-            original,
-            evidence,
-            hidden,
-            references if "reference" in needs else None,
-            unseen,
+            block.tensors,
+            block.evidence(locations, needs, job.cell.inputs) if needs else {},
+            block.hidden if reads_inputs else None,
+            block.references if "reference" in needs else None,
+            block.too_few_tokens(self.blocks.locations(block.index), needs),
         )
-
-    def _assert_coverage(
-        self,
-        job: Job,
-        index: int,
-        slots: Sequence[WeightLocation],
-        before: Mapping[str, Tensor],
-        weights: Mapping[str, QuantizedWeight],
-        dense: Mapping[str, Tensor],
-    ) -> None:
-        """Every matrix of the family was returned, in its own shape and finite, nothing else; what changed besides is finite."""
-        expected = {slot.name: tuple(slot.view(before[slot.parameter]).shape) for slot in slots}
-        problems = [f"{name} was not quantized" for name in expected if name not in weights]
-        problems += [
-            f"{name} is no matrix of this block" for name in weights if name not in expected
-        ]
-        for name, weight in weights.items():
-            if name in expected and tuple(weight.shape) != expected[name]:
-                problems.append(
-                    f"{name} came back as {list(weight.shape)}, not {list(expected[name])}"
-                )
-            elif name in expected and not bool(torch.isfinite(weight.dequantize()).all()):
-                problems.append(f"{name} came back with NaN or infinity")
-        problems += [
-            f"{name} holds NaN or infinity"
-            for name, tensor in dense.items()
-            if not bool(torch.isfinite(tensor).all())
-        ]
-        if problems:
-            raise MethodError(f"{job.cell.title}, block {index}: " + "; ".join(problems))
-
-    def _errors(
-        self,
-        slots: Sequence[WeightLocation],
-        before: Mapping[str, Tensor],
-        weights: Mapping[str, QuantizedWeight],
-        needs: frozenset[str],
-        statistics: Statistics,
-    ) -> dict[str, dict[str, float]]:
-        """Relative squared errors: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
-
-        A Hessian that only the company needs is not used: the report is part of the checkpoint's bytes.
-        """
-        report: dict[str, dict[str, float]] = {}
-        for slot in slots:
-            weight = slot.view(before[slot.parameter]).float()
-            quantized = weights[slot.name]
-            difference = quantized.dequantize().to(weight.device) - weight
-            entry = {
-                "weight_error": relative_error(difference, weight),
-                "bits_per_weight": quantized.bits_per_weight,
-            }
-            of_group = statistics.get(slot.group)
-            if slot.expert is not None and needs & set(OF_INPUTS):
-                entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
-            if "hessian" in needs and of_group is not None and of_group.finite and of_group.tokens:
-                entry["output_error"] = relative_error(
-                    difference, weight, of_group.values["hessian"]
-                )
-            report[slot.name] = entry
-        return report
 
     # --- bookkeeping ----------------------------------------------------------------------------------------------------------
 
@@ -810,10 +590,10 @@ class _Pass(Walk):
         )
 
     def _next_history(self, job: Job, index: int) -> str:
-        """Cells whose blocks up to `index` are made alike, from alike inputs, go on in one stream."""
+        """The stream that a cell reads next: the same for cells whose blocks up to `index` are equal and had equal inputs."""
         method = job.cell.method
         parts = [part for part in method.parts]
-        names = [slot.name for slot in self.blocks.slots(index)]
+        names = [location.name for location in self.blocks.locations(index)]
         return digest(
             {
                 "before": job.history,
@@ -828,20 +608,13 @@ class _Pass(Walk):
             }
         )
 
-    def _added_bits(self, index: int, dense: Mapping[str, Tensor]) -> int:
-        """Size of the parameters of a block that the model does not have."""
-        known = self.blocks.family.blocks(self.blocks.model)[index].state_dict()
-        return sum(
-            8 * tensor.numel() * tensor.element_size()
-            for name, tensor in dense.items()
-            if name not in known
-        )
-
     def _finish(self, job: Job) -> Iterator[Event]:
-        """Write the manifest and say so."""
+        """Write the manifest and report the finished checkpoint."""
 
         def work() -> dict[str, Any]:
-            return job.writer.manifest() or job.writer.finish(self._manifest(job))
+            return job.writer.manifest() or job.writer.finish(
+                report.manifest_content(job, self.blocks, self.windows, self.shared)
+            )
 
         manifest = self._try(job, "manifest", work)
         yield from self._report_failures()
@@ -849,56 +622,8 @@ class _Pass(Walk):
             record = {key: manifest[key] for key in manifest if key not in ("files", "linears")}
             yield Quantized(time.time(), job.cell_keys, record)
 
-    def _manifest(self, job: Job) -> dict[str, Any]:
-        blocks, method = self.blocks, job.cell.method
-        widths = blocks.reader.stored_bits()
-        matrices: dict[str, int] = {}  # elements of each parameter that are in a slot
-        linears = 0
-        if not method.is_baseline:
-            for index in range(len(blocks)):
-                parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
-                for slot in blocks.slots(index):
-                    name = blocks.family.block_prefix(index) + slot.parameter
-                    matrices[name] = (
-                        matrices.get(name, 0) + slot.view(parameters[slot.parameter]).numel()
-                    )
-                    linears += 1
-        total, bits = 0, job.added_bits
-        for name, elements in blocks.parameters.items():
-            total += elements
-            width = next(
-                (widths[n] for n in blocks.family.file_names(name) if n in widths),
-                8 * blocks.dtype.itemsize,
-            )
-            bits += width * (elements - matrices.get(name, 0))
-        covered = sum(matrices.values())
-        report: dict[str, Any] = {
-            "parameters": total,
-            "unquantized_bits": bits,
-            "coverage": {"linears": linears, "weights": covered, "share": covered / total},
-            "seconds": self._seconds(job),
-            "methods": {
-                slot: part.name
-                for slot in ("transform", "rounding", "tuning")
-                if (part := getattr(method, slot))
-            },
-        }
-        if job.needs and self.windows is not None:
-            samples, length = self.windows.shape
-            report["calibration"] = {
-                "windows_sha256": windows_digest(self.windows),
-                "samples": samples,
-                "length": length,
-            }
-        return report
-
-    def _seconds(self, job: Job) -> float:
-        """What the cell would have cost alone: its own work, and in full what it shares with others of its stream."""
-        gradients = self.gradient_seconds if "squared_gradient" in job.needs else 0.0
-        return job.seconds + gradients + (self.shared_seconds if job.reads_stream else 0.0)
-
     def _try(self, job: Job, stage: str, work: Callable[[], Any]) -> Any:
-        """Do a job's own work; what goes wrong takes this job out of the pass and no other."""
+        """Do a job's own work; an error ends this job and no other job of the pass."""
         if job.failed:
             return None
         try:
@@ -911,21 +636,11 @@ class _Pass(Walk):
         if job.failed:
             return
         job.failed = True
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(
-            error
-        )
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = reason if isinstance(error, HarnessError) else f"{type(error).__name__}: {reason}"
         detail = "".join(traceback.format_exception(error))
         self.failures.append(
-            Failed(
-                time.time(),
-                job.cell_keys,
-                stage,
-                "out_of_memory" if memory else "error",
-                reason,
-                detail,
-            )
+            Failed(time.time(), job.cell_keys, stage, failure_kind(error), reason, detail)
         )
 
     def _report_failures(self) -> Iterator[Event]:
@@ -934,7 +649,7 @@ class _Pass(Walk):
 
 
 def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
-    """What the jobs want to know of the original block: for their transforms, or for their rounding where they have none."""
+    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
     needs = frozenset(
         need
         for job in jobs
@@ -943,6 +658,18 @@ def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
         )
     )
     return {"*": needs} if jobs else {}
+
+
+def _changed(
+    tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of a block, besides its matrices, that a method added or changed."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in matrices
+        and (name not in original or not torch.equal(tensor, original[name]))
+    }
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

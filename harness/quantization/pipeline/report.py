@@ -1,12 +1,164 @@
-"""Relative errors of layers, and notes as JSON values."""
+"""The report of a checkpoint: whether it covers every matrix, the errors of its layers, its sizes and its time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from harness.core.errors import MethodError
+from harness.quantization.calibration import windows_digest
+from harness.quantization.models.protocols import WeightLocation
+from harness.quantization.numerics.weights import QuantizedWeight
+from harness.quantization.pipeline.blocks import Blocks
+from harness.quantization.pipeline.jobs import Job
+from harness.quantization.pipeline.observers import OF_INPUTS, Statistics
+
+
+@dataclass
+class SharedSeconds:
+    """Wall time of the work that cells of a pass share: reading and running blocks, and squared gradients."""
+
+    stream: float = 0.0
+    gradients: float = 0.0
+
+    @contextmanager
+    def measure(self, work: Literal["stream", "gradients"]) -> Iterator[None]:
+        """Add the time inside the context to one kind of work; work that raises is not counted."""
+        began = time.monotonic()
+        yield
+        setattr(self, work, getattr(self, work) + time.monotonic() - began)
+
+    def cost_of(self, job: Job) -> float:
+        """The seconds that a cell would take in a pass of its own: its own work, and all of the shared work that it needs."""
+        gradients = self.gradients if "squared_gradient" in job.needs else 0.0
+        return job.seconds + gradients + (self.stream if job.reads_stream else 0.0)
+
+
+def check_coverage(
+    where: str,
+    locations: Sequence[WeightLocation],
+    before: Mapping[str, Tensor],
+    weights: Mapping[str, QuantizedWeight],
+    dense: Mapping[str, Tensor],
+) -> None:
+    """Raise MethodError unless a rounding returned every matrix of the block in its own shape and finite, and nothing else.
+
+    where    names cell and block in the message
+    before   the block's tensors that were rounded
+    weights  what the rounding returned, by linear name
+    dense    other tensors of the block that the method changed; they must be finite too
+    """
+    expected = {
+        location.name: tuple(location.view(before[location.parameter]).shape)
+        for location in locations
+    }
+    problems = [f"{name} was not quantized" for name in expected if name not in weights]
+    problems += [f"{name} is no matrix of this block" for name in weights if name not in expected]
+    for name, weight in weights.items():
+        if name in expected and tuple(weight.shape) != expected[name]:
+            problems.append(f"{name} came back as {list(weight.shape)}, not {list(expected[name])}")
+        elif name in expected and not bool(torch.isfinite(weight.dequantize()).all()):
+            problems.append(f"{name} came back with NaN or infinity")
+    problems += [
+        f"{name} holds NaN or infinity"
+        for name, tensor in dense.items()
+        if not bool(torch.isfinite(tensor).all())
+    ]
+    if problems:
+        raise MethodError(f"{where}: " + "; ".join(problems))
+
+
+def layer_errors(
+    locations: Sequence[WeightLocation],
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, QuantizedWeight],
+    needs: Collection[str],
+    statistics: Statistics,
+) -> dict[str, dict[str, float]]:
+    """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
+
+    A Hessian is used only if it is among the cell's own `needs`: the report is part of the checkpoint's bytes, and these do not
+    depend on which other cells share the pass.
+    """
+    errors: dict[str, dict[str, float]] = {}
+    for location in locations:
+        weight = location.view(tensors[location.parameter]).float()
+        quantized = weights[location.name]
+        difference = quantized.dequantize().to(weight.device) - weight
+        entry = {
+            "weight_error": relative_error(difference, weight),
+            "bits_per_weight": quantized.bits_per_weight,
+        }
+        of_group = statistics.get(location.group)
+        if location.expert is not None and set(needs) & set(OF_INPUTS):
+            entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
+        if "hessian" in needs and of_group is not None and of_group.finite and of_group.tokens:
+            hessian = of_group.values["hessian"]
+            entry["output_error"] = relative_error(difference, weight, hessian)
+        errors[location.name] = entry
+    return errors
+
+
+def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:
+    """Size in bits of those tensors of block `index` that the model itself does not have."""
+    known = blocks.family.blocks(blocks.model)[index].state_dict()
+    return sum(
+        8 * tensor.numel() * tensor.element_size()
+        for name, tensor in dense.items()
+        if name not in known
+    )
+
+
+def manifest_content(
+    job: Job, blocks: Blocks, windows: Tensor | None, shared: SharedSeconds
+) -> dict[str, Any]:
+    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration."""
+    method = job.cell.method
+    matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
+    linears = 0
+    if not method.is_baseline:
+        for index in range(len(blocks)):
+            parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
+            for location in blocks.locations(index):
+                name = blocks.family.block_prefix(index) + location.parameter
+                elements = location.view(parameters[location.parameter]).numel()
+                matrices[name] = matrices.get(name, 0) + elements
+                linears += 1
+    widths = blocks.reader.stored_bits()
+    total, bits = 0, job.added_bits
+    for name, elements in blocks.parameters.items():
+        total += elements
+        width = next(
+            (widths[n] for n in blocks.family.file_names(name) if n in widths),
+            8 * blocks.dtype.itemsize,
+        )
+        bits += width * (elements - matrices.get(name, 0))
+    covered = sum(matrices.values())
+    content: dict[str, Any] = {
+        "parameters": total,
+        "unquantized_bits": bits,
+        "coverage": {"linears": linears, "weights": covered, "share": covered / total},
+        "seconds": shared.cost_of(job),
+        "methods": {
+            kind: part.name
+            for kind in ("transform", "rounding", "tuning")
+            if (part := getattr(method, kind))
+        },
+    }
+    if job.needs and windows is not None:
+        samples, length = windows.shape
+        content["calibration"] = {
+            "windows_sha256": windows_digest(windows),
+            "samples": samples,
+            "length": length,
+        }
+    return content
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:

@@ -33,7 +33,7 @@ from harness.quantization.numerics import inputs
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.training import Document
 
-SEQUENCES_AT_ONCE = 16  # of text that the model writes itself
+SEQUENCES_AT_ONCE = 16  # while the model writes text
 
 
 class LanguageModel:
@@ -162,19 +162,24 @@ def _make_trainable(
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
         content: BlockContent = stored.block(index)
-        for slot in family.slots(config, index):
-            owner = slot.parameter.rpartition(".")[0]
+        for location in family.locations(config, index):
+            owner = location.parameter.rpartition(".")[0]
             module = block.get_submodule(owner)
-            if not (slot.is_whole and isinstance(module, QuantizedLinear)):
+            if not (location.is_whole and isinstance(module, QuantizedLinear)):
                 raise MethodError(
-                    f"{cell.title}: {slot.name} of block {index} is part of a fused parameter, and tuning replaces whole linears"
+                    f"{cell.title}: {location.name} of block {index} is part of a fused parameter, "
+                    "and tuning replaces whole linears"
                 )
             bias = None if module.bias is None else module.bias.detach()
-            original = None if content.dense else _original(family, reader, config, index, slot)
+            original = None if content.dense else _original(family, reader, config, index, location)
             try:
-                linear = tuning.linear(slot.name, content.weights[slot.name], bias, original)
+                linear = tuning.linear(
+                    location.name, content.weights[location.name], bias, original
+                )
             except MethodError as error:
-                raise MethodError(f"{cell.title}: block {index}, {slot.name}: {error}") from error
+                raise MethodError(
+                    f"{cell.title}: block {index}, {location.name}: {error}"
+                ) from error
             parent, _, leaf = owner.rpartition(".")
             held = {
                 name: content.dense[f"{owner}.{name}"]
@@ -184,7 +189,7 @@ def _make_trainable(
             dtype = DTYPES[cell.model.dtype]
             placed = _TransformedInput(linear, held, dtype) if held else linear
             setattr(block.get_submodule(parent), leaf, placed.to(device))
-            linears[index, slot.name] = linear
+            linears[index, location.name] = linear
     return linears
 
 
@@ -206,7 +211,7 @@ def _write(
             name: linear.stored() for (block, name), linear in linears.items() if block == index
         }
         entries = {}
-        slots = {slot.name: slot for slot in family.slots(config, index)}
+        locations = {location.name: location for location in family.locations(config, index)}
         for name, weight in weights.items():
             values = weight.dequantize().cpu()
             if not bool(torch.isfinite(values).all()):
@@ -216,7 +221,7 @@ def _write(
                 )
             entries[name] = {"bits_per_weight": weight.bits_per_weight}
             if not base.dense:  # a rescaled block has no matrix of the model to compare with
-                original = _original(family, reader, config, index, slots[name])
+                original = _original(family, reader, config, index, locations[name])
                 entries[name] = {
                     "weight_error": _share(values - original, original),
                     **entries[name],
@@ -231,11 +236,11 @@ def _write(
 
 
 def _original(
-    family: DecoderFamily, reader: WeightReader, config: Any, index: int, slot: WeightLocation
+    family: DecoderFamily, reader: WeightReader, config: Any, index: int, location: WeightLocation
 ) -> Tensor:
     """The model's own matrix [out, in], float32 on the CPU."""
-    return slot.view(
-        family.read(reader, family.block_prefix(index) + slot.parameter, torch.float32, "cpu")
+    return location.view(
+        family.read(reader, family.block_prefix(index) + location.parameter, torch.float32, "cpu")
     )
 
 
@@ -254,7 +259,7 @@ def _report(
     parameters: Sequence[nn.Parameter],
     seconds: float,
 ) -> dict[str, Any]:
-    """What the manifest says besides the blocks; sizes outside the matrices and coverage are the base's."""
+    """The manifest without the blocks; sizes outside the matrices and coverage are those of the base."""
     base, part = stored.manifest, cell.method.tuning
     assert part is not None
     if isinstance(windows, Tensor):

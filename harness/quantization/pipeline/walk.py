@@ -1,4 +1,4 @@
-"""The walk over a model's blocks: run each on all sequences and gather statistics of its inputs."""
+"""Run each block of a model on all sequences and gather statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def survey(
 ) -> Iterator[tuple[int, dict[str, Tensor], Statistics]]:
     """Walk the unrounded model once. Yields for each block its index, its matrices [out, in] by name, and statistics by linear.
 
-    needs: names of statistics of inputs. Memory: one block, and of its inputs what the statistics hold.
+    needs: names of statistics of inputs. Memory: one block and the statistics of its inputs.
     """
     walk = Walk(folder, dtype, device)
     hidden = [h.to(walk.storage) for h in walk.blocks.start(windows)]
@@ -29,13 +29,16 @@ def survey(
         seen, hidden = walk._observe(
             index, walk.blocks.build(index, tensors), hidden, {"*": needs}, True
         )
-        slots = walk.blocks.slots(index)
-        matrices = {slot.name: slot.view(tensors[slot.parameter]).float() for slot in slots}
-        yield index, matrices, {slot.name: seen[slot.group] for slot in slots}
+        locations = walk.blocks.locations(index)
+        matrices = {
+            location.name: location.view(tensors[location.parameter]).float()
+            for location in locations
+        }
+        yield index, matrices, {location.name: seen[location.group] for location in locations}
 
 
 class Walk:
-    """What every walk does with a block: run it on all sequences and gather statistics of its inputs."""
+    """The base of a pass and of a survey: runs a block on all sequences and gathers statistics of its inputs."""
 
     def __init__(self, folder: Path, dtype: str, device: str) -> None:
         self.blocks = Blocks(folder, dtype, device)
@@ -50,10 +53,11 @@ class Walk:
         keep: bool,
     ) -> tuple[Statistics, list[Tensor]]:
         """Run a block on every sequence. needs: statistics by group, all groups where {"*": …}; keep: return its outputs."""
-        slots = self._slots(index, dict(block.named_parameters()))
+        locations = self._locations(index, dict(block.named_parameters()))
         wanted = {
-            slot.group: frozenset(needs.get(slot.group, needs.get("*", ()))) & set(OF_INPUTS)
-            for slot in slots
+            location.group: frozenset(needs.get(location.group, needs.get("*", ())))
+            & set(OF_INPUTS)
+            for location in locations
         }
         asked = {group for group in wanted if needs.get(group) or needs.get("*")}
         collectors = {
@@ -70,22 +74,27 @@ class Walk:
         outputs: list[Tensor] = []
         if not collectors and not keep:
             return {}, outputs
-        with torch.no_grad(), self.blocks.family.watch(block, slots if collectors else (), receive):
+        with (
+            torch.no_grad(),
+            self.blocks.family.watch(block, locations if collectors else (), receive),
+        ):
             for current, sequence in enumerate(hidden):  # `receive` reads current
                 result = self.blocks.run(block, index, current, sequence)
                 if keep:
                     outputs.append(result.to(self.storage))
         return {group: collector.finish() for group, collector in collectors.items()}, outputs
 
-    def _slots(self, index: int, tensors: Collection[str]) -> tuple[WeightLocation, ...]:
-        """The matrices of a block with these tensors; one whose own input is transformed is a group of its own."""
+    def _locations(self, index: int, tensors: Collection[str]) -> tuple[WeightLocation, ...]:
+        """The matrices of a block with these tensors. A matrix with an input transform of its own becomes a group of its own."""
 
-        def own(slot: WeightLocation) -> WeightLocation:
-            owner = slot.parameter.rpartition(".")[0]
+        def own(location: WeightLocation) -> WeightLocation:
+            owner = location.parameter.rpartition(".")[0]
             if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
-                return slot
+                return location
             return dataclasses.replace(
-                slot, group=f"{slot.group}: {slot.name}", stage=slot.stage or slot.group
+                location,
+                group=f"{location.group}: {location.name}",
+                stage=location.stage or location.group,
             )
 
-        return tuple(own(slot) for slot in self.blocks.slots(index))
+        return tuple(own(location) for location in self.blocks.locations(index))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,3 +134,31 @@ def test_others_have_what_this_process_had_not() -> None:
     )
     assert after.others_share(before) == pytest.approx(0.5)
     assert ProcessorTime(2.0, 2.0, None).others_share(before) is None
+
+
+def test_kernels_are_measured_beside_dense_matrices(demo_sweep: Any, tmp_path: Path) -> None:
+    from harness.execution import driver
+
+    short = ["prompt_tokens=8", "new_tokens=4"]
+    sweep = demo_sweep(
+        "model.dtype=bfloat16",
+        "method=rtn",
+        "scheme=w4g32,w3g32",
+        "scheme.weight.scale_dtype=bfloat16",
+        "baseline=false",
+        "evaluations=demo_efficiency",
+        "evaluations.demo_efficiency.kernel=any",
+        *(f"evaluations.demo_efficiency.{each}" for each in short),
+    )
+    summary = driver.run(sweep)
+    four, three = summary.records
+    details = four.scores["demo_efficiency"]["details"]
+    assert details["execution"] == "real:int4pack" and set(details["kernels"]) == {"int4pack"}
+    assert details["ratio_to_dense"] > 0
+    (failure,) = three.failures  # nothing falls back to dequantized matrices
+    assert "codes have 3 bits" in failure["reason"] and "int4pack" in failure["reason"]
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="int4pack"):
+        Evaluator.Settings(kernel="int4pak")

@@ -8,7 +8,6 @@ import torch
 from harness.core.cell import ActivationScheme
 from harness.core.errors import MethodError
 from harness.quantization.inference.activations import ActivationQuantizer
-from harness.quantization.inference.kv_cache import round_cache
 
 GRIDS = ["smoothquant", "compressed", "llama_quant"]
 
@@ -100,24 +99,6 @@ def test_impossible_schemes() -> None:
         rounded(inputs(), granularity="group", group_size=24)
 
 
-def test_cache_rounding() -> None:
-    x = inputs(1, 2, 20, 16)
-    scaled = x.clone()
-    scaled[..., 3] *= 64  # an outlier channel
-    keys = round_cache(x, 2, 8, "channel")
-    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 3], 64 * keys[..., 3])
-    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 4], keys[..., 4])
-    assert not torch.equal(
-        round_cache(scaled, 2, 8, "token")[..., 4], round_cache(x, 2, 8, "token")[..., 4]
-    )
-    assert torch.equal(
-        round_cache(x, 2, 8, "token")[:, :, :5], round_cache(x[:, :, :5], 2, 8, "token")
-    )
-    for axis in ("token", "channel"):
-        assert torch.allclose(round_cache(x, 16, 8, axis), x, atol=1e-3)
-        assert torch.equal(round_cache(torch.ones(1, 1, 8, 8), 2, 8, axis), torch.ones(1, 1, 8, 8))
-
-
 # --- LLM.int8()'s decomposition ------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +119,29 @@ def test_outlier_channels_stay_and_their_small_values_still_count_for_the_scale(
     scales = torch.tensor([1.0, 0.5, 2.0]) / 127  # 9.0 is left out, 2.0 of the same channel is not
     expected = torch.round(x[0, :, 2] / scales) * scales
     assert torch.allclose(found[0, :, 2], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_codes_beside_outliers_are_computed_in_float32(dtype: torch.dtype) -> None:
+    """bitsandbytes' rule, written out: codes round(x · (127 / a)) in float32, a the largest |x| below the threshold."""
+    x = inputs(3, 20, 64).to(dtype)
+    outliers = x.abs() >= 6
+    small = x.masked_fill(outliers, 0).float()
+    largest = small.abs().amax(-1, keepdim=True)
+    codes = torch.round(small * (127.0 / largest))
+    expected = torch.where(outliers.any(1, keepdim=True), x, (codes * (largest / 127)).to(dtype))
+    found = rounded(x, outlier_threshold=6.0)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert 0 < int(outliers.any(1).sum()) < outliers.any(1).numel()
+
+
+def test_tokens_of_zeros_and_of_the_smallest_numbers_stay_finite() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        least = torch.tensor([0.0, torch.finfo(dtype).tiny, 1e-45], dtype=dtype)
+        x = least[:, None].expand(3, 8)
+        found = rounded(x, outlier_threshold=6.0)
+        assert bool((found[0] == 0).all()) and bool(torch.isfinite(found).all())
+        assert bool((found.float() - x.float()).abs().max() <= 1e-30)
 
 
 def test_outliers_of_one_sequence_are_not_those_of_its_batch_mates() -> None:

@@ -119,3 +119,26 @@ def test_head_sizes_without_a_hadamard_matrix_are_refused() -> None:
     shapes = Shapes("llama", 1, (), (), 28, 4, 4, 7, 0)
     problems = check(KVScheme(4, 7, 0, "token", "token", True), shapes)
     assert any("Hadamard" in problem for problem in problems)
+
+
+def inputs(*shape: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(*(shape or (2, 12, 64)), generator=torch.Generator().manual_seed(seed))
+    return x * (1 + 10 * torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(1)) ** 6)
+
+
+def test_cache_rounding() -> None:
+    x = inputs(1, 2, 20, 16)
+    scaled = x.clone()
+    scaled[..., 3] *= 64  # an outlier channel
+    keys = round_cache(x, 2, 8, "channel")
+    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 3], 64 * keys[..., 3])
+    assert torch.equal(round_cache(scaled, 2, 8, "channel")[..., 4], keys[..., 4])
+    assert not torch.equal(
+        round_cache(scaled, 2, 8, "token")[..., 4], round_cache(x, 2, 8, "token")[..., 4]
+    )
+    assert torch.equal(
+        round_cache(x, 2, 8, "token")[:, :, :5], round_cache(x[:, :, :5], 2, 8, "token")
+    )
+    for axis in ("token", "channel"):
+        assert torch.allclose(round_cache(x, 16, 8, axis), x, atol=1e-3)
+        assert torch.equal(round_cache(torch.ones(1, 1, 8, 8), 2, 8, axis), torch.ones(1, 1, 8, 8))

@@ -28,8 +28,8 @@ from harness.quantization.methods.protocols import STATISTICS
 from harness.quantization.numerics.weights import QuantizedWeight
 
 CONF = Path(__file__).parents[3] / "conf"
-SLOTS = ("transform", "rounding", "tuning")
-PLUGINS = [(slot, name) for slot in SLOTS for name in plugins.find(slot)]
+KINDS = ("transform", "rounding", "tuning")
+PLUGINS = [(kind, name) for kind in KINDS for name in plugins.find(kind)]
 ROUNDINGS = list(plugins.find("rounding"))
 FORMATS = ("int", "nf4", "dense", "fp4", "fp8", "fp8_e4m3", "mx", "any")
 WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
@@ -41,16 +41,16 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def built(slot: str, name: str) -> Any:
-    return plugins.build(slot, name, SMALL.get((slot, name), {}))
+def built(kind: str, name: str) -> Any:
+    return plugins.build(kind, name, SMALL.get((kind, name), {}))
 
 
-def facts_of(slot: str, name: str) -> plugins.Facts:
-    return plugins.facts(slot, name)
+def facts_of(kind: str, name: str) -> plugins.Facts:
+    return plugins.facts(kind, name)
 
 
-def conf_of(slot: str, name: str) -> dict[str, Any]:
-    return yaml.safe_load((CONF / slot / f"{name}.yaml").read_text(encoding="utf-8"))
+def conf_of(kind: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / kind / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def accepted_scheme(method: Any, shapes: Any) -> Scheme:
@@ -88,18 +88,18 @@ def quantized(
     return weights
 
 
-def block_for(slot: str, name: str) -> FakeBlock:
-    return FakeBlock(needs=facts_of(slot, name).get("needs", ()))
+def block_for(kind: str, name: str) -> FakeBlock:
+    return FakeBlock(needs=facts_of(kind, name).get("needs", ()))
 
 
-@pytest.mark.parametrize(("slot", "name"), PLUGINS)
-def test_yaml_states_every_setting_with_its_default(slot: str, name: str) -> None:
-    settings = plugins.load(slot, name).Settings()
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_yaml_states_every_setting_with_its_default(kind: str, name: str) -> None:
+    settings = plugins.load(kind, name).Settings()
     expected = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     expected = {
         key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()
     }
-    written = conf_of(slot, name)
+    written = conf_of(kind, name)
     assert written.pop("name", name) == name
     assert written == expected
     assert {key: type(value) for key, value in written.items()} == {
@@ -107,19 +107,19 @@ def test_yaml_states_every_setting_with_its_default(slot: str, name: str) -> Non
     }
 
 
-@pytest.mark.parametrize(("slot", "name"), PLUGINS)
-def test_yaml_explains_itself(slot: str, name: str) -> None:
-    text = (CONF / slot / f"{name}.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_yaml_explains_itself(kind: str, name: str) -> None:
+    text = (CONF / kind / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "the file opens with one line saying what it is"
-    for key in conf_of(slot, name):
+    for key in conf_of(kind, name):
         line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
         above = text.splitlines()[text.splitlines().index(line) - 1]
         assert key == "name" or "#" in line or above.startswith("#"), f"{key} has no comment"
 
 
-@pytest.mark.parametrize(("slot", "name"), PLUGINS)
-def test_facts_read_from_the_source_are_the_class_attributes(slot: str, name: str) -> None:
-    facts, plugin = facts_of(slot, name), plugins.load(slot, name)
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_facts_read_from_the_source_are_the_class_attributes(kind: str, name: str) -> None:
+    facts, plugin = facts_of(kind, name), plugins.load(kind, name)
     assert facts.get("version", 0) == plugin.version >= 1
     assert tuple(facts.get("needs", ())) == tuple(plugin.needs)
     assert set(plugin.needs) <= set(STATISTICS)
@@ -128,21 +128,21 @@ def test_facts_read_from_the_source_are_the_class_attributes(slot: str, name: st
     assert facts.title and not facts.title.startswith(name + ".py")
 
 
-@pytest.mark.parametrize(("slot", "name"), PLUGINS)
-def test_settings_are_frozen_and_typos_get_the_nearest_name(slot: str, name: str) -> None:
-    settings = plugins.load(slot, name).Settings()
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_settings_are_frozen_and_typos_get_the_nearest_name(kind: str, name: str) -> None:
+    settings = plugins.load(kind, name).Settings()
     fields = dataclasses.fields(settings)
     if fields:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(settings, fields[0].name, None)
     known = fields[0].name if fields else "setting"
     with pytest.raises(ConfigError, match=known if fields else "no setting"):
-        plugins.build(slot, name, {known + "s": 1})
+        plugins.build(kind, name, {known + "s": 1})
 
 
-@pytest.mark.parametrize(("slot", "name"), PLUGINS)
-def test_check_returns_reasons_and_never_raises(slot: str, name: str) -> None:
-    method, shapes = built(slot, name), llama_shapes()
+@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+def test_check_returns_reasons_and_never_raises(kind: str, name: str) -> None:
+    method, shapes = built(kind, name), llama_shapes()
     for format_ in ("int", "nf4", "unheard-of"):
         for bits in (0, 1, 1.5, 4, 17):
             for group_size in (-1, 0, 7, 16, 10_000):
@@ -307,14 +307,14 @@ LEARNS_OF_THE_MODEL = [
 
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize(
-    ("slot", "name"), [(s, n) for s, n in PLUGINS if s != "tuning" and n not in LEARNS_OF_THE_MODEL]
+    ("kind", "name"), [(s, n) for s, n in PLUGINS if s != "tuning" and n not in LEARNS_OF_THE_MODEL]
 )
-def test_odd_inputs_end_in_numbers_or_in_a_reason(slot: str, name: str, case: str) -> None:
-    block, method = block_for(slot, name), built(slot, name)
+def test_odd_inputs_end_in_numbers_or_in_a_reason(kind: str, name: str, case: str) -> None:
+    block, method = block_for(kind, name), built(kind, name)
     scheme = accepted_scheme(method, block.shapes)
     block.change(ODD[case])
     try:
-        if slot == "transform":
+        if kind == "transform":
             with torch.no_grad():
                 method.rewrite_block(block, scheme, generator())
             # rounded as the pass goes on: what a transform made of NaN is refused then
@@ -325,7 +325,7 @@ def test_odd_inputs_end_in_numbers_or_in_a_reason(slot: str, name: str, case: st
         assert case != "dead columns, zeros and constant rows" and len(str(error)) > 20
         return
     assert "weight" not in case, "a damaged weight passed in silence"
-    if "inputs" in case and facts_of(slot, name).get("needs", ()):
+    if "inputs" in case and facts_of(kind, name).get("needs", ()):
         # no reason, so the damage must be where the pass sees it and fails the cell: a bias that was corrected with it
         assert not all(
             bool(torch.isfinite(parameter).all()) for parameter in block.module.parameters()
@@ -358,17 +358,19 @@ def test_a_transform_leaves_the_function_of_the_block(name: str, kv_heads: int) 
 def test_every_method_names_parts_that_exist() -> None:
     for path in sorted((CONF / "method").glob("*.yaml")):
         method = yaml.safe_load(path.read_text(encoding="utf-8"))
-        for slot in SLOTS:
-            if method.get(slot):
-                settings = method.get(f"{slot}_settings") or {}
-                plugins.build(slot, method[slot], settings)
+        for kind in KINDS:
+            if method.get(kind):
+                settings = method.get(f"{kind}_settings") or {}
+                plugins.build(kind, method[kind], settings)
             else:
-                assert not method.get(f"{slot}_settings"), f"{path.name}: settings of an empty slot"
+                assert not method.get(f"{kind}_settings"), (
+                    f"{path.name}: settings of a part that the method does not have"
+                )
 
 
 def test_every_conf_file_of_a_slot_has_its_plugin() -> None:
-    for slot in SLOTS:
-        for path in sorted((CONF / slot).glob("*.yaml")):
-            assert path.stem in plugins.find(slot), (
-                f"conf/{slot}/{path.name} has no harness/methods/{path.stem}.py"
+    for kind in KINDS:
+        for path in sorted((CONF / kind).glob("*.yaml")):
+            assert path.stem in plugins.find(kind), (
+                f"conf/{kind}/{path.name} has no harness/methods/{path.stem}.py"
             )

@@ -232,10 +232,10 @@ def test_what_cannot_run_is_refused_or_fails_by_name() -> None:
     block.evidence["self_attn.q_proj"]._statistics["abs_mean"] = torch.full((32,), torch.nan)
     with pytest.raises(MethodError, match=r"block 0: no scale for input_layernorm"):
         rewrite(block)
-    for slot, settings in (
+    for kind, settings in (
         ("transform", {"exponents": 0}),
         ("rounding", {"clip_steps": 21}),
         ("rounding", {"clip_tokens": 0}),
     ):
         with pytest.raises(ConfigError, match=next(iter(settings))):
-            plugins.build(slot, "awq", settings)
+            plugins.build(kind, "awq", settings)

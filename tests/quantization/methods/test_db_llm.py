@@ -256,7 +256,7 @@ def test_only_its_own_untransformed_weights_are_trained() -> None:
         tuning.linear("q", rounded(weight), None, None)
 
 
-@pytest.mark.parametrize("slot", ["rounding", "tuning"])
+@pytest.mark.parametrize("kind", ["rounding", "tuning"])
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
@@ -265,10 +265,10 @@ def test_only_its_own_untransformed_weights_are_trained() -> None:
         (WeightScheme("int", 2, 7), "7"),
     ],
 )
-def test_other_schemes_are_refused(slot: str, scheme: WeightScheme, reason: str) -> None:
+def test_other_schemes_are_refused(kind: str, scheme: WeightScheme, reason: str) -> None:
     assert any(
         reason in each
-        for each in plugins.build(slot, "db_llm", {}).check(Scheme("test", scheme), llama_shapes())
+        for each in plugins.build(kind, "db_llm", {}).check(Scheme("test", scheme), llama_shapes())
     )
 
 

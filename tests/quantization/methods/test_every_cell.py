@@ -1,7 +1,7 @@
 """No cell fails at run time for a reason that the plan could have known: methods × schemes × families.
 
 The whole product is asked what it accepts, from config.json alone. Of what is accepted, a covering part is run: on Llama every
-method and every scheme. `python tests/methods/every_cell.py` runs all of it, on every family.
+method and every scheme. `python tests/support/every_cell.py` runs all of it, on every family.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def on_llama(folders: Callable[[str], Path]) -> list[Cell]:
 def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -> bool:
     """What the parts of a cell's method answer for a model of these shapes; their answers must be reasons, and said once."""
     accepted = True
-    for slot in ("transform", "rounding", "tuning"):
-        part = getattr(cell.method, slot)
+    for kind in ("transform", "rounding", "tuning"):
+        part = getattr(cell.method, kind)
         if part is None:
             continue
-        if (slot, part) not in built:
-            built[slot, part] = plugins.build(slot, part.name, to_json(part)["settings"])
-        reasons = built[slot, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
+        if (kind, part) not in built:
+            built[kind, part] = plugins.build(kind, part.name, to_json(part)["settings"])
+        reasons = built[kind, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
         assert all(isinstance(reason, str) and reason for reason in reasons) and len(
             set(reasons)
         ) == len(reasons), cell.title

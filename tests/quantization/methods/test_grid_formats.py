@@ -120,13 +120,13 @@ def test_awq_scales_and_clips_on_every_format(name: str) -> None:
     ],
 )
 def test_contradictions_are_refused_with_the_way_out(scheme: WeightScheme, part: str) -> None:
-    for slot, name in (
+    for kind, name in (
         ("rounding", "rtn"),
         ("rounding", "gptq"),
         ("rounding", "awq"),
         ("transform", "awq"),
     ):
-        reasons = plugins.build(slot, name, {}).check(Scheme("odd", scheme), llama_shapes())
+        reasons = plugins.build(kind, name, {}).check(Scheme("odd", scheme), llama_shapes())
         assert len(reasons) == 1 and part in reasons[0], reasons
 
 

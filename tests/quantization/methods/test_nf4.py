@@ -47,12 +47,6 @@ def test_the_table_is_the_normal_quantiles() -> None:
     torch.testing.assert_close(normal_quantiles(), TABLE, atol=2e-7, rtol=0)
 
 
-def test_the_dynamic_table_has_256_entries_from_minus_one_side_to_one() -> None:
-    table = dynamic_table()
-    assert table.shape == (256,) and bool((table.diff() > 0).all())
-    assert float(table[-1]) == 1 and 0.0 in table and float(table[0]) > -1
-
-
 def test_the_largest_magnitude_of_each_block_is_exact() -> None:
     weight = random_weight(16, 64)
     blocks, back = weight.reshape(-1, 64), quantize(weight).dequantize().reshape(-1, 64)

@@ -72,13 +72,15 @@ def test_shapes_name_every_matrix_of_a_block_once(
     model = reference(folder)
     for index, block in enumerate(ours.blocks(model)):
         marks = {name: torch.zeros_like(parameter) for name, parameter in block.named_parameters()}
-        for slot in ours.slots(config, index):
-            slot.view(marks[slot.parameter]).add_(1)
+        for location in ours.locations(config, index):
+            location.view(marks[location.parameter]).add_(1)
         for name, mark in marks.items():
             owner = block.get_submodule(name.rpartition(".")[0])
             left = mark.ndim < 2 or name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight")
             assert bool((mark == (0 if left else 1)).all()), (index, name, type(owner).__name__)
-        biases = {slot.bias for slot in ours.slots(config, index) if slot.bias is not None}
+        biases = {
+            location.bias for location in ours.locations(config, index) if location.bias is not None
+        }
         linears = {
             n
             for n, m in block.named_modules()
@@ -172,14 +174,17 @@ def test_one_group_has_one_input_and_the_product_is_the_blocks(
     index = len(blocks) - 1
     original = blocks.tensors(index)
     block = blocks.build(index, original)
-    slots = blocks.slots(index)
+    locations = blocks.locations(index)
     seen: dict[str, Tensor] = {}
     with (
         torch.no_grad(),
-        blocks.family.watch(block, slots, lambda group, x: seen.update({group: x})),
+        blocks.family.watch(block, locations, lambda group, x: seen.update({group: x})),
     ):
         before = blocks.run(block, index, 0, hidden)
-    widths = {slot.group: slot.view(original[slot.parameter]).shape[1] for slot in slots}
+    widths = {
+        location.group: location.view(original[location.parameter]).shape[1]
+        for location in locations
+    }
     assert {group: x.shape[-1] for group, x in seen.items()} == widths
     routed = sum(
         x.shape[0] for group, x in seen.items() if group.endswith(".gate_up") and "experts" in group
@@ -194,12 +199,15 @@ def test_one_group_has_one_input_and_the_product_is_the_blocks(
         asked.append(name)
         return inputs * 2
 
-    halved = {f"{slot.name}.weight": slot.view(original[slot.parameter]) / 2 for slot in slots}
+    halved = {
+        f"{location.name}.weight": location.view(original[location.parameter]) / 2
+        for location in locations
+    }
     with torch.no_grad():
         after = view.run(hidden, halved, double)
     assert torch.allclose(before, after, atol=1e-4 * float(before.abs().max()))
-    first = {slot.group: slot.name for slot in reversed(slots)}
-    assert set(asked) <= {slot.name for slot in slots} and {
+    first = {location.group: location.name for location in reversed(locations)}
+    assert set(asked) <= {location.name for location in locations} and {
         first[g] for g in first if "expert" in g
     } <= set(asked)
     with torch.no_grad():
@@ -221,23 +229,23 @@ def test_a_pass_quantizes_every_matrix_and_nothing_else(
     source = reference(folder)
     for c in cells:
         checkpoint = tmp_path / "store" / quantize_key(c)
-        slots = [ours.slots(config, index) for index in range(3)]
+        locations = [ours.locations(config, index) for index in range(3)]
         manifest = Checkpoint.open(checkpoint).manifest
         covered = sum(
-            slot.view(get_tensor(b, slot.parameter)).numel()
-            for b, members in zip(ours.blocks(source), slots, strict=True)
-            for slot in members
+            location.view(get_tensor(b, location.parameter)).numel()
+            for b, members in zip(ours.blocks(source), locations, strict=True)
+            for location in members
         )
-        assert manifest["coverage"]["linears"] == sum(map(len, slots))
+        assert manifest["coverage"]["linears"] == sum(map(len, locations))
         assert manifest["coverage"]["weights"] == covered
         model, _ = load(c, folder, checkpoint)
         with torch.no_grad():
             assert torch.isfinite(model(windows(1)).logits).all()
         if c.method is not AWQ:
             assert changed(source, model) == {
-                f"{ours.block_prefix(i)}{slot.parameter}"
-                for i, members in enumerate(slots)
-                for slot in members
+                f"{ours.block_prefix(i)}{location.parameter}"
+                for i, members in enumerate(locations)
+                for location in members
             }
 
 
@@ -308,7 +316,7 @@ def test_a_sharded_mixture_reads_alike(tiny_model: Callable[..., Path]) -> None:
     )
 
 
-def test_fields_of_slots_agree_with_shapes(tiny_model: Callable[..., Path]) -> None:
+def test_fields_of_locations_agree_with_shapes(tiny_model: Callable[..., Path]) -> None:
     shapes = models.shapes(tiny_model("qwen2_moe"))
     assert {linear.name for linear in shapes.linears if linear.expert} == {
         f"mlp.experts.{e}.{n}_proj" for e in range(4) for n in ("gate", "up", "down")
@@ -455,35 +463,7 @@ def test_a_plan_refuses_scales_that_experts_cannot_have(tiny_model: Callable[...
     )
 
 
-# --- architectures without a file of their own --------------------------------------------------------------------------------
-
-
-def test_an_unknown_architecture_says_what_it_cannot_do(tiny_model: Callable[..., Path]) -> None:
-    from harness.core import plugins
-
-    shapes = models.shapes(tiny_model("starcoder2"))
-    assert shapes.family == "generic" and "transforms are refused" in shapes.notes[0]
-    scheme = cell(Path("x"), AWQ, group_size=16).scheme
-    (reason,) = plugins.build("transform", "awq", {}).check(scheme, shapes)
-    assert "no place where a scale can be folded" in reason
-    assert not plugins.build("rounding", "gptq", {}).check(scheme, shapes)
-    groups = {linear.name: linear.group for linear in shapes.linears}
-    assert (
-        groups["self_attn.q_proj"]
-        == groups["self_attn.k_proj"]
-        == groups["self_attn.v_proj"]
-        != groups["mlp.c_fc"]
-    )
-
-
-def test_fused_experts_without_a_family_are_refused_by_name(
-    tiny_model: Callable[..., Path],
-) -> None:
-    folder = tiny_model("olmoe", num_experts=4, num_hidden_layers=1)
-    with pytest.raises(
-        ModelError, match=r"fused matrices.*mlp.experts.gate_up_proj.*docs/adding.md"
-    ):
-        models.shapes(folder)
+# --- architectures that transformers lacks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

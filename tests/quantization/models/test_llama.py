@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.core.errors import ModelError
 from harness.quantization import models
-from harness.quantization.models.protocols import WeightLocation, tied
+from harness.quantization.models.protocols import tied
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
@@ -66,21 +66,21 @@ def test_groups_share_their_input_and_pairs_can_be_folded(
     config = ours.config(data)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokens = torch.arange(20)[None]
-    slots = ours.slots(config, 0)
+    locations = ours.locations(config, 0)
     block = model.model.layers[0]
     seen: dict[str, torch.Tensor] = {}
     handles = [
-        block.get_submodule(slot.name).register_forward_pre_hook(
-            lambda _m, args, name=slot.name: seen.update({name: args[0]})
+        block.get_submodule(location.name).register_forward_pre_hook(
+            lambda _m, args, name=location.name: seen.update({name: args[0]})
         )
-        for slot in slots
+        for location in locations
     ]
     watched: dict[str, torch.Tensor] = {}
-    with torch.no_grad(), ours.watch(block, slots, lambda group, x: watched.update({group: x})):
+    with torch.no_grad(), ours.watch(block, locations, lambda group, x: watched.update({group: x})):
         before = model(tokens).logits
     for handle in handles:
         handle.remove()
-    assert all(seen[slot.name] is watched[slot.group] for slot in slots)
+    assert all(seen[location.name] is watched[location.group] for location in locations)
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -114,16 +114,3 @@ def test_unknown_architectures_name_the_nearest(tmp_path: Path) -> None:
     assert known.architectures[0] == "LlamaForCausalLM"
     with pytest.raises(ModelError, match="cannot be read"):
         models.read_config(tmp_path / "nowhere")
-
-
-def test_slots_are_views() -> None:
-    fused = torch.arange(24.0).reshape(6, 4)
-    part = WeightLocation("k", "qkv", "qkv.weight", rows=(2, 4))
-    part.view(fused).zero_()
-    assert fused[2:4].eq(0).all() and fused.count_nonzero() == 15
-    turned = WeightLocation("c", "c", "c.weight", transposed=True)
-    turned.view(fused)[0] = -1
-    assert fused[:, 0].eq(-1).all()
-    experts = torch.zeros(3, 4, 5)
-    WeightLocation("e", "e", "experts", expert=1, rows=(2, 4)).view(experts).fill_(1)
-    assert experts.sum() == 10 and experts[1, 2:].eq(1).all()

@@ -20,6 +20,7 @@ from small import (
     windows,
 )
 
+from harness.core import plugins
 from harness.core.cell import (
     Cell,
     Method,
@@ -35,52 +36,10 @@ from harness.core.cell import (
 from harness.core.errors import StoreError
 from harness.core.events import Progress, Quantized
 from harness.quantization.formats.native import Checkpoint, CheckpointWriter
-from harness.quantization.pipeline.blocks import Blocks
 from harness.quantization.pipeline.passes import run_pass
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 AWQ = Method("awq", transform=part("awq", "transform"), rounding=part("rtn"))
-
-
-def reference_logits(
-    folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    with torch.no_grad():
-        return [model(window[None]).logits for window in tokens]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_streamed_forward_is_the_models_own(
-    tiny_model: Callable[..., Path], family: str, dtype: str
-) -> None:
-    folder = tiny_model(family, dtype=dtype)
-    tokens = windows(3)
-    blocks = Blocks(folder, dtype, "cpu")
-    with torch.no_grad():
-        hidden = blocks.start(tokens)
-        for index in range(len(blocks)):
-            block = blocks.build(index, blocks.tensors(index))
-            hidden = [blocks.run(block, index, sequence, h) for sequence, h in enumerate(hidden)]
-        with blocks.head(tokens, hidden) as head:
-            logits = [head.logits(sequence, h) for sequence, h in enumerate(hidden)]
-    for ours, theirs in zip(
-        logits, reference_logits(folder, tokens, getattr(torch, dtype)), strict=True
-    ):
-        assert torch.equal(ours, theirs)
-    assert all(p.is_meta for p in blocks.model.parameters()), (
-        "weights of the ends must be given back"
-    )
-
-
-def test_sharded_weights_are_read_alike(tiny_model: Callable[..., Path]) -> None:
-    one, many = (Blocks(tiny_model("llama", shards=n), "float32", "cpu") for n in (1, 4))
-    for index in range(len(one)):
-        for name, tensor in one.tensors(index).items():
-            assert torch.equal(tensor, many.tensors(index)[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +165,7 @@ def test_a_damaged_manifest_is_written_again(
 
 def test_another_fingerprint_is_refused(tmp_path: Path) -> None:
     CheckpointWriter(tmp_path, {"key": "a", "version": 1})
-    with pytest.raises(StoreError, match="key: 'a' there, 'b' asked for"):
+    with pytest.raises(StoreError, match=r"key: 'a' .*'b'"):
         CheckpointWriter(tmp_path, {"key": "b", "version": 1})
 
 
@@ -252,6 +211,40 @@ def test_one_cells_error_is_its_own(tiny_model: Callable[..., Path], tmp_path: P
     assert len([event for event in events if isinstance(event, Quantized)]) == 1
 
 
+OUT_OF_MEMORY = (  # of torch's CPU allocator, and of a device's
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 123 bytes. "
+    "Error code 12 (Cannot allocate memory)",
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+)
+
+
+@pytest.mark.parametrize(
+    "error", [*(RuntimeError(text) for text in OUT_OF_MEMORY), MemoryError(), ValueError("no")]
+)
+def test_memory_that_runs_out_in_a_rounding_is_known_as_such(
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    """Only then is the cell retried; the other cells of the pass go on."""
+
+    def exhausted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(plugins.load("rounding", "rtn"), "round_layer", exhausted)
+    folder = tiny_model("llama")
+    cells = [cell(folder, RTN), cell(folder, GPTQ)]
+    events = quantize(cells, folder, tmp_path)
+    (failed,) = failures(events)
+    assert failed.kind == ("error" if isinstance(error, ValueError) else "out_of_memory")
+    assert failed.cell_keys == (cell_key(cells[0]),) and failed.stage == "block 0"
+    assert type(error).__name__ in failed.reason and "Traceback" in failed.detail
+    assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [
+        (cell_key(cells[1]),)
+    ]
+
+
 def test_a_failing_layer_is_named_once(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -288,19 +281,6 @@ def test_a_failing_full_precision_stream_leaves_streams_of_their_own(
     assert [event.cell_keys for event in events if isinstance(event, Quantized)] == [
         (cell_key(cells[1]),)
     ]
-
-
-@pytest.mark.parametrize("size", [1.0, 1e15, 3e24])
-def test_relative_errors_do_not_overflow(size: float) -> None:
-    from harness.quantization.pipeline.report import relative_error
-
-    weight, hessian = (
-        size * torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        size * torch.tensor([[2.0, 1.0], [1.0, 3.0]]),
-    )
-    assert relative_error(weight / 8, weight) == pytest.approx(1 / 64)
-    assert relative_error(weight / 8, weight, hessian) == pytest.approx(1 / 64)
-    assert relative_error(0 * weight, 0 * weight, hessian) == 0
 
 
 def test_data_is_needed_where_it_is_needed(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -357,29 +337,6 @@ def test_a_prefix_of_equal_schemes_is_one_stream(
     quantize(cells[1:], folder, tmp_path / "alone")
     key = quantize_key(cells[1])
     assert content(tmp_path / "alone" / key) == content(tmp_path / "company" / key)
-
-
-def test_squared_gradients_equal_autograd(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from harness.quantization.pipeline.fisher import SquaredGradients
-
-    folder = tiny_model("qwen3")
-    tokens = windows(3)
-    blocks = Blocks(folder, "float32", "cpu")
-    ours = SquaredGradients(blocks, tokens, tmp_path / "scratch")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    sums: dict[str, torch.Tensor] = {}
-    for window in tokens:
-        model.zero_grad()
-        model(window[None], labels=window[None]).loss.backward()
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            sums[name] = sums.get(name, 0) + parameter.grad.square()
-    for index in range(3):
-        for name, value in ours.read(index).items():
-            expected = sums[f"model.layers.{index}.{name}.weight"]
-            assert torch.allclose(value, expected, rtol=1e-3, atol=1e-9 * float(expected.max()))
 
 
 def test_real_models_quantize(shared: Path, tmp_path: Path) -> None:

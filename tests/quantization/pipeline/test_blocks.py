@@ -13,6 +13,7 @@ from harness.core import plugins
 from harness.core.cell import Cell, Method, Part, quantize_key
 from harness.quantization.formats.native import Checkpoint
 from harness.quantization.inference.load import load
+from harness.quantization.pipeline.blocks import Blocks
 
 PLUGIN = '''
 """A method for tests."""
@@ -168,3 +169,47 @@ def test_a_residual_stream_in_another_basis(
         assert content(tmp_path / "killed" / quantize_key(c)) == content(
             tmp_path / "store" / quantize_key(c)
         )
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def reference_logits(
+    folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return [model(window[None]).logits for window in tokens]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streamed_forward_is_the_models_own(
+    tiny_model: Callable[..., Path], family: str, dtype: str
+) -> None:
+    folder = tiny_model(family, dtype=dtype)
+    tokens = windows(3)
+    blocks = Blocks(folder, dtype, "cpu")
+    with torch.no_grad():
+        hidden = blocks.start(tokens)
+        for index in range(len(blocks)):
+            block = blocks.build(index, blocks.tensors(index))
+            hidden = [blocks.run(block, index, sequence, h) for sequence, h in enumerate(hidden)]
+        with blocks.head(tokens, hidden) as head:
+            logits = [head.logits(sequence, h) for sequence, h in enumerate(hidden)]
+    for ours, theirs in zip(
+        logits, reference_logits(folder, tokens, getattr(torch, dtype)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert all(p.is_meta for p in blocks.model.parameters()), (
+        "weights of the ends must be given back"
+    )
+
+
+def test_sharded_weights_are_read_alike(tiny_model: Callable[..., Path]) -> None:
+    one, many = (Blocks(tiny_model("llama", shards=n), "float32", "cpu") for n in (1, 4))
+    for index in range(len(one)):
+        for name, tensor in one.tensors(index).items():
+            assert torch.equal(tensor, many.tensors(index)[name])

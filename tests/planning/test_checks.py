@@ -1,0 +1,134 @@
+"""Checks of cells: all reasons, said once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from executions import plan_of
+
+from harness.core.errors import PlanError
+from harness.core.sweep import Cluster, Sweep
+from harness.planning import resources
+from harness.planning.render import require
+
+Make = Callable[..., Sweep]
+
+
+def test_all_reasons_are_given_at_once(demo_sweep: Make) -> None:
+    plan = plan_of(
+        demo_sweep("method=rtn,gptq", "scheme=w4g96,w3g40,w4", "evaluations=demo_perplexity")
+    )
+    assert {refusal.cell.scheme.name for refusal in plan.refused} == {"w4g96", "w3g40"}
+    assert len(plan.refused) == 4
+    with pytest.raises(PlanError) as caught:
+        require(plan)
+    text = str(caught.value)
+    for words in (
+        "4 of 7 cells cannot run",
+        "Nothing was started",
+        "group size 96",
+        "group size 40",
+        "q_proj",
+        "skip:",
+    ):
+        assert words in text
+    assert caught.value.exit_code == 3
+
+
+def test_a_wrong_group_is_said_once(demo_sweep: Make) -> None:
+    (refusal,) = plan_of(demo_sweep("method=rtn", "scheme=w4g96")).refused
+    assert sum("group size" in reason for reason in refusal.reasons) == 1
+
+
+def test_blocks_that_cross_rows_need_not_divide_them(demo_sweep: Make) -> None:
+    """down_proj of the demo has rows of 160 weights; NF4's blocks of 64 run over the flattened matrix, as in bitsandbytes."""
+    plan = plan_of(
+        demo_sweep("method=nf4,ir_qlora_untuned", "scheme=nf4g64", "evaluations=demo_perplexity")
+    )
+    assert not plan.refused and len(plan.missing) == 3
+    assert plan_of(demo_sweep("method=rtn", "scheme=nf4g64", "evaluations=demo_perplexity")).refused
+
+
+def test_an_unreadable_model_is_a_reason(demo_sweep: Make, tmp_path: Path) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"architectures": ["LlamaForCausalLN"]}')
+    (broken / "x.safetensors").write_bytes(b"")
+    cells = tuple(
+        dataclasses.replace(c, model=dataclasses.replace(c.model, source=str(broken), digest="0"))
+        for c in sweep.cells
+    )
+    plan = plan_of(dataclasses.replace(sweep, cells=cells))
+    assert len(plan.refused) == len(cells)
+    assert all("LlamaForCausal" in " ".join(refusal.reasons) for refusal in plan.refused)
+
+
+def test_missing_calibration_data_is_a_reason(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=gptq", "scheme=w4")
+    cells = []
+    for cell in sweep.cells:
+        if cell.calibration is not None:
+            cell = dataclasses.replace(
+                cell, calibration=dataclasses.replace(cell.calibration, source="/nowhere/at/all")
+            )
+        cells.append(cell)
+    (refusal,) = plan_of(dataclasses.replace(sweep, cells=tuple(cells))).refused
+    assert "/nowhere/at/all" in refusal.reasons[0]
+
+
+def test_a_model_too_large_for_this_machine_is_a_reason(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 1000)
+    plan = plan_of(demo_sweep("method=rtn", "scheme=w4"))
+    assert all("to evaluate" in refusal.reasons[0] for refusal in plan.refused) and plan.refused
+
+
+def test_a_model_too_large_for_one_gpu_takes_several(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_perplexity", "device=auto")
+    need, cards = plan_of(sweep).scorings[0].peak_memory_bytes, [4]
+    monkeypatch.setattr(resources, "count_gpus", lambda: cards[0])
+    monkeypatch.setattr(
+        resources,
+        "free_memory",
+        lambda runtime: (int(need * free / resources.MEMORY_SHARE) + 1, "the GPU"),
+    )
+    for free, devices in (
+        (1.0, 1),
+        (0.9, 2),
+        (0.55, 3),
+    ):  # a quarter of the blocks beside each share
+        assert [each.devices for each in plan_of(sweep).scorings] == [devices], free
+    cards[0] = 2
+    (reason,) = {refusal.reasons[0] for refusal in plan_of(sweep).refused}
+    assert "as float32 to evaluate: 3 GPUs; this machine has 2 GPUs" in reason
+    measured = demo_sweep("method=rtn", "scheme=w4", "evaluations=demo_efficiency", "device=auto")
+    cards[0] = 4
+    assert (
+        all("measures one GPU" in refusal.reasons[0] for refusal in plan_of(measured).refused)
+        and plan_of(measured).refused
+    )
+    elsewhere = Cluster(
+        "ray",
+        address="10.0.0.1:6379",
+        gpu_memory=f"{need * 0.9 / resources.MEMORY_SHARE / 1e6:.3f}MB",
+    )
+    plan = plan_of(
+        dataclasses.replace(sweep, runtime=dataclasses.replace(sweep.runtime, cluster=elsewhere))
+    )
+    assert [each.devices for each in plan.scorings] == [2]
+
+
+def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=awq", "scheme=w4", "rounding=squeezellm")
+    (refusal,) = plan_of(sweep).refused
+    assert (
+        "squared gradients belong to the original weights of the model, which transform awq changes"
+        in " ".join(refusal.reasons)
+    )
