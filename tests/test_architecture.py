@@ -18,7 +18,7 @@ ONE_IMPORTER = {  # library -> the module or the folder that may import it
     "omegaconf": "harness.config",
     "pydantic": "harness.config.typed",
     "ray": "harness.execution.executors.ray_cluster",
-    "mlflow": "harness.tracking.mlflow_runs",
+    "mlflow": "harness.tracking.connection",
     "lm_eval": "harness.evaluation.evaluators.lm_eval_tasks",
     "fsspec": "harness.storage.object_store",
     "peft": "harness.quantization.formats.peft",
@@ -68,7 +68,6 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 LARGE = {  # files of more than 700 lines, each whole on purpose
     "harness.execution.scheduler",
-    "harness.tracking.mlflow_runs",
     "harness.evaluation.evaluators.lm_eval_tasks",
 }
 

@@ -199,6 +199,20 @@ def table(
 
 
 @app.command()
+def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+    """Write a sweep's report: one page with its tables, figures, findings, and how each number was made.
+
+    \b
+    Examples:
+      harness report demo
+    """
+    from harness.reporting import files
+
+    loaded, store = _load(sweep, overrides)
+    print(f"report  {store.where(files.refresh(loaded, store))}")
+
+
+@app.command()
 def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     """Check each finding of the study against our results and against its own published numbers.
 
@@ -414,9 +428,9 @@ def ui(
     """
     from harness.core.sweep import Runtime
     from harness.storage.places import place_of
-    from harness.tracking import ui as tracking
+    from harness.tracking.serving import serve
 
-    raise typer.Exit(tracking.serve(Runtime(place_of(runs)), port))
+    raise typer.Exit(serve(Runtime(place_of(runs)), port))
 
 
 data_app = typer.Typer(

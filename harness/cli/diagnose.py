@@ -86,8 +86,8 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
 
 
 def track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], place: Path) -> str:
-    """Keep the diagnosis in MLflow, where that is on: what to print of it. A store that does not answer costs the line alone."""
-    from harness.tracking import mlflow_runs
+    """Record the diagnosis in MLflow, where tracking is on; returns the line to print, which says so where MLflow fails."""
+    from harness.tracking.diagnoses import record_diagnosis
 
     if runtime.tracking.kind == "none":
         return ""
@@ -106,7 +106,7 @@ def track(runtime: Runtime, diagnosis: Diagnosis, record: Mapping[str, Any], pla
     outcome = shown.split("\n\n")[-1].splitlines()[0]  # first: MLflow folds what follows
     text = f"**{name}** — {outcome}\n\n{open_this}\n\n```\n{shown}\n```"
     try:
-        return f"\nMLflow: {mlflow_runs.keep_diagnosis(runtime, name, record, curves, text, place)}"
+        return f"\nMLflow: {record_diagnosis(runtime, name, record, curves, text, place)}"
     except TrackingError as error:
         return f"\nMLflow: {error}"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from harness.core.cell import baseline_of, cell_key, quantize_key, to_json, untuned
 from harness.evaluation.flips import with_flips
+from harness.reporting.metrics import problems_of
 from harness.storage.record import Record
 from harness.storage.store import Store
 
@@ -114,9 +116,13 @@ def _scores(record: Record) -> str:
         if not name.endswith("_stderr"):
             error = metrics.get(f"{name}_stderr")
             lines.append(
-                f"{name:<{width}}  {value:.6g}" + (f" ± {error:.2g}" if error is not None else "")
+                f"{name:<{width}}  diverged ({value})"
+                if not math.isfinite(value)
+                else f"{name:<{width}}  {value:.6g}"
+                + (f" ± {error:.2g}" if error is not None and math.isfinite(error) else "")
             )
     lines += [f"{name}  (missing)" for name in record.missing]
+    lines += problems_of(record)
     return "\n".join(lines)
 
 

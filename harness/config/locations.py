@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.config.axes import GROUPS, SLOTS
 from harness.core import plugins
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.package import PACKAGE
+from harness.core.package import project_folder
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,14 @@ def config_roots() -> list[Path]:
     """
     named = [Path(entry) for entry in os.environ.get("HARNESS_CONF", "").split(os.pathsep) if entry]
     own, installed = plugins.conf_folders()
-    candidates = [Path.cwd() / "conf", *named, *own, _project() / "conf", *installed]
+    candidates = [Path.cwd() / "conf", *named, *own, project_folder() / "conf", *installed]
     return list(dict.fromkeys(path.resolve() for path in candidates if path.is_dir()))
-
-
-def _project() -> Path:
-    """The folder with the project's conf/ and sweeps/: the package of an installation, or the checkout around it."""
-    for folder in (PACKAGE, PACKAGE.parent):
-        if (folder / "conf" / "config.yaml").is_file():
-            return folder
-    raise ConfigError(
-        f"the harness's conf/ is neither beside nor inside {PACKAGE}: the installation is incomplete"
-    )
 
 
 def config_files(folder: str) -> dict[str, Path]:
     """Name -> YAML file of a group or of the sweeps; the first conf/ folder that has a name wins."""
     if folder == "sweeps":
-        places = [Path.cwd() / "sweeps", _project() / "sweeps"]
+        places = [Path.cwd() / "sweeps", project_folder() / "sweeps"]
     else:
         places = [root / folder for root in config_roots()]
     found: dict[str, Path] = {}
@@ -99,8 +89,3 @@ def head_comment(text: str) -> list[str]:
     """The comment lines at the head of a YAML file, without their #."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return [line.lstrip("#").strip() for line in lines]
-
-
-def published_folders() -> list[Path]:
-    """Folders with published tables: below the working directory, then the project's own."""
-    return [Path.cwd() / "sweeps" / "published", _project() / "sweeps" / "published"]

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 
 from harness.config.context import Context
 from harness.config.evaluations import parts_of
-from harness.config.locations import published_folders
 from harness.config.typed import typed
 from harness.core import plugins
 from harness.core.cell import Evaluation
 from harness.core.errors import unknown_name
+from harness.core.package import published_folders
 from harness.core.sweep import Column, Finding, Table, Term
 
 
@@ -91,7 +91,8 @@ def _checked_table(
             )
         columns.append(column)
     if table.published and not any(
-        (root / f"{table.published}.yaml").is_file() for root in published_folders()
+        (root / f"{table.published}.yaml").is_file()
+        for root in published_folders(context.file.path)
     ):
         context.problems.add(f"{where}: no sweeps/published/{table.published}.yaml")
     return dataclasses.replace(table, columns=tuple(columns))

@@ -85,13 +85,13 @@ def without_settings(name: str) -> str:
 
 
 def bits_text(cell: Cell) -> str:
-    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf"; for a baseline the width of its dtype."""
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "W8A8 fp8_e4m3"; for a baseline the width of its dtype."""
     scheme = cell.scheme
     bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
     family = (
         ""
         if cell.method.is_baseline or scheme.weight.format == "int"
-        else f" {scheme.weight.format.rstrip('0123456789')}"
+        else f" {scheme.weight.format}"
     )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
     kv = f"KV{scheme.kv.bits}" if scheme.kv else ""

@@ -92,12 +92,25 @@ def of_items(items: pandas.DataFrame) -> dict[str, float]:
             float((before & ~now).mean()),
             float((~before & now).mean()),
         )
+    if not _are_answered(items):
+        found = dict.fromkeys(found, math.nan)
     if has_choices:
         found["choice_kl"] = float(
             _divergences(items["log_likelihoods_before"], items["log_likelihoods"]).mean()
         )
     answers = [name for name in ANSWERS if name in items]
     return dict.fromkeys(found, math.nan) if items[answers].isna().any(axis=None) else found
+
+
+def _are_answered(items: pandas.DataFrame) -> bool:
+    """Whether every item has an answer in both cells: the largest of likelihoods that are NaN is none."""
+    names = [f"{name}{side}" for name in ("chosen", "correct") for side in ("", "_before")]
+    likelihoods = [
+        items[name] for name in ("log_likelihoods", "log_likelihoods_before") if name in items
+    ]
+    return not any(items[name].isna().any() for name in names if name in items) and not any(
+        np.isnan(np.asarray(each, np.float64)).any() for column in likelihoods for each in column
+    )
 
 
 def _divergences(before: pandas.Series, now: pandas.Series) -> np.ndarray:

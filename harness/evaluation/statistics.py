@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,12 +170,6 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, float(t.ppf(1 - LEVEL / 2, len(values) - 1)) * error
 
 
-def correlation_interval(r: float, pairs: int) -> tuple[float, float]:
-    """95 % interval of Pearson's r over at least 4 pairs, by Fisher's z (Metron 1, 1921): atanh r ± 1.96 / √(n - 3)."""
-    middle, width = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))), 1.96 / math.sqrt(pairs - 3)
-    return math.tanh(middle - width), math.tanh(middle + width)
-
-
 def sign_flips(differences: Floats, seed: int = 0, draws: int = BOOTSTRAP_DRAWS) -> float:
     """p-value of a mean of 0, for differences [items] that are as likely of either sign; McNemar's test where they are 0 and ±1."""
     moved = differences[differences != 0]
@@ -278,11 +272,24 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     return adjusted
 
 
-def pearson(pairs: Sequence[tuple[float, float]]) -> float | None:
+class Correlation(NamedTuple):
+    """Pearson's r and its 95 % interval by Fisher's z (Metron 1, 1921); the interval of three pairs is -1 to 1."""
+
+    r: float
+    low: float
+    high: float
+
+
+def pearson(pairs: Sequence[tuple[float, float]]) -> Correlation | None:
     """Correlation of finite pairs; None for fewer than three, or where one side is constant or not finite."""
-    if len(pairs) < 3 or not all(math.isfinite(number) for pair in pairs for number in pair):
+    columns = np.asarray(pairs, np.float64).reshape(-1, 2).T  # [2, pairs]
+    if (
+        columns.shape[1] < 3
+        or not np.isfinite(columns).all()
+        or (np.ptp(columns, axis=1) == 0).any()
+    ):
         return None
-    centres = [math.fsum(pair[side] for pair in pairs) / len(pairs) for side in (0, 1)]
-    moved = [(x - centres[0], y - centres[1]) for x, y in pairs]
-    squares = math.fsum(x * x for x, _ in moved) * math.fsum(y * y for _, y in moved)
-    return math.fsum(x * y for x, y in moved) / math.sqrt(squares) if squares > 0 else None
+    from scipy.stats import pearsonr
+
+    found = pearsonr(*columns)
+    return Correlation(float(found.statistic), *map(float, found.confidence_interval(1 - LEVEL)))

@@ -10,19 +10,16 @@ import contextlib
 import dataclasses
 import logging
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core import sweep as tables
-from harness.core import text as text_module
 from harness.core.cell import Cell, baseline_of, cell_key, digest
-from harness.core.errors import ScheduleError, StoreError, TrackingError
+from harness.core.errors import HarnessError, ScheduleError, StoreError, TrackingError
 from harness.core.events import (
     Event,
     Failed,
@@ -34,8 +31,8 @@ from harness.core.events import (
     Turn,
     Usage,
 )
-from harness.core.sweep import Sweep
-from harness.core.text import first_line
+from harness.core.sweep import Sweep, command_line
+from harness.core.text import first_line, without_password
 from harness.core.units import duration
 from harness.evaluation.flips import with_flips
 from harness.execution import dispatch
@@ -43,21 +40,26 @@ from harness.execution.progress import Display, Silent, Tally
 from harness.planning.plan import Plan
 from harness.planning.planner import make, within
 from harness.planning.render import render, require
-from harness.reporting import render as render_module
-from harness.reporting import table_data
-from harness.reporting import tables as tables_module
+from harness.reporting.files import write_figures, write_report, write_tables
+from harness.reporting.tables import build, build_all
 from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.storage.sweep_state import SweepState, is_running
-from harness.tracking import mlflow_runs
-from harness.tracking import tracker as tracking
 from harness.tracking.background import BackgroundTracker
+from harness.tracking.mlflow_runs import is_tracked, open_tracker
+from harness.tracking.tracker import Tracker
+from harness.tracking.ui import PORT, pages
 
 if TYPE_CHECKING:
     import pandas
 
 
 log = logging.getLogger(__name__)
+
+REPORT_SECONDS, REPORT_SHARE = (
+    10.0,
+    0.02,
+)  # between two reports of a running sweep; of its time at most
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Summary:
     files     the tables on disk, one per format
     stopped   why the run ended before the sweep was finished; "" where it was interrupted or is complete
     left_out  cells for which the budget had no room
+    report    where the sweep's report lies
+    page      of the sweep in MLflow, without the server's address
     """
 
     plan: Plan
@@ -80,6 +84,8 @@ class Summary:
     warnings: tuple[str, ...] = field(default=())
     stopped: str = ""
     left_out: int = 0
+    report: str = ""
+    page: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -106,13 +112,13 @@ class Summary:
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
         if self.interrupted or done < len(self.records):
-            lines.append(f"resume  {tables.command_line(sweep)}")
+            lines.append(f"resume  {command_line(sweep)}")
         elif sweep.path is not None or not self.records:
-            lines.append(f"next    {tables.command_line(sweep, 'table')}   ·   {_ui(sweep)}")
+            lines.append(f"next    {command_line(sweep, 'table')}")
         else:
-            lines.append(
-                f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}   ·   {_ui(sweep)}"
-            )
+            lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}")
+        lines += [f"report  {self.report}"] if self.report else []
+        lines += _browse(sweep, self.page)
         return "\n".join(lines)
 
 
@@ -142,11 +148,25 @@ def run(
         )
     display.line(text)
     other = store.sweep_state(sweep.name)
-    if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
-        display.close()  # all done and tracked before: only the tables may have changed
+    if (
+        not plan.missing
+        and not left_out
+        and other
+        and other.get("tracked") == _tracked(sweep)
+        and _is_tracked(sweep)
+    ):
+        display.close()  # all is done and was sent before: only the tables may have changed
         records = _records(store, sweep)
-        paths = write_tables(sweep, tables_module.build_all(sweep, records, store), store)
-        return Summary(plan, records, {}, time.monotonic() - began, files=paths)
+        made = build_all(sweep, records, store)
+        return Summary(
+            plan,
+            records,
+            {},
+            time.monotonic() - began,
+            files=write_tables(sweep, made, store),
+            report=store.where(write_report(sweep, records, made, store)),
+            page=str(other.get("page", "")),
+        )
     if plan.missing and other and is_running(other):
         display.line(
             f"note    process {other['owner']['pid']} runs this sweep too; the two processes share the work"
@@ -247,12 +267,10 @@ class _Recorder:
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.tracker = BackgroundTracker(
-            lambda: mlflow_runs.open_tracker(plan.sweep, plan_text),
-            self._send_cell,
-            self._progress,
-            self._warn,
+            lambda: open_tracker(plan.sweep, plan_text), self._send_cell, self._progress, self._warn
         )
         self.dashboard = self.behind = ""
+        self._report_after = 0.0
         self.done = {cell_key(cell) for cell in plan.done}
         # key of a baseline -> keys of the cells that are compared with it
         self.compared: dict[str, list[str]] = {}
@@ -309,6 +327,8 @@ class _Recorder:
         self.display.event(event, self.tally, finished)
         if isinstance(event, Scored):
             self._note(event)
+        if finished:
+            self._refresh_report()
 
     def _note(self, event: Scored) -> None:
         """Show what a reader must know of a score, each sentence once in a run."""
@@ -328,26 +348,49 @@ class _Recorder:
         ):
             self.tracker.note(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
-        made = self._guard(lambda: tables_module.build_all(sweep, records, self.store)) or {}
+        made = self._guard(lambda: build_all(sweep, records, self.store)) or {}
         paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
         figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
         summary = Summary(
             self.plan, records, failed, seconds, interrupted, paths, tuple(self.warnings), stopped
         )
-        if not self.tracker.end(lambda tracker: tracker.finish(made, figures, summary.text)):
+        written = self._guard(lambda: write_report(sweep, records, made, self.store))
+        report = "" if written is None else self.store.where(written)
+        files = (*figures, *(() if written is None else (written,)))
+        sent: list[str] = []
+        if not self.tracker.end(
+            lambda tracker: sent.append(tracker.finish(made, files, summary.text))
+        ):
             self._warn(TrackingError("tracking did not accept all updates in time"))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
+        page = self.state.content["page"] = "".join(sent)
         with contextlib.suppress(StoreError):  # a full disk was reported before
             self.state.end()
-        return dataclasses.replace(summary, warnings=tuple(self.warnings))
+        return dataclasses.replace(summary, warnings=tuple(self.warnings), report=report, page=page)
 
-    def _send_cell(self, tracker: tracking.Tracker, key: str, state: str) -> None:
+    def _send_cell(self, tracker: Tracker, key: str, state: str) -> None:
         record = self.store.record(self.cells[key])
         tracker.cell(with_flips(record, self.store) if state == "done" else record, state)
 
+    def _refresh_report(self) -> None:
+        """Write the report of the running sweep; without tests, which need the items of all cells."""
+        began = time.monotonic()
+        if began < self._report_after:
+            return
+        sweep = self.plan.sweep
+
+        def write() -> None:
+            records = _records(self.store, sweep)
+            made = {table.name: build(sweep, table, records) for table in sweep.shown_tables}
+            write_report(sweep, records, made, self.store, self._progress())
+
+        self._guard(write)
+        ended = time.monotonic()
+        self._report_after = ended + max(REPORT_SECONDS, (ended - began) / REPORT_SHARE)
+
     def _progress(self) -> str:
-        """How far the sweep is, for tracking."""
+        """How far the sweep is, for tracking and the report."""
         done, left = len(self.tally.done) + len(self.plan.done), self.tally.seconds_left
         words = [f"{done} of {len(self.cells)} cells done"]
         words += [f"{len(self.tally.failed)} failed"] if self.tally.failed else []
@@ -361,7 +404,8 @@ class _Recorder:
         try:
             return work()
         except Exception as error:  # libraries of tables and figures may raise anything
-            log.warning("tables or figures failed", exc_info=error)
+            if not isinstance(error, HarnessError):
+                log.warning("tables or figures failed", exc_info=error)
             self._warn(error)
             return None
 
@@ -373,35 +417,6 @@ class _Recorder:
             self.display.line(f"warning {sentence}")
 
 
-def write_tables(
-    sweep: Sweep, made: Mapping[str, table_data.TableData], store: Store
-) -> tuple[Path, ...]:
-    """The sweep's tables in every format, below runs/tables/<sweep>/; the HTML links each number to its cell."""
-    links = {cell_key(cell): f"../../cells/{cell_key(cell)}/cell.json" for cell in sweep.cells}
-    paths = []
-    for name, data in made.items():
-        for form, suffix in render_module.FORMATS.items():
-            path = store.root / "tables" / sweep.name / f"{name}{suffix}"
-            content = render_module.render(data, form, links if form == "html" else None).encode()
-            store.write_file(path, content)
-            paths.append(path)
-    return tuple(paths)
-
-
-def write_figures(sweep: Sweep, records: tuple[Record, ...], store: Store) -> tuple[Path, ...]:
-    """The sweep's figures as SVG, PDF and PNG, below runs/figures/<sweep>/."""
-    from harness.reporting import figures as plots
-
-    written = []
-    with tempfile.TemporaryDirectory() as folder:
-        drawn = plots.figures(sweep, records)
-        for name in list(drawn):
-            for file in plots.save(drawn.pop(name), Path(folder), name):
-                written.append(store.root / "figures" / sweep.name / file.name)
-                store.write_file(written[-1], file.read_bytes())
-    return tuple(written)
-
-
 def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:
     now = store.snapshot(sweep.cells)
     return tuple(now.record(cell) for cell in sweep.cells)
@@ -410,8 +425,16 @@ def _records(store: Store, sweep: Sweep) -> tuple[Record, ...]:
 def _tracked(sweep: Sweep) -> list[str]:
     """The tracking of a sweep as its state holds it: place, experiment, and a digest of the tracked cells."""
     tracking_ = sweep.runtime.tracking
-    place = text_module.without_password(tracking_.uri)
+    place = without_password(tracking_.uri)
     return [tracking_.kind, place, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
+
+
+def _is_tracked(sweep: Sweep) -> bool:
+    """Whether MLflow still has the sweep's runs; where it does not answer, the run itself reports that."""
+    try:
+        return is_tracked(sweep)
+    except TrackingError:
+        return False
 
 
 def _runs(sweep: Sweep) -> str:
@@ -420,12 +443,14 @@ def _runs(sweep: Sweep) -> str:
     return "" if runs == Path("runs").absolute() else f" --runs {runs}"
 
 
-def _ui(sweep: Sweep) -> str:
-    return (
-        f"open {sweep.runtime.tracking.uri}"
-        if sweep.runtime.tracking.kind == "server"
-        else f"harness ui{_runs(sweep)}"
-    )
+def _browse(sweep: Sweep, page: str) -> list[str]:
+    """The line that says where the results are to be looked at in a browser."""
+    tracking = sweep.runtime.tracking
+    if tracking.kind == "none":
+        return []
+    if tracking.kind == "server":
+        return [f"browse  {without_password(pages(tracking.uri, page))}"]
+    return [f"browse  harness ui{_runs(sweep)}   →   {pages(f'http://127.0.0.1:{PORT}', page)}"]
 
 
 def frame(records: Iterable[Record]) -> pandas.DataFrame:

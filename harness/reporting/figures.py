@@ -4,12 +4,11 @@
     score against size      every cell at the size of its checkpoint, and the front that no smaller cell beats
     bits needed             per method, the fewest bits with which a score stays within one point of full precision
     perplexity, accuracy    one against the other over cells, with their correlation
-    layer errors            heat maps: cell × block for a sweep, block × matrix for a cell
+    layer errors            heat map, cell × block: the output errors where Hessians were measured, else the weight errors
 
 Cells that differ in their seeds alone are one point, their mean, with Student's interval over seeds. `figures` makes those of a
-sweep, `save` writes SVG, PDF and PNG. `layer_errors` is that of one cell, made while a sweep runs for every cell of it: as SVG
-without Matplotlib, which takes 0.3 to 0.5 s for the same picture. Nothing is shown on a screen and no global state of Matplotlib is
-touched, so that a notebook's own style survives.
+sweep, `save` writes SVG, PDF and PNG. Nothing is shown on a screen and no global state of Matplotlib is touched, so that a
+notebook's own style survives.
 """
 
 from __future__ import annotations
@@ -28,8 +27,12 @@ from harness.core.cell import Cell, cell_key
 from harness.core.labels import group_text, replicates, variants
 from harness.core.sweep import Sweep
 from harness.evaluation.statistics import over_seeds, pearson
-from harness.reporting.metrics import better_is_higher, quality_metrics
-from harness.reporting.svg_heatmap import svg_heat_map
+from harness.reporting.metrics import (
+    LAYER_ERRORS,
+    better_is_higher,
+    layer_error_name,
+    quality_metrics,
+)
 from harness.storage.atomic_write import write_aside
 from harness.storage.record import Record
 
@@ -61,7 +64,6 @@ NAMES = {
 }
 TOLERANCE = 0.01  # one point of accuracy; of a perplexity, one percent
 OVERVIEW_ROWS = 60  # cells in the overview of layer errors
-ERRORS = ("output_error", "weight_error")  # of a layer, the first that is known is drawn
 
 
 _writing = (
@@ -363,7 +365,7 @@ def accuracy_against_perplexity(
     logs = pearson([(math.log(point.score), means[id(point)]) for point in found])
     plain = pearson([(point.score, means[id(point)]) for point in found])
     if logs is not None and plain is not None:
-        text = f"r = {logs:.3f} with log perplexity\nr = {plain:.3f} with perplexity\n{len(found)} cells"
+        text = f"r = {logs.r:.3f} with log perplexity\nr = {plain.r:.3f} with perplexity\n{len(found)} cells"
         axes.text(
             0.03, 0.05, text, transform=axes.transAxes, fontsize=9, va="bottom", color="#333333"
         )
@@ -377,35 +379,18 @@ def accuracy_against_perplexity(
     return figure
 
 
-def layer_errors(record: Record) -> str | None:
-    """Heat map of one cell as SVG, block × matrix: the relative error of each matrix on a logarithmic scale."""
-    name = _error_name(record)
-    if name is None:
-        return None
-    values = {
-        (str(row["linear"]), int(row["block"])): float(row[name])
-        for row in record.layer_errors
-        if _positive(row.get(name))
-    }
-    linears, blocks = (
-        list(dict.fromkeys(linear for linear, _ in values)),
-        sorted({block for _, block in values}),
-    )
-    short = [linear.rsplit(".", 1)[-1] for linear in linears]
-    labels = short if len(set(short)) == len(short) else linears  # experts end in the same names
-    grid = [[values.get((linear, block)) for block in blocks] for linear in linears]
-    return svg_heat_map(grid, blocks, labels, record.cell.title, _error_text(name))
-
-
 def error_overview(records: Sequence[Record]) -> Figure | None:
     """Heat map of cells, cell × block: the mean error of a block's matrices, so that cells can be compared.
 
-    Of more than OVERVIEW_ROWS, those with the largest mean: a figure of hundreds of rows is read by nobody and fills the memory.
+    Where some cells have output errors, which need the Hessians of calibration, these are drawn and the other cells are left out:
+    GPTQ and its like trade larger weight errors for smaller output errors. Of more than OVERVIEW_ROWS cells, those with the largest
+    mean are drawn: a figure of hundreds of rows cannot be read and fills the memory.
     """
-    known = [record for record in records if _error_name(record)]
-    if not known:
+    names = {record.cell_key: layer_error_name(record) for record in records}
+    name = next((each for each in LAYER_ERRORS if each in names.values()), None)
+    if name is None:
         return None
-    name = ERRORS[0] if all(_error_name(record) == ERRORS[0] for record in known) else ERRORS[-1]
+    known = [record for record in records if names[record.cell_key] == name]
     labels, grid = [], []
     blocks = sorted({int(row["block"]) for record in known for row in record.layer_errors})
     for record in known:
@@ -661,13 +646,6 @@ def _heat_map(
     bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     return figure
-
-
-def _error_name(record: Record) -> str | None:
-    rows = record.layer_errors
-    return next(
-        (name for name in ERRORS if rows and any(_positive(row.get(name)) for row in rows)), None
-    )
 
 
 def _error_text(name: str) -> str:

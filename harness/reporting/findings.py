@@ -80,8 +80,15 @@ def check(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -
         for table in sweep.tables
         if table.name in wanted
     }
+    return check_tables(sweep, tables)
+
+
+def check_tables(sweep: Sweep, tables: Mapping[str, TableData]) -> list[Checked]:
+    """Every finding of a sweep, in its order, against tables that are there; a finding about another table is left out."""
     made = []
     for finding in sweep.findings:
+        if not _tables_of(finding) <= tables.keys():
+            continue
         is_published = any(
             head.published for name in _tables_of(finding) for head in tables[name].columns
         )
@@ -296,10 +303,10 @@ def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> A
     }
     missing += [
         f"r of {name} (fewer than three rows, or constant)"
-        for name, r in found.items()
-        if r is None
+        for name, each in found.items()
+        if each is None
     ]
-    known = {name: r for name, r in found.items() if r is not None}
+    known = {name: each.r for name, each in found.items() if each is not None}
     if missing or not known:
         return Answer(UNKNOWN, missing=tuple(dict.fromkeys(missing)) or ("no rows",))
     mean = math.fsum(abs(r) for r in known.values()) / len(known)

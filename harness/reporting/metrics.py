@@ -1,8 +1,10 @@
-"""Metrics: which come first, and which direction is better."""
+"""Metrics: which come first, which direction is better, and what is known to be wrong with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from harness.core import plugins
 from harness.core.cell import Cell
@@ -18,6 +20,55 @@ LOWER_IS_BETTER = (
     "seconds",
     "peak_memory_bytes",
 )
+
+
+LAYER_ERRORS = ("output_error", "weight_error")  # of a matrix; the first that a cell has is shown
+
+
+def layer_error_name(record: Record) -> str | None:
+    """The error that a cell's layers are compared by; None where no layer has one."""
+    rows = record.layer_errors
+    return next(
+        (
+            name
+            for name in LAYER_ERRORS
+            if any(
+                isinstance(value := row.get(name), int | float)
+                and math.isfinite(value)
+                and value > 0
+                for row in rows
+            )
+        ),
+        None,
+    )
+
+
+def problems_of(record: Record, metrics: Iterable[str] | None = None) -> list[str]:
+    """Sentences about items without a score and warnings of evaluators; of the scores that have these metrics (None: any)."""
+    wanted = None if metrics is None else set(metrics)
+    found: list[str] = []
+    for name, score in record.scores.items():
+        problems = _problems(score)
+        if problems and (wanted is None or wanted & set(score["metrics"])):
+            count = problems.get("unscored", 0)
+            items = score.get("items") or score.get("details", {}).get("items")
+            known = f" of {items}" if items else ""
+            noun = "item has" if count == 1 else "items have"
+            found += [f"{name}: {count}{known} {noun} no score."] if count else []
+            found += [f"{name}: {sentence}" for sentence in problems.get("sentences", ())]
+    return found
+
+
+def problem_metrics(record: Record) -> frozenset[str]:
+    """Names of the metrics whose evaluation left items without a score, or warned."""
+    return frozenset(
+        name for score in record.scores.values() if _problems(score) for name in score["metrics"]
+    )
+
+
+def _problems(score: Mapping[str, Any]) -> Mapping[str, Any]:
+    problems = score.get("problems") or {}
+    return problems if problems.get("unscored") or problems.get("sentences") else {}
 
 
 def headline(records: Iterable[Record]) -> list[str]:

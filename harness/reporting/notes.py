@@ -6,9 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from harness.core.sweep import Sweep, Table, command_line
+from harness.reporting.metrics import problems_of
 from harness.reporting.published import Published
 from harness.reporting.table_data import GAP, PUBLISHED_ONLY, ColumnHead, Row
 from harness.storage.record import Record
+
+PROBLEM_NOTES = 8  # printed below one table
 
 
 def footnotes(
@@ -42,6 +45,7 @@ def footnotes(
         notes.append(
             f"† smoke run: stands on a part of the data only{listed}; not comparable with published numbers."
         )
+    notes += _problems(rows, heads, by_key)
     if published is not None and any(value.published is not None for value in values):
         notes.append(
             f"Published: {published.paper}, {published.source}. Δ is ours minus published."
@@ -74,6 +78,26 @@ def footnotes(
             f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}; fill with:"
         )
     return notes, commands
+
+
+def _problems(
+    rows: Sequence[Row], heads: Sequence[ColumnHead], by_key: Mapping[str, Record]
+) -> list[str]:
+    """A note for each kind of problem that evaluators recorded with scores of the table, with the rows that have it."""
+    metrics = {metric for head in heads for metric in (head.column.metric, *head.column.of)}
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if any(value.problems for value in row.values):
+            records = [by_key[key] for key in (row.cell_key, *row.others) if key in by_key]
+            for sentence in dict.fromkeys(
+                sentence for record in records for sentence in problems_of(record, metrics)
+            ):
+                found.setdefault(sentence, []).append(row)
+    notes = [f"† {sentence} In {_some(own)}." for sentence, own in found.items()]
+    if len(notes) > PROBLEM_NOTES:
+        left = len(notes) - PROBLEM_NOTES
+        notes = [*notes[:PROBLEM_NOTES], f"† {left} more such notes: harness show names a cell's."]
+    return notes
 
 
 def _verdicts(

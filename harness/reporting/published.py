@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.package import PACKAGE
+from harness.core.package import published_folders
 
 BASELINES = (
     "fp16",
@@ -88,17 +88,12 @@ class Published:
         return f"arXiv {self.arxiv}, {self.version}, table {self.table}"
 
 
-def load_published(name: str, folders: Sequence[Path] = ()) -> Published:
+def load_published(name: str, sweep_file: Path | None = None) -> Published:
     """A published table by its name, e.g. "llama3-empirical-study/table1". Raises ConfigError naming what is wrong.
 
-    folders are looked in first; then ./sweeps/published, then those that come with the package.
+    sweep_file: the file of the sweep that names it; a folder published/ beside that file comes first.
     """
-    roots = (
-        *folders,
-        Path("sweeps/published"),
-        PACKAGE.parent / "sweeps" / "published",
-        PACKAGE / "sweeps" / "published",
-    )
+    roots = published_folders(sweep_file)
     for root in roots:
         if (root / f"{name}.yaml").is_file():
             return _parse_published(root / f"{name}.yaml")

@@ -33,6 +33,7 @@ class Value:
     comparison: Comparison | None = None
     best: bool = False
     smoke: bool = False
+    problems: bool = False  # some items have no score, or the evaluator warned
     gap: str = ""
     cell_key: str = ""  # of the cell that the number was made by, the first of several seeds
 

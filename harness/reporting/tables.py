@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from harness.core.cell import Cell, cell_key
@@ -24,9 +23,9 @@ from harness.core.errors import ConfigError, unknown_name
 from harness.core.labels import bits_text, group_text, replicates, variants, without_settings
 from harness.core.sweep import Column, Sweep, Table
 from harness.evaluation import flips
-from harness.evaluation.statistics import Comparison, correlation_interval, over_seeds, pearson
+from harness.evaluation.statistics import Comparison, over_seeds, pearson
 from harness.reporting.comparisons import compare_cells
-from harness.reporting.metrics import better_is_higher, headline, is_perplexity
+from harness.reporting.metrics import better_is_higher, headline, is_perplexity, problem_metrics
 from harness.reporting.notes import footnotes
 from harness.reporting.published import (
     BASELINES,
@@ -56,9 +55,7 @@ def build(
         else [c for c in sweep.cells if not table.models or c.model.name in table.models]
     )
     cells = _ordered(chosen)
-    published = (
-        load_published(table.published, _published_folders(sweep)) if table.published else None
-    )
+    published = load_published(table.published, sweep.path) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
     if store is not None and any(
         name.rpartition("/")[2] in flips.METRICS for c in columns for name in (c.metric, *c.of)
@@ -188,13 +185,13 @@ def _correlations(
         ]
         pairs = [(x, y) for x, y in zip(over, ours, strict=True) if x is not None and y is not None]
         is_complete = len(pairs) == len(cells)
-        number = pearson(pairs) if is_complete else None
+        found = pearson(pairs) if is_complete else None
+        number = None if found is None else found.r
         gap = "" if number is not None else "undefined" if is_complete else "missing"
         is_smoke = bool(smoke & {*wanted.over, column.metric, *column.of})
         agrees = None
-        if number is not None and theirs is not None and len(pairs) > 3 and not is_smoke:
-            low, high = correlation_interval(number, len(pairs))
-            agrees = low - theirs.rounding <= theirs <= high + theirs.rounding
+        if found is not None and theirs is not None and len(pairs) > 3 and not is_smoke:
+            agrees = found.low - theirs.rounding <= theirs <= found.high + theirs.rounding
         value = Value(
             number,
             published=theirs,
@@ -240,10 +237,6 @@ def _ordered(cells: Sequence[Cell]) -> list[Cell]:
     )
 
 
-def _published_folders(sweep: Sweep) -> list[Path]:
-    return [] if sweep.path is None else [sweep.path.parent / "published"]
-
-
 def _head(column: Column, cells: Sequence[Cell], published: Published | None) -> ColumnHead:
     direction = column.higher_is_better
     if direction is None and published is not None and column.published:
@@ -286,7 +279,8 @@ def _value(
         error * column.scale for own in metrics if (error := _stderr(column, own)) is not None
     ]
     half_width = half_width if len(set(there)) > 1 else None
-    smoke = any(record.smoke_metrics() & {column.metric, *column.of} for record in known)
+    named = {column.metric, *column.of}
+    smoke = any(record.smoke_metrics() & named for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
     agrees = None
@@ -303,8 +297,9 @@ def _value(
         published=printed,
         published_number=theirs,
         agrees=agrees,
-        comparison=found,
+        comparison=found if number is None or math.isfinite(number) else None,
         smoke=smoke,
+        problems=any(problem_metrics(record) & named for record in known),
         gap="" if number is not None else "failed" if failed else "missing",
     )
 

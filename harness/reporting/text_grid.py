@@ -42,9 +42,16 @@ def _difference_text(value: Value, column: Column) -> str:
 def _ours_text(value: Value, column: Column) -> str:
     if value.number is None:
         return "" if value.gap == "absent" else GAP
+    if not math.isfinite(value.number):
+        return number_text(value.number, column) + ("†" if value.smoke or value.problems else "")
     tie = "≈" if value.comparison is not None and not value.comparison.differs else ""
     spread = "" if value.half_width is None else f" ± {number_text(value.half_width, column)}"
-    return number_text(value.number, column) + spread + tie + ("†" if value.smoke else "")
+    return (
+        number_text(value.number, column)
+        + spread
+        + tie
+        + ("†" if value.smoke or value.problems else "")
+    )
 
 
 def text_cells(data: TableData, bold: tuple[str, str]) -> tuple[list[str], list[list[str]]]:

@@ -1,62 +1,61 @@
-"""Records into MLflow while a sweep runs, and again at any time from the store. The only importer of MLflow, loaded on use.
+"""Records into MLflow while a sweep runs, and again at any time from the store.
 
 One experiment per study; in it one parent run per sweep (tag `harness.sweep`) with one child run per cell (tag `harness.key`). A
 run is looked up by its tag before one is made, so that a sweep that was killed, repeated or published again completes its runs
-and never doubles them.
+and never doubles them; runs that somebody deleted are made again.
 
-    child    params: the cell, flat. Metrics: every number under its full name. Artifacts: cell, layer errors as table and figure,
-             each evaluation with its items, log, environment, failures.
-    parent   one curve per method and score, "wikitext2/perplexity gptq", with the bit width as step; the plan, tables, figures; a
-             description that says what to open.
+    child    params: the cell, flat. Metrics: every number under its full name, and the mean error of the layers of each kind with
+             the block as step. Artifacts: cell, layer errors, each evaluation with its items, log, environment, failures.
+    parent   one curve per method and score, "wikitext2/perplexity gptq", with the bit width as step; the plan, tables, figures, the
+             report; a description that says what to open.
 
 The charts page of MLflow 3.17 draws only the runs that are unfolded, under one heading per part of a metric's name before its last
-slash. So the curves share the headings of the cells' metrics, and none stands empty. The runs page unfolds the parents of runs of
-type "evaluation" when it is first seen, and takes its columns from a view that is kept as a tag of the experiment.
+slash, in the order of the alphabet. Its runs page nests children only while nothing is sorted or filtered. So the page of a sweep's
+cells is a view that is kept as a tag of the experiment (`views.py`): filtered to the sweep, best first, with charts of its own.
 
-MLflow would store an infinity as 1.8e308 and cut long values without a word: here what is not finite becomes the tag `diverged`,
-and what is cut says so. Nothing in this module may cost a result: the store has everything, and `publish` builds the runs again
-from it.
+MLflow would store an infinity as 1.8e308 and cut long values silently: here a value that is not finite becomes the tag `diverged`,
+and a value that is cut says so. Nothing in this module may cost a result: the store has everything, and `publish` builds the runs
+again from it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
 import math
-import os
-import shutil
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.core import sweep as sweep_module
-from harness.core import text as text_module
-from harness.core.cell import Cell, digest
+from harness.core.cell import Cell, cell_key
 from harness.core.errors import TrackingError
-from harness.core.sweep import Runtime, Sweep, Tracking
+from harness.core.sweep import Runtime, Sweep, Tracking, command_line
+from harness.core.text import without_password
 from harness.evaluation.flips import with_flips
-from harness.reporting import figures as plots
-from harness.reporting import metrics as metrics_module
-from harness.reporting import render, tables
+from harness.reporting.files import REPORTS
+from harness.reporting.gallery import draw_files
+from harness.reporting.metrics import better_is_higher, quality_metrics
+from harness.reporting.render import FORMATS, render
+from harness.reporting.report import report_page
+from harness.reporting.tables import build_all
 from harness.storage.json_files import write_json
 from harness.storage.places import is_url
 from harness.storage.record import Record
 from harness.storage.store import Store
+from harness.tracking.connection import Connection
 from harness.tracking.run_contents import (
+    BATCH_METRICS,
     PARAM_LIMIT,
     TAG_LIMIT,
     cell_description,
     cell_params,
+    cell_tags,
     cut_text,
     data_of_cell,
-    flat_facts,
     item_tables,
+    layer_curves,
     method_curves,
     metric_key,
     metric_name,
@@ -65,31 +64,37 @@ from harness.tracking.run_contents import (
     run_names,
     sweep_json,
     sweep_params,
-    user_name,
     write_artifacts,
     write_text,
 )
 from harness.tracking.tracker import STATUS, NullTracker, Tracker
-from harness.tracking.ui import ENVIRONMENT, MODEL_TRAINING, artifact_folder, tracking_uri
+from harness.tracking.views import (
+    artifact_file,
+    artifact_page,
+    cells_view,
+    curves_view,
+    run_page,
+    view_key,
+    view_page,
+    view_tag,
+)
 
 if TYPE_CHECKING:
     from harness.reporting.table_data import TableData
 
 
 EXPERIMENT_TAG_LIMIT, DATASET_NAME_LIMIT, DATASET_DIGEST_LIMIT = 5000, 500, 36
-VIEW = "cells"  # a view of the runs page that MLflow reads from an experiment's tag
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-VIEW_PARAMS, VIEW_METRICS = ("method", "bits", "group"), 8
-BATCH_PARAMS, BATCH_METRICS = 100, 1000  # entries of one log_batch
-DIAGNOSES = "which linears of a model low-bit weights and activations ruin, and why; open a run for its text, curves and figures"
-SHORT_GUIDE = "open the run for its tables, its + for one run per cell, the chart icon for curves"
+BATCH_PARAMS = 100  # entries of one log_batch
+FINGERPRINT = "mlflow.harness.artifacts"  # a tag that MLflow's pages do not show: its name begins with "mlflow."
+SHORT_GUIDE = "open the run of a sweep for its tables, its figures and links to its cells"
 OPEN_THIS = """\
 **What to open**
 
-- *Model metrics* of this run, or the chart icon above the runs table: one curve per method, the bit width as step.
-- *Artifacts* of this run: `tables/` (HTML, Markdown, LaTeX, CSV), `figures/`, `plan.txt`.
-- The **+** before this run's name in the runs table: its cells, one run each, with parameters, every metric, layer errors,
-  per-item results and log. *Columns* above the table shows their metrics side by side.
+- *cells, best first* above: one run per cell, with its scores as columns; the chart icon there shows them over bits per weight.
+- *Artifacts* of this run: `report.html` (everything on one page), `tables/` (HTML, Markdown, LaTeX, CSV), `figures/index.html`,
+  `plan.txt`.
+- *Model metrics* of this run: one curve per method and score, the bit width as step.
+- A cell's run: parameters, every metric, layer errors by block, per-item results and log.
 """
 
 
@@ -129,148 +134,43 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     for record in known:
         tracker.cell(record, _state(record))
     with tempfile.TemporaryDirectory() as folder:
-        drawn = plots.figures(sweep, records).items()
-        figures = [
-            path for name, figure in drawn for path in plots.save(figure, Path(folder), name)
-        ]
-        tracker.finish(tables.build_all(sweep, records, store), figures, "")
+        made, files = build_all(sweep, records, store), draw_files(sweep, records, Path(folder))
+        images = {path.stem: path.read_bytes() for path in files if path.suffix == ".svg"}
+        files.append(Path(folder) / REPORTS / f"{sweep.name}.html")
+        write_text(files[-1], report_page(sweep, records, made, images, store))
+        tracker.finish(made, files, "")
     left = f"; {len(records) - len(known)} have no results yet" if len(known) < len(records) else ""
-    place = text_module.without_password(tracker.uri)
+    place = without_password(tracker.uri)
     return f'published {len(known)} cells as experiment "{tracker.experiment}" in {place}{left}'
 
 
-def keep_diagnosis(
-    runtime: Runtime,
-    name: str,
-    record: Mapping[str, Any],
-    curves: Mapping[str, Mapping[int, float]],
-    text: str,
-    folder: Path,
-) -> str:
-    """One MLflow run for a diagnosis in the experiment "diagnoses", with the files of its folder; returns where it is, one line.
-
-    name    what a person calls it
-    record  JSON values: its entry "asked" (what was diagnosed, and how) identifies the run, which is found again, completed where
-            the record changed, and never doubled
-    curves  metric -> block -> value, which MLflow draws over the blocks
-    text    Markdown for the run's page
-    Raises TrackingError.
-    """
-    key, shown = digest(record["asked"]), digest(record)
-    experiment = runtime.tracking.experiment or "diagnoses"
-    sweep = Sweep(
-        experiment,
-        "Diagnoses",
-        DIAGNOSES,
-        (),
-        (),
-        (),
-        dataclasses.replace(
-            runtime, tracking=dataclasses.replace(runtime.tracking, experiment=experiment)
-        ),
-    )
-    tracker = _Connection(sweep)
-    with tracker.writing(f"record the diagnosis of {name} in {tracker.uri}"):
-        client, experiment_id = tracker.client, tracker.find_experiment(f"Diagnoses: {DIAGNOSES}")
-        found = client.search_runs([experiment_id], f"tags.`harness.diagnosis` = '{key}'")
-        run = (
-            found[0]
-            if found
-            else client.create_run(
-                experiment_id,
-                run_name=name,
-                tags={
-                    "harness.diagnosis": key,
-                    "mlflow.user": user_name(),
-                    "mlflow.source.type": "JOB",
-                },
-            )
-        )
-        if run.data.tags.get("harness.record") != shown:
-            entities, now = tracker.mlflow.entities, int(1000 * time.time())
-            points = [
-                entities.Metric(metric_name(metric), value, now, step)
-                for metric, values in curves.items()
-                for step, value in values.items()
-                if math.isfinite(value)
-            ]
-            params = [
-                entities.Param(metric_key(entry), cut_text(str(value), PARAM_LIMIT))
-                for entry, value in flat_facts(record["asked"]).items()
-                if entry not in run.data.params
-            ]
-            for begin in range(0, max(len(points), 1), BATCH_METRICS // 2):
-                client.log_batch(
-                    run.info.run_id,
-                    points[begin : begin + BATCH_METRICS // 2],
-                    params if begin == 0 else [],
-                    [],
-                )
-            client.log_artifacts(run.info.run_id, str(folder))
-            client.set_tag(run.info.run_id, "mlflow.note.content", cut_text(text, TAG_LIMIT))
-            client.set_tag(
-                run.info.run_id, "harness.record", shown
-            )  # last: what was interrupted is done again
-            client.set_terminated(run.info.run_id, "FINISHED")
-    return f'experiment "{experiment}" in {text_module.without_password(tracker.uri)}'
+def is_tracked(sweep: Sweep) -> bool:
+    """Whether MLflow has a live run of the sweep and of each of its cells; reads alone. Raises TrackingError."""
+    if sweep.runtime.tracking.kind == "none":
+        return True
+    connection = Connection(sweep)
+    with connection.writing(f"read {connection.uri}"):
+        experiment = connection.client.get_experiment_by_name(connection.experiment)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            return False
+        runs = connection.search(str(experiment.experiment_id), "")
+    tags = {run.info.run_id: run.data.tags for run in runs}
+    parents = {
+        run_id
+        for run_id, own in tags.items()
+        if own.get("harness.sweep") == sweep.name and "mlflow.parentRunId" not in own
+    }
+    known = {
+        own.get("harness.key") for own in tags.values() if own.get("mlflow.parentRunId") in parents
+    }
+    return len(parents) == 1 and known >= set(map(cell_key, sweep.cells))
 
 
 def _state(record: Record) -> str:
     return "done" if record.complete else "failed" if record.failures else "unfinished"
 
 
-class _Connection:
-    """A tracking server, or mlflow.db beside runs/, for one experiment."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-        self.store = Store(sweep.runtime.runs)
-        self.uri = tracking_uri(sweep.runtime.tracking, sweep.runtime.runs)
-        self.experiment = sweep.runtime.tracking.experiment or sweep.name or "sweeps"
-        with self.writing(f"open {self.uri}"):
-            if self.uri.startswith("http"):
-                _check_server(self.uri)
-            self.mlflow = _import_mlflow()
-            if self.uri.startswith("sqlite:///"):
-                _make_database(self.mlflow, Path(self.uri.removeprefix("sqlite:///")))
-            self.client = self.mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-
-    def find_experiment(self, note: str) -> str:
-        """Its number; made, with this description, where it does not exist yet."""
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            if found.lifecycle_stage == "deleted":
-                raise TrackingError(
-                    f'experiment "{self.experiment}" was deleted in {self.uri}; restore it there (mlflow experiments restore '
-                    f"-x {found.experiment_id}) or name another with tracking.experiment=NAME"
-                )
-            return str(found.experiment_id)
-        tags = {
-            "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": cut_text(note, TAG_LIMIT),
-        }
-        place = (
-            None
-            if self.uri.startswith("http")
-            else artifact_folder(self.sweep.runtime.runs).as_uri()
-        )
-        return str(
-            self.client.create_experiment(self.experiment, artifact_location=place, tags=tags)
-        )
-
-    @contextlib.contextmanager
-    def writing(self, what: str) -> Iterator[None]:
-        """Errors translated; writers of SQLite one after the other."""
-        lock = (
-            contextlib.nullcontext()
-            if self.uri.startswith("http")
-            else Store(self.store.root).lock("tracking")
-        )
-        with _translated(what), lock:
-            yield
-
-
-class MLflowTracker(_Connection):
+class MLflowTracker(Connection):
     """One parent run per sweep, one child run per cell, in a tracking server or in mlflow.db beside runs/.
 
     Writes to SQLite are serialised over processes by a lock of the store.
@@ -281,6 +181,9 @@ class MLflowTracker(_Connection):
         super().__init__(sweep)
         self.rebuild = rebuild
         self.states: dict[str, str] = {}
+        self._views = tuple(
+            view_key(kind, sweep.name, self.experiment) for kind in ("cells", "curves")
+        )
         self._names = run_names(sweep.cells)
         self._curves = method_curves(sweep.cells)
         self._children: dict[str, Any] = {}
@@ -289,10 +192,11 @@ class MLflowTracker(_Connection):
         with self.writing(f"open {self.uri}"):
             note = f"{sweep.title}: {SHORT_GUIDE}\n\n{sweep.description}\n\n{OPEN_THIS}".strip()
             self.experiment_id = self.find_experiment(note)
-            self._page, self.parent_id = f"#/experiments/{self.experiment_id}", ""
+            self.parent_id = ""
             self.parent_id = self._find_parent(plan_text)
+            self._write_views()
 
-    # -- the three calls -----------------------------------------------------------------------------------------------
+    # -- the calls of a tracker -----------------------------------------------------------------------------------------------
 
     def cell(self, record: Record, state: str) -> None:
         """Note what is known of a cell now; new numbers, params and artifacts only. Raises TrackingError."""
@@ -312,32 +216,15 @@ class MLflowTracker(_Connection):
                 for name, value in cell_params(record).items()
                 if name not in run.data.params
             }
-            tags = {
-                "harness.state": state,
-                "harness.evaluations": ", ".join(sorted(record.scores)) or "none yet",
-            }
+            tags = cell_tags(record, state, run.data.tags)
             tags["mlflow.note.content"] = cell_description(record, state)
-            diverged = [
-                f"{name} = {value}"
-                for name, value in sorted(metrics.items())
-                if not math.isfinite(value)
-            ]
-            if diverged or "diverged" in run.data.tags:
-                tags["diverged"] = ", ".join(diverged) or "no"
-            if record.failures and state == "failed":
-                tags["failure"] = str(record.failures[-1].get("reason", ""))
-            if record.smoke:
-                tags["smoke"] = "stands on a part of the data only"
-            for name, value in flat_facts(record.provenance).items():
-                if isinstance(value, str | int | float | bool):
-                    tags[f"environment.{name}"] = str(value)
             fingerprint = record_fingerprint(record)
-            is_new = self.rebuild or run.data.tags.get("harness.artifacts") != fingerprint
+            is_new = self.rebuild or run.data.tags.get(FINGERPRINT) != fingerprint
             if is_new and state in ("done", "failed", "unfinished"):
                 with tempfile.TemporaryDirectory() as folder:
                     write_artifacts(Path(folder), record, self.store)
                     self.client.log_artifacts(run.info.run_id, folder)
-                tags["harness.artifacts"] = fingerprint  # last: an interrupted upload is done again
+                tags[FINGERPRINT] = fingerprint  # last: an interrupted upload is done again
                 tags["mlflow.loggedArtifacts"] = json.dumps(item_tables(record, self.store))
             if state == "done" and not run.inputs.dataset_inputs:
                 self.client.log_inputs(run.info.run_id, datasets=self._data_sets(record.cell))
@@ -347,19 +234,20 @@ class MLflowTracker(_Connection):
                 if run.data.tags.get(name) != cut_text(value, TAG_LIMIT)
             }
             self._log(run.info.run_id, new, params, tags)
+            self._log_layers(run, record)
             self._set_status(run.info.run_id, run.info.status, STATUS[state])
             self._children[key] = self.client.get_run(run.info.run_id)
             self._log_curve(record)
 
-    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
-        """Keep tables and figures with the parent, describe it, end it. Raises TrackingError."""
+    def finish(self, made: Mapping[str, TableData], files: Sequence[Path], summary: str) -> str:
+        """Store tables and figures with the parent, describe it, end it; returns its page. Raises TrackingError."""
         with self.writing(f'close sweep "{self.sweep.name}" in {self.uri}'):
             for key, state in self.states.items():
                 if STATUS[state] in ("SCHEDULED", "RUNNING"):
                     self._set_status(
                         self._children[key].info.run_id, STATUS[state], STATUS["unfinished"]
                     )
-            self._keep_view()
+            self._write_views()
             inputs = {
                 each.dataset.digest: each
                 for cell in self.sweep.cells
@@ -368,7 +256,8 @@ class MLflowTracker(_Connection):
             if inputs and not self.client.get_run(self.parent_id).inputs.dataset_inputs:
                 self.client.log_inputs(self.parent_id, datasets=list(inputs.values()))
             links = {
-                key: f"{self._page}/runs/{run.info.run_id}" for key, run in self._children.items()
+                key: f"#/experiments/{self.experiment_id}/runs/{run.info.run_id}"
+                for key, run in self._children.items()
             }
             absolute = (
                 {key: f"{self.uri}/{link}" for key, link in links.items()}
@@ -378,13 +267,15 @@ class MLflowTracker(_Connection):
             with tempfile.TemporaryDirectory() as folder:
                 root = Path(folder)
                 for name, data in made.items():
-                    for form, suffix in render.FORMATS.items():
-                        text = render.render(data, form, absolute if form == "html" else None)
+                    for form, suffix in FORMATS.items():
+                        text = render(data, form, absolute if form == "html" else None)
                         write_text(root / "tables" / f"{name}{suffix}", text)
-                for path in figures:
-                    (root / "figures").mkdir(exist_ok=True)
+                for path in files:
+                    is_report = path.parent.name == REPORTS
+                    target = root / ("report.html" if is_report else f"figures/{path.name}")
+                    target.parent.mkdir(exist_ok=True)
                     content = path.read_bytes() if path.is_file() else self.store.files.read(path)
-                    (root / "figures" / path.name).write_bytes(content)
+                    target.write_bytes(content)
                 if summary:
                     write_text(root / "summary.txt", summary)
                 self.client.log_artifacts(self.parent_id, folder)
@@ -395,19 +286,28 @@ class MLflowTracker(_Connection):
             )
             first = next(iter(made.values()), None)
             shown = (
-                [render.render(first, "md", addresses) for addresses in (links, None)]
+                [render(first, "md", addresses) for addresses in (links, None)]
                 if first is not None
                 else [""]
             )
+            scores = [path.name for path in files if path.name.endswith("-against-bits.png")]
+            picture = (
+                f"![scores by bits]({artifact_file(self.parent_id, f'figures/{scores[0]}')})"
+                if scores
+                else ""
+            )
             tags = {
                 "harness.progress": progress,
-                "mlflow.note.content": self._description(progress, *shown),
+                "mlflow.note.content": self._description(
+                    progress, *(f"{picture}\n\n{table}" for table in shown)
+                ),
             }
             self._log(self.parent_id, {}, {}, tags)
             status = (
                 "FAILED" if failed else "FINISHED" if done == len(self.sweep.cells) else "KILLED"
             )
             self.client.set_terminated(self.parent_id, status)
+        return run_page(self.experiment_id, self.parent_id)
 
     def progress(self, text: str) -> None:
         """How far the sweep is, on its parent run. Raises TrackingError."""
@@ -436,21 +336,11 @@ class MLflowTracker(_Connection):
     # -- runs ----------------------------------------------------------------------------------------------------------
 
     def _find_parent(self, plan_text: str) -> str:
-        quote = '"' if "'" in self.sweep.name else "'"
-        named = f"tags.`harness.sweep` = {quote}{self.sweep.name}{quote}"
-        runs = self.client.search_runs(
-            [self.experiment_id], named, order_by=["attributes.start_time ASC"]
-        )
-        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-        tags = {
-            "mlflow.note.content": self._description("running", ""),
-            "harness.command": sweep_module.command_line(self.sweep),
-        }
+        """The run of the sweep, with the children that belong to it; made where there is none."""
+        parents = self._parents(deleted=False)
         if parents:
             parent = parents[0]
             self._parent_metrics = self._curve_points(parent)
-            for run in self._search(f"tags.mlflow.parentRunId = '{parent.info.run_id}'"):
-                self._children[run.data.tags.get("harness.key", "")] = run
             if not self.rebuild:
                 self.client.update_run(parent.info.run_id, "RUNNING")
         else:
@@ -458,6 +348,11 @@ class MLflowTracker(_Connection):
             parent = self.client.create_run(
                 self.experiment_id, run_name=self.sweep.title or self.sweep.name, tags=marks
             )
+        self._collect_children(parent.info.run_id, parents[1:])
+        tags = {
+            "mlflow.note.content": self._description("running", ""),
+            "harness.command": command_line(self.sweep),
+        }
         run_id = str(parent.info.run_id)
         params = {
             name: value
@@ -468,15 +363,42 @@ class MLflowTracker(_Connection):
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             if plan_text:
-                write_text(root / "plan.txt", text_module.without_password(plan_text))
+                write_text(root / "plan.txt", without_password(plan_text))
             write_json(root / "sweep.json", sweep_json(self.sweep), durable=False)
             if self.sweep.path is not None and self.sweep.path.is_file():
                 write_text(
                     root / self.sweep.path.name,
-                    text_module.without_password(self.sweep.path.read_text(encoding="utf-8")),
+                    without_password(self.sweep.path.read_text(encoding="utf-8")),
                 )
             self.client.log_artifacts(run_id, folder)
         return run_id
+
+    def _parents(self, deleted: bool) -> list[Any]:
+        """Runs of this sweep, the oldest first."""
+        quote = '"' if "'" in self.sweep.name else "'"
+        named = f"tags.`harness.sweep` = {quote}{self.sweep.name}{quote}"
+        runs = self._search(named, deleted)
+        return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+    def _collect_children(self, parent_id: str, others: Sequence[Any]) -> None:
+        """Gather one live run per cell under the parent.
+
+        others: further live runs of this sweep. Their children, and those that a deleted run of this sweep left behind, move to the
+        parent, unless it has a run of the same cell: then, as with two runs of one cell, the later one is deleted, which
+        MLflow can undo until its own `gc`.
+        """
+        strays = [*others, *self._parents(deleted=True)]
+        for place in (parent_id, *(run.info.run_id for run in strays)):
+            for run in self._search(f"tags.mlflow.parentRunId = '{place}'"):
+                key = run.data.tags.get("harness.key", "")
+                if key in self._children:
+                    self.client.delete_run(run.info.run_id)
+                    continue
+                if place != parent_id:
+                    self.client.set_tag(run.info.run_id, "mlflow.parentRunId", parent_id)
+                self._children[key] = run
+        for run in others:
+            self.client.delete_run(run.info.run_id)
 
     def _child(self, record: Record) -> Any:
         """The run of a cell: the one it had, or a new one."""
@@ -485,22 +407,21 @@ class MLflowTracker(_Connection):
             found = self._search(
                 f"tags.`harness.key` = '{key}' and tags.mlflow.parentRunId = '{self.parent_id}'"
             )
-            if found:
-                self._children[key] = found[0]
-            else:
-                name = self._names.get(key, record.cell.title)
-                tags = {
-                    "mlflow.parentRunId": self.parent_id,
-                    "harness.key": key,
-                    "harness.checkpoint": record.quantize_key,
-                }
-                tags["mlflow.runType"] = (
-                    "evaluation"  # MLflow's runs page unfolds the parents of such runs at first
+            tags = {
+                "mlflow.parentRunId": self.parent_id,
+                "mlflow.runType": "evaluation",  # MLflow's runs page unfolds the parents of such runs
+                "harness.key": key,
+                "harness.checkpoint": record.quantize_key,
+                "harness.command": f"harness show {key[:12]}",
+                **origin_tags(self.sweep),
+            }
+            self._children[key] = (
+                found[0]
+                if found
+                else self.client.create_run(
+                    self.experiment_id, run_name=self._names.get(key, record.cell.title), tags=tags
                 )
-                tags |= {**origin_tags(self.sweep), "harness.command": f"harness show {key[:12]}"}
-                self._children[key] = self.client.create_run(
-                    self.experiment_id, run_name=name, tags=tags
-                )
+            )
         return self._children[key]
 
     def _data_sets(self, cell: Cell) -> list[Any]:
@@ -511,35 +432,32 @@ class MLflowTracker(_Connection):
                 name[:DATASET_NAME_LIMIT],
                 identity[:DATASET_DIGEST_LIMIT],
                 "local",
-                text_module.without_password(json.dumps(source)),
+                without_password(json.dumps(source)),
             )
             made.append(
                 entities.DatasetInput(own, [entities.InputTag("mlflow.data.context", context)])
             )
         return made
 
-    def _search(self, filter: str) -> list[Any]:
-        found: list[Any] = []
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment_id], filter, max_results=1000, page_token=token
-            )
-            found += page
-            token = page.token
-            if not token:
-                return found
+    def _search(self, filter: str, deleted: bool = False) -> list[Any]:
+        return self.search(self.experiment_id, filter, deleted)
+
+    def _log_layers(self, run: Any, record: Record) -> None:
+        """The layer errors of a cell as curves over its blocks, once."""
+        now = int(time.time() * 1000)
+        for name, curve in layer_curves(record).items():
+            if metric_name(name) not in run.data.metrics:
+                points = [
+                    self.mlflow.entities.Metric(metric_name(name), value, now, block)
+                    for block, value in curve.items()
+                ]
+                self.client.log_batch(run.info.run_id, metrics=points)
 
     def _log_curve(self, record: Record) -> None:
         """A cell's scores as points of the parent's curves."""
         metrics, points = record.metrics(), {}
         curve, step = self._curves.get(record.cell_key, ("", 0))
-        drawn = (
-            *metrics_module.quality_metrics(self.sweep, [record]),
-            "checkpoint/bits_per_weight",
-            "quantize/seconds",
-        )
-        for metric in drawn if curve else []:
+        for metric in quality_metrics(self.sweep, [record]) if curve else []:
             value = metrics.get(metric, math.nan)
             name = metric_name(f"{metric} {curve}")
             if math.isfinite(value) and self._parent_metrics.get((name, step)) != value:
@@ -584,10 +502,10 @@ class MLflowTracker(_Connection):
         ]
         while measured or facts or marks:  # one batch for any ordinary cell
             self.client.log_batch(
-                run_id, measured[: BATCH_METRICS // 2], facts[:BATCH_PARAMS], marks[:BATCH_PARAMS]
+                run_id, measured[:BATCH_METRICS], facts[:BATCH_PARAMS], marks[:BATCH_PARAMS]
             )
             measured, facts, marks = (
-                measured[BATCH_METRICS // 2 :],
+                measured[BATCH_METRICS:],
                 facts[BATCH_PARAMS:],
                 marks[BATCH_PARAMS:],
             )
@@ -603,7 +521,7 @@ class MLflowTracker(_Connection):
     def _description(self, progress: str, *forms: str) -> str:
         """forms: the table, the best form first; the first that fits is shown."""
         parts = [f"**{self.sweep.title or self.sweep.name}** — {progress}", self._shortcuts()]
-        command = f"Run again, or complete: `{sweep_module.command_line(self.sweep)}`"
+        command = f"Run again, or complete: `{command_line(self.sweep)}`"
         for table in (*forms, "The table is too long for this page; it is in *Artifacts*."):
             pieces = (*parts, table, self.sweep.description, OPEN_THIS, command)
             text = "\n\n".join(part.strip() for part in pieces if part.strip())
@@ -613,110 +531,40 @@ class MLflowTracker(_Connection):
 
     def _shortcuts(self) -> str:
         """Links for the first lines of the parent's page; MLflow folds the rest of a description."""
-        words = [
-            f"[cells side by side]({self._page}/runs?viewStateShareKey={VIEW}&{MODEL_TRAINING})"
-        ]
+        cells, curves = self._views
+        places = {
+            "cells, best first": view_page(self.experiment_id, cells),
+            "charts": view_page(self.experiment_id, curves, charts=True),
+        }
         if self.parent_id:
-            places = {
-                f"table {table.name}": f"tables/{table.name}.html"
+            files = {"report": "report.html"}
+            files |= {
+                f"table {table.name.removeprefix('table')}": f"tables/{table.name}.html"
                 for table in self.sweep.shown_tables[:8]
             }
-            places["figures"] = "figures"
-            words += [
-                f"[{name}]({self._page}/runs/{self.parent_id}/artifacts/{place})"
-                for name, place in places.items()
-            ]
-        return "Open: " + " · ".join(words)
+            files["figures"] = "figures/index.html"
+            places |= {
+                name: artifact_page(self.experiment_id, self.parent_id, path)
+                for name, path in files.items()
+            }
+        return "Open: " + " · ".join(f"[{name}]({place})" for name, place in places.items())
 
-    def _keep_view(self) -> None:
-        """A view of the runs page with the columns that this sweep is about; its runs page unfolds by the tag of the cells."""
-        cells = self.sweep.cells
-        metrics = [
-            metric
-            for metric in metrics_module.quality_metrics(self.sweep, map(self.store.record, cells))
-            if "/" in metric
-        ]
-        columns = [f"params.`{name}`" for name in VIEW_PARAMS]
-        columns += [
-            f"metrics.`{metric_name(name)}`"
-            for name in ("checkpoint/bits_per_weight", *metrics[:VIEW_METRICS])
-        ]
-        text = json.dumps({"selectedColumns": columns})
-        if len(text) <= EXPERIMENT_TAG_LIMIT:
-            self.client.set_experiment_tag(self.experiment_id, VIEW_TAG, text)
-
-
-def _check_server(uri: str) -> None:
-    """MLflow retries for minutes; this asks once."""
-    try:
-        with urllib.request.urlopen(f"{uri}/health", timeout=10):
-            pass
-    except urllib.error.HTTPError as error:
-        way_out = (
-            "; start the server with --allowed-hosts naming this host" if error.code == 403 else ""
+    def _write_views(self) -> None:
+        """The cells of the sweep with the columns and the order that it is about, and the curves of its methods."""
+        records = [self.store.record(cell) for cell in self.sweep.cells]
+        scores = [name for name in quality_metrics(self.sweep, records) if "/" in name]
+        drawn = {name for name, _ in self._parent_metrics}
+        quantized = [cell for cell in self.sweep.cells if not cell.method.is_baseline]
+        names = dict.fromkeys(self._curves[cell_key(cell)][0] for cell in quantized)
+        curves = {
+            score: [name for each in names if (name := metric_name(f"{score} {each}")) in drawn]
+            for score in scores
+        }
+        lower = bool(scores) and better_is_higher(scores[0], self.sweep.cells) is False
+        texts = (
+            cells_view(self.parent_id, list(map(metric_name, scores)), lower),
+            curves_view(self.parent_id, curves),
         )
-        raise TrackingError(
-            f"the tracking server at {uri} answers {error.code} {error.reason}{way_out}"
-        ) from error
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise TrackingError(
-            f"no tracking server at {uri} ({reason}); start it, or run with tracking=sqlite"
-        ) from error
-
-
-def _import_mlflow() -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
-    )  # seconds; a slow server must not hold a sweep for minutes
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow
-    import mlflow.entities
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    return mlflow
-
-
-def _make_database(mlflow: Any, database: Path) -> None:
-    """MLflow's tables in a new file, whole or not at all.
-
-    MLflow makes them step by step, and a database whose maker was killed between two steps never opens again.
-    """
-    if database.exists():
-        return
-    for left in database.parent.glob(
-        f".{database.name}-*"
-    ):  # of one that was killed; the caller holds the lock
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{database.name}-", dir=database.parent) as folder:
-        aside = Path(folder) / database.name
-        uri = f"sqlite:///{aside}"
-        mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-        os.replace(aside, database)
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """What MLflow, its database or the network raise, as TrackingError."""
-    try:
-        yield
-    except TrackingError as error:
-        raise TrackingError(text_module.without_password(str(error))) from error.__cause__
-    except Exception as error:
-        foreign = (type(error).__module__ or "").split(".")[0]
-        if isinstance(error, OSError) or foreign in (
-            "mlflow",
-            "sqlalchemy",
-            "requests",
-            "urllib3",
-            "alembic",
-            "sqlite3",
-        ):
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            raise TrackingError(
-                text_module.without_password(f"could not {what}: {first}")
-            ) from error
-        raise
+        for key, text in zip(self._views, texts, strict=True):
+            if len(text) <= EXPERIMENT_TAG_LIMIT:
+                self.client.set_experiment_tag(self.experiment_id, view_tag(key), text)

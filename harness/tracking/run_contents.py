@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.core import labels
-from harness.core import sweep as sweep_module
-from harness.core import text as text_module
 from harness.core.cell import Cell, cell_key, digest, score_key, to_json
-from harness.core.sweep import Sweep
-from harness.reporting import figures as plots
-from harness.reporting import metrics as metrics_module
+from harness.core.labels import BITS_OF_DTYPE, bits_text, flatten, group_text
+from harness.core.sweep import Sweep, command_line
+from harness.core.text import without_password
+from harness.reporting.metrics import headline, layer_error_name, problems_of
 from harness.storage.json_files import write_json
 from harness.storage.record import Record
 from harness.storage.store import Store
 
 PARAM_LIMIT, TAG_LIMIT, KEY_LIMIT = 6000, 8000, 250  # characters; MLflow cuts beyond them silently
+BATCH_METRICS = 500  # of one log_batch
+ENVIRONMENT_TAGS = ("commit", "device", "host")  # of provenance, by the last part of a name
 ITEM_ROWS_SHOWN = 1000  # of per-item results; the Parquet file has all
 
 
@@ -55,7 +55,7 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
     A fractional width is a curve of its own, since steps are whole numbers.
     """
     models = {cell.model.name for cell in cells}
-    groups = {labels.group_text(cell) for cell in cells if not cell.method.is_baseline}
+    groups = {group_text(cell) for cell in cells if not cell.method.is_baseline}
     curves: dict[str, tuple[str, int]] = {}
     taken: set[tuple[str, int]] = set()
     for cell in cells:
@@ -64,14 +64,12 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
             [cell.method.name if not cell.method.is_baseline else "full_precision"],
         )
         bits = (
-            labels.BITS_OF_DTYPE.get(cell.model.dtype, 16)
+            BITS_OF_DTYPE.get(cell.model.dtype, 16)
             if cell.method.is_baseline
             else scheme.weight.bits
         )
         if not cell.method.is_baseline:
-            words += (
-                [f"g{labels.group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
-            )
+            words += [f"g{group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
             words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
             words += [f"{bits:g}bit"] if bits != int(bits) else []
@@ -89,13 +87,13 @@ def cell_params(record: Record) -> dict[str, Any]:
     The bits of a baseline are those of its weights as stored, and not said before they are known: a param is written once.
     """
     cell = record.cell
-    flat = labels.flatten(cell)
+    flat = flatten(cell)
     first = {
         "model": flat.pop("model.name"),
         "method": flat.pop("method.name"),
         "scheme": flat.pop("scheme.name"),
-        "bits": labels.bits_text(cell),
-        "group": labels.group_text(cell) or "none",
+        "bits": bits_text(cell),
+        "group": group_text(cell) or "none",
         "calibration": flat.pop("calibration.name", "none"),
     }
     for slot in ("transform", "rounding", "tuning"):
@@ -114,12 +112,53 @@ def cell_params(record: Record) -> dict[str, Any]:
     }
 
 
+def cell_tags(record: Record, state: str, known: Mapping[str, str]) -> dict[str, str]:
+    """The tags of a cell's run that a reader looks for; versions and all else of the environment are in `environment.json`.
+
+    known: the tags that the run has; one that no longer applies is overwritten.
+    """
+    metrics = record.metrics()
+    tags = {
+        "harness.state": state,
+        "harness.evaluations": ", ".join(sorted(record.scores)) or "none yet",
+    }
+    diverged = [
+        f"{name} = {value}" for name, value in sorted(metrics.items()) if not math.isfinite(value)
+    ]
+    if diverged or "diverged" in known:
+        tags["diverged"] = ", ".join(diverged) or "no"
+    if record.failures and state == "failed":
+        tags["failure"] = str(record.failures[-1].get("reason", ""))
+    if record.smoke:
+        tags["smoke"] = "stands on a part of the data only"
+    problems = problems_of(record)
+    if problems or "problems" in known:
+        tags["problems"] = " ".join(problems) or "none"
+    for name, value in flat_facts(record.provenance).items():
+        if name.rpartition(".")[2] in ENVIRONMENT_TAGS and value not in ("", None):
+            tags[f"environment.{name}"] = str(value)
+    return tags
+
+
+def layer_curves(record: Record) -> dict[str, dict[int, float]]:
+    """Metric -> block -> the mean relative error of the matrices of one kind, such as all q_proj, or all experts' up_proj."""
+    name = layer_error_name(record)
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in record.layer_errors:
+        value = None if name is None else row.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            kind = f"layers/{name}/{str(row['linear']).rsplit('.', 1)[-1]}"
+            found.setdefault(kind, {}).setdefault(int(row["block"]), []).append(float(value))
+    return {
+        kind: {block: math.fsum(values) / len(values) for block, values in sorted(blocks.items())}
+        for kind, blocks in found.items()
+    }
+
+
 def cell_description(record: Record, state: str) -> str:
     """The description of a cell's run."""
     metrics = record.metrics()
-    shown = {
-        metric: metrics[metric] for metric in metrics_module.headline([record]) if metric in metrics
-    }
+    shown = {metric: metrics[metric] for metric in headline([record]) if metric in metrics}
     lines = [f"**{record.cell.title}** — {state}", ""]
     lines += [
         f"- {name}: {value:.4g}" if math.isfinite(value) else f"- {name}: diverged"
@@ -130,7 +169,7 @@ def cell_description(record: Record, state: str) -> str:
             f"- failed in {record.failures[-1].get('stage', '')}: {record.failures[-1].get('reason', '')}"
         ]
     files = (
-        "`layer_errors.svg`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
+        "`layer_errors.csv`, `evaluations/`, `items/` (per-item results, as tables), `provenance/` (uncommitted changes of the "
         "code, installed packages), `log.txt`, `cell.json` (all settings)"
     )
     lines += [
@@ -158,7 +197,7 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
     return {
         "name": sweep.name,
         "title": sweep.title,
-        "overrides": [text_module.without_password(override) for override in sweep.overrides],
+        "overrides": [without_password(override) for override in sweep.overrides],
         "cells": [
             {"title": cell.title, "cell_key": cell_key(cell), "cell": to_json(cell)}
             for cell in sweep.cells
@@ -170,7 +209,7 @@ def sweep_json(sweep: Sweep) -> dict[str, Any]:
 def origin_tags(sweep: Sweep) -> dict[str, str]:
     """Tags that say which file a sweep came from."""
     return {
-        "mlflow.source.name": sweep_module.command_line(sweep),
+        "mlflow.source.name": command_line(sweep),
         "mlflow.source.type": "JOB",
         "mlflow.user": user_name(),
     }
@@ -200,7 +239,7 @@ def write_artifacts(folder: Path, record: Record, store: Store) -> None:
         "quantize_key": record.quantize_key,
     }
     write_json(folder / "cell.json", {**identity, "cell": to_json(cell)}, durable=False)
-    facts = json.loads(text_module.without_password(json.dumps(record.provenance, default=str)))
+    facts = json.loads(without_password(json.dumps(record.provenance, default=str)))
     write_json(folder / "environment.json", facts, durable=False)
     for facts in record.provenance.values():
         for kept in (
@@ -300,9 +339,6 @@ def _write_layer_errors(folder: Path, record: Record) -> None:
         )
         table.writeheader()
         table.writerows(rows)
-    figure = plots.layer_errors(record)
-    if figure is not None:
-        write_text(folder / "layer_errors.svg", figure)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -335,7 +371,7 @@ def flat_facts(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def cut_text(text: str, limit: int) -> str:
     """Text within MLflow's limit and without passwords; what is cut says so."""
-    text = text_module.without_password(text)
+    text = without_password(text)
     if len(text) <= limit:
         return text
     note = f" … [cut: {len(text)} characters in all; see the artifacts]"

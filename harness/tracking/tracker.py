@@ -1,4 +1,4 @@
-"""What a sweep asks of a tracker, and the one that does nothing."""
+"""The interface of a tracker, and the tracker that does nothing. Loads without MLflow."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ class Tracker(Protocol):
         """How far the sweep is, in words."""
 
     def usage(self, cell_key: str, facts: Mapping[str, float]) -> None:
-        """What the process that works on a cell takes now."""
+        """The resources that the process which works on a cell takes now, by name."""
 
-    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
-        """Close the sweep. made: its tables by name; figures: their files; summary: the last lines that the run printed."""
+    def finish(self, made: Mapping[str, TableData], files: Sequence[Path], summary: str) -> str:
+        """Close the sweep; returns its page, from the server's address on, "" where there is none.
+
+        made: its tables by name; files: its figures and its report; summary: the last lines that the run printed.
+        """
 
 
 class NullTracker:
@@ -51,5 +54,5 @@ class NullTracker:
     def cell(self, record: Record, state: str) -> None:
         pass
 
-    def finish(self, made: Mapping[str, TableData], figures: Sequence[Path], summary: str) -> None:
-        pass
+    def finish(self, made: Mapping[str, TableData], files: Sequence[Path], summary: str) -> str:
+        return ""

@@ -1,19 +1,16 @@
-"""MLflow's pages: where the database lies, and the server that shows it."""
+"""MLflow's addresses: its database or server, its pages, and the command that serves them. Loads without MLflow."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.core.errors import TrackingError
-from harness.core.sweep import Runtime, Tracking
+from harness.core.sweep import Tracking
 from harness.storage.places import is_url
 
 ENVIRONMENT = {
@@ -22,13 +19,17 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines per cell into our display otherwise
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes and 1.8 GB
 }
+PORT = 5000
 MODEL_TRAINING = "workflowType=machine_learning"  # MLflow's pages start in the mode for traces of agents otherwise
 
-# -- where it is, and how to look at it --------------------------------------------------------------------------------
+
+def pages(server: str, page: str = "") -> str:
+    """The address of a page of MLflow; of the list of experiments where no page is given. server: http://HOST:PORT"""
+    return f"{server.rstrip('/')}/{page or f'#/experiments?{MODEL_TRAINING}'}"
 
 
 def tracking_uri(tracking: Tracking, runs: Path | str) -> str:
-    """What MLflow is told: the database beside runs/ (of an object store: in the working directory), or the server.
+    """The address that MLflow gets: the database beside runs/ (of an object store: in the working directory), or the server.
 
     Raises TrackingError for a kind that does not exist.
     """
@@ -52,7 +53,7 @@ class Command:
     url: str
 
 
-def ui_command(tracking: Tracking, runs: Path | str, port: int = 5000) -> Command:
+def ui_command(tracking: Tracking, runs: Path | str, port: int = PORT) -> Command:
     """The command that serves MLflow's pages on the loopback interface. Raises TrackingError where there is nothing to show, or
     the port is taken."""
     uri = tracking_uri(tracking, runs)
@@ -85,30 +86,7 @@ def ui_command(tracking: Tracking, runs: Path | str, port: int = 5000) -> Comman
         "--workers",
         "1",
     )
-    return Command(words, ENVIRONMENT, f"http://127.0.0.1:{port}/#/experiments?{MODEL_TRAINING}")
-
-
-def serve(runtime: Runtime, port: int = 5000) -> int:
-    """Serve MLflow's pages until Ctrl-C; returns the exit status. With a tracking server, say where it is."""
-    if runtime.tracking.kind == "server":
-        print(
-            f"MLflow  {tracking_uri(runtime.tracking, runtime.runs)}/#/experiments?{MODEL_TRAINING}"
-        )
-        return 0
-    command = ui_command(runtime.tracking, runtime.runs, port)
-    print(f"MLflow  {command.url}   (Ctrl-C ends it)", flush=True)
-    process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
-    previous = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a terminated command takes its server with it
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        return 0
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return Command(words, ENVIRONMENT, pages(f"http://127.0.0.1:{port}"))
 
 
 def artifact_folder(runs: Path | str) -> Path:

@@ -133,3 +133,22 @@ def test_a_table_may_ask_for_them(tmp_path: Path, demo_sweep: Callable[..., Any]
         store,
     )
     assert [row.values[0].number for row in data.rows] == [None, 0.5]
+
+
+def test_likelihoods_that_are_no_numbers_give_no_number() -> None:
+    """The largest of NaN is no answer: every metric of the flips is NaN, never a share."""
+    items = pandas.DataFrame(
+        {
+            "chosen": [0, 1],
+            "chosen_before": [0, 1],
+            "correct": [True, False],
+            "correct_before": [True, False],
+            "log_likelihoods": [[np.nan, np.nan], [-1.0, -2.0]],
+            "log_likelihoods_before": [[-1.0, -2.0], [-1.0, -2.0]],
+        }
+    )
+    found = of_items(items)
+    assert set(found) == {"flips", "flips_lost", "flips_won", "choice_kl"}
+    assert all(np.isnan(value) for value in found.values())
+    items["log_likelihoods"] = [[-1.0, -np.inf], [-1.0, -2.0]]
+    assert of_items(items)["flips"] == 0 and of_items(items)["choice_kl"] == np.inf

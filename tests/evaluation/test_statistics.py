@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -9,13 +11,13 @@ from harness.evaluation.statistics import (
     LEVEL,
     compare,
     compare_seeds,
-    correlation_interval,
     holm,
     mcnemar,
     mean_error,
     over_seeds,
     paired_bootstrap,
     paired_t,
+    pearson,
     sign_flips,
 )
 
@@ -245,7 +247,10 @@ def test_the_interval_of_a_correlation_holds_its_level() -> None:
     for _ in range(2000):
         x = rng.normal(size=12)
         y = -0.8 * x + 0.6 * rng.normal(size=12)
-        low, high = correlation_interval(float(np.corrcoef(x, y)[0, 1]), 12)
-        held += low <= -0.8 <= high
+        found = pearson(list(zip(x, y, strict=True)))
+        assert found is not None and found.r == pytest.approx(np.corrcoef(x, y)[0, 1])
+        held += found.low <= -0.8 <= found.high
     assert 0.93 <= held / 2000 <= 0.97
-    assert correlation_interval(1.0, 5)[1] == pytest.approx(1)
+    line = pearson([(x, 2.0 * x) for x in range(5)])
+    assert line is not None and line.high == pytest.approx(1)
+    assert pearson([(1, math.nan), (2, 1), (3, 2)]) is None and pearson([(1, 2), (2, 3)]) is None

@@ -152,7 +152,7 @@ def test_correlation_over_rows() -> None:
 
 
 def test_pearson_of_known_pairs() -> None:
-    assert statistics.pearson([(1, 2), (2, 4), (3, 6)]) == pytest.approx(1)
+    assert statistics.pearson([(1, 2), (2, 4), (3, 6)]) == pytest.approx((1, -1, 1))
     assert statistics.pearson([(1, 1), (2, 1), (3, 1)]) is None
 
 

@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import json
 import math
 import shutil
-import socket
 import sqlite3
-import subprocess
-import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_sweep import LLAMA, cells, fill, make_sweep
+from synthetic_sweep import LINEARS, LLAMA, fill, make_sweep
 
-from harness.core.cell import Model, cell_key, score_key
+from harness.core.cell import cell_key, score_key
 from harness.core.errors import TrackingError
-from harness.core.sweep import Runtime, Sweep, Tracking
+from harness.core.sweep import Sweep
 from harness.reporting.figures import figures, save
 from harness.reporting.tables import build_all
-from harness.storage.record import Record
 from harness.storage.store import Store
-from harness.tracking.mlflow_runs import MLflowTracker, open_tracker, publish
-from harness.tracking.run_contents import (
-    PARAM_LIMIT,
-    cell_params,
-    cut_text,
-    method_curves,
-    metric_key,
-    run_names,
-)
-from harness.tracking.tracker import NullTracker
-from harness.tracking.ui import ENVIRONMENT, serve, tracking_uri, ui_command
+from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
+from harness.tracking.run_contents import PARAM_LIMIT, cut_text, metric_key
+from harness.tracking.serving import sweep_pages
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +68,15 @@ def schema(
         database.execute("DELETE FROM experiments WHERE experiment_id > 0")
         database.commit()
     return path
+
+
+def view_of(experiment: Any, key: str) -> dict[str, Any]:
+    """A view as MLflow's pages read it: deflated, then in base 64."""
+    text = experiment.tags[f"mlflow.sharedViewState.{key}"]
+    found: dict[str, Any] = json.loads(
+        zlib.decompress(base64.b64decode(text.removeprefix("deflate;")))
+    )
+    return found
 
 
 def runs_of(tracker: MLflowTracker) -> dict[str, Any]:
@@ -137,7 +136,17 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
     sweep, store, tracker = made
     run = runs_of(tracker)["gptq · w4g128"]
     cell = next(cell for cell in sweep.cells if cell.method.name == "gptq")
-    assert run.data.metrics == store.record(cell).metrics()
+    record = store.record(cell)
+    layers = {name: value for name, value in run.data.metrics.items() if name.startswith("layers/")}
+    assert run.data.metrics == record.metrics() | layers
+    assert set(layers) == {f"layers/output_error/{name.rpartition('.')[2]}" for name in LINEARS}
+    history = tracker.client.get_metric_history(run.info.run_id, "layers/output_error/q_proj")
+    errors = {
+        row["block"]: row["output_error"]
+        for row in record.layer_errors
+        if "q_proj" in row["linear"]
+    }
+    assert {point.step: point.value for point in history} == errors
     params = run.data.params
     assert (params["model"], params["method"], params["bits"], params["group"]) == (
         "llama3_8b",
@@ -151,7 +160,6 @@ def test_what_a_child_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None:
         "cell.json",
         "environment.json",
         "layer_errors.csv",
-        "layer_errors.svg",
         "log.txt",
         "evaluations/arc_easy.json",
         "evaluations/wikitext2.json",
@@ -215,7 +223,12 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     assert "figures/layer-errors.png" in files and "figures/arc_easy-acc-against-bits.svg" in files
     experiment = tracker.client.get_experiment(tracker.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    view = json.loads(experiment.tags["mlflow.sharedViewState.cells"])
+    view = view_of(experiment, "cells")
+    assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    assert view["orderByKey"] == "metrics.`wikitext2/perplexity`" and view["orderByAsc"]
+    curves = view_of(experiment, "curves")["compareRunCharts"]
+    assert curves[0]["selectedMetricKeys"] == ["wikitext2/perplexity gptq"]
+    assert not any(name.startswith(("checkpoint/", "quantize/")) for name in parent.data.metrics)
     assert (
         "viewStateShareKey=cells" in note
         and f"/runs/{parent.info.run_id}/artifacts/tables/table1.html" in note
@@ -264,16 +277,70 @@ def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -
     assert isinstance(second, MLflowTracker)
     for cell in sweep.cells:
         second.cell(store.record(cell), "done")
-    second.finish({}, {}, "")
+    second.finish({}, (), "")
     runs = runs_of(second)
     assert len(runs) == 4 and len(second.client.search_runs([second.experiment_id])) == 4
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert runs["rtn · w8g128"].data.metrics == store.record(sweep.cells[1]).metrics()
+    assert (
+        store.record(sweep.cells[1]).metrics().items() <= runs["rtn · w8g128"].data.metrics.items()
+    )
     points = points_of(second)
     assert len(points) == len(set(points))
+    assert is_tracked(sweep)
     second.client.delete_experiment(second.experiment_id)
+    assert not is_tracked(sweep)
     with pytest.raises(TrackingError, match="was deleted"):
         open_tracker(sweep, "")
+
+
+def test_deleted_runs_are_made_again_once(tmp_path: Path, schema: Path) -> None:
+    """Whatever somebody deletes, the next run leaves one live run per cell under one parent."""
+    shutil.copy(schema, tmp_path / "mlflow.db")
+    sweep = make_sweep(tmp_path, published=False)
+    store = fill(sweep)
+    sweep = dataclasses.replace(sweep, cells=sweep.cells[:3])
+    keys = set(map(cell_key, sweep.cells))
+
+    def complete() -> MLflowTracker:
+        tracker = open_tracker(sweep, "")
+        assert isinstance(tracker, MLflowTracker)
+        for cell in sweep.cells:
+            tracker.cell(store.record(cell), "done")
+        tracker.finish({}, (), "")
+        runs = tracker.client.search_runs([tracker.experiment_id])
+        parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+        children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+        assert [run.info.run_id for run in parents] == [tracker.parent_id]
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {tracker.parent_id}
+        assert len(children) == 3 and {run.data.tags["harness.key"] for run in children} == keys
+        assert is_tracked(sweep)
+        assert [page for _, page in sweep_pages(sweep.runtime)] == [
+            f"#/experiments/{tracker.experiment_id}/runs/{tracker.parent_id}?workflowType=machine_learning"
+        ]
+        return tracker
+
+    first = complete()
+    child = next(iter(first._children.values())).info.run_id
+    first.client.delete_run(child)  # a cell's run
+    assert not is_tracked(sweep)
+    second = complete()
+    assert second.parent_id == first.parent_id and child not in {
+        run.info.run_id for run in second._children.values()
+    }
+    second.client.delete_run(second.parent_id)  # the sweep's run, whose children stay
+    assert not is_tracked(sweep)
+    third = complete()
+    assert third.parent_id != second.parent_id
+    assert {run.info.run_id for run in third._children.values()} == {
+        run.info.run_id for run in second._children.values()
+    }
+    history = third.client.get_metric_history(third.parent_id, "wikitext2/perplexity rtn")
+    assert {point.step for point in history} == {8, 4}
+    third.client.restore_run(
+        child
+    )  # and the sweep's first run comes back with a second run of a cell
+    third.client.restore_run(second.parent_id)
+    complete()
 
 
 def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_path: Path) -> None:
@@ -296,119 +363,6 @@ def test_nothing_is_cut_silently(made: tuple[Sweep, Store, MLflowTracker], tmp_p
     )
 
 
-def test_no_tracking_is_an_object() -> None:
-    tracker = open_tracker(make_sweep(Path("unused"), tracking=Tracking("none")))
-    assert isinstance(tracker, NullTracker)
-    tracker.finish({}, {}, "")
-    with pytest.raises(TrackingError, match="tracking=none"):
-        publish(Store("unused"), make_sweep(Path("unused"), tracking=Tracking("none")))
-
-
-def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]  # taken, but nobody listens
-        sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
-        with pytest.raises(TrackingError, match="no tracking server at"):
-            open_tracker(sweep)
-    with pytest.raises(TrackingError, match=r"needs tracking\.uri"):
-        tracking_uri(Tracking("server"), tmp_path)
-    with pytest.raises(TrackingError, match="known: none, server, sqlite"):
-        tracking_uri(Tracking("sqlit"), tmp_path)
-
-
-def test_a_damaged_database_is_a_tracking_error(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path)
-    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(TrackingError, match="could not open sqlite"):
-        open_tracker(sweep)
-
-
-def test_a_database_is_made_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever is killed while MLflow makes its tables leaves nothing that a later run could stumble over."""
-    import mlflow
-
-    sweep = make_sweep(tmp_path / "study", published=False)
-    database = Path(
-        tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///")
-    )
-    seen: list[bool] = []
-
-    def killed(client: Any, **words: Any) -> None:
-        seen.append(database.exists())
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
-        with pytest.raises(KeyboardInterrupt):
-            open_tracker(sweep, "plan")
-    assert seen == [False] and not database.exists()
-    open_tracker(sweep, "plan")
-    with sqlite3.connect(database) as whole:
-        assert whole.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
-
-
-def test_the_command_for_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = tmp_path / "runs"
-    with pytest.raises(TrackingError, match="nothing was tracked here yet"):
-        ui_command(Tracking(), runs)
-    (tmp_path / "mlflow.db").touch()
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(TrackingError, match="--port"):
-            ui_command(Tracking(), runs, port)
-    command = ui_command(Tracking(), runs, port)
-    assert "127.0.0.1" in command.words and f"sqlite:///{tmp_path / 'mlflow.db'}" in command.words
-    assert (
-        command.environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
-        == "false"
-        == ENVIRONMENT["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"]
-    )
-    assert "workflowType=machine_learning" in command.url
-    assert serve(Runtime(runs, tracking=Tracking("server", "http://host:5000"))) == 0
-    assert "http://host:5000" in capsys.readouterr().out
-
-
-def test_names_of_runs_and_curves() -> None:
-    demo = Model("demo", "demo", digest="d")
-    many = (*cells(LLAMA, ("rtn",), (4,)), *cells(demo, ("rtn",), (4, 1.7)))
-    names = list(run_names(many).values())
-    assert names[:3] == [
-        "llama3_8b · full precision",
-        "llama3_8b · rtn · w4g128",
-        "demo · full precision",
-    ]
-    assert list(method_curves(many[2:]).values()) == [
-        ("full_precision", 32),
-        ("rtn", 4),
-        ("rtn 1.7bit", 2),
-    ]
-    gptq = cells(LLAMA, ("gptq",), (4,))[1]
-    variants = (gptq, dataclasses.replace(gptq, inputs="full_precision"))
-    assert (
-        len(set(run_names(variants).values())) == 2
-        and len(set(method_curves(variants).values())) == 2
-    )
-
-
-def test_params_are_flat_and_short() -> None:
-    baseline, gptq = cells(LLAMA, ("gptq",), (4,))
-    params = cell_params(Record(gptq, "", ""))
-    assert all(isinstance(value, str | int | float | bool) for value in params.values())
-    assert params["weight.bits"] == 4 and params["rounding"] == "gptq" and params["seed"] == 0
-    baseline = dataclasses.replace(
-        baseline, model=dataclasses.replace(baseline.model, dtype="float32")
-    )
-    assert "bits" not in cell_params(Record(baseline, "", ""))
-    assert (
-        cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"
-    )  # as tables say: what is stored
-
-
 def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> None:
     shutil.copy(schema, tmp_path / "mlflow.db")
     sweep = make_sweep(tmp_path, published=False)
@@ -428,11 +382,3 @@ def test_a_later_evaluation_joins_the_same_run(tmp_path: Path, schema: Path) -> 
     )
     parent = tracker.client.get_metric_history(tracker.parent_id, "wikitext2/perplexity rtn")
     assert parent[-1].value == 9.5 and {point.step for point in parent} == {8}
-
-
-def test_tracking_loads_without_mlflow() -> None:
-    program = (
-        "import sys, harness.tracking\n"
-        "heavy = {'torch', 'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,62 @@
+"""The connection to MLflow: one sentence for everything that may be wrong with it, and a database that is whole."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_sweep import make_sweep
+
+from harness.core.errors import TrackingError
+from harness.core.sweep import Tracking
+from harness.tracking.mlflow_runs import open_tracker
+from harness.tracking.ui import tracking_uri
+
+
+def test_a_server_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # taken, but nobody listens
+        sweep = make_sweep(tmp_path, tracking=Tracking("server", f"http://127.0.0.1:{port}"))
+        with pytest.raises(TrackingError, match="no tracking server at"):
+            open_tracker(sweep)
+    with pytest.raises(TrackingError, match=r"needs tracking\.uri"):
+        tracking_uri(Tracking("server"), tmp_path)
+    with pytest.raises(TrackingError, match="known: none, server, sqlite"):
+        tracking_uri(Tracking("sqlit"), tmp_path)
+
+
+def test_a_damaged_database_is_a_tracking_error(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(TrackingError, match="could not open sqlite"):
+        open_tracker(sweep)
+
+
+def test_a_database_is_made_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed while MLflow makes its tables leaves nothing that a later run could stumble over."""
+    import mlflow
+
+    sweep = make_sweep(tmp_path / "study", published=False)
+    database = Path(
+        tracking_uri(sweep.runtime.tracking, sweep.runtime.runs).removeprefix("sqlite:///")
+    )
+    seen: list[bool] = []
+
+    def killed(client: Any, **words: Any) -> None:
+        seen.append(database.exists())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.MlflowClient, "search_experiments", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_tracker(sweep, "plan")
+    assert seen == [False] and not database.exists()
+    open_tracker(sweep, "plan")
+    with sqlite3.connect(database) as whole:
+        assert whole.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
