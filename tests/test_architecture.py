@@ -66,10 +66,8 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
     {"diagnosis"},
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
-LARGE = {  # files of more than 700 lines, each whole on purpose
-    "harness.execution.scheduler",
-    "harness.evaluation.evaluators.lm_eval_tasks",
-}
+# files of more than 700 lines, each whole on purpose
+LARGE = {"harness.execution.scheduler", "harness.evaluation.evaluators.lm_eval_tasks"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -73,9 +73,8 @@ def task_digest(
         else:
             commit = pulled or (settings.get("revisions") or {}).get(member.data_set)
             data = [member.data_set, commit or member.revision]
-        stock = task_files.is_stock(
-            member
-        )  # its wording is versioned; that of one's own files is not
+        # its wording is versioned; that of one's own files is not
+        stock = task_files.is_stock(member)
         recipe = member.config.get("metadata", {}).get("version") if stock else _wording(member)
         identity.append([member.name, recipe, data])
         if not stock and not member.path.is_relative_to(PACKAGE):  # ours: the evaluator's version

@@ -336,9 +336,8 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
             f"{source}; run `harness data pull` for this sweep with --output {context.bundle.folder}"
         )
     digest = model_folders.model_digest(source, model.revision) if pulled is None else pulled[1]
-    generation = (
-        model_folders.generation_digest(source) if pulled is None else ""
-    )  # of a hub id and its copies: in the commit
+    # of a hub id and its copies: in the commit
+    generation = model_folders.generation_digest(source) if pulled is None else ""
     source = source if pulled is None else str(pulled[0])
     return dataclasses.replace(
         model,
@@ -428,9 +427,8 @@ def _method_inputs(context: Context, point: Point) -> str:
 def _method_name(context: Context, chosen: Mapping[str, str | None]) -> str:
     """The name of the method in conf/method/ with these parts and no settings; the joined names of the parts if there is none."""
     for name in config_files("method"):
-        content = read_yaml(
-            config_files("method")[name]
-        )  # not composed: this is a look at every method there is
+        # not composed: this is a look at every method there is
+        content = read_yaml(config_files("method")[name])
         if {slot: content.get(slot) for slot in SLOTS} == dict(chosen) and not any(
             content.get(f"{slot}_settings") for slot in SLOTS
         ):

@@ -31,9 +31,8 @@ def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str
     return sweep, rest
 
 
-FOREIGN = re.compile(  # an unquoted word with a character that the grammar reads in quotes alone
-    r"""[^\s,:()\[\]{}'"]*[^\x00-\x7f][^\s,:()\[\]{}'"]*"""
-)
+# an unquoted word with a character that the grammar reads in quotes alone
+FOREIGN = re.compile(r"""[^\s,:()\[\]{}'"]*[^\x00-\x7f][^\s,:()\[\]{}'"]*""")
 
 
 @dataclass

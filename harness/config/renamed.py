@@ -11,12 +11,10 @@ from typing import Any
 
 from harness.config.locations import config_files
 
-NAMES: dict[str, dict[str, str]] = {  # group of conf/ -> old name -> new name
-    "method": {"keep": "activation_only"}
-}
-KEYS: dict[
-    str, str
-] = {}  # old key of a sweep file or an override -> new key; fields below it follow
+# group of conf/ -> old name -> new name
+NAMES: dict[str, dict[str, str]] = {"method": {"keep": "activation_only"}}
+# old key of a sweep file or an override -> new key; fields below it follow
+KEYS: dict[str, str] = {}
 
 
 def current_name(group: str, name: Any) -> Any:

@@ -66,9 +66,8 @@ def _checked_table(
             continue
         for metric in column.of if column.metric == "mean" else (column.metric,):
             head, _, leaf = metric.partition("/")
-            replaced = (
-                context.edits.evaluations is not None
-            )  # a narrowed run keeps the file's table, with gaps
+            # a narrowed run keeps the file's table, with gaps
+            replaced = context.edits.evaluations is not None
             known_head = head in (
                 *context.evaluation_names,
                 "checkpoint",

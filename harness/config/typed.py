@@ -308,9 +308,8 @@ def checked_settings(
         found, errors = _validated(kind | None if default is None else kind, value)
         for error in errors:
             problems.add(_sentence({**error, "loc": (key, *error["loc"])}, kind, where))
-        if isinstance(
-            value, int | float
-        ):  # keys hold what was written; a float where the default is one
+        # keys hold what was written; a float where the default is one
+        if isinstance(value, int | float):
             found = float(value) if isinstance(default, float) else value
         checked[key] = found
     if problems.found:

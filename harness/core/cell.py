@@ -445,9 +445,8 @@ def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(
-        kind
-    )  # 0.1 ms each time, and a sweep computes tens of thousands of keys
+    # 0.1 ms each time, and a sweep computes tens of thousands of keys
+    return typing.get_type_hints(kind)
 
 
 def to_json(value: Any) -> Any:

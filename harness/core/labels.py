@@ -13,11 +13,8 @@ from typing import Any
 from harness.core.cell import Cell, cell_key, to_json
 
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
-ASKED = (
-    "calibration",
-    "inputs",
-    "seed",
-)  # what a person varies on purpose besides model, method and scheme
+# what a person varies on purpose besides model, method and scheme
+ASKED = ("calibration", "inputs", "seed")
 HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
 
 

@@ -148,9 +148,8 @@ class Cluster:
     address: str = ""
     workers: Annotated[int, Ge(0)] = 0
     gpus_per_task: Annotated[float, Ge(0)] = 1.0
-    gpu_memory: str = (
-        ""  # of one GPU of a cluster at an address, "80GB"; a larger model takes several
-    )
+    # of one GPU of a cluster at an address, "80GB"; a larger model takes several
+    gpu_memory: str = ""
     task_timeout_seconds: float = 0.0  # 0: none
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -56,9 +56,8 @@ def unresolved_reason(repository: str, kind: str, revision: str | None = None) -
 
 
 _refusals: dict[tuple[str, str, str], str] = {}  # what the hub answered in place of a commit
-_silent: dict[
-    str, str
-] = {}  # hubs that did not answer: asked once per process, not once per data set
+# hubs that did not answer: asked once per process, not once per data set
+_silent: dict[str, str] = {}
 
 
 def _asked_commit(repository: str, kind: str, revision: str) -> str | None:
@@ -99,9 +98,8 @@ def _only_snapshot(repository: str, kind: str) -> str | None:
             "*"
         )
     }
-    if (
-        kind == "dataset" and not commits
-    ):  # `datasets` keeps what it read: <config>/<version>/<commit>
+    # `datasets` keeps what it read: <config>/<version>/<commit>
+    if kind == "dataset" and not commits:
         commits = {
             path.name for path in (_datasets_cache() / repository.replace("/", "___")).glob("*/*/*")
         }

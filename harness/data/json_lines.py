@@ -37,9 +37,8 @@ BLANKS = " \t\r\n"  # between JSON values
 GZIP = b"\x1f\x8b"
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 POINTER = b"version https://git-lfs"  # the first bytes of a pointer file of Git LFS
-SURROGATE = re.compile(
-    r"\\u[dD][89a-fA-F]"
-)  # escaped; whether its other half follows is asked of the decoded text
+# escaped; whether its other half follows is asked of the decoded text
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def rows(path: Path, kind: str = "") -> Iterator[tuple[int, Row]]:

@@ -47,13 +47,10 @@ ASKED_AND_ANSWERED = (
 )
 KIND = "text"  # of a file, in messages
 LOOK_BYTES = 64 * 2**20  # a plan reads a text of at most so many bytes to its end,
-LOOK_ROWS = (
-    1000  # and of a larger one so many rows: a fault behind them is found when the text is used
-)
-QUESTIONS = (
-    ("question", "choices", "answerKey"),
-    ("goal", "sol1", "sol2", "label"),
-)  # of benchmarks: ARC's, PIQA's
+# and of a larger one so many rows: a fault behind them is found when the text is used
+LOOK_ROWS = 1000
+# of benchmarks: ARC's, PIQA's
+QUESTIONS = (("question", "choices", "answerKey"), ("goal", "sol1", "sol2", "label"))
 RESPONSE = "### Response:"  # in an instruction's text, what stands before the answer (Alpaca)
 TEXT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".txt.gz", ".parquet")
 HUB_TEXT = re.compile(
@@ -238,9 +235,8 @@ def hub_text(source: str) -> HubText:
         raise DataError(
             f'text "{source}": expected hub:<owner>/<name>[/<config>][@<revision>][:<file>]'
         )
-    revision = match[
-        "revision"
-    ]  # "refs-convert-parquet": the slashes of that branch would end a config's name
+    # "refs-convert-parquet": the slashes of that branch would end a config's name
+    revision = match["revision"]
     return HubText(
         match["repo"],
         match["config"],

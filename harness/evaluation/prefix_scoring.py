@@ -29,15 +29,12 @@ from torch import Tensor, nn
 from harness.evaluation.protocols import LOGITS_BYTES
 
 Tokens = np.ndarray  # [tokens] int32
-Answer = tuple[
-    float, bool
-]  # log-likelihood of the continuation; whether greedy decoding would produce it
+# log-likelihood of the continuation; whether greedy decoding would produce it
+Answer = tuple[float, bool]
 
 ROW_TOKENS = 4096  # most tokens in a row that more than one path shares
-BATCH_TOKENS = {
-    "cpu": 1024,
-    "cuda": 16384,
-}  # tokens in one forward pass, padding included; on a CPU more than fits the caches
+# tokens in one forward pass, padding included; on a CPU more than fits the caches
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 # costs twice as much per token
 LEAST_FILLED = 0.75  # a row shorter than this share of the longest waits for the next batch
 MASK_ELEMENTS = 2**24  # of the attention masks of one forward pass
@@ -48,12 +45,10 @@ class Row:
     """A part of the trie. Node i has token tokens[i] at depth positions[i]; its path's earlier nodes are paths of the requests."""
 
     tokens: list[Tokens] = field(default_factory=list)
-    spans: list[tuple[int, int, np.ndarray]] = field(
-        default_factory=list
-    )  # start, end, nodes on the path before start
-    picks: list[tuple[int, np.ndarray, Tokens]] = field(
-        default_factory=list
-    )  # request, nodes that predict it, its targets
+    # start, end, nodes on the path before start
+    spans: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    # request, nodes that predict it, its targets
+    picks: list[tuple[int, np.ndarray, Tokens]] = field(default_factory=list)
     length: int = 0
 
     def add(self, request: int, path: np.ndarray, fresh: Tokens, targets: Tokens) -> np.ndarray:

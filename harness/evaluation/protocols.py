@@ -28,9 +28,8 @@ from harness.core.errors import HarnessError
 from harness.core.events import Progress
 from harness.data import folder_check, model_folders
 
-LOGITS_BYTES = (
-    512 * 2**20
-)  # of the logits of one batch in float32; what bounds an automatic batch size
+# of the logits of one batch in float32; what bounds an automatic batch size
+LOGITS_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -122,9 +121,8 @@ def depends_on_company(cell: Cell) -> bool:
     if cell.scheme.activation is None:
         return False
     schemes = {cell.scheme.activation}
-    for (
-        override
-    ) in cell.scheme.overrides:  # each may meet a linear that any of those before it met, or not
+    # each may meet a linear that any of those before it met, or not
+    for override in cell.scheme.overrides:
         schemes |= {dataclasses.replace(scheme, **dict(override.activation)) for scheme in schemes}
     return any(
         scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0)

@@ -22,9 +22,8 @@ from typing import Any
 from harness.core.errors import EvaluationError
 from harness.core.text import first_line
 
-UNANSWERED = float(
-    "nan"
-)  # this object, told by identity: the value of every metric of an item without an answer
+# this object, told by identity: the value of every metric of an item without an answer
+UNANSWERED = float("nan")
 REPORTED = (  # warnings of lm-eval that are reported here in other words, or that are about its own defaults
     re.compile(
         r"Label index was not in within range|Metrics were not scored on the same number|Combined length of context"
@@ -80,9 +79,8 @@ def guard(task: Any) -> None:
             return dict.fromkeys(task.aggregation(), UNANSWERED)
         try:
             return dict(own(document, results))
-        except (
-            Exception
-        ) as error:  # of the task's function, or of lm-eval over data that it does not expect
+        except Exception as error:
+            # of the task's function, or of lm-eval over data that it does not expect
             item = json.dumps(document, ensure_ascii=False, default=str)
             raise EvaluationError(
                 f"{task.config.task}: an item cannot be scored ({type(error).__name__}: {first_line(error)}); "

@@ -56,10 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS, REPORT_SHARE = (
-    10.0,
-    0.02,
-)  # between two reports of a running sweep; of its time at most
+# between two reports of a running sweep; of its time at most
+REPORT_SECONDS, REPORT_SHARE = (10.0, 0.02)
 
 
 @dataclass(frozen=True)
@@ -233,9 +231,8 @@ def _interrupts() -> Iterator[threading.Event]:
         else ()
     )
     before = {number: signal.getsignal(number) for number in handled}
-    taken = [
-        number for number, handler in before.items() if handler is not signal.SIG_IGN
-    ]  # nohup ignores them
+    # nohup ignores them
+    taken = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     try:
         for number in taken:
             signal.signal(number, interrupt)
@@ -258,9 +255,8 @@ class _Recorder:
         self.plan, self.store, self.display = plan, store, display
         self.tally = Tally(plan)
         self.warnings: list[str] = []
-        self.noted: set[str] = (
-            set()
-        )  # problems of scores that were shown: data have them in every cell
+        # problems of scores that were shown: data have them in every cell
+        self.noted: set[str] = set()
         self.cells = self.tally.cells
         waiting = {cell_key(cell) for cell in plan.missing}
         store.open_cells([self.cells[key] for key in sorted(waiting)])

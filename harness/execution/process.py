@@ -22,9 +22,8 @@ def prepare(device: str, threads: int, gpu_fraction: float = 1.0, devices: int =
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if threads > 0:
         torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = (
-        False  # Hessians in TF32 are no longer positive definite
-    )
+    # Hessians in TF32 are no longer positive definite
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":  # no GPU driver is loaded
         return device

@@ -56,12 +56,8 @@ if TYPE_CHECKING:
     from harness.evaluation.protocols import Subject
 
 
-SCORED_FIELDS = (
-    "stderr",
-    "seconds",
-    "batch_size",
-    "problems",
-)  # of a score, that travel with its event
+# of a score, that travel with its event
+SCORED_FIELDS = ("stderr", "seconds", "batch_size", "problems")
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +105,8 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
     for cell in task.cells:
         store.open_cell(cell)
         sharers.setdefault(quantize_key(cell), []).append(cell)
-    bases = {
-        quantize_key(cell) for cell in map(untuned, task.cells)
-    }  # a cell without tuning is its own
+    # a cell without tuning is its own
+    bases = {quantize_key(cell) for cell in map(untuned, task.cells)}
     facts = provenance.collect(device_name(device), thread_count(), task.command, store)
     with ExitStack() as locks:
         # One order for all drivers, so that no two wait for each other.

@@ -350,9 +350,8 @@ class _Writing:
                         prefix + name,
                         tensor.to(self.dtype) if tensor.is_floating_point() else tensor,
                     )
-            for name in sorted(
-                content.dense.keys() - block.state_dict().keys()
-            ):  # a bias that the model lacked
+            # a bias that the model lacked
+            for name in sorted(content.dense.keys() - block.state_dict().keys()):
                 yield prefix + name, content.dense[name].to(self.dtype)
             for owner, members in owners.items():
                 weight, reason = self._joined(index, owner, members, content.weights)

@@ -66,9 +66,8 @@ TOLERANCE = 0.01  # one point of accuracy; of a perplexity, one percent
 OVERVIEW_ROWS = 60  # cells in the overview of layer errors
 
 
-_writing = (
-    threading.Lock()
-)  # Matplotlib's settings are those of the whole process, and tracking has a thread
+# Matplotlib's settings are those of the whole process, and tracking has a thread
+_writing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -416,9 +415,8 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
     if len(grid) > OVERVIEW_ROWS:
         title = f"{title}: {OVERVIEW_ROWS} of {len(grid)} cells, those with the largest error"
         means = [statistics.fmean(value for value in row if not math.isnan(value)) for row in grid]
-        kept = sorted(
-            sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS]
-        )  # in their order
+        # in their order
+        kept = sorted(sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS])
         grid, labels = [grid[row] for row in kept], [labels[row] for row in kept]
     return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, mean of a block")
 

@@ -15,13 +15,8 @@ from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import published_folders
 
-BASELINES = (
-    "fp16",
-    "bf16",
-    "fp32",
-    "w16a16",
-    "none",
-)  # what papers call the full-precision row, and what we do
+# what papers call the full-precision row, and what we do
+BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")
 
 
 class Printed(float):
@@ -72,9 +67,8 @@ class Published:
     higher_is_better: Mapping[str, bool | None]
     rows: tuple[PublishedRow, ...]
     notes: tuple[str, ...] = ()
-    groups_not_stated: frozenset[str] = (
-        frozenset()
-    )  # methods whose group_size of null means that the paper does not say
+    # methods whose group_size of null means that the paper does not say
+    groups_not_stated: frozenset[str] = frozenset()
 
     @property
     def columns(self) -> frozenset[str]:
@@ -216,9 +210,8 @@ def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
         dict(override.weight).get("group_size", scheme.weight.group_size)
         for override in scheme.overrides
     }
-    size = (
-        named.pop() if len(named) == 1 else scheme.weight.group_size
-    )  # papers print that of the layers they name
+    # papers print that of the layers they name
+    size = named.pop() if len(named) == 1 else scheme.weight.group_size
     group = None if size == -1 else size
     same_activation = row.activation_bits is None or row.activation_bits == activation
     same_group = group == row.group_size or (

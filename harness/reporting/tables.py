@@ -81,9 +81,8 @@ def build(
     )
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _with_variants(*_labels(cells), cells, table, published)
-    for (
-        cell
-    ) in cells:  # a baseline has the width of its weights as stored, whatever it is computed in
+    # a baseline has the width of its weights as stored, whatever it is computed in
+    for cell in cells:
         record, (method, _, *rest) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
         stored = (
             record.metrics().get("checkpoint/bits_per_weight")
@@ -285,9 +284,8 @@ def _value(
     failed = any(record.failures for record in known)
     agrees = None
     if number is not None and printed is not None and theirs is not None and not smoke:
-        over_items = (
-            1.96 * math.fsum(errors) / len(errors) if errors else 0.0
-        )  # seeds share their items
+        # seeds share their items
+        over_items = 1.96 * math.fsum(errors) / len(errors) if errors else 0.0
         agrees = _agrees(column, number, math.hypot(over_items, half_width or 0), printed, theirs)
     return Value(
         number=number,

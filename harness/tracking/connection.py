@@ -114,9 +114,8 @@ def _import_mlflow() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_TIMEOUT", "20"
-    )  # seconds; a slow server must not hold a sweep for minutes
+    # seconds; a slow server must not hold a sweep for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
     import mlflow.entities
@@ -132,9 +131,8 @@ def _make_database(mlflow: Any, database: Path) -> None:
     """
     if database.exists():
         return
-    for left in database.parent.glob(
-        f".{database.name}-*"
-    ):  # of one that was killed; the caller holds the lock
+    # of one that was killed; the caller holds the lock
+    for left in database.parent.glob(f".{database.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{database.name}-", dir=database.parent) as folder:
         aside = Path(folder) / database.name

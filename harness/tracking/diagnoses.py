@@ -102,8 +102,7 @@ def record_diagnosis(
                 )
             client.log_artifacts(run.info.run_id, str(folder))
             client.set_tag(run.info.run_id, "mlflow.note.content", cut_text(text, TAG_LIMIT))
-            client.set_tag(
-                run.info.run_id, "harness.record", shown
-            )  # last: what was interrupted is done again
+            # last: what was interrupted is done again
+            client.set_tag(run.info.run_id, "harness.record", shown)
             client.set_terminated(run.info.run_id, "FINISHED")
     return f'experiment "{experiment}" in {without_password(connection.uri)}'

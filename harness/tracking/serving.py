@@ -28,9 +28,8 @@ def serve(runtime: Runtime, port: int = PORT) -> int:
     _print_links(runtime, command.url.partition("/#")[0])
     print("Ctrl-C ends the server.", flush=True)
     process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
-    previous = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a terminated command takes its server with it
+    # a terminated command takes its server with it
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
     except KeyboardInterrupt:

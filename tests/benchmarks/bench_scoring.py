@@ -70,9 +70,8 @@ def requests_of(
 def seconds(call: Any, repeats: int = 2) -> tuple[float, Any]:
     best, result = float("inf"), None
     for _ in range(repeats):
-        start = (
-            time.process_time()
-        )  # not wall time: the machine may be shared; with one thread they are the same
+        # not wall time: the machine may be shared; with one thread they are the same
+        start = time.process_time()
         result = call()
         best = min(best, time.process_time() - start)
     return best, result

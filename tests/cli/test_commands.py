@@ -98,9 +98,8 @@ def test_plan_run_status_show(tmp_path: Path) -> None:
     ):
         assert part in ancestry, part
     code, out = invoke("plan", *GRID, *local(tmp_path))
-    assert code == 0 and out.splitlines()[-1].startswith(
-        "next    harness table model=demo"
-    )  # all is done
+    # all is done
+    assert code == 0 and out.splitlines()[-1].startswith("next    harness table model=demo")
 
 
 @pytest.mark.parametrize(

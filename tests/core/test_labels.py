@@ -50,9 +50,8 @@ def test_names_tell_apart_what_a_sweep_varies() -> None:
     )
     plain = with_variants([*cells(LLAMA), w4a8(LLAMA)])
     assert not any(cell.variant for cell in plain)  # nothing to tell apart
-    assert list(map(cell_key, with_variants(grid))) == list(
-        map(cell_key, grid)
-    )  # names are no part of a key
+    # names are no part of a key
+    assert list(map(cell_key, with_variants(grid))) == list(map(cell_key, grid))
     other_settings = dataclasses.replace(
         first,
         method=dataclasses.replace(

@@ -86,9 +86,8 @@ def test_a_model_and_itself_answer_alike(tmp_path: Path) -> None:
         {**BEFORE, "correct": [True] * 4} | {f"{k}_before": v for k, v in BEFORE.items()}
     )
     items["correct_before"] = True
-    items["log_likelihoods"] = [
-        np.asarray(row) + 7.0 for row in items["log_likelihoods"]
-    ]  # a common factor says nothing
+    # a common factor says nothing
+    items["log_likelihoods"] = [np.asarray(row) + 7.0 for row in items["log_likelihoods"]]
     assert of_items(items) == {metric: pytest.approx(0.0, abs=1e-12) for metric in METRICS}
 
 

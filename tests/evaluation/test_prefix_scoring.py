@@ -88,9 +88,8 @@ def test_strangers_get_rows_of_their_own() -> None:
     generator = np.random.default_rng(0)
     pairs = [pair(generator.integers(0, 10**6, 400).tolist(), [1]) for _ in range(4)]
     requests = [prefix_scoring.clip(before, after, 512) for before, after in pairs]
-    assert (
-        len(prefix_scoring.plan_rows(requests, 8, 10**6)) == 4
-    )  # attention over masked pairs would cost more than it saves
+    # attention over masked pairs would cost more than it saves
+    assert len(prefix_scoring.plan_rows(requests, 8, 10**6)) == 4
 
 
 def test_contexts_that_do_not_fit_lose_their_beginning() -> None:

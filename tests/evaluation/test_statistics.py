@@ -36,9 +36,8 @@ def family_wise_errors(
             elif kind == "normal":
                 column = difficulty + 0.1 * rng.normal(size=items)
             else:
-                column = difficulty + 0.1 * rng.standard_t(
-                    3, size=items
-                )  # heavy tails: a few windows move far
+                # heavy tails: a few windows move far
+                column = difficulty + 0.1 * rng.standard_t(3, size=items)
             if cell == 0:
                 baseline = column
                 continue
@@ -61,9 +60,8 @@ def family_wise_errors(
 )
 def test_null_grids_stay_below_the_level(kind: str, items: int, cells: int, grids: int) -> None:
     wrong = family_wise_errors(np.random.default_rng(20), kind, items, cells, grids)
-    allowed = LEVEL + 2.5 * np.sqrt(
-        LEVEL * (1 - LEVEL) / grids
-    )  # Monte Carlo error of the simulation itself
+    # Monte Carlo error of the simulation itself
+    allowed = LEVEL + 2.5 * np.sqrt(LEVEL * (1 - LEVEL) / grids)
     assert wrong / grids <= allowed, wrong
 
 
@@ -119,9 +117,8 @@ def test_the_spread_of_seeds_counts_and_a_difference_beyond_it_is_found() -> Non
     baseline = rng.normal(size=200)
     items = rng.normal(size=200) * 0.02
     near = np.stack([baseline + items + shift for shift in (0.10, 0.12, 0.11)])
-    far = np.stack(
-        [baseline + items + shift for shift in (0.01, 0.30, 0.02)]
-    )  # one seed alone makes the mean
+    # one seed alone makes the mean
+    far = np.stack([baseline + items + shift for shift in (0.01, 0.30, 0.02)])
     found = [compare_seeds(cells, baseline) for cells in (near, far)]
     assert found[0] is not None and found[0].p_value < 0.02 and found[0].low < 0.11 < found[0].high
     assert (

@@ -80,6 +80,5 @@ def test_windows_of_unequal_length_count_by_their_tokens(tmp_path: Path) -> None
         known[cell_key(cell)].metrics()[PERPLEXITY.metric]
         for cell in (sweep.cells[1], sweep.cells[0])
     )
-    assert found.difference == pytest.approx(
-        math.log(ours / theirs)
-    )  # the difference that the table shows
+    # the difference that the table shows
+    assert found.difference == pytest.approx(math.log(ours / theirs))

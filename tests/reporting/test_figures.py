@@ -168,9 +168,8 @@ def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
     assert point.score == pytest.approx(6.2) and point.interval == pytest.approx(
         4.302653 * 0.2 / math.sqrt(3), rel=1e-6
     )
-    assert (
-        point.label == "gptq" and len(point.records) == 3
-    )  # the seed tells nothing apart any more
+    # the seed tells nothing apart any more
+    assert point.label == "gptq" and len(point.records) == 3
     assert (
         points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
     )

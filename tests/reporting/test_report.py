@@ -215,9 +215,8 @@ def test_light_dark_and_phone(page: Page) -> None:
             "(() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color] })()"
         )
         assert (light(ground) > 200) is not dark and (light(ink) > 150) is dark
-        assert page.run(
-            "document.documentElement.scrollWidth <= innerWidth"
-        )  # tables scroll inside
+        # tables scroll inside
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
     page.size(1300, 900)
     page.call("Emulation.setEmulatedMedia", media="print")
     assert page.run("getComputedStyle(document.querySelector('.filters')).display") == "none"

@@ -37,16 +37,10 @@ def test_ours_published_and_the_difference(made: tuple[Sweep, Store, TableData])
     row = row_of(data, "none", "16")
     ours, published, difference = row[4:7]
     assert published == "6.1" and float(difference) == pytest.approx(float(ours) - 6.1, abs=0.011)
-    assert row_of(data, "QuIP", "4")[3:7] == (
-        "",
-        "",
-        "6.5",
-        "",
-    )  # not in this sweep: their number alone
-    assert row_of(data, "rtn", "8")[5:7] == (
-        "",
-        "",
-    )  # w8g128 is not in the paper, w8 without groups is
+    # not in this sweep: their number alone
+    assert row_of(data, "QuIP", "4")[3:7] == ("", "", "6.5", "")
+    # w8g128 is not in the paper, w8 without groups is
+    assert row_of(data, "rtn", "8")[5:7] == ("", "")
     assert row_of(data, "awq", "2")[4:7] == ("—", "1.7e+6", "")
 
 
@@ -66,9 +60,8 @@ def test_a_number_agrees_with_the_published_one_within_its_rounding_and_our_inte
     for number, (cell, ours, more, wanted) in enumerate(asked):
         assert verdict_of(tmp_path / str(number), cell, ours, **more)[0] is wanted, (ours, more)
     rtn = cells(LLAMA, ("rtn",), (2,))[1]
-    per_channel = dataclasses.replace(
-        rtn, scheme=Scheme("w2", WeightScheme(bits=2))
-    )  # published 2.7e+6
+    # published 2.7e+6
+    per_channel = dataclasses.replace(rtn, scheme=Scheme("w2", WeightScheme(bits=2)))
     assert verdict_of(tmp_path / "collapsed", per_channel, 2.0e4)[0] is True
 
 
@@ -237,9 +230,8 @@ def test_correlations_of_a_part_of_the_data_or_of_a_constant_claim_nothing(tmp_p
     assert constant.rows[0].values[0].gap == "undefined" and any(
         "no r: " in note for note in constant.notes
     )
-    assert "fill with" in render(constant) and "in 1 row" in render(
-        constant
-    )  # of C-EVAL, which has no scores
+    # of C-EVAL, which has no scores
+    assert "fill with" in render(constant) and "in 1 row" in render(constant)
 
 
 def test_fractions_stand_as_percent_beside_percent(tmp_path: Path) -> None:
@@ -258,11 +250,8 @@ def test_fractions_stand_as_percent_beside_percent(tmp_path: Path) -> None:
     assert row.values[0].published is not None and row.values[0].published.text == "81.66"
     store = Store(sweep.runtime.runs)
     for ours, digits, wanted in ((0.81664, 2, True), (0.8169, 1, False)):
-        score = {
-            "metrics": {"piqa/acc": ours},
-            "stderr": {"piqa/acc": 0.0},
-            "details": {},
-        }  # published 0.8166
+        # published 0.8166
+        score = {"metrics": {"piqa/acc": ours}, "stderr": {"piqa/acc": 0.0}, "details": {}}
         store.write_score(store.open_cell(cell), score_key(cell, evaluation), score)
         table = dataclasses.replace(table, columns=(dataclasses.replace(column, digits=digits),))
         found = build(sweep, table, records(sweep, store))

@@ -50,9 +50,8 @@ def test_two_models_are_two_sections(made: tuple[Sweep, Store, TableData]) -> No
     text = render(data)
     assert text.index("demo:") < text.index("llama3_8b:")
     assert [row.baseline for row in data.rows if row.model == "demo"] == [True, False]
-    assert not any(
-        v.published for row in data.rows if row.model == "demo" for v in row.values
-    )  # the paper is of another model
+    # the paper is of another model
+    assert not any(v.published for row in data.rows if row.model == "demo" for v in row.values)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -72,9 +72,8 @@ def test_a_server_that_hangs_holds_up_nobody() -> None:
     server.free.set()
     finished: list[Any] = []
     assert tracker.end(finished.append) and finished == [server]
-    assert (
-        server.received[0] == ("first", "quantizing") and len(server.received) == 17
-    )  # the latest state of each cell, once
+    # the latest state of each cell, once
+    assert server.received[0] == ("first", "quantizing") and len(server.received) == 17
     assert {state for _, state in server.received[1:]} == {"done"}
 
 

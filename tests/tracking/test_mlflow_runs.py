@@ -215,9 +215,8 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     note = parent.data.tags["mlflow.note.content"]
     assert "What to open" in note and "harness run llama3_8b_ptq" in note
     child = runs_of(tracker)["gptq · w4g128"].info.run_id
-    assert (
-        f"| [gptq](#/experiments/{tracker.experiment_id}/runs/{child}) | 4    |" in note
-    )  # a row leads to its cell
+    # a row leads to its cell
+    assert f"| [gptq](#/experiments/{tracker.experiment_id}/runs/{child}) | 4    |" in note
     files = artifacts_of(tracker, parent)
     assert {"plan.txt", "summary.txt", "sweep.json", "tables/table1.md"} <= files
     assert "figures/layer-errors.png" in files and "figures/arc_easy-acc-against-bits.svg" in files
@@ -270,9 +269,8 @@ def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -
     first = open_tracker(sweep, "")
     assert isinstance(first, MLflowTracker)
     first.cell(store.record(sweep.cells[0]), "done")
-    first.cell(
-        dataclasses.replace(store.record(sweep.cells[1]), scores={}), "evaluating"
-    )  # then the process is killed
+    # then the process is killed
+    first.cell(dataclasses.replace(store.record(sweep.cells[1]), scores={}), "evaluating")
     second = open_tracker(sweep, "")
     assert isinstance(second, MLflowTracker)
     for cell in sweep.cells:
@@ -336,9 +334,8 @@ def test_deleted_runs_are_made_again_once(tmp_path: Path, schema: Path) -> None:
     }
     history = third.client.get_metric_history(third.parent_id, "wikitext2/perplexity rtn")
     assert {point.step for point in history} == {8, 4}
-    third.client.restore_run(
-        child
-    )  # and the sweep's first run comes back with a second run of a cell
+    # and the sweep's first run comes back with a second run of a cell
+    third.client.restore_run(child)
     third.client.restore_run(second.parent_id)
     complete()
 

@@ -42,6 +42,5 @@ def test_params_are_flat_and_short() -> None:
         baseline, model=dataclasses.replace(baseline.model, dtype="float32")
     )
     assert "bits" not in cell_params(Record(baseline, "", ""))
-    assert (
-        cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"
-    )  # as tables say: what is stored
+    # as tables say: what is stored
+    assert cell_params(Record(baseline, "", "", {"bits_per_weight": 16.0}))["bits"] == "16"

@@ -24,11 +24,8 @@ from harness.core.errors import DataError, unknown_name
 
 SEED = 2210_17323
 SENTENCES_PER_DOCUMENT = 40
-DOCUMENTS = {
-    "train": 5000,
-    "calibration": 256,
-    "test": 128,
-}  # by split; each split is its own draw from one world
+# by split; each split is its own draw from one world
+DOCUMENTS = {"train": 5000, "calibration": 256, "test": 128}
 KINDS = ("facts", "add", "count", "copy")
 
 ONSETS = (
@@ -186,11 +183,8 @@ WORDS = (
 )
 STEPS = (1, 2, 3, 5, 10)
 ADDENDS, HELD_OUT_SUMS = 50, 400  # numbers below 50; ordered pairs, (a, b) with (b, a)
-STARTS, HELD_OUT_COUNTS, COUNT_TERMS = (
-    100,
-    63,
-    9,
-)  # first terms below 100; (start, step) pairs; terms per sequence
+# first terms below 100; (start, step) pairs; terms per sequence
+STARTS, HELD_OUT_COUNTS, COUNT_TERMS = (100, 63, 9)
 COPY_MODULUS = 16  # a triple whose indices sum to a multiple is held out
 
 Item = TypeVar("Item")

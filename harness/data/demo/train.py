@@ -43,12 +43,8 @@ SEPARATOR = "\n\n"  # between documents, as perplexity evaluations join them
 SEED = 0
 TOKENIZER_DOCUMENTS = 1000  # more change no merge that matters
 STEPS, WARMUP_STEPS = 3600, 50
-WINDOWS = (
-    (8, 128),
-    (8, 128),
-    (8, 128),
-    (4, 256),
-)  # (batch, length) in turn; the long teach positions to 256
+# (batch, length) in turn; the long teach positions to 256
+WINDOWS = ((8, 128), (8, 128), (8, 128), (4, 256))
 LEARNING_RATE, BETAS, GRADIENT_NORM = 5e-3, (0.9, 0.95), 1.0
 RUN_CHANNELS, RUN_SCALE = 16, 4  # neighbours, at the start of every norm
 OUTLIER_SHARE, OUTLIER_SCALES = 0.05, (4, 8)  # anywhere, on top
@@ -112,9 +108,8 @@ def train(tokens: Tensor, steps: int, log: Callable[[str], None]) -> tuple[Llama
     for step in range(steps):
         batch, length = WINDOWS[step % len(WINDOWS)]
         starts = torch.randint(len(tokens) - length, (batch,), generator=draw)
-        windows = torch.stack(
-            [tokens[start : start + length] for start in starts.tolist()]
-        )  # [batch, length]
+        # [batch, length]
+        windows = torch.stack([tokens[start : start + length] for start in starts.tolist()])
         logits = model(input_ids=windows, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
         loss.backward()
@@ -160,9 +155,8 @@ def accuracy(model: nn.Module, tokenizer: Any, kind: str, count: int = 400) -> f
     for first in range(0, len(rows), 100):
         batch = rows[first : first + 100]
         width = max(len(ids) for _, ids in batch)
-        ids = torch.tensor(
-            [whole + [0] * (width - len(whole)) for _, whole in batch]
-        )  # causal: padding is seen by nobody
+        # causal: padding is seen by nobody
+        ids = torch.tensor([whole + [0] * (width - len(whole)) for _, whole in batch])
         logp = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
         of_next = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)  # [rows, width - 1]
         scores += [

@@ -76,9 +76,8 @@ class Evaluator:
         reference = Reference(subject, self.settings.top_k)
         kl, agree, delta = [], [], []
         yield subject.progress(evaluation, 0, len(windows))
-        for number, window in enumerate(
-            windows
-        ):  # one by one, so that the reference does not depend on a batch size
+        # one by one, so that the reference does not depend on a batch size
+        for number, window in enumerate(windows):
             ids = window.to(subject.device)
             against = {
                 name: tensor.to(subject.device) for name, tensor in reference.of(window).items()

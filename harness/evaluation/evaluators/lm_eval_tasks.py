@@ -54,12 +54,10 @@ class Evaluator:
 
     version = 1
     settings_added_later = ("apply_chat_template",)  # keys leave it out while it is off
-    groups_tasks = (
-        True  # its `task` may be a group, whose members report metrics under their own names
-    )
-    compares_items = (
-        True  # its items are answers, comparable with those of the full-precision model
-    )
+    # its `task` may be a group, whose members report metrics under their own names
+    groups_tasks = True
+    # its items are answers, comparable with those of the full-precision model
+    compares_items = True
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "acc": {"higher_is_better": True, "unit": "share of items"},
         "acc_norm": {"higher_is_better": True, "unit": "share of items"},
@@ -128,18 +126,16 @@ class Evaluator:
         except HarnessError as error:
             return [str(error)]
         settings, context = self.settings, model_context_length(model)
-        reasons: dict[
-            str, None
-        ] = {}  # in order, each once: the 57 tasks of a group lack one data set
+        # in order, each once: the 57 tasks of a group lack one data set
+        reasons: dict[str, None] = {}
         for task in tasks:
             found = task_checks.refusals(
                 task, settings.num_fewshot, settings.data_root, settings.revisions or {}, context
             )
             reasons |= dict.fromkeys(found)
         if self.settings.apply_chat_template and not hub.is_hub_id(model.source):
-            with contextlib.suppress(
-                HarnessError
-            ):  # a model that cannot be read is refused under its own name
+            # a model that cannot be read is refused under its own name
+            with contextlib.suppress(HarnessError):
                 if model_folders.lacks_chat_template(model_folders.model_folder(model)):
                     reasons[f"{model.name} has no chat template; set apply_chat_template=false"] = (
                         None
@@ -258,9 +254,8 @@ class Built:
                 for instance in self.instances
                 if instance.request_type == "loglikelihood"
             ]
-            self._pairs = {
-                key: encode_pairs(language_model, requests)
-            }  # one tokenizer: a sweep goes through models one by one
+            # one tokenizer: a sweep goes through models one by one
+            self._pairs = {key: encode_pairs(language_model, requests)}
         return self._pairs[key]
 
 
@@ -578,9 +573,8 @@ def _language_model(subject: Subject, settings: Evaluator.Settings) -> Any:
         and "channel" in (kv.key_axis, kv.value_axis)
         and task_files.generates(settings.task, settings.include)
     ):
-        batch_size = (
-            1  # shorter prompts are padded on the left, which would shift the groups of tokens
-        )
+        # shorter prompts are padded on the left, which would shift the groups of tokens
+        batch_size = 1
     with _quiet():
         return _language_model_class()(
             pretrained=subject.model,
@@ -672,9 +666,8 @@ def _quiet() -> Iterator[Iterable[str]]:
         logger.setLevel(logging.WARNING)
         logger.propagate = False
         logger.addHandler(handler)
-        os.environ["DISABLE_MULTIPROC"] = (
-            "1"  # its bootstrap would start a process per core of the machine
-        )
+        # its bootstrap would start a process per core of the machine
+        os.environ["DISABLE_MULTIPROC"] = "1"
         try:
             yield handler.found
         finally:

@@ -105,9 +105,8 @@ def window_losses(model: torch.nn.Module, ids: Tensor, lengths: Sequence[int]) -
             f"the model gave logits {list(logits.shape)} for token ids {list(ids.shape)}"
         )
     rows = []
-    for window, row, length in zip(
-        ids, logits, lengths, strict=True
-    ):  # row by row: one float32 copy of [length, vocabulary]
+    # row by row: one float32 copy of [length, vocabulary]
+    for window, row, length in zip(ids, logits, lengths, strict=True):
         losses = functional.cross_entropy(
             row[: length - 1].float(), window[1:length], reduction="none"
         )

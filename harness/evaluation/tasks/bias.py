@@ -17,9 +17,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-Item = tuple[
-    str, bool, float, float, float
-]  # category, ambiguous, right, biased, names a group; NaN: counts for accuracy alone
+# category, ambiguous, right, biased, names a group; NaN: counts for accuracy alone
+Item = tuple[str, bool, float, float, float]
 
 
 def scores(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, Any]:

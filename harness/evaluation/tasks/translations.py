@@ -19,10 +19,8 @@ def to_english(document: dict[str, Any], results: list[str]) -> dict[str, Pair]:
 
 
 def _both(reference: str, answer: str) -> dict[str, Pair]:
-    pair = (
-        reference,
-        " ".join(answer.split()),
-    )  # line breaks of an answer become blanks, as in the study
+    # line breaks of an answer become blanks, as in the study
+    pair = (reference, " ".join(answer.split()))
     return {"bleu": pair, "chrf": pair}
 
 

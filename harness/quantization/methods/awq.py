@@ -287,9 +287,8 @@ class Rounding:
         for step in range(self.settings.clip_steps):
             bound = largest * (1 - step / 20)
             clipped = grouped.clamp(-bound, bound)
-            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(
-                0, 1
-            )  # [groups, out, g]
+            # [groups, out, g]
+            change = (fitting.fit(clipped).nearest(clipped) - grouped).transpose(0, 1)
             error = (torch.bmm(change, moments) * change).sum(-1, keepdim=True).transpose(0, 1)
             better = error < lowest
             lowest = torch.where(better, error, lowest)

@@ -116,9 +116,8 @@ class Rounding:
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
         fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
-        form = fitting.fit(
-            weight if scheme.group_size == -1 else weight[:, :size]
-        )  # holds all grids; one per channel: the grid itself
+        # holds all grids; one per channel: the grid itself
+        form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])
         w = weight.masked_fill(factor.dead, 0)
         scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
         zero = torch.empty_like(scale)

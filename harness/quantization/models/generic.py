@@ -44,9 +44,8 @@ class Family(DecoderFamily):
         try:
             with mode:
                 model = self.auto_class.from_config(copy.deepcopy(config)).eval()
-        except (
-            Exception
-        ) as error:  # ValueError for a foreign config, whatever the class raises for an odd one
+        except Exception as error:
+            # ValueError for a foreign config, whatever the class raises for an odd one
             named = ", ".join(data.get("architectures") or ("no architecture",))
             raise ModelError(
                 f"transformers builds no causal language model from this config.json ({named}): {error}"
@@ -129,9 +128,8 @@ class Family(DecoderFamily):
     def _locations_of(
         self, block: nn.Module, seen: Mapping[str, Tensor]
     ) -> tuple[WeightLocation, ...]:
-        first: dict[
-            int, str
-        ] = {}  # the tensors are alive in `seen`, so that their ids are their own
+        # the tensors are alive in `seen`, so that their ids are their own
+        first: dict[int, str] = {}
         locations = []
         for name, inputs in seen.items():
             module = block.get_submodule(name)

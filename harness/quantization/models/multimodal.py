@@ -20,12 +20,8 @@ from harness.quantization.models.parts import (
 )
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
-BIASED = {
-    "llama": (),
-    "mistral": (),
-    "qwen2": QKV,
-    "qwen2_vl_text": QKV,
-}  # language part -> its linears with biases
+# language part -> its linears with biases
+BIASED = {"llama": (), "mistral": (), "qwen2": QKV, "qwen2_vl_text": QKV}
 
 
 class Family(DecoderFamily):

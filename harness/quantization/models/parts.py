@@ -128,9 +128,8 @@ class MixtureFamily(DecoderFamily):
                     stage="down",
                 ),
             ]
-        return tuple(
-            sorted(locations, key=lambda location: location.stage != "gate_up")
-        )  # all first halves run before the second
+        # all first halves run before the second
+        return tuple(sorted(locations, key=lambda location: location.stage != "gate_up"))
 
     def expert_pairs(self, config: PretrainedConfig) -> tuple[ScalePair, ...]:
         """Up → down inside each expert."""

@@ -29,9 +29,8 @@ from harness.core.errors import ModelError
 from harness.core.shapes import LinearShape, ScalePair, Shapes
 
 Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
-Replace = Callable[
-    [str, Tensor], Tensor
-]  # (a location's name, inputs [..., in]) -> the inputs that the matrix multiplies instead
+# (a location's name, inputs [..., in]) -> the inputs that the matrix multiplies instead
+Replace = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,11 @@ class DecoderFamily:
     architectures: ClassVar[tuple[str, ...]] = ()
     blocks_name: str = "model.layers"
     before: tuple[str, ...] = ("model.embed_tokens",)  # modules that make the first block's input
-    after: tuple[str, ...] = (
-        "model.norm",
-        "lm_head",
-    )  # modules that make logits of the last block's output
+    # modules that make logits of the last block's output
+    after: tuple[str, ...] = ("model.norm", "lm_head")
     returns_tuple: bool = False  # a block's output comes first in a tuple
-    auto_class: ClassVar[Any] = (
-        AutoModelForCausalLM  # the class of transformers that builds the model from its config
-    )
+    # the class of transformers that builds the model from its config
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
 
@@ -140,9 +136,8 @@ class DecoderFamily:
         with torch.device("meta"):
             model = self.auto_class.from_config(copy.deepcopy(config), dtype=dtype)
         model.requires_grad_(False)
-        owners: dict[
-            str, PreTrainedModel
-        ] = {}  # a vision tower computes the buffers of its own modules
+        # a vision tower computes the buffers of its own modules
+        owners: dict[str, PreTrainedModel] = {}
         for name, module in model.named_modules():
             owners[name] = (
                 module if isinstance(module, PreTrainedModel) else owners[name.rpartition(".")[0]]
@@ -208,9 +203,8 @@ class DecoderFamily:
         model = self.skeleton(config, torch.float32)
         count = len(self.blocks(model))
         linears: dict[LinearShape, None] = {}
-        for index in range(
-            count
-        ):  # blocks may differ (dense first blocks of a mixture); the union counts
+        # blocks may differ (dense first blocks of a mixture); the union counts
+        for index in range(count):
             parameters = dict(self.blocks(model)[index].named_parameters())
             locations = self.locations(config, index)
             missing = sorted({location.parameter for location in locations} - parameters.keys())

@@ -134,9 +134,8 @@ class TrainedScales(nn.Module):
         with torch.no_grad():
             first, second = planes_of(groups, first_scale, second_scale)
         if self.through_thresholds:
-            width = second_scale.abs().clamp(
-                min=torch.finfo(torch.float32).tiny
-            )  # of a group of zeros
+            # of a group of zeros
+            width = second_scale.abs().clamp(min=torch.finfo(torch.float32).tiny)
             ratio = ((first_scale * first + second_scale / 2 - groups) / width).clamp(-1, 1)
             second = second + (ratio - ratio.detach())
         return (first_scale * first + second_scale * second).reshape(groups.shape[0], -1)

@@ -212,15 +212,13 @@ def ldlq(
     lower = torch.linalg.cholesky(hessian)
     lower = lower / lower.diagonal()
     columns = target.shape[1]
-    errors = torch.zeros(
-        columns, target.shape[0], dtype=target.dtype, device=target.device
-    )  # (t - q)ᵀ
+    # (t - q)ᵀ
+    errors = torch.zeros(columns, target.shape[0], dtype=target.dtype, device=target.device)
     rounded = torch.empty_like(target)
     for end in range(columns, 0, -block_size):
         start = max(0, end - block_size)
-        shifted = (
-            target[:, start:end].T + lower[end:, start:end].T @ errors[end:]
-        )  # [columns of the block, out]
+        # [columns of the block, out]
+        shifted = target[:, start:end].T + lower[end:, start:end].T @ errors[end:]
         local = lower[start:end, start:end]
         for i in range(end - start - 1, -1, -1):
             values = round_values(shifted[i])

@@ -115,9 +115,8 @@ class Fitting:
         scale = (
             cls(dataclasses.replace(scheme, scale_dtype="float32"), convention).fit(grouped).scale
         )
-        scale = scale.masked_fill(
-            grouped.abs().amax(-1, keepdim=True) == 0, 0
-        )  # grids of zeros have a scale of their own
+        # grids of zeros have a scale of their own
+        scale = scale.masked_fill(grouped.abs().amax(-1, keepdim=True) == 0, 0)
         largest = scale.amax().reshape(1)
         return dataclasses.replace(
             plain, tensor_scale=torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
@@ -146,9 +145,8 @@ class Fitting:
             )
         element = FORMATS[scheme.format].element
         magnitude = torch.maximum(lo.abs(), hi.abs())
-        if (
-            scheme.scale_dtype == DOUBLE_QUANTIZED
-        ):  # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
+        # of the whole matrix at once, when its codes are chosen (`weights.on_grid`)
+        if scheme.scale_dtype == DOUBLE_QUANTIZED:
             return Grid(
                 magnitude / element.reach,
                 torch.zeros_like(magnitude),

@@ -134,9 +134,8 @@ def _jacobsthal(q: int) -> np.ndarray:
     power = _prime_power(q)
     assert power is not None
     p, k = power
-    digits = np.array(
-        list(itertools.product(range(p), repeat=k)), dtype=np.int64
-    )  # elements as polynomials
+    # elements as polynomials
+    digits = np.array(list(itertools.product(range(p), repeat=k)), dtype=np.int64)
     place = p ** np.arange(k - 1, -1, -1)
     reduction = _irreducible(p, k)
     character = np.full(q, -1, dtype=np.float32)
@@ -164,9 +163,8 @@ def _irreducible(p: int, k: int) -> np.ndarray:
     if k == 1:
         return np.zeros(1, dtype=np.int64)
     elements = [np.array(e, dtype=np.int64) for e in itertools.product(range(p), repeat=k)][1:]
-    divisors = [
-        e for e in elements if not e[: k - 1 - k // 2].any()
-    ]  # one factor has at most half the degree
+    # one factor has at most half the degree
+    divisors = [e for e in elements if not e[: k - 1 - k // 2].any()]
     for reduction in elements:
         if all(_times(a, b, reduction, p).any() for a in divisors for b in elements):
             return reduction

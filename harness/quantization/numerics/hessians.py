@@ -95,9 +95,8 @@ def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) 
     """
     dead, order = hessian.diagonal() == 0, None
     if act_order:
-        diagonal = torch.where(
-            dead, 1.0, hessian.diagonal()
-        )  # dead columns take the place of a unit diagonal
+        # dead columns take the place of a unit diagonal
+        diagonal = torch.where(dead, 1.0, hessian.diagonal())
         order = torch.argsort(diagonal, descending=True, stable=True)
         hessian = hessian[order][:, order]
     return Factor(inverse_factor(damped(hessian, damping_fraction)[0]), dead, order)

@@ -63,8 +63,7 @@ def hold(module: nn.Module, name: str, value: Tensor) -> None:
     assert name in NAMES, name
     weight = module.weight
     assert isinstance(weight, Tensor)
-    placed = value.to(
-        weight.device, weight.dtype if name == SCALE else torch.int32, copy=True
-    )  # of its own: files hold no views
+    # of its own: files hold no views
+    placed = value.to(weight.device, weight.dtype if name == SCALE else torch.int32, copy=True)
     module._parameters[name] = nn.Parameter(placed, requires_grad=False)
     attach(module)

@@ -116,8 +116,7 @@ def _rotations(stream: np.random.Philox, count: int, size: int) -> Tensor:
     u = _uniform(stream, 2 * count * size * size)
     normal = np.sqrt(-2 * np.log(u[::2])) * np.cos(2 * np.pi * u[1::2])
     q, r = torch.linalg.qr(torch.from_numpy(normal.reshape(count, size, size)))
-    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(
-        -2
-    )  # without it QR's Q is not uniform
+    # without it QR's Q is not uniform
+    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
     q[:, :, 0] *= torch.linalg.det(q).sign().unsqueeze(-1)
     return q.float()

@@ -76,9 +76,8 @@ def steps_of(
             yield epoch * samples + sample + 1, epochs * samples
         assert total is not None
         losses.append(float(total) / samples)
-        if not losses[-1] < float(
-            "inf"
-        ):  # once per epoch: a check per step would wait for the device
+        # once per epoch: a check per step would wait for the device
+        if not losses[-1] < float("inf"):
             raise MethodError(
                 f"{what}: the loss of epoch {epoch + 1} is {losses[-1]}; lower the learning rate, "
                 "or load the model in a wider dtype (model.dtype=float32)"
@@ -185,9 +184,8 @@ def fine_tune(
         if step * STRETCHES // steps > (step - 1) * STRETCHES // steps:
             losses.append(float(total) / (step - since))
             total, since = torch.zeros_like(total), step
-            if not losses[-1] < float(
-                "inf"
-            ):  # once per stretch: a check per step would wait for the device
+            # once per stretch: a check per step would wait for the device
+            if not losses[-1] < float("inf"):
                 raise MethodError(
                     f"{what}: the loss before step {step} of {steps} is {losses[-1]}; lower the learning rate, "
                     "or load the model in a wider dtype (model.dtype=float32)"

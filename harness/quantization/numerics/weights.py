@@ -157,9 +157,8 @@ class UniformWeight(QuantizedWeight):
         return (self.scale.unsqueeze(-1) * centred).reshape(rows, columns)
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        target = SCALE_DTYPES.get(
-            self.scale_dtype, torch.float16
-        )  # of zero points that are not codes
+        # of zero points that are not codes
+        target = SCALE_DTYPES.get(self.scale_dtype, torch.float16)
         tensors = {
             "codes": pack(self.codes, self.bits),
             **pack_scales(self.scale, self.scale_dtype, self.tensor_scale),

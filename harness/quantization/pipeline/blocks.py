@@ -46,9 +46,8 @@ class Blocks:
         self.config = self.family.config(data)
         self.model = self.family.skeleton(self.config, self.dtype)
         self.weights = ModelWeights(folder, self.model)
-        self.parameters = {
-            name: p.numel() for name, p in self.model.named_parameters()
-        }  # a tied head counts once
+        # a tied head counts once
+        self.parameters = {name: p.numel() for name, p in self.model.named_parameters()}
         self._meta = list(self.family.blocks(self.model))
         self._calls: list[list[Call]] = []  # [block][sequence]
 
@@ -292,9 +291,8 @@ class StreamedBlock:
                 )
                 raise _Stop
 
-            if (
-                self._pristine is None
-            ):  # the method may have given the module's linears inputs of their own
+            # the method may have given the module's linears inputs of their own
+            if self._pristine is None:
                 self._pristine = self._blocks.build(self.index, self._original)
             handle = self._pristine.get_submodule(region).register_forward_pre_hook(
                 take, with_kwargs=True
@@ -455,10 +453,8 @@ def _intern(call: Call, before: Call | None, seen: dict[int, Any]) -> Call:
                     and old.dtype == value.dtype
                     and torch.equal(old, value)
                 )
-                seen[id(value)] = (
-                    old if same else value,
-                    value,
-                )  # the value is kept alive, so that its id stays its own
+                # the value is kept alive, so that its id stays its own
+                seen[id(value)] = (old if same else value, value)
             return seen[id(value)][0]
         if isinstance(value, tuple | list):
             olds = (
