@@ -45,8 +45,8 @@ from harness.reporting.tables import build, build_all
 from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.storage.sweep_state import SweepState, is_running
+from harness.tracking import mlflow_runs
 from harness.tracking.background import BackgroundTracker
-from harness.tracking.mlflow_runs import is_tracked, open_tracker
 from harness.tracking.tracker import Tracker
 from harness.tracking.ui import PORT, pages
 
@@ -109,13 +109,13 @@ class Summary:
         )
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
+        lines += [f"report  {self.report}"] if self.report else []
         if self.interrupted or done < len(self.records):
-            lines.append(f"resume  {command_line(sweep)}")
-        elif sweep.path is not None or not self.records:
+            return "\n".join([*lines, f"resume  {command_line(sweep)}"])
+        if sweep.path is not None or not self.records:
             lines.append(f"next    {command_line(sweep, 'table')}")
         else:
             lines.append(f"next    harness show {self.records[-1].cell_key[:8]}{_runs(sweep)}")
-        lines += [f"report  {self.report}"] if self.report else []
         lines += _browse(sweep, self.page)
         return "\n".join(lines)
 
@@ -263,7 +263,10 @@ class _Recorder:
         titles = {key: cell.title for key, cell in self.cells.items()}
         self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
         self.tracker = BackgroundTracker(
-            lambda: open_tracker(plan.sweep, plan_text), self._send_cell, self._progress, self._warn
+            lambda: mlflow_runs.open_tracker(plan.sweep, plan_text),
+            self._send_cell,
+            self._progress,
+            self._warn,
         )
         self.dashboard = self.behind = ""
         self._report_after = 0.0
@@ -428,7 +431,7 @@ def _tracked(sweep: Sweep) -> list[str]:
 def _is_tracked(sweep: Sweep) -> bool:
     """Whether MLflow still has the sweep's runs; where it does not answer, the run itself reports that."""
     try:
-        return is_tracked(sweep)
+        return mlflow_runs.is_tracked(sweep)
     except TrackingError:
         return False
 

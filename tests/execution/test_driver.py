@@ -265,7 +265,7 @@ def test_broken_tracking_never_stops_a_sweep(
         def cell(self, record: Any, state: str) -> None:
             raise RuntimeError("database is locked")
 
-        def finish(self, files: Any, figures: Any, summary: str) -> None:
+        def finish(self, files: Any, figures: Any, summary: str) -> str:
             raise TrackingError("the server is gone")
 
     monkeypatch.setattr(driver.mlflow_runs, "open_tracker", lambda sweep, text: Broken())
@@ -290,8 +290,9 @@ def test_tracking_that_comes_back_is_told_everything(
         def cell(self, record: Any, state: str) -> None:
             told[record.cell_key] = state
 
-        def finish(self, files: Any, figures: Any, summary: str) -> None:
+        def finish(self, files: Any, figures: Any, summary: str) -> str:
             told["finish"] = summary
+            return "#/experiments/1/runs/abc"
 
     def open_tracker(sweep: Sweep, text: str) -> Tracker:
         tries.append(time.monotonic())
