@@ -17,6 +17,7 @@ import functools
 import math
 import re
 import statistics
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ NAMES = {
 }
 TOLERANCE = 0.01  # one point of accuracy; of a perplexity, one percent
 OVERVIEW_ROWS = 60  # cells in the overview of layer errors
+LETTERS_PER_INCH = 14  # of a label at 9 points
 
 
 # Matplotlib's settings are those of the whole process, and tracking has a thread
@@ -418,7 +420,7 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
         # in their order
         kept = sorted(sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS])
         grid, labels = [grid[row] for row in kept], [labels[row] for row in kept]
-    return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, mean of a block")
+    return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, {_unbroken('mean of a block')}")
 
 
 def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) -> Figure:
@@ -626,9 +628,8 @@ def _heat_map(
 ) -> Figure:
     from matplotlib.colors import LogNorm
 
-    figure, axes = _figure(
-        title, max(5.2, 2.6 + 0.24 * len(blocks)), max(2.4, 1.3 + 0.3 * len(labels))
-    )
+    height = max(2.4, 1.3 + 0.3 * len(labels))
+    figure, axes = _figure(title, max(5.2, 2.6 + 0.24 * len(blocks)), height)
     axes.grid(False)
     known = [value for row in grid for value in row if math.isfinite(value)]
     low, high = min(known), max(known)
@@ -640,17 +641,24 @@ def _heat_map(
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.set_xlabel("block")
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(unit, fontsize=9)
+    bar.set_label(textwrap.fill(unit, int((height - 0.8) * LETTERS_PER_INCH)), fontsize=9)
     bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     return figure
 
 
 def _error_text(name: str) -> str:
-    return {
-        "output_error": "relative output error ‖(W−Ŵ)X‖² / ‖WX‖²",
-        "weight_error": "relative weight error ‖W−Ŵ‖² / ‖W‖²",
+    """The name of an error and its formula."""
+    text, formula = {
+        "output_error": ("relative output error", "‖(W−Ŵ)X‖² / ‖WX‖²"),
+        "weight_error": ("relative weight error", "‖W−Ŵ‖² / ‖W‖²"),
     }[name]
+    return f"{text} {_unbroken(formula)}"
+
+
+def _unbroken(text: str) -> str:
+    """Text that stays on one line of a label."""
+    return text.replace(" ", "\u00a0")
 
 
 def _positive(value: Any) -> bool:
