@@ -133,13 +133,13 @@ def run(
       harness run demo evaluations.limit=20
       harness run llama3_8b_ptq cluster=ray --budget 8h
     """
-    from harness.cli import progress
+    from harness.cli.progress import show_events
     from harness.core.units import seconds_of
-    from harness.execution import driver
+    from harness.execution.driver import run as run_sweep
 
     limit = seconds_of(budget) if budget else None
     loaded, _ = _load(sweep, overrides)
-    summary = driver.run(loaded, progress.show_events(), budget_seconds=limit)
+    summary = run_sweep(loaded, show_events(), budget_seconds=limit)
     print(summary.text)
     raise typer.Exit(summary.exit_code)
 
@@ -152,10 +152,10 @@ def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     Examples:
       harness status demo
     """
-    from harness.cli import status as display
+    from harness.cli.status import status as status_text
 
     loaded, store = _load(sweep, overrides)
-    print(display.status(store.snapshot(loaded.cells), loaded.name, loaded.cells))
+    print(status_text(store.snapshot(loaded.cells), loaded.name, loaded.cells))
 
 
 @app.command()
@@ -177,11 +177,11 @@ def table(
       harness table demo
       harness table llama3_8b_ptq --table table1 --format latex
     """
-    from harness.reporting import render as tables
-    from harness.reporting import tables as tables_module
+    from harness.reporting.render import FORMATS, render
+    from harness.reporting.tables import build
 
-    if form not in tables.FORMATS:
-        raise ConfigError(unknown_name("table format", form, tables.FORMATS))
+    if form not in FORMATS:
+        raise ConfigError(unknown_name("table format", form, FORMATS))
     loaded, store = _load(sweep, overrides)
     names = [each.name for each in loaded.shown_tables]
     if name and name not in names:
@@ -189,13 +189,7 @@ def table(
     store = store.snapshot(loaded.cells)
     records = [store.record(cell) for cell in loaded.cells]
     chosen = [each for each in loaded.shown_tables if not name or each.name == name]
-    print(
-        "\n".join(
-            tables.render(tables_module.build(loaded, each, records, store), form)
-            for each in chosen
-        ),
-        end="",
-    )
+    print("\n".join(render(build(loaded, each, records, store), form) for each in chosen), end="")
 
 
 @app.command()
@@ -206,10 +200,10 @@ def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     Examples:
       harness report demo
     """
-    from harness.reporting import files
+    from harness.reporting.files import refresh
 
     loaded, store = _load(sweep, overrides)
-    print(f"report  {store.where(files.refresh(loaded, store))}")
+    print(f"report  {store.where(refresh(loaded, store))}")
 
 
 @app.command()
@@ -220,16 +214,13 @@ def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     Examples:
       harness findings demo_methods
     """
-    from harness.reporting import findings as checks
+    from harness.reporting.findings import check, render
 
     loaded, store = _load(sweep, overrides)
     if not loaded.findings:
         raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
     store = store.snapshot(loaded.cells)
-    print(
-        checks.render(checks.check(loaded, [store.record(cell) for cell in loaded.cells], store)),
-        end="",
-    )
+    print(render(check(loaded, [store.record(cell) for cell in loaded.cells], store)), end="")
 
 
 @app.command()
@@ -245,15 +236,15 @@ def show(
     Examples:
       harness show 2ddd94ff
     """
-    from harness.cli import show as show_module
-    from harness.config import reproduce
+    from harness.cli.show import record_text
+    from harness.config.reproduce import command_for
     from harness.storage.store import Store
 
     store = Store(runs)
     cell = store.cell(store.find(key))
     if cell is None:
         raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
-    print(show_module.record_text(store.record(cell), store, reproduce.command_for(cell)))
+    print(record_text(store.record(cell), store, command_for(cell)))
 
 
 @app.command()
@@ -332,14 +323,14 @@ def gc(
       harness gc
     """
     from harness.core.units import size
-    from harness.storage import gc as clean
+    from harness.storage.gc import find, remove
     from harness.storage.store import Store
 
     store = Store(runs)
-    found = clean.find(store)
+    found = find(store)
     for each in found:
         print(f"{size(each.bytes):>9}  {store.where(each.path)}  {each.reason}")
-    freed = sum(each.bytes for each in found) if dry_run else clean.remove(store, found)
+    freed = sum(each.bytes for each in found) if dry_run else remove(store, found)
     print(
         f"{len(found)} leftovers, {size(freed)} {'would be free; nothing was deleted' if dry_run else 'freed'}"
     )
@@ -368,10 +359,10 @@ def export(
     Examples:
       harness export 2ddd94ff --format compressed_tensors --output folder
     """
-    from harness.quantization import export as exporting
+    from harness.quantization.export import export as export_cell
     from harness.storage.store import Store
 
-    print(exporting.export(Store(runs), key, form, output).text)
+    print(export_cell(Store(runs), key, form, output).text)
 
 
 @app.command()
@@ -384,10 +375,10 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
       harness publish --runs s3://bucket/prefix
     """
     from harness.storage.store import Store
-    from harness.tracking import mlflow_runs
+    from harness.tracking.mlflow_runs import publish as publish_results
 
     loaded, store = _load(sweep, overrides) if sweep else (None, Store(runs))
-    print(mlflow_runs.publish(store, loaded))
+    print(publish_results(store, loaded))
 
 
 @app.command()
@@ -409,9 +400,9 @@ def diagnose(
       harness diagnose demo:weight_outliers
       harness diagnose llama3_8b calibration=c4 calibration.samples=16
     """
-    from harness.cli import diagnose as diagnose_module
+    from harness.cli.diagnose import run as diagnose_model
 
-    print(diagnose_module.run(model, overrides or [], bits, group_size))
+    print(diagnose_model(model, overrides or [], bits, group_size))
 
 
 @app.command()
@@ -455,10 +446,10 @@ def data_pull(
     Examples:
       harness data pull llama3_8b_ptq --output bundle
     """
-    from harness.data import bundle
+    from harness.data.bundle import pull
 
     loaded, _ = _load(sweep, overrides)
-    for line in bundle.pull(loaded, output):
+    for line in pull(loaded, output):
         print(line)
     print(f"next    {_again('run', sweep, overrides)} data.root={output}")
 
@@ -471,9 +462,9 @@ def data_check(folder: Annotated[Path, typer.Argument(help="The folder of a bund
     Examples:
       harness data check bundle
     """
-    from harness.data import bundle
+    from harness.data.bundle import verify
 
-    problems = bundle.verify(folder)
+    problems = verify(folder)
     print("\n".join(problems) or f"{folder}: complete and unchanged")
     raise typer.Exit(int(bool(problems)))
 
@@ -514,16 +505,14 @@ def doctor(
       harness doctor
       harness doctor path/to/model
     """
-    from harness.cli import doctor as doctor_module
+    from harness.cli.doctor import examine, examine_model, render
 
     if model is not None:
-        found = doctor_module.examine_model(model)
-        print(
-            doctor_module.render(found, f"ready   harness plan model={model} method=rtn scheme=w4")
-        )
+        found = examine_model(model)
+        print(render(found, f"ready   harness plan model={model} method=rtn scheme=w4"))
     else:
-        found = doctor_module.examine(runs)
-        print(doctor_module.render(found))
+        found = examine(runs)
+        print(render(found))
     raise typer.Exit(int(any(each.level == "wrong" for each in found)))
 
 

@@ -89,12 +89,10 @@ def _ancestry(record: Record, store: Store) -> str:
         lines.append(("code", f"{name}: {commit}" + (f", changes {changed}" if changed else "")))
         if facts.get("packages"):
             lines.append(("packages", f"{name}: {_place(store, facts['packages'])}"))
-        lines.append(
-            (
-                "device",
-                f"{name}: {facts.get('device')} on {facts.get('host')}, {facts.get('threads')} threads",
-            )
+        device, host, threads = (
+            facts.get(fact) or "not known" for fact in ("device", "host", "threads")
         )
+        lines.append(("device", f"{name}: {device} on host {host}, threads {threads}"))
     if cell.method.tuning is not None:
         lines.append(("tuned from", f"checkpoint {quantize_key(untuned(cell))}"))
     if not cell.method.is_baseline:

@@ -24,6 +24,7 @@ from harness.core import plugins
 from harness.core.cell import Evaluation, digest, freeze
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
+from harness.core.text import short_list
 from harness.data import digests, hub, task_files, texts
 from harness.data.bundle import Bundle
 from harness.data.task_files import TaskFile
@@ -147,9 +148,7 @@ def _check_reported(context: Context, evaluations: Iterable[Evaluation]) -> None
             if other != evaluation.name:
                 shared.setdefault((other, evaluation.name), []).append(name)
     for (first, second), names in shared.items():
-        listed = ", ".join(sorted(names)[:3]) + (
-            f" and {len(names) - 3} more" if len(names) > 3 else ""
-        )
+        listed = short_list(sorted(names), 3)
         context.problems.add(
             f"{context.file.where}: evaluations {first} and {second} both report {listed}; request them in two sweeps"
         )

@@ -31,11 +31,11 @@ from typing import IO, Any, Protocol
 
 from harness.core.errors import DataError
 from harness.core.sweep import Sweep
-from harness.data import digests as digests_module
-from harness.data import hub as hub_module
-from harness.data import model_folders, task_files
-from harness.data import texts as sources
-from harness.data.task_files import TaskFile
+from harness.data.digests import file_digest
+from harness.data.hub import COMMIT, hub_rows, is_hub_id
+from harness.data.model_folders import FETCHED_FILES
+from harness.data.task_files import SPLITS, TaskFile, members
+from harness.data.texts import hub_text, read_corpus
 
 INDEX = "bundle.json"
 FORMAT = 2
@@ -76,18 +76,16 @@ class PublicHub:
 
         try:
             return Path(
-                snapshot_download(
-                    repository, revision=commit, allow_patterns=[*model_folders.FETCHED_FILES]
-                )
+                snapshot_download(repository, revision=commit, allow_patterns=[*FETCHED_FILES])
             )
         except Exception as error:
             raise _unreachable(f"model {repository}@{commit}", error) from error
 
     def texts(self, source: str, split: str) -> Iterable[str]:
-        return sources.read_corpus(source, split)
+        return read_corpus(source, split)
 
     def rows(self, repository: str, config: str | None, split: str, commit: str) -> Iterable[Row]:
-        yield from hub_module.hub_rows(repository, config, split, commit)
+        yield from hub_rows(repository, config, split, commit)
 
 
 class _Once:
@@ -140,13 +138,13 @@ class Bundle:
 
         A source that names no commit is the one here. Raises DataError where there are several, or the file was changed since.
         """
-        asked = sources.hub_text(source)
+        asked = hub_text(source)
         found = {}
         for name, entry in self.files.items():
             kind, _, rest = name.partition(" ")
             pulled, _, pulled_split = rest.rpartition(" ")
             if kind == "text" and pulled_split == split:
-                here = sources.hub_text(pulled)
+                here = hub_text(pulled)
                 if asked == here or (not asked.is_pinned and asked.unpinned == here.unpinned):
                     found[pulled] = entry
         if len(found) > 1:
@@ -176,7 +174,7 @@ class Bundle:
 
     def _check_unchanged(self, name: str) -> None:
         path, entry = self.folder / self.files[name]["path"], self.files[name]
-        if not path.is_file() or digests_module.file_digest(path) != entry["sha256"]:
+        if not path.is_file() or file_digest(path) != entry["sha256"]:
             raise DataError(
                 f"{name}: {path} is {'not what was pulled' if path.is_file() else 'missing'}; pull it again"
             )
@@ -217,14 +215,14 @@ def verify(folder: Path) -> list[str]:
         path = folder / entry["path"]
         if not path.is_file():
             problems.append(f"{name}: {path} is missing")
-        elif digests_module.file_digest(path) != entry["sha256"]:
+        elif file_digest(path) != entry["sha256"]:
             problems.append(f"{name}: {path} is not what was pulled")
     for name, entry in bundle.models.items():
         for file, digest in entry["files"].items():
             path = folder / entry["path"] / file
             if not path.is_file():
                 problems.append(f"model {name}: {path} is missing")
-            elif digests_module.file_digest(path) != digest:
+            elif file_digest(path) != digest:
                 problems.append(f"model {name}: {path} is not what was pulled")
     return problems
 
@@ -234,9 +232,9 @@ def verify(folder: Path) -> list[str]:
 
 def _models(sweep: Sweep) -> list[tuple[str, str]]:
     found = {}
-    for model in (cell.model for cell in sweep.cells if hub_module.is_hub_id(cell.model.source)):
+    for model in (cell.model for cell in sweep.cells if is_hub_id(cell.model.source)):
         found[model.source] = (
-            model.digest if hub_module.COMMIT.fullmatch(model.digest) else model.revision or "main"
+            model.digest if COMMIT.fullmatch(model.digest) else model.revision or "main"
         )
     return list(found.items())
 
@@ -259,7 +257,7 @@ def _tasks(sweep: Sweep) -> list[tuple[TaskFile, Mapping[str, str]]]:
     for evaluation in {e.name: e for cell in sweep.cells for e in cell.evaluations}.values():
         settings = dict(evaluation.settings)
         if isinstance(settings.get("task"), str):
-            for task in task_files.members(settings["task"], settings.get("include") or ""):
+            for task in members(settings["task"], settings.get("include") or ""):
                 found.setdefault(task.name, (task, dict(settings.get("revisions") or ())))
     return list(found.values())
 
@@ -268,9 +266,7 @@ def _tasks(sweep: Sweep) -> list[tuple[TaskFile, Mapping[str, str]]]:
 
 
 def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
-    commit = (
-        revision if hub_module.COMMIT.fullmatch(revision) else hub.commit(source, "model", revision)
-    )
+    commit = revision if COMMIT.fullmatch(revision) else hub.commit(source, "model", revision)
     place = Path("models") / source.replace("/", "--")
     known = bundle.models.get(source)
     if (
@@ -283,23 +279,18 @@ def _pull_model(bundle: Bundle, hub: Hub, source: str, revision: str) -> str:
     target = bundle.folder / place
     target.mkdir(parents=True, exist_ok=True)
     names = sorted(
-        {
-            path.name
-            for pattern in model_folders.FETCHED_FILES
-            for path in origin.glob(pattern)
-            if path.is_file()
-        }
+        {path.name for pattern in FETCHED_FILES for path in origin.glob(pattern) if path.is_file()}
     )
     for name in names:
         shutil.copyfile(origin / name, target / f"{name}.part")
         os.replace(target / f"{name}.part", target / name)
-    digests = {name: digests_module.file_digest(target / name) for name in names}
+    digests = {name: file_digest(target / name) for name in names}
     bundle.models[source] = {"commit": commit, "path": place.as_posix(), "files": digests}
     return f"model {source}@{commit[:12]}: {len(names)} files"
 
 
 def _pull_text(bundle: Bundle, hub: Hub, source: str, split: str) -> str:
-    parts = sources.hub_text(source)
+    parts = hub_text(source)
     commit = (
         str(parts.revision)
         if parts.is_pinned
@@ -325,13 +316,9 @@ def _pull_task(
     config = task.config.get("dataset_name")
     revision = task.revision or revisions.get(task.data_set) or "main"
     commit = (
-        revision
-        if hub_module.COMMIT.fullmatch(revision)
-        else hub.commit(task.data_set, "dataset", revision)
+        revision if COMMIT.fullmatch(revision) else hub.commit(task.data_set, "dataset", revision)
     )
-    for split in sorted(
-        {str(task.config[key]) for key in task_files.SPLITS if task.config.get(key)}
-    ):
+    for split in sorted({str(task.config[key]) for key in SPLITS if task.config.get(key)}):
         name = f"task {task.name} {split}"
         if _is_here(bundle, name) and bundle.files[name]["commit"] == commit:
             yield f"{name}: here already"
@@ -356,7 +343,7 @@ def _keep(bundle: Bundle, name: str, place: Path, rows: Iterable[Row], commit: s
         "path": place.as_posix(),
         "rows": len(hashes),
         "commit": commit,
-        "sha256": digests_module.file_digest(path),
+        "sha256": file_digest(path),
     }
     bundle.files[name] = entry
     return f"{name}: {len(hashes)} rows"
@@ -376,11 +363,7 @@ def _writer(path: Path, compressed: bool) -> Iterator[IO[bytes]]:
 def _is_here(bundle: Bundle, name: str) -> bool:
     entry = bundle.files.get(name)
     path = None if entry is None else bundle.folder / entry["path"]
-    return (
-        path is not None
-        and path.is_file()
-        and digests_module.file_digest(path) == bundle.files[name]["sha256"]
-    )
+    return path is not None and path.is_file() and file_digest(path) == bundle.files[name]["sha256"]
 
 
 def _unreachable(what: str, error: Exception) -> DataError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.core.errors import EvaluationError
-from harness.core.text import first_line
+from harness.core.text import first_line, short_list
 
 # this object, told by identity: the value of every metric of an item without an answer
 UNANSWERED = float("nan")
@@ -200,5 +200,5 @@ def _items(count: int, total: int) -> str:
 
 def _named(items: Iterable[int]) -> str:
     listed = sorted(items)
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return f"item{'' if len(listed) == 1 else 's'} {', '.join(map(str, listed[:NAMED]))}{more}"
+    numbers = short_list([str(item) for item in listed], NAMED)
+    return f"item{'' if len(listed) == 1 else 's'} {numbers}"

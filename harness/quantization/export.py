@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from harness.core import plugins
 from harness.core.cell import Cell, cell_key, quantize_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
+from harness.core.text import short_list
 from harness.data import hub, model_folders
 from harness.storage.store import Store
 
@@ -244,10 +245,6 @@ def _export_adapters(
     return Exported(output, name, 1, total, text)
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
-
-
 def _refuse(cell: Cell, name: str, reasons: Sequence[str]) -> None:
     if reasons:
         listed = "\n".join(f"  {reason}" for reason in dict.fromkeys(reasons))
@@ -313,7 +310,7 @@ class _Writing:
                     described[self.family.block_prefix(index) + owner] = self.layout.describe(
                         weight, activation
                     )
-        return described, [f"{reason}: {_some(where)}" for reason, where in found.items()]
+        return described, [f"{reason}: {short_list(where, 3)}" for reason, where in found.items()]
 
     def other_linears(self, described: Mapping[str, Description | None]) -> list[str]:
         from torch import nn

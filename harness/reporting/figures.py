@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import statistics
 import textwrap
 import threading
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.cell import Cell, cell_key
 from harness.core.labels import group_text, replicates, variants
 from harness.core.sweep import Sweep
+from harness.core.text import file_name
 from harness.evaluation.statistics import over_seeds, pearson
 from harness.reporting.metrics import (
     LAYER_ERRORS,
@@ -147,7 +147,7 @@ def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
         }
         drawn["layer-errors"] = error_overview(own)
         made |= {
-            _file_name(f"{name}{suffix}"): figure
+            file_name(f"{name}{suffix}"): figure
             for name, figure in drawn.items()
             if figure is not None
         }
@@ -420,7 +420,9 @@ def error_overview(records: Sequence[Record]) -> Figure | None:
         # in their order
         kept = sorted(sorted(range(len(grid)), key=lambda row: -means[row])[:OVERVIEW_ROWS])
         grid, labels = [grid[row] for row in kept], [labels[row] for row in kept]
-    return _heat_map(grid, blocks, labels, title, f"{_error_text(name)}, {_unbroken('mean of a block')}")
+    return _heat_map(
+        grid, blocks, labels, title, f"{_error_text(name)}, {_unbroken('mean of a block')}"
+    )
 
 
 def diagnosis_map(linears: Sequence[Mapping[str, Any]], value: str, title: str) -> Figure:
@@ -668,7 +670,3 @@ def _positive(value: Any) -> bool:
 def _finite(record: Record, *metrics: str) -> bool:
     known = record.metrics()
     return all(math.isfinite(known.get(metric, math.nan)) for metric in metrics)
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

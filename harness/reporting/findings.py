@@ -16,11 +16,11 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from harness.core.sweep import Finding, Sweep, Term
+from harness.core.text import letters_and_digits
 from harness.evaluation.statistics import pearson
 from harness.reporting.published import BASELINES
 from harness.reporting.table_data import ColumnHead, Row, TableData, Value
@@ -292,7 +292,7 @@ def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> A
             if number is None:
                 missing.append(f"{reference} of {_row_title(row)}")
             elif math.isfinite(number):
-                numbers[reference][(row.model, *map(_plain, row.labels[:2]))] = number
+                numbers[reference][(row.model, *map(letters_and_digits, row.labels[:2]))] = number
     shared = sorted(set.intersection(*(set(found) for found in numbers.values())))
     over = [
         math.fsum(numbers[name][row] for name in finding.over) / len(finding.over) for row in shared
@@ -343,9 +343,9 @@ def _column(data: TableData, name: str) -> int:
 
 def _fits(row: Row, data: TableData, term: Term) -> bool:
     labels = dict(zip(data.labels, row.labels, strict=True))
-    method = "none" if row.baseline else _plain(labels.get("method", ""))
+    method = "none" if row.baseline else letters_and_digits(labels.get("method", ""))
     bits, group = labels.get("bits", ""), labels.get("group", "")
-    wanted = _plain(term.method)
+    wanted = letters_and_digits(term.method)
     return (
         (
             not term.model
@@ -357,10 +357,6 @@ def _fits(row: Row, data: TableData, term: Term) -> bool:
         and (term.group == "" or (group or "row") == str(term.group))
         and (not term.variant or fnmatch.fnmatchcase(labels.get("variant", ""), term.variant))
     )
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _row_title(row: Row) -> str:

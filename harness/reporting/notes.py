@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from harness.core.sweep import Sweep, Table, command_line
+from harness.core.text import letters_and_digits, short_list
 from harness.reporting.metrics import problems_of
 from harness.reporting.published import Published
 from harness.reporting.table_data import GAP, PUBLISHED_ONLY, ColumnHead, Row
@@ -93,7 +94,7 @@ def _problems(
                 sentence for record in records for sentence in problems_of(record, metrics)
             ):
                 found.setdefault(sentence, []).append(row)
-    notes = [f"† {sentence} In {_some(own)}." for sentence, own in found.items()]
+    notes = [f"† {sentence} In {_row_names(own)}." for sentence, own in found.items()]
     if len(notes) > PROBLEM_NOTES:
         left = len(notes) - PROBLEM_NOTES
         notes = [*notes[:PROBLEM_NOTES], f"† {left} more such notes: harness show names a cell's."]
@@ -132,20 +133,20 @@ def _verdicts(
         for at in could:
             unexplained.pop(at, None)
         notes.append(
-            f"Protocol{f' (could explain ≠ of {_some(could.values())})' if could else ''}: {line}"
+            f"Protocol{f' (could explain ≠ of {_row_names(could.values())})' if could else ''}: {line}"
         )
     if unexplained:
         notes.append(
-            f"≠ of {_some(unexplained.values())}: no difference of protocol is noted that could explain it."
+            f"≠ of {_row_names(unexplained.values())}: no difference of protocol is noted that could explain it."
         )
     return notes
 
 
-def _some(rows: Iterable[Row]) -> str:
+def _row_names(rows: Iterable[Row]) -> str:
     names = list(
         dict.fromkeys(" ".join(label for label in row.labels[:3] if label) for row in rows)
     )
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return short_list(names, 4)
 
 
 def _explains(
@@ -159,30 +160,33 @@ def _explains(
 ) -> bool:
     """Whether a difference of protocol is about a number. "GPTQ: …" and "C4 and PTB: …" are about their rows and columns alone,
     "calibration: …" about the methods that are calibrated, others about everything."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower())
-
     words = (
-        {plain(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])}
+        {letters_and_digits(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])}
         if ": " in line
         else set()
     )
     if "calibration" in words and row.cell is not None and not row.cell.method.needs:
         return False
-    known = {plain(each.method) for each in (published.rows if published is not None else ())}
-    known |= {plain(each.labels[0]) for each in rows} | set(map(plain, table.methods.values()))
-    own = {
-        plain(row.labels[0]),
-        plain(row.cell.method.name if row.cell else ""),
-        plain(table.methods.get(row.labels[0], "")),
+    known = {
+        letters_and_digits(each.method)
+        for each in (published.rows if published is not None else ())
     }
-    columns = {name for each in heads for name in _column_words(each, plain)}
+    known |= {letters_and_digits(each.labels[0]) for each in rows} | set(
+        map(letters_and_digits, table.methods.values())
+    )
+    own = {
+        letters_and_digits(row.labels[0]),
+        letters_and_digits(row.cell.method.name if row.cell else ""),
+        letters_and_digits(table.methods.get(row.labels[0], "")),
+    }
+    columns = {name for each in heads for name in _column_words(each)}
     asked_rows, asked_columns = words & known, words & columns
     return (not asked_rows or bool(asked_rows & own)) and (
-        not asked_columns or bool(asked_columns & _column_words(head, plain))
+        not asked_columns or bool(asked_columns & _column_words(head))
     )
 
 
-def _column_words(head: ColumnHead, plain: Callable[[str], str]) -> set[str]:
-    return {plain(word) for word in (head.column.title, *head.column.title.split())} - {""}
+def _column_words(head: ColumnHead) -> set[str]:
+    return {
+        letters_and_digits(word) for word in (head.column.title, *head.column.title.split())
+    } - {""}

@@ -14,6 +14,7 @@ from pathlib import Path
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import published_folders
+from harness.core.text import letters_and_digits
 
 # what papers call the full-precision row, and what we do
 BASELINES = ("fp16", "bf16", "fp32", "w16a16", "none")
@@ -175,10 +176,6 @@ def _parse_published(path: Path) -> Published:
     )
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 def same_model(cell: Cell, published: Published, row: PublishedRow) -> bool:
     """By name or by hub id; a table about one model says so in its head, others in each row."""
     if row.model:
@@ -186,16 +183,19 @@ def same_model(cell: Cell, published: Published, row: PublishedRow) -> bool:
     else:
         names = (*published.models, *(name for name in published.checkpoints.values() if name))
     return bool(
-        {_plain(name) for name in names if name}
-        & {_plain(cell.model.name), _plain(cell.model.source)}
+        {letters_and_digits(name) for name in names if name}
+        & {letters_and_digits(cell.model.name), letters_and_digits(cell.model.source)}
     )
 
 
 def _same_method(cell: Cell, row: PublishedRow, methods: Mapping[str, str]) -> bool:
-    method, name = _plain(row.method), _plain(methods.get(cell.method.name, cell.method.name))
+    method, name = (
+        letters_and_digits(row.method),
+        letters_and_digits(methods.get(cell.method.name, cell.method.name)),
+    )
     if cell.method.is_baseline:
         return method in BASELINES
-    return name in {method, _plain(row.label)} or (name, method) in {
+    return name in {method, letters_and_digits(row.label)} or (name, method) in {
         ("rtn", "rtnperchannel"),
         ("nf4", "normalfloat"),
     }
@@ -231,14 +231,14 @@ def match(
     matches: dict[str, PublishedRow] = {}
     ambiguous: list[str] = []
     for cell in cells:
-        name = _plain(renamed.get(cell.method.name, cell.method.name))
+        name = letters_and_digits(renamed.get(cell.method.name, cell.method.name))
         rows = [row for row in published.rows if same_model(cell, published, row)]
         rows = [
             row
             for row in rows
             if _same_method(cell, row, renamed) and _same_scheme(cell, row, published)
         ]
-        rows = [row for row in rows if _plain(row.label) == name] or rows
+        rows = [row for row in rows if letters_and_digits(row.label) == name] or rows
         if len(rows) == 1:
             matches[cell_key(cell)] = rows[0]
         elif rows:

@@ -15,6 +15,7 @@ from importlib import resources
 
 from harness.core.cell import Cell, baseline_of, cell_key, to_json
 from harness.core.sweep import Column, Sweep, command_line
+from harness.core.text import settings_text
 from harness.reporting import findings
 from harness.reporting.gallery import heading, image_tag
 from harness.reporting.metrics import problems_of
@@ -294,18 +295,21 @@ def _protocol(sweep: Sweep, made: Mapping[str, TableData]) -> str:
         model = cell.model
         revision = f"@{model.revision}" if model.revision else ""
         rows[
-            "model", model.name, f"{model.source}{revision}, {model.dtype}, weights {model.digest}"
+            "model",
+            model.name,
+            f"{model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}",
         ] = None
         text = cell.calibration
         if text is not None:
             windows = f"{text.samples} windows of {text.length} tokens from {text.source}, split {text.split}"
             rows["calibration", text.name, f"{windows}, digest {text.digest or 'not known'}"] = None
         for evaluation in cell.evaluations:
-            settings = ", ".join(f"{name} {value}" for name, value in evaluation.settings)
+            settings = settings_text(evaluation.settings)
             limit = "" if evaluation.limit is None else f", the first {evaluation.limit} items"
             scorer = f"{evaluation.evaluator}, version {evaluation.version}{limit}"
             data = evaluation.data_digest or "without a digest"
-            rows["evaluation", evaluation.name, f"{scorer}; {settings}; data {data}"] = None
+            about = "; ".join(filter(None, (scorer, settings, f"data {data}")))
+            rows["evaluation", evaluation.name, about] = None
     listed = "".join(
         f"<tr><td>{kind}</td><td>{_text(name)}</td><td>{_text(about)}</td></tr>"
         for kind, name, about in sorted(

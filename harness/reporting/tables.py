@@ -13,7 +13,6 @@ number is printed as "diverged".
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.labels import bits_text, group_text, replicates, variants, without_settings
 from harness.core.sweep import Column, Sweep, Table
+from harness.core.text import letters_and_digits
 from harness.evaluation import flips
 from harness.evaluation.statistics import Comparison, over_seeds, pearson
 from harness.reporting.comparisons import compare_cells
@@ -462,7 +462,7 @@ def _in_published_order(
 
 
 def _is_baseline(row: PublishedRow) -> bool:
-    return re.sub(r"[^a-z0-9]", "", row.method.lower()) in BASELINES
+    return letters_and_digits(row.method) in BASELINES
 
 
 def _absent(head: ColumnHead, row: PublishedRow, published: Published) -> Value:

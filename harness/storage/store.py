@@ -28,7 +28,6 @@ import errno
 import functools
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from harness.core.cell import (
     to_json,
 )
 from harness.core.errors import StoreError
-from harness.core.text import first_line
+from harness.core.text import file_name, first_line
 from harness.storage.files import LocalDisk, StorageBackend
 from harness.storage.json_files import decode_non_finite, json_text
 from harness.storage.locks import Owner, Waiting
@@ -328,7 +327,7 @@ class Store:
     def write_failure(self, cell_key: str, failure: Mapping[str, Any]) -> None:
         """failure: {"stage", "kind", "reason", "detail"}, as in events.Failed; the time is added where it is missing."""
         content = {"time": time.time(), **failure}
-        stage = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(content.get("stage", ""))) or "cell"
+        stage = file_name(str(content.get("stage", ""))) or "cell"
         self._write_json(
             self.cell_folder(cell_key)
             / "failures"

@@ -16,7 +16,7 @@ from typing import Any
 from harness.core.cell import Cell, cell_key, digest, score_key, to_json
 from harness.core.labels import BITS_OF_DTYPE, bits_text, flatten, group_text
 from harness.core.sweep import Sweep, command_line
-from harness.core.text import without_password
+from harness.core.text import file_name, without_password
 from harness.reporting.metrics import headline, layer_error_name, problems_of
 from harness.storage.json_files import write_json
 from harness.storage.record import Record
@@ -253,7 +253,7 @@ def write_artifacts(folder: Path, record: Record, store: Store) -> None:
     for evaluation in cell.evaluations:
         if evaluation.name not in record.scores:
             continue
-        name = _file_name(evaluation.name)
+        name = file_name(evaluation.name)
         write_json(
             folder / "evaluations" / f"{name}.json", record.scores[evaluation.name], durable=False
         )
@@ -301,7 +301,7 @@ def item_tables(record: Record, store: Store) -> list[dict[str, str]]:
     for evaluation in record.cell.evaluations:
         rows = record.scores.get(evaluation.name, {}).get("items", 0)
         if rows and store.items_path(record.cell_key, score_key(record.cell, evaluation)).exists():
-            found.append({"path": _item_table(_file_name(evaluation.name), rows), "type": "table"})
+            found.append({"path": _item_table(file_name(evaluation.name), rows), "type": "table"})
     return found
 
 
@@ -323,10 +323,6 @@ def data_of_cell(cell: Cell) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
             if settings.get(name)
         }
         yield "evaluation", evaluation.name, evaluation.data_digest or "unknown", source
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)
 
 
 def _write_layer_errors(folder: Path, record: Record) -> None:

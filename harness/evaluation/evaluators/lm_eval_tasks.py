@@ -32,7 +32,7 @@ from harness.core.cell import Evaluation, Model, digest
 from harness.core.errors import DataError, EvaluationError, HarnessError, unknown_name
 from harness.core.events import Progress
 from harness.core.failures import is_out_of_memory
-from harness.core.text import first_line
+from harness.core.text import first_line, short_list
 from harness.data import hub, json_lines, model_folders, task_files
 from harness.data.task_files import LocalData, TaskFile
 from harness.evaluation import generation, prefix_scoring, task_checks, task_problems
@@ -350,7 +350,7 @@ def _not_built(
     names = {str(file.path) for file in files}
     read = [task_files.local_data(file, settings.data_root) for file in files]
     names |= {str(local.folder) for local in read if local is not None}
-    return DataError(f"{what}: {reason}; see {_some(names)}")
+    return DataError(f"{what}: {reason}; see {short_list(sorted(names), 8)}")
 
 
 def _local_overrides(file: TaskFile, local: LocalData) -> dict[str, Any]:
@@ -471,7 +471,7 @@ def _check_lengths(instances: Sequence[Any], pairs: Sequence[Pair], context_leng
         if not len(after)
     }
     if empty:
-        raise EvaluationError(f"continuations without a token: {_some(empty)}")
+        raise EvaluationError(f"continuations without a token: {short_list(sorted(empty), 8)}")
     long = {
         f"{i.task_name} item {i.doc_id} ({len(after)} tokens)"
         for i, (_, after) in zip(instances, pairs, strict=True)
@@ -479,17 +479,10 @@ def _check_lengths(instances: Sequence[Any], pairs: Sequence[Pair], context_leng
     }
     if long:
         raise EvaluationError(
-            f"continuations longer than the model's context of {context_length} tokens: {_some(long)}; "
+            f"continuations longer than the model's context of {context_length} tokens: {short_list(sorted(long), 8)}; "
             "leave the task out for this model, or set a limit that ends before these items"
         )
     return sum(len(before) + len(after) > context_length + 1 for before, after in pairs)
-
-
-def _some(names: set[str], most: int = 8) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:most]) + (
-        f" and {len(listed) - most} more" if len(listed) > most else ""
-    )
 
 
 # --- lm-eval's side ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 from harness.core.cell import ActivationScheme, Scheme
 from harness.core.errors import MethodError, unknown_name
 from harness.core.shapes import Shapes
+from harness.core.text import short_list
 from harness.quantization.numerics.activations import (
     FLOATS,
     GRANULARITIES,
@@ -47,9 +48,7 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
             f"activation group size {size} does not divide in_features of {', '.join(names)}"
         )
     if experts:
-        first = ", ".join(list(experts)[:2]) + (
-            f" and {len(experts) - 2} more" if len(experts) > 2 else ""
-        )
+        first = short_list(list(experts), 2)
         problems.append(
             f"experts ({first}) receive tokens of several sequences at once, or none: "
             "their activations need dynamic scales per token or per group; use granularity token"

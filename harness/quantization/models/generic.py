@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from harness.core.errors import ModelError
+from harness.core.text import short_list
 from harness.quantization.models.protocols import DecoderFamily, WeightLocation
 
 TOKENS = 4  # length of the observed run; no number depends on it
@@ -65,8 +66,7 @@ class Family(DecoderFamily):
         left = list(dict.fromkeys(self._left))
         if not left:
             return (known,)
-        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
-        return (known, f"left as they are in the blocks: {', '.join(left[:4])}{more}")
+        return (known, f"left as they are in the blocks: {short_list(left, 4)}")
 
     def _refuse_fused(self, model: nn.Module) -> None:
         fused = [
