@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.config.axes import EDITABLE, INPUTS, RUNTIME, SLOTS
+from harness.config.axes import EDITABLE, INPUTS, SLOTS
 from harness.config.context import (
     Context,
     Fields,
@@ -81,23 +81,6 @@ def load_sweep(name: str | None, overrides: Sequence[str] = ()) -> Sweep:
     edits = parse_overrides(overrides, problems)
     problems.check()
     return _sweep(_context(file, edits, problems), tuple(overrides))
-
-
-def load_runtime(overrides: Sequence[str] = ()) -> Runtime:
-    """Where and how tasks run, without a sweep: conf/config.yaml with overrides of runs, cluster, tracking, … applied."""
-    problems = Problems()
-    edits = parse_overrides(overrides, problems)
-    if (
-        edits.axes
-        or edits.evaluations is not None
-        or edits.more_evaluations
-        or edits.evaluation_settings
-    ):
-        problems.add(f"only {', '.join(RUNTIME)} can be overridden here")
-    problems.check()
-    runtime = _context(SweepFile(), edits, problems).runtime
-    problems.check()
-    return typing.cast(Runtime, runtime)
 
 
 # --- from axes to cells --------------------------------------------------------------------------------------------------------

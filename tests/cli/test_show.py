@@ -33,3 +33,10 @@ def test_show_counts_the_experts_that_were_rounded_to_nearest(tmp_path: Path) ->
     assert "too few calibration" not in record_text(
         Record(cell, "q", "c", {"notes": {}}), Store(tmp_path), "again"
     )
+
+
+def test_facts_that_were_not_recorded_are_not_shown_as_none(tmp_path: Path) -> None:
+    cell = Cell(Model("demo", "demo"), Method("none"), Scheme("full"))
+    facts = {"quantize": {"device": "cpu", "host": None}}
+    text = record_text(Record(cell, "q", "c", provenance=facts), Store(tmp_path), "again")
+    assert "quantize: cpu on host not known, threads not known" in text and "None" not in text

@@ -17,7 +17,7 @@ import pytest
 from harness.config import context, evaluations, renamed, runtime, schemes, yaml_files
 from harness.config import grid as grid_module
 from harness.config.axes import GROUPS
-from harness.config.grid import load_runtime, load_sweep
+from harness.config.grid import load_sweep
 from harness.config.locations import list_names
 from harness.config.reproduce import command_for
 from harness.core.cell import (
@@ -398,7 +398,7 @@ def test_runtime_changes_no_key() -> None:
         assert [score_key(one, e) for e in one.evaluations] == [
             score_key(other, e) for e in other.evaluations
         ]
-    assert load_runtime(elsewhere).runs == Path("/elsewhere")
+    assert load_sweep(None, [*grid, *elsewhere]).runtime.runs == Path("/elsewhere")
 
 
 def test_keys_do_not_depend_on_where_data_lies(tmp_path: Path) -> None:

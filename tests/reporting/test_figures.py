@@ -204,6 +204,17 @@ def test_layer_errors_show_the_errors_of_outputs(
     assert only is not None and "weight error" in only.axes[1].get_ylabel()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 14])
+def test_the_label_of_layer_errors_fits_the_figure(records: list[Record], rows: int) -> None:
+    quantized = [record for record in records if record.layer_errors]
+    figure = error_overview(quantized[:rows] or quantized)
+    assert figure is not None
+    figure.draw_without_rendering()
+    label = figure.axes[1].yaxis.label.get_window_extent()
+    assert 0 <= label.y0 and label.y1 <= figure.bbox.height
+    assert 0 <= label.x0 and label.x1 <= figure.bbox.width
+
+
 def test_saved_figures_are_the_same_to_the_byte(records: list[Record], tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         figure = score_against_bits(records, "wikitext2/perplexity")

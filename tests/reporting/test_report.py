@@ -12,7 +12,7 @@ import pytest
 from browser import CHROMIUM, Page, browser
 from synthetic_sweep import fill, make_sweep
 
-from harness.core.cell import cell_key
+from harness.core.cell import Evaluation, cell_key, freeze
 from harness.core.sweep import Finding, Sweep, Term
 from harness.reporting.files import refresh, report_path, write_report
 from harness.storage.store import Store
@@ -103,6 +103,22 @@ def test_the_page_says_what_stands_behind_its_numbers(made: tuple[Sweep, Store, 
     assert "Hessian of block 12 is singular" in page.text and "diverged" in page.text
     assert "inf" not in [tip.rpartition(" ")[2] for tip in page.tips] and "nan" not in page.text
     assert "11 of 14 cells done, 1 failed" in page.text or "cells done, 1 failed" in page.text
+
+
+def test_the_protocol_shows_settings_as_a_reader_writes_them(tmp_path: Path) -> None:
+    settings = {"documents": None, "special_tokens": True, "separator": "\n\n", "include": ""}
+    own = Evaluation("text", "perplexity", freeze(settings), data_digest="d")
+    bare = Evaluation("bare", "perplexity")
+    sweep = make_sweep(tmp_path, published=False)
+    sweep = dataclasses.replace(
+        sweep,
+        cells=tuple(dataclasses.replace(cell, evaluations=(own, bare)) for cell in sweep.cells),
+    )
+    path = write_report(sweep, [], {}, Store(sweep.runtime.runs))
+    text = Parsed(path.read_text(encoding="utf-8")).text.partition("How each number was made")[0]
+    assert r'include "", separator "\n\n", special_tokens yes; data d' in text
+    assert "perplexity, version 1; data without a digest" in text
+    assert "None" not in text and "True" not in text
 
 
 def test_the_page_of_a_running_sweep_loads_itself_again(tmp_path: Path) -> None:

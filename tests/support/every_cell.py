@@ -46,6 +46,7 @@ SMALL: dict[str, Any] = {
     "index_bits": 4,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
 
@@ -84,7 +85,7 @@ def _small(cell: Cell) -> Cell:
 
 
 def checker() -> Checker:
-    return Checker(grid.load_runtime(["device=cpu", "tracking=none"]))
+    return Checker(grid.load_sweep(None, RUNTIME).runtime)
 
 
 def failures(cells: Sequence[Cell], folder: Path, runs: Path) -> Iterator[str]:
