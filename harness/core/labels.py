@@ -1,7 +1,7 @@
-"""What people call cells: the labels of tables and figures, and what tells the cells of one sweep apart. Loads without torch.
+"""Names of cells: the labels of tables and figures, and the variant that distinguishes cells of a sweep. Loads without torch.
 
-A cell's seed, inputs and calibration are named only where they differ between cells of the same model and method, so that names
-stay short where there is nothing to tell apart. Cells that differ in their seeds alone are *replicates*: one point measured again.
+A label names a cell's seed, inputs and calibration only where they differ between cells of the same model and method, so that names
+stay short. Cells that differ only in their seeds are *replicates*: repeated measurements of one point.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from typing import Any
 from harness.core.cell import Cell, cell_key, to_json
 
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
-# what a person varies on purpose besides model, method and scheme
-ASKED = ("calibration", "inputs", "seed")
+# axes of a sweep besides model, method and scheme
+VARIED = ("calibration", "inputs", "seed")
 HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
 
 
 def with_variants(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """The cells of a sweep, each knowing what tells it apart from the others (`Cell.variant`, part of its title)."""
+    """The cells of a sweep, each with the text that distinguishes it from the others (`Cell.variant`, part of its title)."""
     known = tuple(cells)
     found = variants(known)
     return tuple(dataclasses.replace(cell, variant=found.get(cell_key(cell), "")) for cell in known)
 
 
 def variants(cells: Sequence[Cell], by_scheme: bool = True) -> dict[str, str]:
-    """cell_key -> "calibration c4 · seed 1": what differs within its model and method, and whatever else equal names hide.
+    """cell_key -> "calibration c4 · seed 1": the values that differ among cells of its model and method.
 
-    Cells that need no such words are left out. by_scheme: the scheme's name stands beside the words, not only bits and group.
+    If cells with the same scheme have the same values of these, every field that differs among them is named. Cells that need no
+    such text are left out. by_scheme: the text stands beside the scheme's name; otherwise beside the bits and the group size.
     """
     found: dict[str, str] = {}
     facts = {cell_key(cell): _shown(cell) for cell in cells}
     for group in _grouped(cells, lambda cell: (cell.model.name, cell.method.name)):
-        varying = _varying([facts[key] for key in group], only=ASKED)
+        varying = _varying([facts[key] for key in group], only=VARIED)
         for same in _grouped(
             [group[key] for key in group], lambda cell: _scheme_text(cell, by_scheme)
         ):
-            told = {key: tuple(str(facts[key].get(name)) for name in varying) for key in same}
+            shown = {key: tuple(str(facts[key].get(name)) for name in varying) for key in same}
             names = (
                 varying
-                if len(set(told.values())) == len(told)
+                if len(set(shown.values())) == len(shown)
                 else _varying([facts[key] for key in same]) or varying
             )
             words = {
@@ -52,9 +53,9 @@ def variants(cells: Sequence[Cell], by_scheme: bool = True) -> dict[str, str]:
 
 
 def replicates(cells: Iterable[Cell], across_models: bool = False) -> list[tuple[Cell, ...]]:
-    """Cells that differ in seeds alone (their own, and that of the draw of calibration windows) together, in order.
+    """Groups of cells that differ only in seeds (their own, and the seed of their calibration windows), in order.
 
-    across_models: cells that differ in their model too.
+    across_models: cells of a group may differ in their model too.
     """
     groups: dict[Any, dict[str, Cell]] = {}
     for cell in cells:
@@ -141,7 +142,11 @@ def _scheme_text(cell: Cell, by_name: bool) -> tuple[str, ...]:
 
 
 def _shown(cell: Cell) -> dict[str, Any]:
-    """Facts that may tell a cell apart; the seed of the windows where it is not the cell's own, and none where nothing is drawn."""
+    """The fields that may distinguish a cell.
+
+    The seed of the calibration windows is among them only if it is not the cell's own seed; the cell's seed and inputs only if the
+    cell depends on them.
+    """
     flat = {name: value for name, value in flatten(cell).items() if name not in HIDDEN}
     if cell.calibration is not None and cell.calibration.seed == cell.seed:
         flat.pop("calibration.seed")
@@ -153,7 +158,7 @@ def _shown(cell: Cell) -> dict[str, Any]:
 
 
 def _varying(facts: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> list[str]:
-    """Names whose values differ. A part's name stands for its fields where it tells as much as they do."""
+    """Names whose values differ. A part's name replaces its fields where it distinguishes as much as they do."""
     names = sorted(
         {name for each in facts for name in each if not only or name.partition(".")[0] in only}
     )

@@ -1,14 +1,15 @@
-"""Findings of a study, checked: does a statement hold in our results, and in the published numbers themselves? Loads without torch.
+"""Checks of a study's findings: does a statement hold in our results, and in the published numbers? Loads without torch.
 
-A sweep states findings as data (`core.sweep.Finding`): which rows of which table, which column, and what is claimed of them.
-The same check is asked twice, of our numbers and of the published ones beside them in the same tables; the second shows that the
-check says what the paper says. An answer is one of
+A sweep states findings as data (`core.sweep.Finding`): the rows and the column of a table, and the claim about their numbers.
+The same check runs twice, on our numbers and on the published numbers of the same tables. The second run shows that the check
+states the paper's claim. A verdict is one of
 
-    holds            in every model that the finding is asked of
-    does not hold    in at least one of them, whatever is still missing elsewhere
-    cannot tell yet  numbers are missing, and none of those that are there speaks against it
+    holds            in every model that the finding is checked for
+    does not hold    in at least one of them, even if numbers of others are missing
+    cannot tell yet  numbers are missing, and the known ones do not contradict the finding
 
-with the numbers it rests on; † stands on a part of the data only. A perplexity that diverged is worse than any number.
+and comes with the numbers that it is based on; † marks a number computed on a part of the data. A diverged perplexity is worse
+than any number.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ SIDES = ("ours", "published")
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side says to a finding. numbers: those it rests on, in words; missing: what stands in the way."""
+    """The verdict on a finding for one side.
+
+    numbers  those that the verdict is based on, as text
+    missing  the names of the numbers that are not known
+    """
 
     verdict: str
     numbers: tuple[str, ...] = ()
@@ -43,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Checked:
-    """A finding with both answers; published is None where the tables that the finding speaks of have no published numbers."""
+    """A finding with both answers; published is None if the tables of the finding have no published numbers."""
 
     finding: Finding
     ours: Answer
@@ -52,7 +57,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Number:
-    """One number with its name; None where it is missing."""
+    """One number with its name; value is None if it is missing."""
 
     title: str
     value: float | None
@@ -64,7 +69,7 @@ class Number:
 
     @property
     def quality(self) -> float:
-        """Larger is better; what is not a finite number is worst."""
+        """The value with a sign such that larger is better; -inf for a number that is not finite."""
         assert self.value is not None
         if not math.isfinite(self.value):
             return -math.inf
@@ -72,7 +77,7 @@ class Number:
 
 
 def check(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -> list[Checked]:
-    """Every finding of a sweep, in its order. Builds the tables that they speak of, once each."""
+    """Check every finding of a sweep, in its order. Builds each table that a finding names once."""
     wanted = {name for finding in sweep.findings for name in _tables_of(finding)}
     found = list(records)
     tables = {
@@ -84,7 +89,7 @@ def check(sweep: Sweep, records: Iterable[Record], store: Store | None = None) -
 
 
 def check_tables(sweep: Sweep, tables: Mapping[str, TableData]) -> list[Checked]:
-    """Every finding of a sweep, in its order, against tables that are there; a finding about another table is left out."""
+    """Check every finding of a sweep, in its order, against the given tables; findings about other tables are left out."""
     made = []
     for finding in sweep.findings:
         if not _tables_of(finding) <= tables.keys():
@@ -98,7 +103,7 @@ def check_tables(sweep: Sweep, tables: Mapping[str, TableData]) -> list[Checked]
 
 
 def answer(finding: Finding, tables: Mapping[str, TableData], side: str) -> Answer:
-    """One side's answer. side: "ours" or "published"."""
+    """The answer for one side: "ours" or "published"."""
     if finding.relate:
         return _relation(finding, tables, side)
     terms = (*finding.better, *finding.above, *finding.value, *finding.loss, *finding.excess)
@@ -106,12 +111,12 @@ def answer(finding: Finding, tables: Mapping[str, TableData], side: str) -> Answ
         replace(t, table=t.table or finding.table, column=t.column or finding.column) for t in terms
     )
     if any(term.model for term in terms):
-        return _asked_of(finding, terms, tables, side)
+        return _answer_terms(finding, terms, tables, side)
     models = dict.fromkeys(
         row.model for term in terms for row in tables[term.table].rows if _stands(row, side)
     )
     answers = [
-        _asked_of(finding, tuple(replace(t, model=model) for t in terms), tables, side)
+        _answer_terms(finding, tuple(replace(t, model=model) for t in terms), tables, side)
         for model in models
     ]
     answers = [each for each in answers if each.numbers or each.missing]
@@ -158,10 +163,10 @@ def _tables_of(finding: Finding) -> set[str]:
     return named | {reference.partition("/")[0] for reference in (*finding.relate, *finding.over)}
 
 
-# -- one question --------------------------------------------------------------------------------------------------------
+# -- one finding ---------------------------------------------------------------------------------------------------------
 
 
-def _asked_of(
+def _answer_terms(
     finding: Finding, terms: Sequence[Term], tables: Mapping[str, TableData], side: str
 ) -> Answer:
     """The answer for terms that name their table, column and model."""
@@ -176,7 +181,7 @@ def _asked_of(
         rows = [row for row in data.rows if _stands(row, side) and _fits(row, data, term)]
         found = [read(data, row, column) for row in rows]
         named = _term_title(term)
-        if side == "published":  # a dash of the paper is no number to wait for
+        if side == "published":  # a dash in the paper is not a missing number
             found = [number for number in found if number.value is not None]
         if not found:
             missing.append(named)
@@ -212,7 +217,7 @@ def _within(finding: Finding, number: Number) -> bool:
 def _compared(
     finding: Finding, terms: Sequence[Term], numbers: Sequence[Number]
 ) -> list[bool | None]:
-    """Whether each number stands before the next as claimed; None where one of them is missing."""
+    """Whether each number compares to the next as claimed; None if one of the two is missing."""
     if len(numbers) != len(terms):
         return []
     verdicts: list[bool | None] = []
@@ -241,7 +246,7 @@ def _number(side: str) -> Callable[[TableData, Row, int], Number]:
 
 
 def _loss(side: str) -> Callable[[TableData, Row, int], Number]:
-    """What a row is worse by than the baseline of its model, in the column's unit."""
+    """A reader of how much worse a row is than the baseline of its model, in the column's unit."""
 
     def read(data: TableData, row: Row, column: int) -> Number:
         baselines = [
@@ -272,7 +277,7 @@ def _value(value: Value, side: str) -> float | None:
 
 
 def _relation(finding: Finding, tables: Mapping[str, TableData], side: str) -> Answer:
-    """Mean |r| of columns with the mean of others, over rows that every one of them has."""
+    """Check the mean |r| between columns and the mean of others, over the rows that all of them have."""
     numbers: dict[str, dict[tuple[str, ...], float]] = {}
     missing: list[str] = []
     for reference in (*finding.relate, *finding.over):

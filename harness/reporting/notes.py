@@ -24,7 +24,7 @@ def footnotes(
     published: Published | None,
     ambiguous: Sequence[str],
 ) -> tuple[list[str], list[str]]:
-    """The sentences below a table: what its marks mean, and what is missing and why."""
+    """The notes below a table (the meaning of its marks; missing numbers and why), and the commands that fill it."""
     values = [value for row in rows for value in row.values]
     notes: list[str] = []
     if any(value.best for value in values):
@@ -84,7 +84,7 @@ def footnotes(
 def _problems(
     rows: Sequence[Row], heads: Sequence[ColumnHead], by_key: Mapping[str, Record]
 ) -> list[str]:
-    """A note for each kind of problem that evaluators recorded with scores of the table, with the rows that have it."""
+    """A note for each kind of problem that evaluators recorded with the table's scores, with the rows that have it."""
     metrics = {metric for head in heads for metric in (head.column.metric, *head.column.of)}
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -104,7 +104,10 @@ def _problems(
 def _verdicts(
     table: Table, rows: Sequence[Row], heads: Sequence[ColumnHead], published: Published | None
 ) -> list[str]:
-    """How many numbers agree with the published ones, and each difference of protocol with the rows whose ≠ it could explain."""
+    """Notes that count the numbers that agree with the published ones, and that list differences of protocol.
+
+    Each difference of protocol names the rows whose ≠ it could explain.
+    """
     compared = [value.agrees for row in rows for value in row.values if value.agrees is not None]
     differing = {
         (at, i): row
@@ -158,8 +161,11 @@ def _explains(
     rows: Sequence[Row],
     published: Published | None,
 ) -> bool:
-    """Whether a difference of protocol is about a number. "GPTQ: …" and "C4 and PTB: …" are about their rows and columns alone,
-    "calibration: …" about the methods that are calibrated, others about everything."""
+    """Whether a difference of protocol applies to a number.
+
+    "GPTQ: …" and "C4 and PTB: …" apply to their rows and columns only, "calibration: …" to the methods that are calibrated,
+    and other lines to everything.
+    """
     words = (
         {letters_and_digits(word) for word in re.findall(r"[\w.()-]+", line.partition(": ")[0])}
         if ": " in line
@@ -180,9 +186,9 @@ def _explains(
         letters_and_digits(table.methods.get(row.labels[0], "")),
     }
     columns = {name for each in heads for name in _column_words(each)}
-    asked_rows, asked_columns = words & known, words & columns
-    return (not asked_rows or bool(asked_rows & own)) and (
-        not asked_columns or bool(asked_columns & _column_words(head))
+    named_rows, named_columns = words & known, words & columns
+    return (not named_rows or bool(named_rows & own)) and (
+        not named_columns or bool(named_columns & _column_words(head))
     )
 
 

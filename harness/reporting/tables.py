@@ -1,13 +1,13 @@
-"""Tables of a sweep: our numbers, the published ones beside them, and which differences are real. Loads without torch.
+"""Tables of a sweep: our numbers, the published numbers beside them, and significant differences. Loads without torch.
 
 `build` makes the table, `render` prints it as Markdown, LaTeX, CSV or HTML, `frame` gives it to pandas. Rows are the cells of the
-sweep in its order, each model's baseline first; with a published table they stand in its order, and its rows that the sweep has no
-cell for are shown with their number alone. The same records give the same bytes.
+sweep in its order, each model's baseline first; with a published table they follow its order, and published rows without a cell
+are shown with the published number only. The same records give the same bytes.
 
-Marks: bold is the best of its model and bit widths; ≈ no difference from the baseline could be shown (paired test, Holm over the
-table); ≠ differs from the published number by more than its rounding and our interval; † stands on a part of the data only; — is a
-gap, with the command that fills it below. Perplexities above 10,000 are printed as the papers do (1.9e4); what is not a finite
-number is printed as "diverged".
+Marks: bold is the best of its model and bit widths; ≈ marks no significant difference from the baseline (paired test, Holm over the
+table); ≠ marks a difference from the published number by more than its rounding and our interval; † marks a number computed on a
+part of the data; — is a missing number, with the command that computes it below the table. Perplexities above 10,000 are printed as
+in the papers (1.9e4); a number that is not finite is printed as "diverged".
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ from harness.storage.store import Store
 def build(
     sweep: Sweep, table: Table, records: Iterable[Record], store: Store | None = None
 ) -> TableData:
-    """One table of a sweep. With a store, its item results decide which cells differ from their baseline."""
+    """One table of a sweep. With a store, cells are tested against their baselines on the stored results per item.
+
+    Raises ConfigError where a column or a row names a published one that does not exist.
+    """
     by_key = {record.cell_key: record for record in records}
     chosen = (
         []
@@ -81,7 +84,7 @@ def build(
     )
     heads = tuple(_head(column, cells, published) for column in columns)
     labels, texts = _with_variants(*_labels(cells), cells, table, published)
-    # a baseline has the width of its weights as stored, whatever it is computed in
+    # a baseline has the bit width of its weights as stored, not that of the dtype of its computation
     for cell in cells:
         record, (method, _, *rest) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
         stored = (
@@ -135,7 +138,7 @@ def build(
 
 
 def _members(cells: Sequence[Cell], side_by_side: bool) -> dict[str, dict[str, tuple[Cell, ...]]]:
-    """The cells of each row, under the key of its first: model -> its cells, which differ in their seeds alone."""
+    """Key of a row's first cell -> model -> the row's cells of that model, which differ only in their seeds."""
     members: dict[str, dict[str, tuple[Cell, ...]]] = {}
     for row in replicates(cells, across_models=side_by_side):
         models = dict.fromkeys(cell.model.name for cell in row)
@@ -152,7 +155,7 @@ def _correlations(
     by_key: Mapping[str, Record],
     published: Published | None,
 ) -> TableData:
-    """Each column of the table as a row: Pearson's r of its metric with the mean of others, over cells."""
+    """A table with a row for each column: Pearson's r between its metric and the mean of others, over cells."""
     wanted = table.correlation
     assert wanted is not None
     cells = [
@@ -216,7 +219,7 @@ def _correlations(
 
 
 def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tuple[Column, ...]:
-    """Columns of a sweep that names none: bits per weight, then the headline metric of every evaluation."""
+    """The columns of a sweep that defines none: bits per weight, then the headline metric of every evaluation."""
     records = [by_key[key] for cell in cells if (key := cell_key(cell)) in by_key]
     size = Column("checkpoint/bits_per_weight", "bits/weight")
     return (
@@ -229,7 +232,7 @@ def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tupl
 
 
 def _ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """Model by model, each model's baseline first, else in the sweep's order."""
+    """Cells grouped by model, each model's baseline first, otherwise in the sweep's order."""
     models = list(dict.fromkeys(cell.model.name for cell in cells))
     return sorted(
         cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline)
@@ -262,7 +265,7 @@ def _value(
     published: Published | None,
     found: Comparison | None,
 ) -> Value:
-    """records: of the cells that stand here together, one per seed. A mean over seeds needs all of them."""
+    """The value of one entry of a table, from records of one cell per seed. A mean over seeds needs all of them."""
     column = head.column
     if column.metric == PUBLISHED_ONLY:
         printed, theirs = _published_number(head, row, published)
@@ -305,7 +308,7 @@ def _value(
 def _published_number(
     head: ColumnHead, row: PublishedRow | None, published: Published | None
 ) -> tuple[Printed | None, float | None]:
-    """As printed, and scaled like ours. A fraction beside our percent is shown as percent."""
+    """The published number as printed, and scaled like ours. A fraction beside our percent is shown as percent."""
     printed = (
         row.values.get(head.column.published) if row is not None and head.column.published else None
     )
@@ -319,9 +322,9 @@ def _published_number(
 def _agrees(
     column: Column, number: float, half_width: float, printed: Printed, theirs: float
 ) -> bool:
-    """Whether a number of ours is the published one, as far as its digits and our 95 % interval can tell.
+    """Whether a number of ours agrees with the published one within its digits and our 95 % interval.
 
-    Perplexities above 10,000 on both sides are alike: such a model says nothing, and its number hangs on rounding.
+    Two perplexities above 10,000 always agree: such a model is broken, and its number depends on rounding.
     """
     if not math.isfinite(number):
         return False
@@ -331,7 +334,7 @@ def _agrees(
 
 
 def _stderr(column: Column, metrics: Mapping[str, float]) -> float | None:
-    """Standard error over items; of a mean over benchmarks, whose items are independent, that of their weighted mean."""
+    """Standard error over items. For a mean over benchmarks it is that of their weighted mean, with independent items."""
     if column.metric != "mean":
         return metrics.get(f"{column.metric}_stderr")
     errors = [metrics.get(f"{metric}_stderr") for metric in column.of]
@@ -362,11 +365,11 @@ def _mean(column: Column, metrics: Mapping[str, float]) -> float | None:
 
 
 def _mark_best(rows: Sequence[Row], heads: Sequence[ColumnHead]) -> list[Row]:
-    """Best of each column among cells of one model and equal bit widths; equal when printed is equal."""
+    """Mark the best of each column among cells of one model and equal bit widths. Numbers that print equal are equal."""
     best: dict[tuple[Any, int], str] = {}  # (group, column) -> printed number
     for index, head in enumerate(heads):
         if head.column.metric.startswith("checkpoint/"):
-            continue  # a size is a price paid, not a quality reached
+            continue  # a size is a cost and not a quality
         groups: dict[Any, list[Value]] = {}
         for row in rows:
             number = row.values[index].number
@@ -423,14 +426,14 @@ def _in_published_order(
     heads: Sequence[ColumnHead],
     labels: Sequence[str],
 ) -> list[Row]:
-    """Rows in the paper's order, those it has and we lack among them; our further cells last in each model.
+    """Rows in the paper's order, including rows without a cell of ours; our other cells come last in each model.
 
-    Models of the paper that the sweep has no cell of follow, unless the table is about some models only.
+    The paper's models without a cell in the sweep follow, unless the table is restricted to some models.
     """
     ordered: list[Row] = []
     seen: set[int] = set()
 
-    def alone(row: PublishedRow, model: str) -> list[Row]:
+    def published_only(row: PublishedRow, model: str) -> list[Row]:
         values = tuple(_absent(head, row, published) for head in heads)
         if all(value.published is None for value in values):
             return []
@@ -452,12 +455,12 @@ def _in_published_order(
                 continue
             seen.add(id(published_row))
             found = [row for row in own if matches.get(row.cell_key) is published_row]
-            ordered += found or alone(published_row, model)
+            ordered += found or published_only(published_row, model)
         ordered += [row for row in own if row.cell_key not in matches]
     if not table.models:
         for published_row in published.rows:
             if id(published_row) not in seen and (published_row.model or table.absent):
-                ordered += alone(published_row, published_row.model or published.models[0])
+                ordered += published_only(published_row, published_row.model or published.models[0])
     return ordered
 
 
@@ -479,7 +482,7 @@ def _published_labels(row: PublishedRow) -> dict[str, str]:
 
 
 def _labels(cells: Sequence[Cell]) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Heads and texts of the label columns; "variant" says what differs within a method, and tells equal labels apart."""
+    """Heads and texts of the label columns. "variant" names what differs within a method and distinguishes equal labels."""
     texts: dict[str, tuple[str, ...]] = {}
     for cell in cells:
         texts[cell_key(cell)] = (cell.method.name, bits_text(cell), group_text(cell))
@@ -498,7 +501,7 @@ def _with_variants(
     table: Table,
     published: Published | None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """With a column "variant" where the published rows need one to be told apart; cells are then called as the paper calls them."""
+    """Add a column "variant" if the published rows cannot be distinguished without one; it holds the paper's names of cells."""
     rows = [] if published is None else published.rows
     alike = [
         (row.model, row.method, row.weight_bits, row.activation_bits, row.group_size)

@@ -115,7 +115,7 @@ def test_the_protocol_shows_settings_as_a_reader_writes_them(tmp_path: Path) -> 
         cells=tuple(dataclasses.replace(cell, evaluations=(own, bare)) for cell in sweep.cells),
     )
     path = write_report(sweep, [], {}, Store(sweep.runtime.runs))
-    text = Parsed(path.read_text(encoding="utf-8")).text.partition("How each number was made")[0]
+    text = Parsed(path.read_text(encoding="utf-8")).text.rpartition("How each number was made")[0]
     assert r'include "", separator "\n\n", special_tokens yes; data d' in text
     assert "perplexity, version 1; data without a digest" in text
     assert "None" not in text and "True" not in text
