@@ -153,10 +153,8 @@ def number(text: str) -> float:
 
 
 def test_a_click_on_a_head_sorts(page: Page) -> None:
-    page.run("sessionStorage.clear(); location.hash = ''; location.reload()")
-    page.wait(
-        "document.readyState === 'complete' && document.querySelectorAll('tr[data-method]').length > 0"
-    )
+    page.run("sessionStorage.clear(); location.hash = ''")
+    page.reload()
     heads = page.run(
         "[...document.querySelectorAll('#table-table1 thead th')].map(h => h.textContent)"
     )
@@ -181,10 +179,8 @@ def test_methods_and_bits_filter_together(page: Page) -> None:
     page.click("[data-filter=bits] label:has([value='3'])")
     assert set(page.run(COLUMN.format(0))) == {"gptq"} and set(page.run(COLUMN.format(1))) == {"3"}
     assert "rows" in page.run("document.getElementById('count').textContent")
-    page.run("location.reload()")  # as a running sweep's page does: the choice stays
-    page.wait(
-        "document.readyState === 'complete' && document.querySelectorAll('tr[hidden]').length > 0"
-    )
+    page.reload()  # as a running sweep's page does: the choice stays
+    page.wait("document.querySelectorAll('tr[hidden]').length > 0")
     assert set(page.run(COLUMN.format(0))) == {"gptq"}
     page.click(".filters button[type=reset]")
     page.wait("document.querySelectorAll('tr[hidden]').length === 0")

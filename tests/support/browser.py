@@ -63,6 +63,11 @@ class Page:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
+    def reload(self) -> None:
+        """Load the page again, with its storage as it is, and wait until the new page is complete."""
+        self.run("window.isOld = true; location.reload()")
+        self.wait("!window.isOld && document.readyState === 'complete'")
+
     def wait(self, script: str, seconds: float = 120.0) -> None:
         """Until an expression is true."""
         ends = time.monotonic() + seconds
@@ -82,11 +87,12 @@ class Page:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def middle(self, selector: str) -> tuple[float, float]:
-        """Where an element is, once it is scrolled into view."""
+        """Where an element is, once it is scrolled into view and the page has handled the events of that scroll."""
         found = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
-            "return [r.x + r.width / 2, r.y + r.height / 2] })()"
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)});"
+            "e.scrollIntoView({block: 'center'});"
+            "for (let i = 0; i < 2; i++) await new Promise(done => requestAnimationFrame(done));"
+            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
         )
         return float(found[0]), float(found[1])
 
