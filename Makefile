@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast format lint bench chaos topology demo-model constraints clean
+.PHONY: help install demo test test-fast format test-browser lint bench chaos topology demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,6 +33,9 @@ test-fast: install  ## the tests for every edit: no Ray, no cluster, no killed p
 format: install  ## format the code and sort its imports
 	$(BIN)/ruff check --select I --fix --quiet harness tests
 	$(BIN)/ruff format harness tests
+
+test-browser: install  ## the tests of the report page in a headless Chromium, which must be installed and not be starved
+	HARNESS_BROWSER_TESTS=1 $(BIN)/python -m pytest tests/reporting/test_report.py
 
 lint: install  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check harness tests

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -134,6 +135,8 @@ def test_the_page_of_a_running_sweep_loads_itself_again(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page(made: tuple[Sweep, Store, Path]) -> Iterator[Page]:
+    if os.environ.get("HARNESS_BROWSER_TESTS") != "1":
+        pytest.skip("drives a browser and waits for it: make test-browser")
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     with browser() as opened:
