@@ -171,7 +171,7 @@ def test_a_chat_template_is_applied_as_lm_eval_does(shared: Path, tmp_path: Path
         last(own.score(stories(shared), Evaluation("arc_easy", "lm", limit=4)))
     off = Evaluation(
         "arc_easy",
-        "lm",
+        "lm_eval_tasks",
         freeze({"task": "arc_easy", "apply_chat_template": False}),
         data_digest="d",
     )
