@@ -184,10 +184,10 @@ def test_a_sweep_cannot_write_outside_the_store(tmp_path: Path) -> None:
 
 LISTEN = """
 import json, sys, psutil
-from harness import schedule
+from harness.execution.executors import ray_cluster
 from harness.core.sweep import Cluster, Runtime
 from pathlib import Path
-cluster = schedule.RayCluster(Runtime(Path(sys.argv[1]), cluster=Cluster("ray", workers=1), device="cpu"), 1)
+cluster = ray_cluster.RayCluster(Runtime(Path(sys.argv[1]), cluster=Cluster("ray", workers=1), device="cpu"), 1)
 found = []
 own = psutil.Process()
 for process in [own, *own.children(recursive=True)]:

@@ -28,7 +28,7 @@ def measure(cells: int, cluster: str, folder: Path) -> tuple[float, float]:
 import sys, time, json
 began = time.monotonic()
 from harness.config.grid import load_sweep
-from harness import driver
+from harness.execution import driver
 cells, cluster, runs = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 # Distinct cells of equal cost: one group size more or less changes the key, not the work.
 import dataclasses

@@ -19,7 +19,7 @@ CHILD = """
 import json, os, resource, sys
 from pathlib import Path
 import torch, transformers
-from harness import plugins
+from harness.core import plugins
 from harness.core.cell import Cell, Method, Model, Part, Scheme, WeightScheme, quantize_key
 from harness.core.events import Failed
 from harness.quantization.formats.native import CheckpointWriter
