@@ -53,7 +53,7 @@ def _freeze_value(value: Any) -> Any:
 class Part:
     """A plugin with its settings: the transform, rounding or tuning of a method.
 
-    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `config`
+    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `make_part`
     so that keys can be computed without importing it.
     """
 
@@ -66,6 +66,46 @@ class Part:
 
     def __getitem__(self, setting: str) -> Any:
         return dict(self.settings)[setting]
+
+
+def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
+    """A part with these settings, which are complete, and with the facts of its plugin's source.
+
+    kind: transform, rounding or tuning.
+    A plugin that states `wraps = True` runs another plugin of its kind: its settings `base` and `base_settings` name that one and
+    its settings. The needs of the part, and whether it is stochastic or depends on the activation scheme, are the union with those
+    of the base. The version of the base is added to the settings as `base_version`, because keys must change with it.
+    A plugin leaves out a statistic that its literal `unneeded` names, where all settings named there have the values given there.
+    Raises ConfigError for an unknown plugin, and for a base that has a base of its own.
+    """
+    facts = plugins.facts(kind, name)
+    own = dict(settings)
+    needs = set(facts.get("needs", ()))
+    for statistic, values in facts.get("unneeded", {}).items():
+        if all(own.get(setting) == value for setting, value in values.items()):
+            needs.discard(statistic)
+    stochastic = facts.get("stochastic", False)
+    activation_aware = facts.get("activation_aware", False)
+    if facts.get("wraps", False):
+        if plugins.facts(kind, own["base"]).get("wraps", False):
+            raise ConfigError(
+                f"{kind} {name}: base {own['base']} is itself a {kind} around another; name one without a base"
+            )
+        base = make_part(kind, own["base"], dict(own["base_settings"]))
+        own["base_version"] = base.version
+        needs |= set(base.needs)
+        stochastic, activation_aware = (
+            stochastic or base.stochastic,
+            activation_aware or base.activation_aware,
+        )
+    return Part(
+        name=name,
+        settings=freeze(own),
+        version=facts.get("version", 1),
+        needs=tuple(sorted(needs)),
+        stochastic=stochastic,
+        activation_aware=activation_aware,
+    )
 
 
 @dataclass(frozen=True)
