@@ -365,7 +365,7 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
     """Name, version and settings of each part of a method: what of them changes numbers.
 
     Settings that came after keys existed are left out while they have their default: a literal `settings_added_later` of the
-    plugin's class, {name: default}, read from its source.
+    plugin's class, {name: default}, read from its source; of the settings of a part's base alike.
     """
     found = []
     for kind in ("transform", "rounding", "tuning"):
@@ -373,15 +373,22 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
         if part is None:
             continue
         identity = _identity(part, drop=("needs", "stochastic", "activation_aware"))
-        facts = plugins.find(kind).get(part.name)
-        added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
-        identity["settings"] = {
-            name: value
-            for name, value in identity["settings"].items()
-            if name not in added or value != added[name]
-        }
-        found.append(identity)
+        settings = _without_added_later(kind, part.name, identity["settings"])
+        if "base_version" in settings:
+            own = _without_added_later(kind, settings["base"], dict(settings["base_settings"]))
+            settings["base_settings"] = own
+        found.append({**identity, "settings": settings})
     return found
+
+
+def _without_added_later(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    facts = plugins.find(kind).get(name)
+    added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
+    return {
+        setting: value
+        for setting, value in settings.items()
+        if setting not in added or value != added[setting]
+    }
 
 
 def weight_identity(weight: WeightScheme) -> dict[str, Any]:
