@@ -7,11 +7,11 @@ behind the quantized blocks. Per group, with lo = min(min w, 0) and hi = max(max
     asymmetric   s = (β hi - α lo) / (2^b - 1)   z = round(-α lo / s)   w' = s (clamp(round(w / s + V) + z, 0, 2^b - 1) - z)
     symmetric    s = -m / 2^(b-1), m of α lo and β hi the larger in magnitude   z = 2^(b-1), w' alike
 
-V starts at 0, α and β at 1. Gradients pass rounding straight through, that of z and of the stored scale too, and clamps only inside.
-Every iteration moves p by -rate (1 - t / iterations) sign(gradient), after α and β were clamped to [0, 1]; with rate = 1 / iterations
-no V leaves ±½ by more than 1 / (2 iterations), which is the paper's bound. keep `best`, as published, is the iteration with the
-lowest loss of its own batch, though losses of different sequences are compared; `best_of_all`, ours, compares the loss over
-all sequences every ten iterations.
+V starts at 0, α and β at 1. Gradients pass rounding straight through, that of z and of the stored scale too, and clamps inside
+only. Every iteration moves p by -rate (1 - t / iterations) sign(gradient), after α and β were clamped to [0, 1]. With rate =
+1 / iterations no V leaves ±½ by more than 1 / (2 iterations), which is the paper's bound. keep `best`, as published, is the
+iteration with the lowest loss of its own batch, though losses of different sequences are compared; `best_of_all`, ours, compares
+the loss over all sequences every ten iterations.
 
 Symmetric schemes have signed_scales (w4g128signed): the entry of largest magnitude is exact and half of the scales are negative, as
 in the authors' code; the paper has ordinary grids. The activations of the scheme, if it has any, are rounded while the block is

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from harness.core.cell import Scheme, WeightScheme
+from harness.core.cell import Cell, Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.protocols import Evidence, build_rounding
 from harness.quantization.numerics.adapters import (
@@ -26,6 +26,8 @@ from harness.quantization.numerics.adapters import (
 )
 from harness.quantization.numerics.grids import as_stored
 from harness.quantization.numerics.weights import QuantizedWeight
+
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32}  # of adapter_dtype
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,32 @@ class LowRankCorrection(ABC):
                 "hold the sum of both; use a scheme without activations"
             )
         return reasons
+
+    def warnings(self, cell: Cell, shapes: Shapes) -> list[str]:
+        """Ranks with which the low-rank part is as large as a matrix; also what the base warns of."""
+        rank = self.settings.rank
+        whole = [
+            each
+            for each in shapes.linears
+            if self._has_part(each.name) and rank >= min(each.out_features, each.in_features)
+        ]
+        found = (
+            [f"base: {each}" for each in self.base.warnings(cell, shapes)]
+            if hasattr(self.base, "warnings")
+            else []
+        )
+        if whole:
+            dearest = max(
+                BITS[self.settings.adapter_dtype]
+                * (1 / each.out_features + 1 / each.in_features)
+                * min(each.out_features, each.in_features)
+                for each in whole
+            )
+            found.append(
+                f"rank {rank} spans {', '.join(each.name for each in whole)}: the low-rank part is as good as the matrix and "
+                f"takes up to {dearest:.0f} bits per weight besides the base's"
+            )
+        return found
 
     def round_layer(
         self,

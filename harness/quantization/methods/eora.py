@@ -35,6 +35,7 @@ class Rounding(LowRankCorrection):
     stochastic = False
     activation_aware = False
     wraps = True
+    keeps_base = True
     settings: Settings
 
     @dataclass(frozen=True)

@@ -16,6 +16,7 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         wraps = True                    # a rounding around another, which its settings `base` and `base_settings` name
                                         # (`build_rounding`): needs and facts are the union of both (`core.cell.make_part`).
                                         # The instance keeps the other one in its attribute `base`.
+        keeps_base = True               # and the base rounds what it would round alone, to the same codes
 
 A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
 schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations), `correction` (low-rank parts
@@ -177,6 +178,9 @@ class Rounding(Protocol):
 
     sequential: True re-runs the block after each group of linears, so that a group sees the rounded groups before it
     ("true-sequential"); class attribute or property.
+
+    Any part of a method may define `warnings(self, cell: Cell, shapes: Shapes) -> list[str]`: what the plan notes of a cell that it
+    accepts, such as a cost or too little calibration data.
     """
 
     sequential: bool

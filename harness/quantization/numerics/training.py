@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,14 @@ from harness.quantization.numerics.grids import Grid, from_range
 STRETCHES = 20  # of the steps, for which a mean loss is reported
 
 
+def through(value: Tensor, x: Tensor) -> Tensor:
+    """value, exactly, with the gradient of x (straight-through estimator)."""
+    return value.detach() + (x - x.detach())  # the second term is 0
+
+
 def round_through(x: Tensor) -> Tensor:
-    """Nearest integers, with the gradient of x itself (straight-through estimator)."""
-    return torch.round(x).detach() + (x - x.detach())  # the second term is 0: integers stay exact
+    """Nearest integers, with the gradient of x itself."""
+    return through(torch.round(x), x)
 
 
 def nearest_through(values: Tensor, grid: Grid) -> Tensor:
@@ -65,12 +71,14 @@ def steps_of(
     groups: Sequence[Mapping[str, Any]],
     epochs: int,
     what: str = "training",
+    last_rate: float = 1.0,
 ) -> Generator[tuple[int, int], None, list[float]]:
     """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
 
-    loss_of  sample number -> scalar loss, differentiable in the parameters
-    groups   torch.optim groups: {"params": [...], "lr": ...}
-    what     is trained, for the message
+    loss_of    sample number -> scalar loss, differentiable in the parameters
+    groups     torch.optim groups: {"params": [...], "lr": ...}
+    what       is trained, for the message
+    last_rate  where the rates end on a cosine over all steps, as a share of where they begin; 1: they are constant
     Raises MethodError when a loss is not finite; the parameters are then worth nothing.
     """
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -81,6 +89,11 @@ def steps_of(
     for epoch in range(epochs):
         total: Tensor | None = None
         for sample in range(samples):
+            if last_rate != 1:
+                done = (epoch * samples + sample) / (epochs * samples)
+                share = last_rate + (1 - last_rate) * (1 + math.cos(math.pi * done)) / 2
+                for group, given in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = given["lr"] * share
             with torch.enable_grad():
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(sample)
@@ -105,9 +118,10 @@ def train(
     groups: Sequence[Mapping[str, Any]],
     epochs: int,
     what: str = "training",
+    last_rate: float = 1.0,
 ) -> list[float]:
     """`steps_of` to its end: the mean loss of each epoch."""
-    walk = steps_of(loss_of, samples, groups, epochs, what)
+    walk = steps_of(loss_of, samples, groups, epochs, what, last_rate)
     while True:
         try:
             next(walk)

@@ -187,6 +187,19 @@ def test_the_plan_refuses_what_cannot_be_corrected(tmp_path: Path) -> None:
     assert reasons(Scheme("a", W3), fused) == ""
 
 
+def test_a_rank_that_spans_a_matrix_is_worth_a_warning(tmp_path: Path) -> None:
+    shapes = llama_shapes(kv_heads=2)  # keys and values 16 × 32
+
+    def warnings(rank: int) -> list[str]:
+        method = plugins.build("rounding", "eora", {"rank": rank})
+        return method.warnings(cell(tmp_path, Method("eora")), shapes)
+
+    assert not warnings(15)
+    (warning,) = warnings(16)
+    assert "rank 16 spans self_attn.k_proj, self_attn.v_proj:" in warning
+    assert "up to 24 bits per weight" in warning
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +68,20 @@ def test_training_visits_the_samples_in_order() -> None:
         (3, 4),
         (4, 4),
     ]
+
+
+def test_rates_fall_on_a_cosine_to_their_last_share() -> None:
+    """AdamW with one gradient over and over moves by the rate in every step."""
+    weight, seen = nn.Parameter(torch.zeros(1)), []
+
+    def loss_of(_: int) -> Tensor:
+        seen.append(float(weight.detach()))
+        return -weight.sum()
+
+    train(loss_of, 4, [{"params": [weight], "lr": 1.0}], 2, last_rate=0.1)
+    steps = [after - before for before, after in itertools.pairwise(seen)]
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * n / 8)) / 2 for n in range(7)]
+    assert steps == pytest.approx(expected, rel=1e-4)
 
 
 def test_other_parameters_keep_their_gradients() -> None:
