@@ -90,7 +90,7 @@ class Layout:
         }
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         dense = [name for name, description in described.items() if description is None]

@@ -124,7 +124,7 @@ class Layout:
         }
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         ordered = any(d["desc_act"] for d in described.values() if d is not None)
