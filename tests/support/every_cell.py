@@ -44,6 +44,7 @@ SMALL: dict[str, Any] = {
     "answer_length": 8,
     "vector_length": 4,
     "index_bits": 4,
+    "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")

@@ -41,6 +41,7 @@ SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("rounding", "eora"): {"rank": 4},
     ("rounding", "svdquant"): {"rank": 4},
     ("rounding", "autoround"): {"iterations": 6},
+    ("transform", "block_hadamard"): {"size": 16},
 }
 
 
