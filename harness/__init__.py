@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from harness.quantization.methods.protocols import Network as Network
     from harness.quantization.methods.protocols import TrainedLinear as TrainedLinear
     from harness.quantization.methods.protocols import WholeModel as WholeModel
+    from harness.quantization.methods.protocols import build_rounding as build_rounding
     from harness.quantization.models.parts import ATTENTION as ATTENTION
     from harness.quantization.models.parts import DOWN as DOWN
     from harness.quantization.models.parts import GATE_UP as GATE_UP
@@ -146,6 +147,7 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "Network",
         "TrainedLinear",
         "WholeModel",
+        "build_rounding",
     ),
     "harness.quantization.methods.checks": (
         "check_grid",
