@@ -11,6 +11,7 @@ The language of a sweep file and of overrides is described in docs/sweeps.md.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -55,8 +56,9 @@ from harness.core.cell import (
     baseline_of,
     cell_key,
     digest,
-    freeze,
     has_static_activations,
+    make_part,
+    to_json,
 )
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.labels import with_settings, with_variants
@@ -435,20 +437,41 @@ def _part(
             key: value for key, value in composed(context, slot, name).items() if key != "name"
         }
         known.update(checked_settings(known, content, where, types) if known else content)
-    used = [(key, value, several) for key, value, several in fields if key in known]
+    used = [each for each in fields if each[0].partition(".")[0] in known]
     context.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
-    settings = checked_settings(
-        known, {**own, **{key: value for key, value, _ in used}}, where, types
-    )
-    part = Part(
-        name=name,
-        settings=freeze(settings),
-        version=facts.get("version", 1),
-        needs=tuple(sorted(facts.get("needs", ()))),
-        stochastic=facts.get("stochastic", False),
-        activation_aware=facts.get("activation_aware", False),
-    )
-    return part, used
+    settings = checked_settings(known, _edited(known, own, used), where, types)
+    if facts.get("wraps", False):
+        settings["base_settings"] = _base_settings(context, slot, settings, where)
+    return make_part(slot, name, settings), used
+
+
+def _edited(known: Mapping[str, Any], own: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """The settings that a method's YAML gives a part (`own`), edited by fields; "base_settings.grid" edits one entry of a mapping.
+
+    known: the settings of the part's own YAML. Settings of one base are dropped where the fields name another base.
+    """
+    given = copy.deepcopy(dict(own))
+    for key, value, _ in sorted(fields, key=lambda each: (each[0] != "base", "." in each[0])):
+        head = key.partition(".")[0]
+        if key == "base" and value != given.get("base", known["base"]):
+            given["base_settings"] = {}
+        elif key != head and isinstance(known[head], dict):
+            given.setdefault(head, copy.deepcopy(known[head]))
+        set_nested(given, key, value)
+    return given
+
+
+def _base_settings(
+    context: Context, slot: str, settings: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """All settings of the base of a part around another: those of the base's YAML, with the part's `base_settings` over them."""
+    name, given = settings["base"], settings["base_settings"]
+    try:
+        base, _ = _part(context, slot, checked_name(context, slot, name), given, ())
+    except ConfigError as error:
+        lines = (f"{where}: base {name}: {line}" for line in str(error).split("\n"))
+        raise ConfigError("\n".join(lines)) from error
+    return dict(to_json(base)["settings"])
 
 
 def _check_settings_used(context: Context, points: list[Point]) -> None:

@@ -53,7 +53,7 @@ def _freeze_value(value: Any) -> Any:
 class Part:
     """A plugin with its settings: the transform, rounding or tuning of a method.
 
-    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `config`
+    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `make_part`
     so that keys can be computed without importing it.
     """
 
@@ -66,6 +66,46 @@ class Part:
 
     def __getitem__(self, setting: str) -> Any:
         return dict(self.settings)[setting]
+
+
+def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
+    """A part with these settings, which are complete, and with the facts of its plugin's source.
+
+    kind: transform, rounding or tuning.
+    A plugin that states `wraps = True` runs another plugin of its kind: its settings `base` and `base_settings` name that one and
+    its settings. The needs of the part, and whether it is stochastic or depends on the activation scheme, are the union with those
+    of the base. The version of the base is added to the settings as `base_version`, because keys must change with it.
+    A plugin leaves out a statistic that its literal `unneeded` names, where all settings named there have the values given there.
+    Raises ConfigError for an unknown plugin, and for a base that has a base of its own.
+    """
+    facts = plugins.facts(kind, name)
+    own = dict(settings)
+    needs = set(facts.get("needs", ()))
+    for statistic, values in facts.get("unneeded", {}).items():
+        if all(own.get(setting) == value for setting, value in values.items()):
+            needs.discard(statistic)
+    stochastic = facts.get("stochastic", False)
+    activation_aware = facts.get("activation_aware", False)
+    if facts.get("wraps", False):
+        if plugins.facts(kind, own["base"]).get("wraps", False):
+            raise ConfigError(
+                f"{kind} {name}: base {own['base']} is itself a {kind} around another; name one without a base"
+            )
+        base = make_part(kind, own["base"], dict(own["base_settings"]))
+        own["base_version"] = base.version
+        needs |= set(base.needs)
+        stochastic, activation_aware = (
+            stochastic or base.stochastic,
+            activation_aware or base.activation_aware,
+        )
+    return Part(
+        name=name,
+        settings=freeze(own),
+        version=facts.get("version", 1),
+        needs=tuple(sorted(needs)),
+        stochastic=stochastic,
+        activation_aware=activation_aware,
+    )
 
 
 @dataclass(frozen=True)
@@ -325,7 +365,7 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
     """Name, version and settings of each part of a method: what of them changes numbers.
 
     Settings that came after keys existed are left out while they have their default: a literal `settings_added_later` of the
-    plugin's class, {name: default}, read from its source.
+    plugin's class, {name: default}, read from its source; of the settings of a part's base alike.
     """
     found = []
     for kind in ("transform", "rounding", "tuning"):
@@ -333,15 +373,22 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
         if part is None:
             continue
         identity = _identity(part, drop=("needs", "stochastic", "activation_aware"))
-        facts = plugins.find(kind).get(part.name)
-        added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
-        identity["settings"] = {
-            name: value
-            for name, value in identity["settings"].items()
-            if name not in added or value != added[name]
-        }
-        found.append(identity)
+        settings = _without_added_later(kind, part.name, identity["settings"])
+        if "base_version" in settings:
+            own = _without_added_later(kind, settings["base"], dict(settings["base_settings"]))
+            settings["base_settings"] = own
+        found.append({**identity, "settings": settings})
     return found
+
+
+def _without_added_later(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    facts = plugins.find(kind).get(name)
+    added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
+    return {
+        setting: value
+        for setting, value in settings.items()
+        if setting not in added or value != added[setting]
+    }
 
 
 def weight_identity(weight: WeightScheme) -> dict[str, Any]:
@@ -358,6 +405,26 @@ def weight_identity(weight: WeightScheme) -> dict[str, Any]:
 def untuned(cell: Cell) -> Cell:
     """The cell whose checkpoint a tuned cell starts from: the same method without its tuning."""
     return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
+
+
+def base_alone(cell: Cell) -> Cell | None:
+    """The cell with the base of a rounding around another in its place, where the base rounds the same matrices to the same codes.
+
+    None for other roundings, for those whose base rounds something else (a literal `keeps_base = True` of the plugin's class says
+    that it does not), and where the base read inputs behind blocks that the other one had changed.
+    """
+    rounding = cell.method.rounding
+    if rounding is None or "base_version" not in dict(rounding.settings):
+        return None
+    if not plugins.facts("rounding", rounding.name).get("keeps_base", False):
+        return None
+    settings = dict(to_json(rounding)["settings"]["base_settings"])
+    base = make_part("rounding", rounding["base"], settings)
+    if base.needs and cell.inputs != "full_precision":
+        return None
+    base = dataclasses.replace(base, version=rounding["base_version"])
+    method = dataclasses.replace(cell.method, name=base.name, rounding=base, tuning=None)
+    return dataclasses.replace(cell, method=method)
 
 
 def cell_key(cell: Cell) -> str:

@@ -61,6 +61,16 @@ class Checker:
             found += self._once(("evaluation", evaluation, cell.model), ask)
         return list(dict.fromkeys(found))
 
+    def warnings(self, cell: Cell) -> list[str]:
+        """What the parts of an accepted cell's method warn of; the optional method `warnings(cell, shapes)` of a plugin."""
+        shapes = self.shapes(cell.model)
+        found: list[str] = []
+        for slot, part in _slots(cell) if shapes is not None else ():
+            plugin = self._once(("plugin", slot, part), functools.partial(_built, slot, part))
+            if hasattr(plugin, "warnings"):
+                found += [f"{slot} {part.name}: {each}" for each in plugin.warnings(cell, shapes)]
+        return found
+
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
@@ -226,7 +236,7 @@ class Checker:
                 f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
         try:
-            plugin = plugins.build(slot, part.name, to_json(part)["settings"])
+            plugin = _built(slot, part)
         except HarnessError as error:
             return [str(error)]
         shapes = self.shapes(cell.model)
@@ -283,6 +293,10 @@ class Checker:
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
         return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
+
+
+def _built(slot: str, part: Part) -> Any:
+    return plugins.build(slot, part.name, to_json(part)["settings"])
 
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:

@@ -33,20 +33,31 @@ FLOPS_PER_GPU = 5e13
 
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
-    """Estimated bytes of a checkpoint: codes, one scale per group and, where the scheme has zero points, one of them."""
+    """Estimated bytes of a checkpoint: codes, one scale per group, a zero point where the scheme has them, and low-rank parts."""
     if cell.method.is_baseline:
         return 4096
-    bits = 0.0
+    bits, beside = 0.0, _low_rank_bits(cell)
     for block in range(shapes.blocks):
         for linear in shapes.linears:
             scheme = cell.scheme.weight_for(block, linear.name)
             group = scheme.group_size if scheme.group_size > 0 else linear.in_features
             overhead = (16 + (0 if scheme.symmetric else scheme.bits)) / group
             bits += linear.out_features * linear.in_features * (scheme.bits + overhead)
+            bits += beside * (linear.out_features + linear.in_features)
         if not cell.scheme.overrides:
             bits *= shapes.blocks
             break
     return int(bits / 8) + 65536
+
+
+def _low_rank_bits(cell: Cell) -> float:
+    """Bits of the low-rank parts that a method stores beside a matrix, per output and input of it; an upper bound."""
+    total = 0.0
+    for part in cell.method.parts:
+        settings = dict(part.settings)
+        if settings.keys() >= {"rank", "adapter_dtype"}:
+            total += 8 * DTYPE_BYTES.get(settings["adapter_dtype"], 2) * settings["rank"]
+    return total
 
 
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
@@ -210,7 +221,8 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     widths = {linear.group: linear.in_features for linear in shapes.linears}
     total = 20.0 * weights
     if cell.method.needs and cell.calibration is not None:
-        tokens = cell.calibration.samples * cell.calibration.length
+        length = cell.calibration.length
+        tokens = cell.calibration.samples * length
         total += 2 * 2.0 * weights * tokens
         if "hessian" in cell.method.needs:
             total += 2.0 * tokens * sum(width**2 for width in widths.values())
@@ -219,12 +231,15 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
             )
             total += sum(float(width) ** 3 for width in widths.values())
         for part in cell.method.parts:
-            total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens)
+            total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens, length)
     return total * shapes.blocks
 
 
-def _trained_tokens(settings: Mapping[str, Any], tokens: int) -> float:
-    """Tokens that a part of a method trains on: epochs over the windows, or steps of a batch of texts (an upper bound)."""
+def _trained_tokens(settings: Mapping[str, Any], tokens: int, length: int) -> float:
+    """Tokens that a part of a method trains on: epochs over the windows, iterations of a batch of windows of `length`, or steps of
+    a batch of texts (an upper bound)."""
+    if settings.keys() >= {"iterations", "batch"}:
+        return float(settings["iterations"] * min(settings["batch"] * length, tokens))
     if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
         return float(
             settings["steps"]

@@ -67,7 +67,10 @@ def make(sweep: Sweep, store: Store) -> Plan:
         for model in dict.fromkeys(cell.model for cell in missing)
         for note in checker.notes(model)
     )
-    notes = files | notes
+    cautions = dict.fromkeys(
+        f"{cell.model.name}: {warning}" for cell in unmade for warning in checker.warnings(cell)
+    )
+    notes = files | notes | cautions
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )

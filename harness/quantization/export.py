@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.core import plugins
-from harness.core.cell import Cell, cell_key, quantize_key, untuned
+from harness.core.cell import Cell, base_alone, cell_key, quantize_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.core.text import short_list
 from harness.data import hub, model_folders
@@ -107,15 +107,29 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
                 cell.scheme.activation_for(block, linear.name),
             )
             reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
-    if cell.method.tuning is None and hasattr(layout, "write_adapters"):
-        reasons[
-            "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
-        ] = None
+    if hasattr(layout, "write_adapters") and (reason := _without_adapters(cell)):
+        reasons[reason] = None
     if not getattr(layout, "stores_group_order", True) and _groups_follow_activations(cell):
         reasons[
             "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
         ] = None
     return list(reasons)
+
+
+def _without_adapters(cell: Cell) -> str:
+    """Why no adapter of the cell can be written for matrices that another cell has; "" where one can."""
+    if cell.method.tuning is not None or base_alone(cell) is not None:
+        return ""
+    rounding = cell.method.rounding
+    facts = {} if rounding is None else plugins.facts("rounding", rounding.name).literals
+    if not facts.get("wraps", False):
+        return "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
+    if not facts.get("keeps_base", False):
+        return "the base rounds what the low-rank part leaves of a matrix, so no other checkpoint has the weights for this adapter"
+    return (
+        "the base was calibrated behind corrected blocks, so no other checkpoint has the weights for this adapter; "
+        "use inputs=full_precision, or a base that needs no data"
+    )
 
 
 @dataclass(frozen=True)
@@ -213,7 +227,7 @@ def _export_adapters(
     output: Path,
     source: str,
 ) -> Exported:
-    """Export the adapters of a tuned cell. source: the unquantized model, a hub id or a folder."""
+    """Export the adapters that a tuning or a rounding left. source: the unquantized model, a hub id or a folder."""
     from harness.quantization.formats.native import Checkpoint
     from harness.quantization.numerics.adapters import AdaptedWeight
     from harness.quantization.numerics.inputs import NAMES
@@ -235,12 +249,15 @@ def _export_adapters(
     if not adapters:
         reasons["it has no adapters: its tuning is merged into the stored weights"] = None
     _refuse(cell, name, list(reasons))
-    tuning = cell.method.tuning
-    assert tuning is not None, "refused"
+    tuning, beneath = cell.method.tuning, base_alone(cell)
+    if tuning is not None:
+        beneath = untuned(cell)
+    assert beneath is not None, "refused"
+    dropout = dict(tuning.settings).get("dropout", 0.0) if tuning is not None else 0.0
     with _written_aside(output) as aside:
-        layout.write_adapters(aside, adapters, source, dict(tuning.settings).get("dropout", 0.0))
+        layout.write_adapters(aside, adapters, source, dropout)
         total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
-    key, base = cell_key(cell)[:12], quantize_key(untuned(cell))[:12]
+    key, base = cell_key(cell)[:12], quantize_key(beneath)[:12]
     text = f"{output}: adapters of {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB; for the weights of checkpoint {base}"
     return Exported(output, name, 1, total, text)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
@@ -29,9 +30,12 @@ class Layout:
     def write_adapters(
         self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float
     ) -> None:
-        """adapters: by module name in the model, one rank and one scaling.   base: where the unquantized model lies."""
+        """adapters: by module name in the model, of one scaling.   base: where the unquantized model lies.
+
+        Adapters of lower rank than the largest are filled with zeros: the folder has one rank.
+        """
         first = next(iter(adapters.values()))
-        rank = first.down.shape[0]
+        rank = max(adapter.down.shape[0] for adapter in adapters.values())
         LoraConfig(
             r=rank,
             lora_alpha=first.scaling * rank,
@@ -44,7 +48,10 @@ class Layout:
         ).save_pretrained(str(folder))
         tensors = {}
         for name, adapter in adapters.items():
-            for part, factor in (("lora_A", adapter.down), ("lora_B", adapter.up)):
+            assert adapter.scaling == first.scaling, "the adapters of a cell have one scaling"
+            more = rank - adapter.down.shape[0]
+            down, up = pad(adapter.down, (0, 0, 0, more)), pad(adapter.up, (0, more))
+            for part, factor in (("lora_A", down), ("lora_B", up)):
                 tensors[f"base_model.model.{name}.{part}.weight"] = factor.to(
                     SCALE_DTYPES[adapter.dtype]
                 ).contiguous()

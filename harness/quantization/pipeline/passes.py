@@ -515,12 +515,15 @@ class _Pass(Walk):
     ) -> QuantizedWeight:
         """An expert's matrix without enough calibration tokens: as the method itself says, else rounded to nearest.
 
-        Optional method of a Rounding: round_unseen(name, weight, scheme, rng). Raises MethodError where the scheme has no grid to
-        round to.
+        A rounding around another leaves it to that one. Optional method of a Rounding: round_unseen(name, weight, scheme, rng).
+        Raises MethodError where the scheme has no grid to round to.
         """
-        if hasattr(job.rounding, "round_unseen"):
-            return job.rounding.round_unseen(name, weight, scheme, rng)
-        grid = getattr(job.rounding.settings, "grid", None)
+        rounding = getattr(job.rounding, "base", job.rounding)
+        if hasattr(rounding, "round_unseen"):
+            return rounding.round_unseen(name, weight, scheme, rng)
+        if not rounding.needs:
+            return rounding.round_layer(name, weight, None, scheme, rng)
+        grid = getattr(rounding.settings, "grid", None)
         nearest = plugins.build("rounding", "rtn", {} if grid is None else {"grid": grid})
         linears = tuple(linear for linear in self.blocks.shapes.linears if linear.name == name)
         reasons = nearest.check(

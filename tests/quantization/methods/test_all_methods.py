@@ -35,9 +35,12 @@ FORMATS = ("int", "nf4", "dense", "fp4", "fp8", "fp8_e4m3", "mx", "any")
 WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
 
 
-# Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights.
+# Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights, or train for seconds.
 SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("rounding", "vptq"): {"vector_length": 4, "index_bits": 6},
+    ("rounding", "eora"): {"rank": 4},
+    ("rounding", "svdquant"): {"rank": 4},
+    ("rounding", "autoround"): {"iterations": 6},
     ("transform", "block_hadamard"): {"size": 16},
 }
 
