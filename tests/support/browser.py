@@ -18,7 +18,9 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 
-PAGE_LEFT = -32000  # the code of "Inspected target navigated or closed", and of contexts that a navigation ended
+PAGE_LEFT = (
+    -32000
+)  # the code of "Inspected target navigated or closed", and of contexts that a navigation ended
 
 
 class Navigated(Exception):
