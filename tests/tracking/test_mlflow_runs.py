@@ -19,7 +19,8 @@ from synthetic_sweep import LINEARS, LLAMA, fill, make_sweep
 from harness.core.cell import cell_key, score_key
 from harness.core.errors import TrackingError
 from harness.core.sweep import Sweep
-from harness.reporting.figures import figures, save
+from harness.reporting.drawing import save
+from harness.reporting.figures import figures
 from harness.reporting.tables import build_all
 from harness.storage.store import Store
 from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
