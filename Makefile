@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast format test-browser lint bench chaos topology demo-model constraints clean
+.PHONY: help install demo test test-fast format test-browser lint bench chaos topology tasks docs demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -51,6 +51,13 @@ chaos: install  ## kill what a sweep depends on a hundred times and compare the 
 topology: install  ## test a cluster in network namespaces: access, lost nodes, recovery (root, Linux, ten minutes)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/constraints-mlflow.txt --requirement tests/topology/requirements.txt
 	$(BIN)/python tests/topology/topology.py
+
+tasks: install  ## ten tasks with the commands that README shows, timed on a fresh clone (20 minutes; options in TASKS=)
+	$(BIN)/python tests/newcomer/ten_tasks.py $(TASKS)
+
+docs: install  ## the documentation as a site in site/, with the reference of the Python API; links are checked
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 demo-model: install  ## train the embedded demo model from its recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.data.demo.train
