@@ -57,7 +57,7 @@ tasks: install  ## ten tasks with the commands that README shows, timed on a fre
 
 docs: install  ## the documentation as a site in site/, with the reference of the Python API; links are checked
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 demo-model: install  ## train the embedded demo model from its recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.data.demo.train
@@ -67,4 +67,4 @@ constraints: install  ## write the versions of this environment to constraints.t
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environment and caches; keeps runs/ and mlflow.db
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache *.egg-info

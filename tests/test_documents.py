@@ -7,9 +7,14 @@ options.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +23,7 @@ from synthetic_sweep import fill, make_sweep
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
+import harness
 from harness.cli import commands
 from harness.config.grid import load_sweep
 from harness.config.overrides import split_arguments
@@ -150,3 +156,57 @@ def plan_or_compose(sweep: str | None, overrides: list[str]) -> None:
     made = make(loaded, Store(loaded.runtime.runs))
     reasons = [reason for each in made.refused for reason in each.reasons]
     assert not reasons and not made.problems, [*reasons, *made.problems]
+
+
+SITE = (ROOT / "mkdocs.yml").read_text("utf-8")
+
+
+def test_the_site_shows_every_page_once() -> None:
+    listed = re.findall(r"^ +- .*?: ([\w-]+\.md)$", SITE, re.MULTILINE)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert set(listed) == pages and len(listed) == len(pages)
+
+
+def test_the_reference_names_what_there_is() -> None:
+    """Each object of the page exists, and the page has all functions of the Python API."""
+    names = re.findall(
+        r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE
+    )
+    for name in names:
+        try:
+            assert importlib.import_module(name).__doc__
+        except ModuleNotFoundError:
+            module, _, member = name.rpartition(".")
+            assert getattr(importlib.import_module(module), member).__doc__, name
+    api = harness.__all__[1 : harness.__all__.index(next(iter(harness.FOR_PLUGINS.values()))[0])]
+    assert {f"harness.{name}" for name in api} <= set(names)
+
+
+def test_what_builds_the_site_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = {
+        line.partition("==")[0].lower()
+        for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+        if "==" in line
+    }
+    wanted = {
+        re.split(r"[\[<>=]", each)[0].lower() for each in project["optional-dependencies"]["docs"]
+    }
+    assert wanted and wanted <= pins
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: make docs")
+def test_the_site_builds(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ShownTable" in (tmp_path / "reference.html").read_text("utf-8")
