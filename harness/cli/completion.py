@@ -20,6 +20,10 @@ FIELDS = {  # key -> the dataclass whose fields follow it after a dot
     "tracking": Tracking,
     "store": StoreLimits,
 }
+WITHOUT_YAML = [
+    ("lm_eval:", "any task of lm-eval by its name"),
+    ("text:", "the perplexity of a text file"),
+]
 COMPUTED = ("name", "digest", "settings")  # fields that nobody sets by an override
 
 
@@ -43,7 +47,8 @@ def values_of(key: str) -> list[tuple[str, str]]:
 
     if key == "evaluations" or key in VALUES:
         group = "evaluation" if key == "evaluations" else key
-        return [(entry.name, entry.title) for entry in list_names(group)]
+        entries = [(entry.name, entry.title) for entry in list_names(group)]
+        return entries + (WITHOUT_YAML if group == "evaluation" else [])
     if key == "inputs":
         return [(name, "") for name in axes.INPUTS]
     if key == "baseline":

@@ -61,7 +61,7 @@ from harness.core.cell import (
     to_json,
 )
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.labels import with_settings, with_variants
+from harness.core.labels import with_settings, with_variants, without_settings
 from harness.core.sweep import Runtime, Skip, Sweep
 from harness.data import hub, model_folders, texts
 from harness.data.bundle import Bundle
@@ -125,7 +125,26 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
         overrides=overrides,
         findings=findings,
         first=first_cells(context, cells),
+        method_titles=_method_titles(context, cells),
     )
+
+
+def _method_titles(context: Context, cells: Sequence[Cell]) -> dict[str, str]:
+    """Method -> the `title` of its YAML; of parts that were put together, their titles with a plus between them."""
+    titles = {}
+    for name in {without_settings(cell.method.name) for cell in cells}:
+        parts = [part.rpartition("=")[2] for part in name.split("+")]
+        known = [
+            composed(context, "method", part).get("title")
+            if part in config_files("method")
+            else None
+            for part in parts
+        ]
+        if any(known):
+            titles[name] = " + ".join(
+                title or part for title, part in zip(known, parts, strict=True)
+            )
+    return titles
 
 
 def _points(context: Context, grid: Grid) -> Iterator[Point]:
@@ -391,10 +410,12 @@ def _make_method(
 def _method_yaml(context: Context, name: str) -> dict[str, Any]:
     content = composed(context, "method", name, context.file.where)
     where = str(config_files("method")[name])
-    known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS), "inputs"]
+    known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS), "inputs", "title"]
     for key in content:
         if key not in known:
             raise ConfigError(unknown_name("key", key, known, where))
+    if not isinstance(content.get("title", ""), str):
+        raise ConfigError(f"{where}: title: a text is expected, not {content['title']!r}")
     if content.get("inputs", INPUTS[0]) not in INPUTS:
         raise ConfigError(unknown_name("inputs", str(content["inputs"]), INPUTS, where))
     return content

@@ -82,6 +82,25 @@ def without_settings(name: str) -> str:
     return name.partition("[")[0]
 
 
+def baseline_title(dtype: str, bits: str) -> str:
+    """What papers call the unquantized model: "FP16", "BF16" or "FP32"; "Full precision" for weights of another width.
+
+    dtype  of the model's computation; bits  of its weights as stored, as tables print them
+    """
+    if bits == "16":
+        return "BF16" if dtype == "bfloat16" else "FP16"
+    return "FP32" if bits == "32" else "Full precision"
+
+
+def method_title(name: str, titles: Mapping[str, str]) -> str:
+    """What papers call a method of ours: "SliM-LLM" for slim_llm, "AWQ [rounding: …]" keeps the settings that a sweep varies.
+
+    titles: names of methods and what they are called; a name that has no title stays as it is.
+    """
+    plain = without_settings(name)
+    return titles.get(plain, plain) + name.removeprefix(plain)
+
+
 def bits_text(cell: Cell) -> str:
     """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "W8A8 fp8_e4m3"; for a baseline the width of its dtype."""
     scheme = cell.scheme

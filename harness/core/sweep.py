@@ -192,7 +192,11 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Sweep:
-    """cells: distinct, in the order of the file's grids; baselines that differences need come with them."""
+    """A sweep, read and checked.
+
+    cells          distinct, in the order of the file's grids; baselines that differences need come with them
+    method_titles  name of a method of the cells, without the settings that the sweep varies -> what papers call it
+    """
 
     name: str
     title: str
@@ -205,6 +209,7 @@ class Sweep:
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
+    method_titles: dict[str, str] = field(default_factory=dict)
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""

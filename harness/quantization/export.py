@@ -25,6 +25,7 @@ from harness.core.cell import Cell, base_alone, cell_key, quantize_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.core.text import short_list
 from harness.data import hub, model_folders
+from harness.storage.atomic_write import share
 from harness.storage.store import Store
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def _written_aside(output: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
+        share(aside)
         if output.exists():
             output.rmdir()
         aside.rename(output)

@@ -133,7 +133,15 @@ def build(
         rows = _in_published_order(rows, table, published, matches, heads, labels)
     notes, commands = footnotes(sweep, table, rows, heads, by_key, published, ambiguous)
     return TableData(
-        table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands)
+        table.name,
+        table.caption,
+        labels,
+        heads,
+        tuple(rows),
+        tuple(notes),
+        tuple(commands),
+        sweep.name,
+        sweep.method_titles,
     )
 
 
@@ -214,7 +222,14 @@ def _correlations(
             1, f"{GAP} no r: fewer than three cells, or a side that is constant or diverged."
         )
     return TableData(
-        table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands)
+        table.name,
+        table.caption,
+        ("benchmark",),
+        heads,
+        tuple(rows),
+        tuple(notes),
+        tuple(commands),
+        sweep.name,
     )
 
 
