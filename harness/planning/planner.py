@@ -68,6 +68,7 @@ def make(sweep: Sweep, store: Store) -> Plan:
         for note in checker.notes(model)
     )
     notes = files | notes
+    checker.save()
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )
