@@ -66,7 +66,7 @@ def test_what_changed_just_now_and_a_cache_that_cannot_be_written_are_asked_agai
 
 def test_a_book_keeps_what_may_be_kept() -> None:
     book = Book("model", OLD)
-    assert book.ask(["q"], lambda: [], lambda answer: not answer) == []
+    assert book.ask(["q"], list, lambda answer: not answer) == []
     assert book.ask(["r"], lambda: ["refused"], lambda answer: not answer) == ["refused"]
     book.save()
     again = Book("model", OLD)
