@@ -6,16 +6,42 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from harness.core.cell import baseline_of, cell_key, quantize_key, to_json, untuned
-from harness.evaluation.flips import with_flips
-from harness.reporting.metrics import problems_of
+from harness.core.cell import Cell, baseline_of, cell_key, quantize_key, to_json, untuned
+from harness.data import kept
+from harness.storage.places import is_url
 from harness.storage.record import Record
 from harness.storage.store import Store
+
+
+def cell_text(cell: Cell, store: Store) -> str:
+    """Everything known of a cell, with the command that reproduces it; kept until a file of the cell changes."""
+    from harness.config.reproduce import command_for
+
+    command = command_for(cell)
+    if is_url(store.place):
+        return record_text(store.record(cell), store, command)
+    cells = (cell, baseline_of(cell))
+    checkpoints = (quantize_key(each) for each in (*cells, untuned(cell)))
+    stamp = kept.stamp_of(
+        [
+            *(store.cell_folder(cell_key(each)) for each in cells),
+            *(store.checkpoint_folder(key) / "manifest.json" for key in checkpoints),
+            store.root / "provenance",
+        ]
+    )
+    question = [kept.code_stamp().text, stamp.text, str(store.place), to_json(cell), command]
+    return str(
+        kept.answered(
+            "show", question, [stamp], lambda: record_text(store.record(cell), store, command)
+        )
+    )
 
 
 def record_text(record: Record, store: Store, command: str) -> str:
     """Everything known of a cell: what it is, what it scored, how its layers fared, how it was made and how to make it again."""
     import yaml
+
+    from harness.evaluation.flips import with_flips
 
     cell = record.cell
     sections = [
@@ -107,6 +133,8 @@ def _place(store: Store, name: str) -> str:
 
 
 def _scores(record: Record) -> str:
+    from harness.reporting.metrics import problems_of
+
     metrics = record.metrics()
     width = max(map(len, metrics), default=0)
     lines = []

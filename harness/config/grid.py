@@ -424,9 +424,13 @@ def _method_yaml(context: Context, name: str) -> dict[str, Any]:
 def _method_inputs(context: Context, point: Point) -> str:
     """The `inputs` of the method's YAML (its published calibration), used if neither sweep nor override sets `inputs`."""
     name = point["method"][0] if "method" in point else None
-    if not isinstance(name, str) or name not in config_files("method"):
+    if not isinstance(name, str):
         return INPUTS[0]
-    content = once(context, ("method inputs", name), lambda: _method_yaml(context, name)) or {}
+
+    def read() -> dict[str, Any]:
+        return _method_yaml(context, name) if name in config_files("method") else {}
+
+    content = once(context, ("method inputs", name), read) or {}
     return str(content.get("inputs", INPUTS[0]))
 
 

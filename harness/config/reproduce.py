@@ -23,7 +23,7 @@ def command_for(cell: Cell) -> str:
     """
     import shlex
 
-    from harness.config.grid import load_sweep
+    from harness.config.kept_sweeps import load_sweep
 
     words = _names(cell)
     for _ in range(3):  # with names alone, with what differs, and to see that nothing is left

@@ -22,7 +22,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,6 +33,7 @@ from harness.core.errors import ConfigError
 
 ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
+T = TypeVar("T")
 PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
 
 
@@ -338,6 +339,18 @@ class Cell:
 
 def quantize_key(cell: Cell) -> str:
     """Identity of the cell's checkpoint; 64 hexadecimal digits. Equal keys mean equal bytes."""
+    return _remembered(cell, "_quantize_key", lambda: _quantize_key(cell))
+
+
+def _remembered(owner: Any, name: str, make: Callable[[], T]) -> T:
+    """make(), computed once for an object that never changes: a plan of 10,000 cells asks for 240,000 keys."""
+    known = vars(owner)
+    if name not in known:
+        known[name] = make()
+    return typing.cast(T, known[name])
+
+
+def _quantize_key(cell: Cell) -> str:
     method = cell.method
     identity: dict[str, Any] = {
         "model": _identity(
@@ -429,6 +442,10 @@ def base_alone(cell: Cell) -> Cell | None:
 
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
+    return _remembered(cell, "_cell_key", lambda: _cell_key(cell))
+
+
+def _cell_key(cell: Cell) -> str:
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
     if has_static_activations(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
@@ -446,7 +463,7 @@ def has_static_activations(scheme: Scheme) -> bool:
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
     """Identity of one evaluation of one cell; 64 hexadecimal digits. Where data lies is left out once its digest is known."""
-    identity = _identity(evaluation, drop=("name", "generates"))
+    identity = {**_identity(evaluation, drop=("name", "generates"))}
     if evaluation.generates and cell.model.generation:
         identity["generation"] = cell.model.generation
     dropped = {
@@ -540,9 +557,22 @@ def _kv_identity(kv: KVScheme | None) -> Any:
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
+    """The fields of a part of a cell as JSON, without the dropped ones. The same object every time: nobody changes it."""
     if value is None:
         return None
-    return {name: item for name, item in to_json(value).items() if name not in drop}
+    known = _remembered(value, "_identities", dict[tuple[str, ...], dict[str, Any]])
+    if drop not in known:
+        known[drop] = {name: item for name, item in to_json(value).items() if name not in drop}
+    return known[drop]
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, bool], ...] | None:
+    """(name, whether it holds settings) of the fields of a dataclass; None for any other type."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hints = _hints(kind)
+    return tuple((each.name, hints[each.name] == Settings) for each in dataclasses.fields(kind))
 
 
 @functools.cache
@@ -553,13 +583,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def to_json(value: Any) -> Any:
     """A cell, or any part of one, as JSON values; settings become objects."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
+    fields = _fields(type(value))
+    if fields is not None:
         return {
-            f.name: _thaw(getattr(value, f.name))
-            if hints[f.name] == Settings
-            else to_json(getattr(value, f.name))
-            for f in dataclasses.fields(value)
+            name: _thaw(getattr(value, name)) if holds_settings else to_json(getattr(value, name))
+            for name, holds_settings in fields
         }
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
@@ -577,9 +605,6 @@ def _thaw_value(value: Any) -> Any:
         )
         return _thaw(value) if is_mapping else [_thaw_value(item) for item in value]
     return value
-
-
-T = TypeVar("T")
 
 
 def from_json(kind: type[T], data: Any) -> T:

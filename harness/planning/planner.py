@@ -71,6 +71,7 @@ def make(sweep: Sweep, store: Store) -> Plan:
         f"{cell.model.name}: {warning}" for cell in unmade for warning in checker.warnings(cell)
     )
     notes = files | notes | cautions
+    checker.save()
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )
