@@ -104,7 +104,7 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
 def _changed(prefix: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     found = []
     for name, value in wanted.items():
-        if name in ("name", "digest", "overrides") or value == given.get(name):
+        if name in ("name", "digest", "base_digest", "overrides") or value == given.get(name):
             continue
         if isinstance(value, dict) and isinstance(given.get(name), dict):
             found += _changed(f"{prefix}.{name}", value, given[name])

@@ -38,6 +38,7 @@ STATISTICS: dict[str, str] = {
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+    "base_weight": "the matrix of the model that this one was fine-tuned from (model.base), [out, in] float32; no calibration data",
     "tokens": "the calibration windows themselves (training of the whole model)",
     "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",

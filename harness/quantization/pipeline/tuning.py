@@ -23,6 +23,7 @@ from harness.core.cell import Cell, baseline_of, cell_key, to_json, untuned
 from harness.core.errors import DataError, MethodError
 from harness.core.events import Event, Progress, Quantized
 from harness.quantization.calibration import documents_digest, windows_digest
+from harness.quantization.formats.base_model import BaseModel, on_base
 from harness.quantization.formats.native import BlockContent, Checkpoint, CheckpointWriter
 from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference.linear import QuantizedLinear
@@ -102,7 +103,8 @@ def run_tuning(
         untuned(cell), scheme=dataclasses.replace(cell.scheme, activation=None, kv=None)
     )
     model, _ = load(weights_only, folder, base, device)
-    linears = _make_trainable(cell, model, folder, stored, tuning, device)
+    fine_tuned_from = BaseModel.stated(cell, stored.manifest)
+    linears = _make_trainable(cell, model, folder, stored, tuning, device, fine_tuned_from)
     teacher = None
     if "teacher" in part.needs:
         teacher = FrozenModel(load(baseline_of(cell), folder, None, device)[0], device)
@@ -123,7 +125,7 @@ def run_tuning(
         if step == steps or time.monotonic() - shown > 1:
             shown = time.monotonic()
             yield Progress(time.time(), keys, "tuning", step, steps)
-    _write(cell, folder, stored, linears, writer)
+    _write(cell, folder, stored, linears, writer, fine_tuned_from)
     manifest = writer.finish(
         _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
     )
@@ -153,7 +155,13 @@ class _TransformedInput(nn.Module):
 
 
 def _make_trainable(
-    cell: Cell, model: Any, folder: Path, stored: Checkpoint, tuning: Any, device: str
+    cell: Cell,
+    model: Any,
+    folder: Path,
+    stored: Checkpoint,
+    tuning: Any,
+    device: str,
+    fine_tuned_from: BaseModel | None,
 ) -> dict[tuple[int, str], Any]:
     """Put the tuning's linears in the places of the quantized ones; the result by block and name."""
     data = read_config(folder)
@@ -163,7 +171,7 @@ def _make_trainable(
     model.requires_grad_(False)
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
-        content: BlockContent = stored.block(index)
+        content: BlockContent = on_base(stored.block(index), fine_tuned_from, index)
         for location in family.locations(config, index):
             owner = location.parameter.rpartition(".")[0]
             module = block.get_submodule(owner)
@@ -203,6 +211,7 @@ def _write(
     stored: Checkpoint,
     linears: dict[tuple[int, str], Any],
     writer: CheckpointWriter,
+    fine_tuned_from: BaseModel | None,
 ) -> None:
     """Every block with its trained matrices; what the base changed besides them as it is there."""
     data = read_config(folder)
@@ -210,7 +219,7 @@ def _write(
     config = family.config(data)
     model_weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     for index in range(stored.manifest["blocks"]):
-        base = stored.block(index)
+        base = on_base(stored.block(index), fine_tuned_from, index)
         weights = {
             name: linear.stored() for (block, name), linear in linears.items() if block == index
         }
@@ -279,6 +288,7 @@ def _report(
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
+        **{key: base[key] for key in ("base", "delta") if key in base},  # of a fine-tune
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
         "calibration": text,
