@@ -16,7 +16,12 @@ CHECKPOINT_METRICS = {  # manifest field -> metric
     "peak_memory_bytes": "quantize/peak_memory_bytes",
 }
 
-DELTA_METRICS = ("bytes", "ends_bytes", "ratio", "base_bits_per_weight")  # of the manifest's `delta`
+DELTA_METRICS = (
+    "bytes",
+    "ends_bytes",
+    "ratio",
+    "base_bits_per_weight",
+)  # of the manifest's `delta`
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,10 @@ class DecoderBlock(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
-PER_LINEAR = {"squared_gradient", "base_weight"}  # statistics that differ between linears of a group
+PER_LINEAR = {
+    "squared_gradient",
+    "base_weight",
+}  # statistics that differ between linears of a group
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
