@@ -51,6 +51,7 @@ SMALL: dict[str, Any] = {
     "index_bits": 4,
     "length": 12,
     "groups": [[8, 1], [2, 0]],
+    "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")

@@ -46,6 +46,10 @@ class Layout:
             reasons.append(
                 f"GPTQ's layout has codes of {', '.join(map(str, WIDTHS))} bits, not {weight.bits:g}"
             )
+        if weight.signed_scales:
+            reasons.append(
+                "scales below 0: no engine was seen to read them from GPTQ's layout; use a scheme without signed_scales"
+            )
         if weight.zero_point != "integer":
             reasons.append(
                 "GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer"
@@ -124,7 +128,7 @@ class Layout:
         }
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         ordered = any(d["desc_act"] for d in described.values() if d is not None)

@@ -55,7 +55,7 @@ class Layout(Protocol):
         ...
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         """The entry of config.json. others: names of linear modules outside the blocks, which stay as they are."""
         ...

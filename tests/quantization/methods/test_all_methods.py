@@ -40,6 +40,7 @@ WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
 SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("rounding", "vptq"): {"vector_length": 4, "index_bits": 6},
     ("rounding", "delta_come"): {"groups": [[8, 1], [2, 0]]},
+    ("transform", "block_hadamard"): {"size": 16},
 }
 
 
