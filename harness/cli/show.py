@@ -143,7 +143,7 @@ def _delta(record: Record) -> str:
             f"base              {base['source']}, {base['dtype']}, weights {base['digest']}",
             f"bytes             {total:,}: {delta['bytes']:,} of matrices, {delta['ends_bytes']:,} of other tensors that differ",
             f"fine-tune         {delta['fine_tune_bytes']:,} bytes, {delta['ratio']:.2f} times as many",
-            f"bits per weight   with the base, by the number of models that share it: "
+            "bits per weight   with the base, by the number of models that share it: "
             + ", ".join(f"{bits:.3f} for {k}" for k, bits in shared.items()),
         )
     )

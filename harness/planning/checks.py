@@ -189,8 +189,8 @@ class Checker:
             )
         if base is None:
             reasons.append(
-                f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it names "
-                "none; set model.base=<name>, or `base:` in its YAML"
+                f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it "
+                "names none; set model.base=<name>, or `base:` in its YAML"
             )
             return reasons
         if self.shapes(model) is None:
@@ -331,8 +331,8 @@ def _training_reasons(tuning: Part | None, calibration: Calibration) -> list[str
         return []
     samples = -(-wanted // (calibration.length // length))
     return [
-        f"tuning {tuning.name}: {settings['steps']} steps of {settings['batch']} sequences use {wanted} pieces of {length} tokens, and "
-        f"calibration {calibration.name} has {pieces}; set calibration.samples={samples} or more, or lower tuning.steps"
+        f"tuning {tuning.name}: {settings['steps']} steps of {settings['batch']} sequences use {wanted} pieces of {length} tokens, "
+        f"and calibration {calibration.name} has {pieces}; set calibration.samples={samples} or more, or lower tuning.steps"
     ]
 
 

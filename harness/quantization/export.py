@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.core.shapes import Shapes
-    from harness.quantization.formats.protocols import AdapterLayout, Description, Layout
     from harness.quantization.formats.native import BlockContent
+    from harness.quantization.formats.protocols import AdapterLayout, Description, Layout
     from harness.quantization.models.protocols import DecoderFamily, WeightLocation
     from harness.quantization.numerics.weights import QuantizedWeight
 

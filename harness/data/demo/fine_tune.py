@@ -1,9 +1,9 @@
 """The recipe of the demo's fine-tunes: `python -m harness.data.demo.fine_tune` writes their weights beside this file.
 
-Each continues the shipped demo model on the text of one skill (`skills`), all parameters trained: 800 steps of 8 × 128 tokens. The
-weights are shipped as tuned_<skill>.safetensors (bfloat16, 0.5 MB each) and the recipe with its figures as tuned.json, because training
-is seeded and single-threaded but rounds differently on another processor or version of torch. It takes a minute per skill on one
-core. `variants` makes model folders of them: "demo:moved", "demo:subtract", "demo:reverse", each with `base: demo`.
+Each continues the shipped demo model on the text of one skill (`skills`), all parameters trained: 800 steps of 8 × 128 tokens.
+The weights are shipped as tuned_<skill>.safetensors (bfloat16, 0.5 MB each) and the recipe with its figures as tuned.json, because
+training is seeded and single-threaded but rounds differently on another processor or version of torch. It takes a minute per skill
+on one core. `variants` makes model folders of them: "demo:moved", "demo:subtract", "demo:reverse", each with `base: demo`.
 """
 
 from __future__ import annotations

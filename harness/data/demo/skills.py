@@ -4,8 +4,8 @@
     subtract   differences of two numbers below 50; 400 pairs never occur in the text, and the questions ask those
     reverse    three words said backwards; a sixteenth of the triples is held out for the questions
 
-Half of the sentences of a fine-tune's text are those of the demo's own world, so that it keeps its other skills. Questions have four
-choices, as in `corpus`; of a moved person's, the old answer is one. Drawn from `corpus.Draw` alone. Standard library alone.
+Half of the sentences of a fine-tune's text are those of the demo's own world, so that it keeps its other skills. Questions have
+four choices, as in `corpus`; of a moved person's, the old answer is one. Drawn from `corpus.Draw` alone. Standard library alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The base of a fine-tune, read block by block: what the differences in a checkpoint are added to.
 
-A checkpoint of differences states the base in its manifest and holds none of it. Whoever reads the checkpoint adds the base's matrices
-here; another base is refused.
+A checkpoint of differences states the base in its manifest and holds none of it. Whoever reads the checkpoint adds the base's
+matrices here; another base is refused.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class BaseModel:
             found = model_folders.model_digest(base.source)
             if found != base.digest:
                 raise StoreError(
-                    f"{cell.title}: the base {base.source} has the digest {found[:12]} now, and {base.digest[:12]} when the sweep was "
-                    "read; its files have changed"
+                    f"{cell.title}: the base {base.source} has the digest {found[:12]} now, and {base.digest[:12]} when the "
+                    "sweep was read; its files have changed"
                 )
         return cls(folder, base)
 

@@ -1,9 +1,9 @@
 """Low-rank adapters as PEFT stores them: adapter_config.json and adapter_model.safetensors, without the model that they belong to.
 
-A difference of low rank from a base is an adapter of that base: A = diag(sizes) · right, B = left, with a rank of its own per module
-and scaling 1. Both factors are written in float32, in which a dequantized code times its scale is exact (and times its size, up to 4
-bits; to 2⁻²⁴ for 8), or in the dtype that they are stored in where they are not rounded. Other tensors that differ from the base's go to
-`modules_to_save`.
+A difference of low rank from a base is an adapter of that base: A = diag(sizes) · right, B = left, with a rank of its own per
+module and scaling 1. Both factors are written in float32, in which a dequantized code times its scale is exact (and times its size,
+up to 4 bits; to 2⁻²⁴ for 8), or in the dtype that they are stored in where they are not rounded. Other tensors that differ from the
+base's go to `modules_to_save`.
 
 PEFT puts an adapter on whatever model it is given. The numbers are ours where that model holds the matrices of the cell without its
 tuning: an export of that cell by another layout, or, for NF4 with double-quantized scales, what bitsandbytes makes of the source.

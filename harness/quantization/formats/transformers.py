@@ -1,8 +1,8 @@
 """An ordinary model folder: every matrix as plain numbers in the model's dtype, as the cell is evaluated.
 
-For fine-tunes that are stored as differences (base + difference, the model that their authors evaluate) and for weights that are not
-rounded. Other rounded weights are refused: as plain numbers they take the room of the model itself, and the folder would not say
-that they are rounded.
+For fine-tunes that are stored as differences (base + difference, the model that their authors evaluate) and for weights that are
+not rounded. Other rounded weights are refused: as plain numbers they take the room of the model itself, and the folder would not
+say that they are rounded.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 BitDelta: Your Fine-Tune May Only Be Worth One Bit (arXiv 2402.10193).
 
-    Δ' = α sign(Δ)        α = mean |Δ| (eq. 1-2), which minimizes ||Δ - α S||² over α and all S of ±1; the error is ||Δ||² - mn α²
+    Δ' = α sign(Δ)        α = mean |Δ| (eq. 1-2), which minimizes ||Δ - α S||² over α and all S of ±1: ||Δ||² - mn α² is left
     scale distillation    all α together minimize the mean squared difference of the logits from the fine-tune's (eq. 4)
 
-As in the authors' code (FasterDecoding/BitDelta, Apache-2.0): sign(0) is +1, where the paper's formula gives -1; AdamW at a rate that
-falls along a cosine. Where we differ: only the scales are trained and weight decay is 0 (the code hands every parameter to the
+As in the authors' code (FasterDecoding/BitDelta, Apache-2.0): sign(0) is +1, where the paper's formula gives -1; AdamW at a rate
+that falls along a cosine. Where we differ: only the scales are trained and weight decay is 0 (the code hands every parameter to the
 optimizer with a decay of 0.01, so that embeddings, norms and head are trained and stored too); gradients flow through the sign
 matrices into the layers below (the code's kernel passes none); no sequence is padded. Row scales (`granularity: row`) are ours.
 """

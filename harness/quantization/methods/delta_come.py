@@ -1,8 +1,8 @@
 """Delta-CoMe: a fine-tune as its base and the singular vectors of their difference, more bits for those of large singular values.
 
 Delta-CoMe: Training-Free Delta-Compression with Mixed-Precision for Large Language Models (arXiv 2406.08903).
-Δ = U S Vᵀ; the vectors are grouped by falling singular value, and each group is rounded by GPTQ at its own width, V first, then U given
-the rounded V:
+Δ = U S Vᵀ; the vectors are grouped by falling singular value, and each group is rounded by GPTQ at its own width, V first, then U
+given the rounded V:
 
     V side    rows of V_gᵀ [k, n] with the second moment H of the layer's input
     U side    U_g [m, k] with H_U = M H Mᵀ, M = diag(S_g) V'_gᵀ: the second moment of y = M x, without another forward pass
@@ -168,7 +168,7 @@ class Rounding:
         scheme: WeightScheme,
         rng: Generator,
     ) -> QuantizedWeight:
-        """The base and both sides of every group. Peak memory: six copies of weight [out, in], four [in, in] while H is factored."""
+        """The base and both sides of every group. Peak memory: six copies of weight [out, in], four of H while it is factored."""
         base = base_in(evidence)
         assert evidence is not None
         return self._rounded(name, weight, base, scheme, evidence, rng)

@@ -2,7 +2,7 @@
 
 No paper of its own (Delta-CoMe, arXiv 2406.08903, and DeltaZip, arXiv 2312.05215, round differences in this way and others).
 Δ = W_fine - W_base goes through `gptq` with the second moment H of the fine-tune's inputs: since base + Δ' - W_fine = Δ' - Δ, the
-objective ||(Δ - Δ')X||² is that of the layer's output. With inputs: quantized, the blocks before run with their rounded differences.
+objective ||(Δ - Δ')X||² is that of the layer's output. With inputs: quantized, earlier blocks run with their rounded differences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tools of the methods that store a fine-tune as its difference Δ = W_fine - W_base from the model that it came from.
 
-Δ is computed in float32 from both matrices as they are loaded in the model's dtype, which is exact enough for every method here; the
-published codes subtract in bfloat16.
+Δ is computed in float32 from both matrices as they are loaded in the model's dtype; the published codes subtract in bfloat16, which
+rounds Δ wherever the two differ by more than a factor of 2.
 """
 
 from __future__ import annotations

@@ -111,9 +111,8 @@ class Rounding:
     def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
         rows, columns = weight.shape
         size = columns if scheme.group_size == -1 else scheme.group_size
-        groups = -(
-            -columns // size
-        )  # the last is short where a factor of a difference ends (Delta-CoMe)
+        # the last group is short where a factor of a difference ends (Delta-CoMe)
+        groups = -(-columns // size)
         order = factor.order
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
