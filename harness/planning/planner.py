@@ -67,7 +67,12 @@ def make(sweep: Sweep, store: Store) -> Plan:
         for model in dict.fromkeys(cell.model for cell in missing)
         for note in checker.notes(model)
     )
-    notes = files | notes
+    own_bases = dict.fromkeys(
+        f"{cell.model.name}: it is its own base, so every difference is zero"
+        for cell in unmade
+        if cell.method.needs_base and cell.model.base_digest == cell.model.digest
+    )
+    notes = files | notes | own_bases
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )

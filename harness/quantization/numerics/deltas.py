@@ -163,12 +163,12 @@ class LowRankWeight(QuantizedWeight):
             entry: list[Any] = [part.sizes.numel()]
             for side, factor in (("left", part.left), ("right", part.right)):
                 own, meta = factor.pack()
-                tensors |= {f"{number}.{side}.{name}": tensor for name, tensor in own.items()}
+                tensors |= {f"{side}{number}_{name}": tensor for name, tensor in own.items()}
                 # a factor's shape follows from the matrix and the number of columns
                 kept = {name: value for name, value in meta.items() if name != "shape"}
                 entry.append([factor.kind, kept])
             if not self.unit_sizes:
-                tensors[f"{number}.sizes"] = part.sizes.to(
+                tensors[f"sizes{number}"] = part.sizes.to(
                     SCALE_DTYPES[self.factor_dtype]
                 ).contiguous()
             described.append(entry)
@@ -189,7 +189,7 @@ class LowRankWeight(QuantizedWeight):
             for side, shape, (kind, kept) in zip(
                 ("left", "right"), ((rows, count), (count, columns)), sides, strict=True
             ):
-                start = f"{number}.{side}."
+                start = f"{side}{number}_"
                 own = {
                     name.removeprefix(start): tensor
                     for name, tensor in tensors.items()
@@ -201,7 +201,7 @@ class LowRankWeight(QuantizedWeight):
             sizes = (
                 torch.ones(count, device=device)
                 if meta["unit_sizes"]
-                else tensors[f"{number}.sizes"].float()
+                else tensors[f"sizes{number}"].float()
             )
             parts.append(LowRankPart(factors[0], sizes, factors[1]))
         return cls(tuple(parts), (rows, columns), meta["factor_dtype"], meta["unit_sizes"], device)

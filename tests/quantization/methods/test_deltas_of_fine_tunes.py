@@ -93,7 +93,7 @@ def test_a_scaled_difference_scales_the_factors() -> None:
         for scale in (1, 16)
     )
     assert torch.equal(
-        4 * one.change.pack()[0]["0.left.values"], four.change.pack()[0]["0.left.values"]
+        4 * one.change.pack()[0]["left0_values"], four.change.pack()[0]["left0_values"]
     )
 
 
