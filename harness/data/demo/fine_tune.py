@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from harness.data.demo import corpus, skills
+from harness.data import model_folders
+from harness.data.demo import skills
 from harness.data.demo.train import FOLDER, accuracy_on, encode, measure
 
 HERE = Path(__file__).parent
@@ -94,7 +95,7 @@ def main() -> None:
     made = {skill: make(skill, arguments.output) for skill in arguments.skills.split(",")}
     recipe = {
         "command": "python -m harness.data.demo.fine_tune",
-        "base": corpus.corpus_digest("train"),
+        "base": model_folders.model_digest("demo"),
         "seed": SEED,
         "steps": STEPS,
         "windows": f"{BATCH} × {LENGTH}",
