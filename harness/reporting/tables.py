@@ -292,6 +292,10 @@ def _value(
     smoke = any(record.smoke_metrics() & named for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
+    # only methods that store a difference from a base have its sizes
+    no_difference = column.metric.startswith("delta/") and not any(
+        record.cell.method.needs_base for record in known
+    )
     agrees = None
     if number is not None and printed is not None and theirs is not None and not smoke:
         # seeds share their items
@@ -308,7 +312,13 @@ def _value(
         comparison=found if number is None or math.isfinite(number) else None,
         smoke=smoke,
         problems=any(problem_metrics(record) & named for record in known),
-        gap="" if number is not None else "failed" if failed else "missing",
+        gap=""
+        if number is not None
+        else "unmeasured"
+        if no_difference
+        else "failed"
+        if failed
+        else "missing",
     )
 
 
