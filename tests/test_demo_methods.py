@@ -15,14 +15,7 @@ OF_A_FINE_TUNE = "the demo model has no base; sweeps/deltas_demo.yaml has it on 
 LEFT_OUT: dict[str, str] = {
     "none": "the baseline, which every sweep adds by itself",
     **dict.fromkeys(
-        (
-            "low_rank_delta",
-            "delta_rtn",
-            "delta_gptq",
-            "bitdelta",
-            "bitdelta_untuned",
-            "delta_come",
-        ),
+        ("low_rank_delta", "delta_rtn", "delta_gptq", "bitdelta", "bitdelta_untuned", "delta_come"),
         OF_A_FINE_TUNE,
     ),
 }

@@ -121,6 +121,9 @@ def test_a_loaded_model_is_base_and_difference(pair: tuple[Path, Path], tmp_path
     with torch.no_grad():
         logits = dense(tokens).logits
         assert torch.equal(packed(tokens).logits, logits)
+        thin, _ = load(own, folder, place, mode="native:thin_products")
+        largest = float(logits.abs().max())
+        assert torch.allclose(thin(tokens).logits, logits, atol=1e-5 * largest)
     named = base_of(own.model)
     assert named is not None
     below = BaseModel.of(own).matrices(1)
