@@ -36,7 +36,13 @@ class Checker:
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
         if cell.method.needs_base:
-            question = ("base", cell.model, cell.method.name, cell.method.transform)
+            question = (
+                "base",
+                cell.model,
+                cell.method.name,
+                cell.method.transform,
+                cell.method.tuning,
+            )
             found += self._once(question, lambda: self._base_reasons(cell))
         if cell.method.needs_calibration:
             found += self._once(
@@ -187,6 +193,14 @@ class Checker:
                 f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
                 f"{cell.method.transform.name} changes it; use no transform"
             )
+        tuning = cell.method.tuning
+        if tuning is not None:
+            known = plugins.find("tuning")
+            able = [name for name, facts in known.items() if facts.get("trains_differences", False)]
+            if tuning.name not in able:
+                reasons.append(
+                    f"tuning {tuning.name} does not train a difference from a base; use {' or '.join(able)}, or none"
+                )
         if base is None:
             reasons.append(
                 f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it "

@@ -110,6 +110,17 @@ def test_a_transform_changes_the_model_and_is_refused() -> None:
     assert any("a difference is taken of the model as it is" in reason for reason in found)
 
 
+def test_a_tuning_that_does_not_train_differences_is_refused() -> None:
+    found = reasons(
+        "model=demo_moved",
+        "method=bitdelta_untuned",
+        "tuning=qlora",
+        "scheme=sign",
+        "calibration=demo",
+    )
+    assert any("qlora does not train a difference from a base; use bitdelta" in r for r in found)
+
+
 def test_too_few_tokens_for_the_steps_of_a_tuning() -> None:
     words = ("model=demo_moved", "method=bitdelta", "scheme=sign", "calibration=demo")
     (reason,) = reasons(*words)

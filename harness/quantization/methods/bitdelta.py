@@ -92,6 +92,9 @@ class Tuning:
 
     version = 1
     needs = ("tokens", "teacher")
+    trains_differences = (
+        True  # of a fine-tune from its base; the plan refuses other tunings of such cells
+    )
 
     @dataclass(frozen=True)
     class Settings:
