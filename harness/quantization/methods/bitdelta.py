@@ -7,7 +7,7 @@ BitDelta: Your Fine-Tune May Only Be Worth One Bit (arXiv 2402.10193).
 
 As in the authors' code (FasterDecoding/BitDelta, Apache-2.0): sign(0) is +1, where the paper's formula gives -1; AdamW at a rate
 that falls along a cosine. Where we differ: only the scales are trained and weight decay is 0 (the code hands every parameter to the
-optimizer with a decay of 0.01, so that embeddings, norms and head are trained and stored too); gradients flow through the sign
+optimizer with a decay of 0.01, so that embeddings, norms and head are trained and stored too: `reference_parameters`); gradients flow through the sign
 matrices into the layers below (the code's kernel passes none); no sequence is padded. Row scales (`granularity: row`) are ours.
 """
 
@@ -103,12 +103,15 @@ class Tuning:
         batch   sequences per step
         length  tokens per sequence; the calibration's windows are cut into such pieces, each used once
         rate    learning rate of AdamW, falling to 0 along a cosine; no weight decay
+        reference_parameters  as in the authors' code, embeddings, norms and head are trained too and stored in full, and all
+                decays by 0.01
         """
 
         steps: int = 200
         batch: int = 4
         length: int = 128
         rate: float = 0.0001
+        reference_parameters: bool = False
 
         def __post_init__(self) -> None:
             for name, least in (("steps", 0), ("batch", 1), ("length", 2)):
@@ -122,6 +125,11 @@ class Tuning:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._linears: list[_Linear] = []
+
+    @property
+    def trains_others(self) -> bool:
+        """Whether parameters outside the matrices are trained and stored too."""
+        return self.settings.reference_parameters
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """The scheme `sign` alone."""
@@ -152,7 +160,8 @@ class Tuning:
         own = self.settings
         pieces = self._pieces(windows)
         losses: list[float] = []
-        optimizer = torch.optim.AdamW(parameters, lr=own.rate, weight_decay=0.0)
+        decay = 0.01 if own.reference_parameters else 0.0
+        optimizer = torch.optim.AdamW(parameters, lr=own.rate, weight_decay=decay)
         since, total = 0, 0.0
         for step in range(1, own.steps + 1):
             tokens = pieces[(step - 1) * own.batch : step * own.batch]

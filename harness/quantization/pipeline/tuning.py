@@ -110,6 +110,8 @@ def run_tuning(
         teacher = FrozenModel(load(baseline_of(cell), folder, None, device)[0], device)
 
     parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
+    others = _others(model, parameters) if getattr(tuning, "trains_others", False) else {}
+    parameters += others.values()
     student = LanguageModel(model, device)
     training = tuning.tune(
         student, teacher, parameters, windows, generator(cell.seed, -1, "tuning")
@@ -125,10 +127,9 @@ def run_tuning(
         if step == steps or time.monotonic() - shown > 1:
             shown = time.monotonic()
             yield Progress(time.time(), keys, "tuning", step, steps)
-    _write(cell, folder, stored, linears, writer, fine_tuned_from)
-    manifest = writer.finish(
-        _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
-    )
+    _write(cell, folder, stored, linears, writer, fine_tuned_from, others)
+    report = _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
+    manifest = writer.finish(_with_others(report, others) if others else report)
     yield Quantized(
         time.time(),
         keys,
@@ -205,6 +206,22 @@ def _make_trainable(
     return linears
 
 
+def _others(model: Any, linears: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Every parameter of the model outside the trained linears, now trained too, by its name."""
+    known = {id(parameter) for parameter in linears}
+    found = {name: each for name, each in model.named_parameters() if id(each) not in known}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def _with_others(report: dict[str, Any], others: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The manifest's report of a checkpoint that stores every parameter outside its matrices, because all were trained."""
+    stored = sum(each.numel() * each.element_size() for each in others.values())
+    delta = {"delta": {**report["delta"], "ends_bytes": stored}} if "delta" in report else {}
+    return {**report, "unquantized_bits": 8 * stored, **delta}
+
+
 def _write(
     cell: Cell,
     folder: Path,
@@ -212,8 +229,18 @@ def _write(
     linears: dict[tuple[int, str], Any],
     writer: CheckpointWriter,
     fine_tuned_from: BaseModel | None,
+    others: Mapping[str, Tensor],
 ) -> None:
-    """Every block with its trained matrices; what the base changed besides them as it is there."""
+    """Every block with its trained matrices; what the base changed besides them as it is there, or as training left it.
+
+    others: parameters outside the matrices that were trained, by their name in the model.
+    """
+    trained = {name: each.detach() for name, each in others.items()}
+    broken = [name for name, each in trained.items() if not bool(torch.isfinite(each).all())]
+    if broken:
+        raise MethodError(
+            f"{cell.title}: {', '.join(broken[:4])} hold NaN or infinity after training; lower the learning rate"
+        )
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
@@ -241,10 +268,17 @@ def _write(
                 }
             before = base.weights[name].dequantize()
             entries[name]["weight_change"] = _share(values - before, before)
+        prefix = family.block_prefix(index)
+        own = {n.removeprefix(prefix): each for n, each in trained.items() if n.startswith(prefix)}
         writer.write_block(
-            index, weights, base.dense, {"linears": entries, "notes": base.report.get("notes", {})}
+            index,
+            weights,
+            {**base.dense, **own},
+            {"linears": entries, "notes": base.report.get("notes", {})},
         )
-    if ends := stored.ends():
+    inside = f"{family.blocks_name}."
+    ends = stored.ends() | {n: each for n, each in trained.items() if not n.startswith(inside)}
+    if ends:
         writer.write_ends(ends)
 
 

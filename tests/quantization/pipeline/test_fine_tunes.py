@@ -30,12 +30,26 @@ BUDGET = WeightScheme("delta", 2, 32)
 
 
 def fine_tune(
-    folder: Path, base: Path, name: str, scheme: WeightScheme, tuning: str = "", **settings: object
+    folder: Path,
+    base: Path,
+    name: str,
+    scheme: WeightScheme,
+    tuning: str = "",
+    reference: bool = False,
+    **settings: object,
 ) -> Cell:
     method = Method(
         name,
         rounding=part(name, **settings),
-        tuning=part(tuning, "tuning", steps=12, batch=2, length=12, rate=0.0002)
+        tuning=part(
+            tuning,
+            "tuning",
+            steps=12,
+            batch=2,
+            length=12,
+            rate=0.0002,
+            reference_parameters=reference,
+        )
         if tuning
         else None,
     )
@@ -208,6 +222,35 @@ def test_scales_are_trained_towards_the_fine_tune(pair: tuple[Path, Path], tmp_p
     losses = manifest["tuning"]["loss"]
     assert losses[-1] < losses[0] and manifest["tuning"]["negative_scales"] == 0
     assert manifest["tuning"]["trained_parameters"] == len(manifest["linears"])
+
+
+def test_all_parameters_are_trained_and_stored_as_in_the_authors_code(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, base = pair
+    own = fine_tune(folder, base, "bitdelta", SIGN, tuning="bitdelta", reference=True)
+    start = untuned(own)
+    quantize([start], folder, tmp_path)
+    place = tmp_path / quantize_key(own)
+    writer = CheckpointWriter(place, {"quantize_key": quantize_key(own)})
+    list(run_tuning(own, folder, tmp_path / quantize_key(start), windows(12, 24), writer))
+    checkpoint, source = Checkpoint.open(place), load_file(folder / "model.safetensors")
+    assert set(checkpoint.ends()) == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+    assert set(checkpoint.block(1).dense) == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
+    matrices = {f"model.layers.{i}.{n}.weight" for i in (0, 1) for n in checkpoint.block(0).weights}
+    rest = sum(tensor.numel() * 4 for name, tensor in source.items() if name not in matrices)
+    assert checkpoint.manifest["delta"]["ends_bytes"] == rest
+    model, _ = load(own, folder, place)
+    head = model.lm_head.weight
+    assert torch.equal(head, checkpoint.ends()["lm_head.weight"])
+    assert not torch.equal(head, source["lm_head.weight"])
 
 
 def test_a_base_has_no_part_in_keys_of_other_methods() -> None:
