@@ -7,8 +7,9 @@ BitDelta: Your Fine-Tune May Only Be Worth One Bit (arXiv 2402.10193).
 
 As in the authors' code (FasterDecoding/BitDelta, Apache-2.0): sign(0) is +1, where the paper's formula gives -1; AdamW at a rate
 that falls along a cosine. Where we differ: only the scales are trained and weight decay is 0 (the code hands every parameter to the
-optimizer with a decay of 0.01, so that embeddings, norms and head are trained and stored too: `reference_parameters`); gradients flow through the sign
-matrices into the layers below (the code's kernel passes none); no sequence is padded. Row scales (`granularity: row`) are ours.
+optimizer with a decay of 0.01, so that embeddings, norms and head are trained and stored too; `reference_parameters` does so);
+gradients flow through the sign matrices into the layers below (the code's kernel passes none); no sequence is padded. Row scales
+(`granularity: row`) are ours.
 """
 
 from __future__ import annotations

@@ -221,9 +221,9 @@ class Tuning(Protocol):
     """Trains the whole model after rounding.
 
     The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
-    trains them all, and what they have `stored` is the cell's checkpoint. With a true `trains_others` (an attribute or property) all
-    other parameters of the model are among those that it trains, and are stored in full. Needs "tokens" or "documents" and, to be taught,
-    "teacher". Weights are trained, activations and cache are not rounded meanwhile.
+    trains them all, and what they have `stored` is the cell's checkpoint. With a true `trains_others` all other
+    parameters of the model are among those that it trains, and are stored in full. Needs "tokens" or "documents" and, to be
+    taught, "teacher". Weights are trained, activations and cache are not rounded meanwhile.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
