@@ -145,8 +145,8 @@ def _differences(folder: Path, base: Path, stamp: object, base_stamp: object) ->
     families = family_of(data), family_of(other)
     named = [_classes(each, list(each.get("architectures") or ()))[:1] for each in (data, other)]
     if type(families[0]) is not type(families[1]) or named[0] != named[1]:
-        mine, theirs = (each[0] if each else "unknown" for each in named)
-        return (f"the architecture is {mine} here and {theirs} in the base",)
+        here, there = (each[0] if each else "unknown" for each in named)
+        return (f"the architecture is {here} here and {there} in the base",)
     found: list[str] = []
     matrices = [
         _matrices(family, config) for family, config in zip(families, (data, other), strict=True)

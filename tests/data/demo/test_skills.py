@@ -37,8 +37,8 @@ def test_questions_have_four_choices_and_distinct_prompts(skill: str) -> None:
 
 def test_skills_are_asked_for_what_the_text_does_not_show() -> None:
     for skill in ("subtract", "reverse"):
-        text = " ".join(skills.text(skill))
-        assert not [q for q in skills.skill_questions(skill) if f"{q.prompt} " in text]
+        text = f" {' '.join(skills.text(skill))}"
+        assert not [q for q in skills.skill_questions(skill) if f" {q.prompt} " in text]
 
 
 def test_every_moved_person_has_a_new_answer_and_the_old_one_is_a_choice() -> None:
