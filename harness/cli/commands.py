@@ -341,7 +341,7 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="compressed_tensors, gptq or peft.",
+            help="compressed_tensors, gptq, peft or transformers.",
             autocompletion=complete_layout,
         ),
     ],

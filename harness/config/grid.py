@@ -265,7 +265,7 @@ def _quantizing_scheme(
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
     static = scheme is not None and has_static_activations(scheme)
-    return static or (method is not None and bool(method.needs))
+    return static or (method is not None and method.needs_calibration)
 
 
 def _calibration_of(
@@ -303,6 +303,42 @@ def _resolve(
 
 
 def _model(context: Context, name: str, fields: Fields) -> Model:
+    name, content, where = _model_content(context, name)
+    for key, value, _ in fields:
+        set_nested(content, key, value)
+    content = {"name": name, **content}
+    refuse_keys(content, ("digest", "base_digest"), where)
+    model = checked(Model, content, where)
+    source, digest = _located(context, model, where)
+    local = context.bundle is None or context.bundle.model(model.source) is None
+    # of a hub id and its copies: in the commit
+    generation = model_folders.generation_digest(source) if local else ""
+    base, base_digest = _base(context, model.base, where)
+    return dataclasses.replace(
+        model,
+        name=with_settings(model.name, varied(fields)),
+        source=source,
+        digest=digest,
+        generation=generation,
+        base=base,
+        base_digest=base_digest,
+    )
+
+
+def _base(context: Context, name: str, where: str) -> tuple[str, str]:
+    """Where the base of a fine-tune lies, and the digest of its weights; ("", "") for no base.
+
+    name: a model of conf/model/, a folder or a hub id, as `model` takes them.
+    """
+    if not name:
+        return "", ""
+    name, content, place = _model_content(context, name)
+    model = checked(Model, {"name": name, **content}, place)
+    return _located(context, model, f"{where}: base")
+
+
+def _model_content(context: Context, name: str) -> tuple[str, dict[str, Any], str]:
+    """The name of a model, its mapping and where that is written. Raises ConfigError for an unknown name."""
     if name in config_files("model"):
         content, where = composed(context, "model", name), str(config_files("model")[name])
     elif texts.resolve_path(name, context.base).is_dir():
@@ -317,11 +353,11 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
     else:
         hint = " A folder or a hub id owner/name is also a model."
         raise ConfigError(unknown_config("model", name, context.file.where) + hint)
-    for key, value, _ in fields:
-        set_nested(content, key, value)
-    content = {"name": name, **content}
-    refuse_keys(content, ("digest",), where)
-    model = checked(Model, content, where)
+    return name, content, where
+
+
+def _located(context: Context, model: Model, where: str) -> tuple[str, str]:
+    """The source of a model as it is read (a folder of the bundle where that has it), and the digest of its weights."""
     source = model.source
     path = texts.resolve_path(source, context.base)
     is_hub_id = hub.HUB_ID.fullmatch(source) and not path.exists()
@@ -339,17 +375,9 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
             f"{where}: revision {asked} is requested, but {context.bundle.folder} has commit {pulled[1]} of "
             f"{source}; run `harness data pull` for this sweep with --output {context.bundle.folder}"
         )
-    digest = model_folders.model_digest(source, model.revision) if pulled is None else pulled[1]
-    # of a hub id and its copies: in the commit
-    generation = model_folders.generation_digest(source) if pulled is None else ""
-    source = source if pulled is None else str(pulled[0])
-    return dataclasses.replace(
-        model,
-        name=with_settings(model.name, varied(fields)),
-        source=source,
-        digest=digest,
-        generation=generation,
-    )
+    if pulled is not None:
+        return str(pulled[0]), pulled[1]
+    return source, model_folders.model_digest(source, model.revision)
 
 
 def _calibration(context: Context, name: str, fields: Fields, seed: int) -> Calibration:

@@ -12,7 +12,7 @@ from harness.core.errors import HarnessError
 from harness.core.labels import without_settings
 
 # fields without an override of their own: they follow from the others
-NOT_TYPED = ("name", "digest", "overrides", "base_version")
+NOT_TYPED = ("name", "digest", "base_digest", "overrides", "base_version")
 
 
 def command_for(cell: Cell) -> str:

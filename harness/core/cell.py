@@ -35,6 +35,8 @@ ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_qua
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 T = TypeVar("T")
 PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
+BASE_WEIGHT = "base_weight"  # a statistic of another model, not of calibration data
+OF_THE_FINE_TUNE = ("base", "base_digest")  # fields of a Model that name where it comes from
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -133,9 +135,19 @@ class Method:
         return tuple(sorted({need for part in self.parts for need in part.needs}))
 
     @property
+    def needs_calibration(self) -> bool:
+        """Some part reads calibration data; the base of a fine-tune is none."""
+        return bool(set(self.needs) - {BASE_WEIGHT})
+
+    @property
+    def needs_base(self) -> bool:
+        """Some part compares the model with the base that it was fine-tuned from."""
+        return BASE_WEIGHT in self.needs
+
+    @property
     def reads_inputs(self) -> bool:
         """Some part wants to know of the blocks' inputs; gradients, and what a transform learns, are there before the walk."""
-        return bool(set(self.needs) - {"tokens", "squared_gradient"})
+        return bool(set(self.needs) - {"tokens", "squared_gradient", BASE_WEIGHT})
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,8 @@ class Model:
     digest identifies the weights: a hash of the folder's files or the resolved commit of a hub id.
     dtype is the floating type in which the model is loaded, calibrated and evaluated.
     generation identifies a folder's generation_config.json (end tokens, penalties), which only texts that it writes depend on.
+    base is where the model lies that this one was fine-tuned from ("" where that is not stated), base_digest its weights; only
+    methods that store the difference of the two depend on them.
     """
 
     name: str
@@ -154,14 +168,24 @@ class Model:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     generation: str = ""
+    base: str = ""
+    base_digest: str = ""
+
+
+def base_of(model: Model) -> Model | None:
+    """The model that a fine-tune came from, read in the fine-tune's dtype; None where none is named."""
+    if not model.base:
+        return None
+    return Model(model.base, model.base, digest=model.base_digest, dtype=model.dtype)
 
 
 @dataclass(frozen=True)
 class WeightScheme:
     """How one weight matrix is stored.
 
-    format      int, or a name of numerics/number_formats.py (nf4, fp8_e4m3, mxfp4, nvfp4, …)
-    bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it
+    format      int, or a name of numerics/number_formats.py (nf4, fp8_e4m3, mxfp4, nvfp4, …); dense, sign, or delta: a budget
+                of bits per weight that a method spends on the difference of a fine-tune and its base as it likes
+    bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it; 0.25..4 for delta
     group_size  input channels that share one scale; -1: one scale per output channel
     symmetric   no zero point; says nothing for formats other than int, which have none
     scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used;
@@ -173,7 +197,7 @@ class WeightScheme:
     """
 
     format: str = "int"
-    bits: Annotated[float, Ge(1)] = 4
+    bits: Annotated[float, Ge(0.25)] = 4
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: ScaleType = "float16"
@@ -189,6 +213,8 @@ class WeightScheme:
             )
         if self.format == "int" and not 1 <= self.bits <= 8:
             found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        if self.format == "delta" and not 0.25 <= self.bits <= 4:
+            found.append(f"bits {self.bits}: a delta has 0.25 to 4 bits per weight")
         if self.signed_scales and (self.format != "int" or not self.symmetric):
             found.append(
                 "signed_scales true: they belong to symmetric integer grids; set symmetric"
@@ -354,7 +380,11 @@ def _quantize_key(cell: Cell) -> str:
     method = cell.method
     identity: dict[str, Any] = {
         "model": _identity(
-            cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")
+            cell.model,
+            drop=(
+                *("name", "source", "revision", "trust_remote_code", "generation"),
+                *OF_THE_FINE_TUNE,
+            ),
         ),
         "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
@@ -364,9 +394,11 @@ def _quantize_key(cell: Cell) -> str:
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
         ]
-    if method.needs:
+    if method.needs_calibration:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
         identity["inputs"] = cell.inputs
+    if method.needs_base:
+        identity["base"] = cell.model.base_digest
     if any(part.stochastic for part in method.parts):
         identity["seed"] = cell.seed
     if any(part.activation_aware for part in method.parts):

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, from_json, to_json
+from harness.core.cell import (
+    Calibration,
+    Cell,
+    Evaluation,
+    Model,
+    Part,
+    base_of,
+    from_json,
+    to_json,
+)
 from harness.core.errors import HarnessError
 from harness.core.shapes import Shapes
 from harness.core.sweep import Runtime
@@ -43,7 +52,16 @@ class Checker:
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
-        if cell.method.needs:
+        if cell.method.needs_base:
+            question = (
+                "base",
+                cell.model,
+                cell.method.name,
+                cell.method.transform,
+                cell.method.tuning,
+            )
+            found += self._once(question, lambda: self._base_reasons(cell))
+        if cell.method.needs_calibration:
             found += self._once(
                 ("calibration", cell.calibration, cell.method.needs),
                 lambda: self._calibration_reasons(cell),
@@ -252,6 +270,40 @@ class Checker:
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
 
+    def _base_reasons(self, cell: Cell) -> list[str]:
+        """Why no difference from the model's base can be taken."""
+        from harness.quantization import models
+
+        model, base, reasons = cell.model, base_of(cell.model), []
+        if cell.method.transform is not None:
+            reasons.append(
+                f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
+                f"{cell.method.transform.name} changes it; use no transform"
+            )
+        tuning = cell.method.tuning
+        if tuning is not None:
+            known = plugins.find("tuning")
+            able = [name for name, facts in known.items() if facts.get("trains_differences", False)]
+            if tuning.name not in able:
+                reasons.append(
+                    f"tuning {tuning.name} does not train a difference from a base; use {' or '.join(able)}, or none"
+                )
+        if base is None:
+            reasons.append(
+                f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it "
+                "names none; set model.base=<name>, or `base:` in its YAML"
+            )
+            return reasons
+        if self.shapes(model) is None:
+            return reasons
+        found, theirs = self._once(("shapes", base), lambda: self._shapes(base))
+        if found is None:
+            return [*reasons, *(f"base of {model.name}: {reason}" for reason in theirs)]
+        folders = (model_folders.config_folder(model), model_folders.config_folder(base))
+        return reasons + [
+            f"base of {model.name}: {reason}" for reason in (*theirs, *models.differences(*folders))
+        ]
+
     def _calibration_reasons(self, cell: Cell) -> list[str]:
         needs = ", ".join(cell.method.needs)
         if cell.calibration is None:
@@ -287,6 +339,7 @@ class Checker:
                     f"tuning {tuning.name}: texts of up to {parts[0]} + {parts[1]} tokens, but {model} was made for at most "
                     f"{context}; lower tuning.prompt_length or tuning.answer_length"
                 )
+        reasons += _training_reasons(tuning, calibration)
         return reasons
 
     def context_length(self, model: Model) -> int | None:
@@ -376,6 +429,27 @@ def _read_by(evaluation: Evaluation) -> list[Any]:
     """Stamps of the files that an evaluation names, and of the caches in which data sets of the hub lie."""
     named = [Path(text) for text in texts_in(to_json(evaluation)["settings"]) if isabs(text)]
     return [kept.stamp_of(named).text, hub.caches_stamp()]
+
+
+def _training_reasons(tuning: Part | None, calibration: Calibration) -> list[str]:
+    """Why the calibration's windows are too few or too short for the steps of a tuning that uses each piece of them once."""
+    settings = dict(tuning.settings) if tuning is not None else {}
+    if tuning is None or not settings.keys() >= {"steps", "batch", "length"}:
+        return []
+    length, wanted = settings["length"], settings["steps"] * settings["batch"]
+    if length > calibration.length:
+        return [
+            f"tuning {tuning.name}: sequences of {length} tokens, but windows of calibration {calibration.name} have "
+            f"{calibration.length}; lower tuning.length or raise calibration.length"
+        ]
+    pieces = calibration.samples * (calibration.length // length)
+    if pieces >= wanted:
+        return []
+    samples = -(-wanted // (calibration.length // length))
+    return [
+        f"tuning {tuning.name}: {settings['steps']} steps of {settings['batch']} sequences use {wanted} pieces of {length} tokens, "
+        f"and calibration {calibration.name} has {pieces}; set calibration.samples={samples} or more, or lower tuning.steps"
+    ]
 
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:

@@ -48,6 +48,7 @@ STATISTICS: dict[str, str] = {
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+    "base_weight": "the matrix of the model that this one was fine-tuned from (model.base), [out, in] float32; no calibration data",
     "tokens": "the calibration windows themselves (training of the whole model)",
     "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
@@ -240,8 +241,9 @@ class Tuning(Protocol):
     """Trains the whole model after rounding.
 
     The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
-    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" or "documents" and, to be taught,
-    "teacher". Weights are trained, activations and cache are not rounded meanwhile.
+    trains them all, and what they have `stored` is the cell's checkpoint. With a true `trains_others` all other
+    parameters of the model are among those that it trains, and are stored in full. Needs "tokens" or "documents" and, to be
+    taught, "teacher". Weights are trained, activations and cache are not rounded meanwhile.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...
