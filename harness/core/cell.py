@@ -30,6 +30,7 @@ from annotated_types import Ge
 
 from harness.core import plugins
 from harness.core.errors import ConfigError
+from harness.core.sparsity import read_sparsity
 
 ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
@@ -127,6 +128,7 @@ class WeightScheme:
                 float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
                 double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
     zero_point  of integer grids that are not symmetric: integer, one of the codes; or float, exact to scale_dtype
+    sparsity    of methods that prune: a share between 0 and 1 ("0.5"), or "n:m", n kept of every m inputs; "": dense
     """
 
     format: str = "int"
@@ -135,6 +137,7 @@ class WeightScheme:
     symmetric: bool = False
     scale_dtype: ScaleType = "float16"
     zero_point: Literal["integer", "float"] = "integer"
+    sparsity: str = ""
 
     def contradictions(self) -> list[str]:
         """Limits that no single field can state: each as "field value: reason"; empty if there are none."""
@@ -145,6 +148,11 @@ class WeightScheme:
             )
         if self.format == "int" and not 1 <= self.bits <= 8:
             found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        if self.sparsity:
+            try:
+                read_sparsity(self.sparsity)
+            except ValueError as error:
+                found.append(f'sparsity "{self.sparsity}": {error}')
         return found
 
 
@@ -303,10 +311,7 @@ def quantize_key(cell: Cell) -> str:
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
     if not method.is_baseline:
-        own = cell.scheme.weight
-        identity["weight"] = _identity(
-            own, drop=("zero_point",) if own.zero_point == "integer" else ()
-        )  # younger than the keys
+        identity["weight"] = _weight_identity(cell.scheme.weight)
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
         ]
@@ -318,6 +323,12 @@ def quantize_key(cell: Cell) -> str:
     if any(part.activation_aware for part in method.parts):
         identity["execution"] = _execution(cell.scheme)
     return digest(identity)
+
+
+def _weight_identity(own: WeightScheme) -> Any:
+    """Fields younger than the keys are left out at their defaults."""
+    dense = ("sparsity",) if not own.sparsity else ()
+    return _identity(own, drop=(*dense, *(("zero_point",) if own.zero_point == "integer" else ())))
 
 
 def untuned(cell: Cell) -> Cell:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from harness.core.cell import Cell, cell_key, to_json
+from harness.core.sparsity import sparsity_text
 
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
 # axes of a sweep besides model, method and scheme
@@ -83,7 +84,7 @@ def without_settings(name: str) -> str:
 
 
 def bits_text(cell: Cell) -> str:
-    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "W8A8 fp8_e4m3"; for a baseline the width of its dtype."""
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "4 2:4", "16 50 %"; for a baseline the width of its dtype."""
     scheme = cell.scheme
     bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
     family = (
@@ -93,6 +94,8 @@ def bits_text(cell: Cell) -> str:
     )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
     kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
+    if scheme.weight.sparsity and not cell.method.is_baseline:  # "16 2:4": dense says nothing then
+        family = f"{family.removesuffix(' dense')} {sparsity_text(scheme.weight.sparsity)}"
     return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
 
 

@@ -216,8 +216,14 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
             {name: to_json(part)[name] for name in ("name", "version", "settings")}
             for part in cell.method.parts
         ],
-        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
+        "weight": None if cell.method.is_baseline else _weight_fields(cell),
     }
+
+
+def _weight_fields(cell: Cell) -> dict[str, Any]:
+    """The weight scheme; a field that is younger than checkpoints is left out at its default."""
+    fields: dict[str, Any] = to_json(cell.scheme.weight)
+    return fields if fields["sparsity"] else {k: v for k, v in fields.items() if k != "sparsity"}
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

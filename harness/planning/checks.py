@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, to_json
+from harness.core.cell import Cell, Evaluation, Model, Part, Scheme, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
@@ -233,6 +233,7 @@ class Checker:
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        reasons += _sparsity_reasons(slot, part, cell.scheme, shapes)
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -283,6 +284,27 @@ class Checker:
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
         return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
+
+
+def _sparsity_reasons(slot: str, part: Part, scheme: Scheme, shapes: Shapes) -> list[str]:
+    """Why a part of a method cannot follow a scheme that states a sparsity."""
+    from harness.quantization.methods.checks import check_sparsity
+
+    facts = plugins.facts(slot, part.name)
+    if slot == "rounding":
+        return check_sparsity(part.name, bool(facts.get("prunes", False)), scheme, shapes)
+    states = any(dict(override.weight).get("sparsity") for override in scheme.overrides) or bool(
+        scheme.weight.sparsity
+    )
+    if slot == "tuning" and states and not facts.get("keeps_zeros", False):
+        keeping = [
+            name for name, each in plugins.find("tuning").items() if each.get("keeps_zeros", False)
+        ]
+        return [
+            f"tuning {part.name}: this tuning would fill the zeros of pruned matrices; use one whose adapters lie beside "
+            f"the matrices ({', '.join(keeping)})"
+        ]
+    return []
 
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:

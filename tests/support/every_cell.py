@@ -46,6 +46,8 @@ SMALL: dict[str, Any] = {
     "index_bits": 4,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+# of methods that prune, which accept no other schemes
+SPARSE = ("w16s50", "w16s2of4", "w4s50", "w4g32s2of4", "w3g16syms4of8", "w8s30a8kv4", "nvfp4s50")
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
@@ -60,7 +62,7 @@ def product(
 ) -> list[Cell]:
     """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline."""
     wanted = names("methods", "none") if methods is None else methods
-    schemes = [*names("schemes", "full"), *NARROW] if schemes is None else schemes
+    schemes = [*names("schemes", "full"), *NARROW, *SPARSE] if schemes is None else schemes
     overrides = [
         f"model={folder}",
         f"method={','.join(wanted)}",

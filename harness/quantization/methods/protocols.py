@@ -10,6 +10,7 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+        prunes = False                  # of a Rounding, True: prunes, so that schemes state a sparsity
 
 A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
 schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
@@ -32,6 +33,7 @@ from harness.quantization.numerics.weights import QuantizedWeight
 STATISTICS: dict[str, str] = {
     "hessian": "mean over tokens of x xᵀ, [in, in] float32",
     "mean": "mean over tokens of x, [in] float32",
+    "square_mean": "mean over tokens of x², [in] float32",
     "abs_mean": "mean over tokens of |x|, [in] float32",
     "abs_max": "maximum over tokens of |x|, [in] float32",
     "abs_max_per_sequence": "maximum over the tokens of each sequence of |x|, [sequences, in] float32",

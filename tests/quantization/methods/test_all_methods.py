@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -56,15 +57,15 @@ def conf_of(kind: str, name: str) -> dict[str, Any]:
 def accepted_scheme(method: Any, shapes: Any) -> Scheme:
     """The first of some usual schemes that the method accepts, tried from the most common on."""
     refused = {}
-    for format_ in FORMATS:
-        for bits in WIDTHS:
-            for group_size in (16, -1, 32):
-                for symmetric in (False, True):
-                    scheme = Scheme("test", WeightScheme(format_, bits, group_size, symmetric))
-                    reasons = method.check(scheme, shapes)
-                    if not reasons:
-                        return scheme
-                    refused[scheme.weight] = reasons
+    sparsity = "0.5" if getattr(method, "prunes", False) else ""
+    for format_, bits in itertools.product(FORMATS, WIDTHS):
+        for group_size, symmetric in itertools.product((16, -1, 32), (False, True)):
+            weight = WeightScheme(format_, bits, group_size, symmetric, sparsity=sparsity)
+            scheme = Scheme("test", weight)
+            reasons = method.check(scheme, shapes)
+            if not reasons:
+                return scheme
+            refused[weight] = reasons
     pytest.fail(
         f"accepts none of {len(refused)} schemes; the first: {next(iter(refused.values()))}"
     )
@@ -123,7 +124,7 @@ def test_facts_read_from_the_source_are_the_class_attributes(kind: str, name: st
     assert facts.get("version", 0) == plugin.version >= 1
     assert tuple(facts.get("needs", ())) == tuple(plugin.needs)
     assert set(plugin.needs) <= set(STATISTICS)
-    for fact in ("stochastic", "activation_aware"):
+    for fact in ("stochastic", "activation_aware", "prunes", "keeps_zeros"):
         assert facts.get(fact, False) is getattr(plugin, fact, False)
     assert facts.title and not facts.title.startswith(name + ".py")
 

@@ -17,6 +17,7 @@ from harness.core import plugins
 from harness.core.cell import Cell, Part, Scheme, to_json
 from harness.core.shapes import Shapes
 from harness.data.demo.tiny import TINY
+from harness.quantization.methods.checks import check_sparsity
 from harness.quantization.models import shapes as shapes_of
 
 # every method must have a scheme that it accepts on these, except the pairs in REFUSED
@@ -56,6 +57,9 @@ def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -
         if (kind, part) not in built:
             built[kind, part] = plugins.build(kind, part.name, to_json(part)["settings"])
         reasons = built[kind, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
+        if kind == "rounding":
+            prunes = bool(plugins.facts(kind, part.name).get("prunes", False))
+            reasons = [*reasons, *check_sparsity(part.name, prunes, cell.scheme, shapes)]
         assert all(isinstance(reason, str) and reason for reason in reasons) and len(
             set(reasons)
         ) == len(reasons), cell.title

@@ -30,7 +30,7 @@ from harness.storage.store import Store
 
 METHODS = every_cell.names("methods", "none")
 # tried before all others
-USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32")
+USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32", "w4g32s50")
 
 
 class Recorder(CheckpointWriter):
