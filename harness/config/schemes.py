@@ -17,7 +17,7 @@ from harness.core.number_formats import FORMATS, SHORT_NAMES
 # percent pruned, or n kept of every m inputs
 SPARSITY = r"(?:s(?:(?P<kept>[1-9]\d*)of(?P<of>[1-9]\d*)|(?P<percent>[1-9]\d?)))?"
 SCHEME_NAME = re.compile(
-    r"w(?P<weight>[2-8]|16(?=s\d))(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?"
+    r"w(?P<weight>[2-8]|16(?=s\d))(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym|signed)?"
     rf"{SPARSITY}(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
 FORMAT_NAME = re.compile(
@@ -25,7 +25,7 @@ FORMAT_NAME = re.compile(
     rf"(?:g(?P<group>[1-9]\d*))?{SPARSITY}(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
 NAMED_SCHEMES = (
-    "w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8); "
+    "w<bits>[g<group>][sym|signed][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8); "
     "of methods that prune s<percent> or s<n>of<m> before a and kv (w16s50, w4g128s50, w4s2of4)"
 )
 
@@ -51,10 +51,9 @@ def scheme_by_name(name: str, where: str) -> dict[str, Any]:
             "bits": int(match["weight"]),
             "group_size": int(match["group"] or -1),
             "symmetric": bool(match["symmetric"]),
+            "signed_scales": match["symmetric"] == "signed",
         }
-        if (
-            match["weight"] == "16"
-        ):  # nothing is rounded: the survivors' type is that of dense weights
+        if match["weight"] == "16":  # not rounded: survivors have the type of dense weights
             weight |= {"format": "dense", "scale_dtype": "float16"}
     if match["percent"]:
         weight["sparsity"] = f"{int(match['percent']) / 100:g}"

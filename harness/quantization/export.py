@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 4 * 2**30
+NO_SPARSE_ENGINE = (
+    "no engine takes pruned matrices with rounded survivors any more (vLLM removed Sparse24 in pull request 36799; marlin_24 is "
+    "deprecated); survivors that are not rounded (w16s50, w16s2of4) are ordinary weights with zeros: use -f transformers"
+)
 COPIED = (  # files of the model's folder
     "tokenizer*",
     "special_tokens_map.json",
@@ -107,6 +111,8 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
                 cell.scheme.activation_for(block, linear.name),
             )
             reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
+            if weight.sparsity and weight.format != "dense":
+                reasons[NO_SPARSE_ENGINE] = None
     if cell.method.tuning is None and hasattr(layout, "write_adapters"):
         reasons[
             "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
@@ -169,7 +175,9 @@ def export(
         settings = layout.quantization_config(described, writing.other_linears(described))
         with _written_aside(output) as aside:
             total, files = _write_shards(aside, writing.tensors(), shard_bytes)
-            config = {**data, "dtype": cell.model.dtype, "quantization_config": settings}
+            config = {**data, "dtype": cell.model.dtype}
+            if settings:
+                config["quantization_config"] = settings
             config.pop("torch_dtype", None)
             if writing.unties_head:
                 config["tie_word_embeddings"] = False
@@ -392,8 +400,11 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     """Matrices of one input as one matrix; None where their layouts differ."""
     import torch
 
-    from harness.quantization.numerics.weights import ElementWeight, UniformWeight
+    from harness.quantization.numerics.pruned_weights import is_unrounded
+    from harness.quantization.numerics.weights import DenseWeight, ElementWeight, UniformWeight
 
+    if all(is_unrounded(part) for part in parts):
+        return DenseWeight(torch.cat([part.dequantize() for part in parts]))
     first = parts[0]
     rows = ("codes", "scale", "zero")
     if not isinstance(first, UniformWeight | ElementWeight) or any(

@@ -39,6 +39,10 @@ class Layout:
             reasons.append(f'AWQ\'s layout holds integers, not "{weight.format}"')
         elif weight.bits != BITS:
             reasons.append(f"AWQ's layout has codes of {BITS} bits, not {weight.bits:g}")
+        if weight.signed_scales:
+            reasons.append(
+                "scales below 0: no engine was seen to read them from AWQ's layout; use a scheme without signed_scales"
+            )
         if weight.zero_point != "integer":
             reasons.append(
                 "AWQ's layout has integer zero points; use scheme.weight.zero_point=integer"

@@ -46,6 +46,10 @@ class Layout:
             reasons.append(
                 f"GPTQ's layout has codes of {', '.join(map(str, WIDTHS))} bits, not {weight.bits:g}"
             )
+        if weight.signed_scales:
+            reasons.append(
+                "scales below 0: no engine was seen to read them from GPTQ's layout; use a scheme without signed_scales"
+            )
         if weight.zero_point != "integer":
             reasons.append(
                 "GPTQ's layout has integer zero points; use scheme.weight.zero_point=integer"

@@ -8,9 +8,10 @@ in GPTQ, for each block of `block_size` columns:
 
     q_j = 0 where pruned, else w_j, or its nearest grid value (§3.5)        e_j = (w_j - q_j) / U_jj        w_k -= e_j U_jk, k > j
 
-As in the authors' code (IST-DASLab/sparsegpt): one grid per channel is fitted on the dense weights before dead columns are set to 0,
-and columns keep their order. Where we differ: counts are exact (theirs prunes one more per block, and all ties); grids of groups
-are fitted on the weights as they are at the start of their block, as our GPTQ does; scales are rounded to their stored type first.
+As in the authors' code (IST-DASLab/sparsegpt): one grid per channel is fitted on the dense weights before dead columns are set to
+0, and columns keep their order. Where we differ: counts are exact (theirs prunes one more per block, and all ties); grids of
+groups are fitted on the weights as they are at the start of their block, as our GPTQ does; scales are rounded to their stored type
+first.
 grid_on: updated (ours): a first run prunes and does not round, grids are fitted on its survivors, and a second run prunes and rounds
 to these; updates push survivors out of a grid that was fitted before them.
 mask: magnitude or wanda (the paper's ablation): the mask is chosen on the original weights (of a matrix; of a row), and the loop

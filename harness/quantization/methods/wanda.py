@@ -8,9 +8,9 @@ compared within each output row, or within every m neighbouring inputs of it for
 that went through the pruned blocks before. variant: as much of each row's score is pruned as a share α of its sum says, with one α
 per matrix, found by bisection between 0 and 0.8, that gives the sparsity to 0.001.
 
-Where we differ from the authors' code (locuslab/wanda): the norm is √(mean over tokens of x_j²), a constant factor off, which no
-choice depends on; ties of n:m go to the lowest column; survivors may be rounded, to a grid that is fitted with zeros at pruned places.
-An expert that too few tokens reached is pruned by magnitude, row by row.
+Where we differ from the authors' code (locuslab/wanda): the norm is √(mean over tokens of x_j²), a constant factor off, on which no
+choice depends; ties of n:m go to the lowest column; survivors may be rounded, to a grid that is fitted with zeros at pruned
+places. An expert that too few tokens reached is pruned by magnitude, row by row.
 """
 
 from __future__ import annotations

@@ -110,3 +110,10 @@ def _bits_of(survivors: UniformWeight | ElementWeight | NormalFloatWeight) -> in
         if isinstance(survivors, UniformWeight)
         else FORMATS[survivors.format].element.bits
     )
+
+
+def is_unrounded(weight: QuantizedWeight) -> bool:
+    """Whether a matrix holds plain numbers, with zeros where it is pruned: an ordinary weight for any library."""
+    return isinstance(weight, DenseWeight) or (
+        isinstance(weight, SparseWeight) and isinstance(weight.survivors, DenseWeight)
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.core.cell import WeightScheme
 from harness.quantization.export import layouts
-from harness.quantization.formats import awq, gptq, gptq_v2
+from harness.quantization.formats import awq, compressed_tensors, gptq, gptq_v2
 from harness.quantization.numerics.weights import DenseWeight, UniformWeight
 
 
@@ -88,6 +88,14 @@ def test_awq_refuses_other_schemes() -> None:
     assert "4 bits, not 3" in reasons(WeightScheme(bits=3), None)[0]
     assert "nf4" in reasons(WeightScheme("nf4", 4), None)[0]
     assert "zero_point=integer" in reasons(WeightScheme(bits=4, zero_point="float"), None)[0]
+
+
+@pytest.mark.parametrize("layout", [awq, gptq, compressed_tensors])
+def test_no_layout_takes_scales_below_zero(layout: Any) -> None:
+    signed = WeightScheme(bits=4, group_size=128, symmetric=True, signed_scales=True)
+    (reason,) = layout.Layout().scheme_reasons(signed, None)
+    assert "scales below 0" in reason
+    assert layout.Layout().scheme_reasons(replace(signed, signed_scales=False), None) == []
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
