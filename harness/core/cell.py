@@ -52,7 +52,7 @@ def _freeze_value(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """A plugin with its settings: the transform, rounding or tuning of a method.
+    """A plugin with its settings: the reduction, transform, rounding or tuning of a method.
 
     version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `config`
     so that keys can be computed without importing it.
@@ -71,26 +71,43 @@ class Part:
 
 @dataclass(frozen=True)
 class Method:
-    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`."""
+    """A named recipe over four slots. All slots empty is the full-precision baseline, `none`.
+
+    A reduction makes a smaller model first; the other three, `parts`, quantize that one, or the model itself.
+    """
 
     name: str
     transform: Part | None = None
     rounding: Part | None = None
     tuning: Part | None = None
+    reduction: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """What turns the model, or the reduced one, into a checkpoint."""
         return tuple(
             part for part in (self.transform, self.rounding, self.tuning) if part is not None
         )
 
     @property
     def is_baseline(self) -> bool:
-        return not self.parts
+        return self.reduction is None and not self.parts
+
+    @property
+    def quantizes(self) -> bool:
+        """Some part changes matrices in place. Without one the checkpoint is the model itself, or the reduced one."""
+        return bool(self.parts)
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """Statistics that a pass gathers for the parts."""
         return tuple(sorted({need for part in self.parts for need in part.needs}))
+
+    @property
+    def all_needs(self) -> tuple[str, ...]:
+        """The same, and those of the reduction: whatever calibration data the cell needs."""
+        own = self.reduction.needs if self.reduction is not None else ()
+        return tuple(sorted({*self.needs, *own}))
 
     @property
     def reads_inputs(self) -> bool:
@@ -314,7 +331,9 @@ def quantize_key(cell: Cell) -> str:
         "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
-    if not method.is_baseline:
+    if method.reduction is not None:
+        identity["reduction"] = reduction_key(cell)
+    if method.quantizes:
         identity["weight"] = weight_identity(cell.scheme.weight)
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
@@ -363,6 +382,21 @@ def weight_identity(weight: WeightScheme) -> dict[str, Any]:
     }
 
 
+def reduction_key(cell: Cell) -> str:
+    """Identity of the smaller model that the cell's reduction makes; 64 hexadecimal digits. The cell must have a reduction."""
+    part = cell.method.reduction
+    assert part is not None, f"{cell.title} has no reduction"
+    identity: dict[str, Any] = {
+        "model": {"digest": cell.model.digest, "dtype": cell.model.dtype},
+        "reduction": _identity(part, drop=("needs", "stochastic", "activation_aware")),
+    }
+    if part.needs:
+        identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    if part.stochastic:
+        identity["seed"] = cell.seed
+    return digest(identity)
+
+
 def untuned(cell: Cell) -> Cell:
     """The cell whose checkpoint a tuned cell starts from: the same method without its tuning."""
     return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
@@ -409,7 +443,7 @@ def _added_later(evaluator: str) -> tuple[str, ...]:
 
 
 def baseline_of(cell: Cell) -> Cell:
-    """The full-precision cell that this cell is compared with: same model, nothing quantized."""
+    """The full-precision cell that this cell is compared with: same model, nothing reduced, nothing quantized."""
     return dataclasses.replace(
         cell,
         method=Method("none"),

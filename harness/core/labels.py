@@ -86,22 +86,22 @@ def without_settings(name: str) -> str:
 def bits_text(cell: Cell) -> str:
     """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "4 2:4", "16 50 %"; for a baseline the width of its dtype."""
     scheme = cell.scheme
-    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
+    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if not cell.method.quantizes else scheme.weight.bits:g}"
     family = (
         ""
-        if cell.method.is_baseline or scheme.weight.format == "int"
+        if not cell.method.quantizes or scheme.weight.format == "int"
         else f" {scheme.weight.format}"
     )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
     kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
-    if scheme.weight.sparsity and not cell.method.is_baseline:  # "16 2:4": dense says nothing then
+    if scheme.weight.sparsity and cell.method.quantizes:  # "16 2:4": dense says nothing then
         family = f"{family.removesuffix(' dense')} {sparsity_text(scheme.weight.sparsity)}"
     return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
 
 
 def group_text(cell: Cell) -> str:
     """Input channels per scale; "row" for one scale per output channel."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return ""
     return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
 
@@ -122,8 +122,8 @@ def flatten(cell: Cell) -> dict[str, Any]:
     content.pop("evaluations")
     content.pop("variant")
     walk("", {**content, "method": {"name": method["name"]}})
-    for slot in ("transform", "rounding", "tuning"):
-        if method[slot] is not None:
+    for slot in ("reduction", "transform", "rounding", "tuning"):
+        if method.get(slot) is not None:
             part = {
                 "name": method[slot]["name"],
                 "version": method[slot]["version"],
@@ -153,7 +153,9 @@ def _shown(cell: Cell) -> dict[str, Any]:
     flat = {name: value for name, value in flatten(cell).items() if name not in HIDDEN}
     if cell.calibration is not None and cell.calibration.seed == cell.seed:
         flat.pop("calibration.seed")
-    if cell.calibration is None and not any(part.stochastic for part in cell.method.parts):
+    method = cell.method
+    parts = (*method.parts, *((method.reduction,) if method.reduction is not None else ()))
+    if cell.calibration is None and not any(part.stochastic for part in parts):
         flat.pop("seed")
     if cell.calibration is None or not cell.method.needs:
         flat.pop("inputs")
@@ -166,7 +168,7 @@ def _varying(facts: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> li
         {name for each in facts for name in each if not only or name.partition(".")[0] in only}
     )
     differing = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
-    for part in ("calibration", "rounding", "transform", "tuning"):
+    for part in ("calibration", "rounding", "transform", "tuning", "reduction"):
         fields = [
             name
             for name in differing

@@ -35,9 +35,9 @@ class Checker:
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
-        if cell.method.needs:
+        if cell.method.all_needs:
             found += self._once(
-                ("calibration", cell.calibration, cell.method.needs),
+                ("calibration", cell.calibration, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -46,7 +46,8 @@ class Checker:
                 lambda: self._length_reasons(cell),
             )
         for slot, part in _slots(cell):
-            question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
+            before = (cell.method.reduction, cell.method.transform)
+            question = ("part", slot, part, before, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if self.runtime.export and not cell.method.is_baseline:
             found += self._once(
@@ -54,7 +55,8 @@ class Checker:
             )
         if cell.scheme.activation is not None or cell.scheme.kv is not None:
             found += self._once(
-                ("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell)
+                ("execution", cell.scheme, cell.method.reduction, cell.model),
+                lambda: self._execution_reasons(cell),
             )
         for evaluation in cell.evaluations:
             ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
@@ -64,6 +66,34 @@ class Checker:
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def reduced_shapes(self, cell: Cell) -> Shapes | None:
+        """Shapes of the model that a cell quantizes: its own, or the one that its reduction makes.
+
+        None where the config cannot be read, or the reduction is refused: both are refusals of their own.
+        """
+        part = cell.method.reduction
+        if part is None:
+            return self.shapes(cell.model)
+        return self._once(("reduced", cell.model, part), lambda: self._reduced(cell.model, part))[0]
+
+    def _reduced(self, model: Model, part: Part) -> tuple[Shapes | None, list[str]]:
+        """Shapes of what a reduction makes of a model, or the reasons why it cannot."""
+        from harness.quantization import models
+
+        shapes = self.shapes(model)
+        try:
+            reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
+            if shapes is None:
+                return None, []
+            folder = model_folders.config_folder(model)
+            config = models.config_by_block(models.read_config(folder))
+            if reasons := reduction.check(shapes, config):
+                return None, [f"reduction {part.name}: {reason}" for reason in reasons]
+            smaller = reduction.config(config)
+            return models.family_of(smaller).shapes(smaller), []
+        except HarnessError as error:
+            return None, [f"reduction {part.name}: {error}"]
 
     def devices(self, model: Model) -> int | None:
         """GPUs over which a model is spread: each holds its part and one block more. None where no number is enough.
@@ -175,7 +205,7 @@ class Checker:
         return reasons
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.needs)
+        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
             return [
                 f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
@@ -225,11 +255,15 @@ class Checker:
             return [
                 f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
+        if slot == "reduction":
+            self.reduced_shapes(cell)
+            found: list[str] = self._answers[("reduced", cell.model, part)][1]
+            return found
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:
             return [str(error)]
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
@@ -253,7 +287,7 @@ class Checker:
     def _export_reasons(self, cell: Cell) -> list[str]:
         from harness.quantization import export
 
-        shapes, name = self.shapes(cell.model), self.runtime.export
+        shapes, name = self.reduced_shapes(cell), self.runtime.export
         try:
             return (
                 []
@@ -267,7 +301,7 @@ class Checker:
         """Why activations or the KV cache cannot be quantized as the scheme says."""
         from harness.quantization.inference import activations, kv_cache
 
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         cache = kv_cache.check(cell.scheme.kv, shapes) if cell.scheme.kv is not None else []
@@ -312,6 +346,7 @@ def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     return [
         (s, p)
         for s, p in (
+            ("reduction", method.reduction),
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),

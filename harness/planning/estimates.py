@@ -34,7 +34,7 @@ FLOPS_PER_GPU = 5e13
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
     """Estimated bytes of a checkpoint: codes, one scale per group and, where the scheme has zero points, one of them."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 4096
     bits = 0.0
     for block in range(shapes.blocks):
@@ -204,7 +204,7 @@ class History:
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 0.0
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
     widths = {linear.group: linear.in_features for linear in shapes.linears}

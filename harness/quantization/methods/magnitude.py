@@ -1,8 +1,8 @@
 """Magnitude pruning: the smallest weights become zero, with no calibration; the baseline of every pruning paper.
 
 No paper of its own; in the form that SparseGPT (arXiv 2301.00774) and Wanda (2306.11695) compare with: |w| over a whole matrix,
-or within every m neighbouring inputs for a pattern n:m. Survivors stay as they are, or go to the nearest value of a grid that is fitted
-with zeros at pruned places.
+or within every m neighbouring inputs for a pattern n:m. Survivors stay as they are, or go to the nearest value of a grid that is
+fitted with zeros at pruned places.
 
 Where we differ from both repositories: exactly floor(N · share) weights are pruned, and ties go by position; their thresholds prune
 one more, and all ties.

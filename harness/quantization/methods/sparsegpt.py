@@ -12,8 +12,8 @@ As in the authors' code (IST-DASLab/sparsegpt): one grid per channel is fitted o
 0, and columns keep their order. Where we differ: counts are exact (theirs prunes one more per block, and all ties); grids of
 groups are fitted on the weights as they are at the start of their block, as our GPTQ does; scales are rounded to their stored type
 first.
-grid_on: updated (ours): a first run prunes and does not round, grids are fitted on its survivors, and a second run prunes and rounds
-to these; updates push survivors out of a grid that was fitted before them.
+grid_on: updated (ours): a first run prunes and does not round, grids are fitted on its survivors, and a second run prunes and
+rounds to these; updates push survivors out of a grid that was fitted before them.
 mask: magnitude or wanda (the paper's ablation): the mask is chosen on the original weights (of a matrix; of a row), and the loop
 only updates. Wanda's norms are the Hessian's own diagonal.
 An expert that too few tokens reached is pruned by magnitude, row by row, and rounded to nearest.

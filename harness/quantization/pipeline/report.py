@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,8 @@ from harness.quantization.numerics.weights import QuantizedWeight
 from harness.quantization.pipeline.blocks import Blocks
 from harness.quantization.pipeline.jobs import Job
 from harness.quantization.pipeline.observers import OF_INPUTS, Statistics
+
+RECORD = "reduction.json"  # in the folder of a reduced model
 
 
 @dataclass
@@ -122,7 +126,7 @@ def manifest_content(
     method = job.cell.method
     matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
     linears = 0
-    if not method.is_baseline:
+    if method.quantizes:
         for index in range(len(blocks)):
             parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
             for location in blocks.locations(index):
@@ -137,14 +141,16 @@ def manifest_content(
         width = widths.get(name, 8 * blocks.dtype.itemsize)
         bits += width * (elements - matrices.get(name, 0))
     covered = sum(matrices.values())
+    reduced = _reduction(blocks.folder) if method.reduction is not None else {}
     content: dict[str, Any] = {
         "parameters": total,
+        **reduced,
         "unquantized_bits": bits,
         "coverage": {"linears": linears, "weights": covered, "share": covered / total},
         "seconds": shared.cost_of(job),
         "methods": {
             kind: part.name
-            for kind in ("transform", "rounding", "tuning")
+            for kind in ("transform", "rounding", "tuning", "reduction")
             if (part := getattr(method, kind))
         },
     }
@@ -156,6 +162,13 @@ def manifest_content(
             "length": length,
         }
     return content
+
+
+def _reduction(folder: Path) -> dict[str, Any]:
+    """Of the manifest of a cell whose model was reduced: the parameters that the model had, and what was chosen."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    shown = {key: record[key] for key in ("reduction", "choice", "parameters")}
+    return {"original_parameters": record["parameters"]["before"], "reduced": shown}
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:

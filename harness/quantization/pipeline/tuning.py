@@ -279,6 +279,7 @@ def _report(
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
+        **{key: base[key] for key in ("original_parameters", "reduced") if key in base},
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
         "calibration": text,
