@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from harness.config import grid, locations
-from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, to_json
+from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, reduction_key, to_json
 from harness.core.events import Failed
 from harness.data.demo.tiny import TINY, build
 from harness.execution.tasks import QuantizeTask
@@ -57,6 +58,12 @@ def names(group: str, *left_out: str) -> list[str]:
     return [entry.name for entry in locations.list_names(group) if entry.name not in left_out]
 
 
+def reduces(method: str) -> bool:
+    """Whether a method of conf/ has a reduction."""
+    content = yaml.safe_load(locations.config_files("method")[method].read_text(encoding="utf-8"))
+    return bool(content.get("reduction"))
+
+
 def product(
     folder: Path, methods: Sequence[str] | None = None, schemes: Sequence[str] | None = None
 ) -> list[Cell]:
@@ -82,7 +89,8 @@ def _small(cell: Cell) -> Cell:
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
-    parts = {kind: part(getattr(method, kind)) for kind in ("transform", "rounding", "tuning")}
+    kinds = ("reduction", "transform", "rounding", "tuning")
+    parts = {kind: part(getattr(method, kind)) for kind in kinds}
     return dataclasses.replace(cell, method=dataclasses.replace(method, **parts))
 
 
@@ -109,7 +117,11 @@ def failures(cells: Sequence[Cell], folder: Path, runs: Path) -> Iterator[str]:
         if store.manifest(key) is None:
             continue  # said above
         try:
-            model, _ = load(cell, folder, store.checkpoint_folder(key), "cpu")
+            source = folder
+            if cell.method.reduction is not None:
+                source = store.reduced_folder(reduction_key(cell))
+            checkpoint = store.checkpoint_folder(key) if cell.method.quantizes else None
+            model, _ = load(cell, source, checkpoint, "cpu")
             with torch.no_grad():
                 logits = model(input_ids=tokens).logits
         except Exception as error:

@@ -31,6 +31,7 @@ from harness.quantization.numerics.weights import QuantizedWeight
 CONF = Path(__file__).parents[3] / "conf"
 KINDS = ("transform", "rounding", "tuning")
 PLUGINS = [(kind, name) for kind in KINDS for name in plugins.find(kind)]
+CONFIGURED = [*PLUGINS, *(("reduction", name) for name in plugins.find("reduction"))]
 ROUNDINGS = list(plugins.find("rounding"))
 FORMATS = ("int", "nf4", "dense", "fp4", "fp8", "fp8_e4m3", "mx", "any")
 WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
@@ -93,7 +94,7 @@ def block_for(kind: str, name: str) -> FakeBlock:
     return FakeBlock(needs=facts_of(kind, name).get("needs", ()))
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_yaml_states_every_setting_with_its_default(kind: str, name: str) -> None:
     settings = plugins.load(kind, name).Settings()
     expected = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
@@ -108,7 +109,7 @@ def test_yaml_states_every_setting_with_its_default(kind: str, name: str) -> Non
     }
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_yaml_explains_itself(kind: str, name: str) -> None:
     text = (CONF / kind / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "the file opens with one line saying what it is"
@@ -118,7 +119,7 @@ def test_yaml_explains_itself(kind: str, name: str) -> None:
         assert key == "name" or "#" in line or above.startswith("#"), f"{key} has no comment"
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_facts_read_from_the_source_are_the_class_attributes(kind: str, name: str) -> None:
     facts, plugin = facts_of(kind, name), plugins.load(kind, name)
     assert facts.get("version", 0) == plugin.version >= 1
@@ -129,7 +130,7 @@ def test_facts_read_from_the_source_are_the_class_attributes(kind: str, name: st
     assert facts.title and not facts.title.startswith(name + ".py")
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_settings_are_frozen_and_typos_get_the_nearest_name(kind: str, name: str) -> None:
     settings = plugins.load(kind, name).Settings()
     fields = dataclasses.fields(settings)
