@@ -508,4 +508,5 @@ def write_shards(
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON value with sorted names, one per line."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

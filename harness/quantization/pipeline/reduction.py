@@ -50,14 +50,12 @@ def run_reduction(
     """Make the smaller model of a cell's reduction in the folder `target`; what a killed run left there is overwritten.
 
     folder   of the model
-    windows  [samples, length] tokens; None where the reduction needs no data
+    windows  [samples, length] tokens; None where the reduction does not run the model
     Yields Progress while it runs. Raises MethodError where a statistic or a weight that is kept is not finite, ModelError for a
     model that cannot be read, DataError where calibration data are missing.
     """
     part, began = cell.method.reduction, time.monotonic()
     assert part is not None, f"{cell.title} has no reduction"
-    if part.needs and windows is None:
-        raise DataError(f"{cell.title}: reduction {part.name} needs calibration data")
     reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
     model = ReadModel(folder, cell.model.dtype, device, part.needs, windows)
     reasons = reduction.check(model.shapes, model.config)
@@ -137,9 +135,7 @@ class ReadModel(Walk):
     def surveyed(self) -> Iterator[Surveyed]:
         """Run the blocks in order."""
         if self._windows is None:
-            raise MethodError(
-                "a reduction that reads calibration data names its statistics in `needs`"
-            )
+            raise DataError("the reduction chooses by calibration data, and there are none")
         needs = self._needs & set(OF_INPUTS)
         hidden = [state.to(self.storage) for state in self.blocks.start(self._windows)]
         for index in range(len(self.blocks)):

@@ -37,7 +37,7 @@ def test_a_block_that_changes_nothing_goes_first(
     record = reduce(folder, tmp_path / "made", reducing("shortgpt", blocks=1), windows)
     assert record["choice"]["dropped"] == [1]
     assert record["choice"]["influence"][1] == pytest.approx(0, abs=1e-6)
-    assert all(0 <= value <= 2 for value in record["choice"]["influence"])
+    assert all(-1e-6 <= value <= 2 for value in record["choice"]["influence"])
     torch.testing.assert_close(
         logits(tmp_path / "made", windows), logits(folder, windows), rtol=1e-5, atol=1e-5
     )
@@ -106,7 +106,7 @@ def configs() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     yield {"eos_token_id": [1, 2]}, {"eos_token_id": [1, 2]}
 
 
-@pytest.mark.parametrize(("before", "after"), configs())
+@pytest.mark.parametrize(("before", "after"), list(configs()))
 def test_what_a_config_says_by_block_is_cut(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert without_blocks({"num_hidden_layers": 4, **before}, [1, 3]) == {
         "num_hidden_layers": 2,

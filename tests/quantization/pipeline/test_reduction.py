@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from harness.core.cell import Cell, Method, Scheme, cell_key, quantize_key, reduction_key
 from harness.core.errors import MethodError
 from harness.core.events import Failed, Progress, Quantized
-from harness.data.demo.tiny import TINY
+from harness.data.demo.tiny import TINY, build
 from harness.execution import worker
 from harness.execution.tasks import QuantizeTask
 from harness.quantization.export import export
@@ -101,10 +102,11 @@ def test_a_model_with_nan_is_refused(tiny_model: Callable[..., Path], tmp_path: 
         reduce(folder, tmp_path / "b", reducing("shortgpt", drop=(0,)), None)
 
 
-@pytest.fixture
-def in_store(tiny_model: Callable[..., Path], tmp_path: Path) -> tuple[Store, list[Cell], Path]:
+@pytest.fixture(scope="module")
+def in_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Cell], Path]:
     """A store in which one task made three cells of one reduction, and one of none."""
-    folder = tiny_model()
+    folder = tmp_path_factory.mktemp("llama")
+    build("llama", folder)
     windows = dataclasses.replace(small.CALIBRATION, samples=4, length=24)
     methods = [
         reducing("shortgpt", blocks=1),
@@ -113,7 +115,7 @@ def in_store(tiny_model: Callable[..., Path], tmp_path: Path) -> tuple[Store, li
         small.RTN,
     ]
     cells = [reduced_cell(folder, method, calibration=windows) for method in methods]
-    store = Store(tmp_path / "runs")
+    store = Store(tmp_path_factory.mktemp("runs"))
     events = list(
         worker.quantize(QuantizeTask(tuple(cells), str(store.place), "cpu", 1), store, "cpu")
     )
@@ -173,9 +175,11 @@ def test_an_unrounded_reduced_model_is_exported_as_it_is(
 
 
 def test_a_reduced_model_that_no_cell_uses_is_a_leftover(
-    in_store: tuple[Store, list[Cell], Path],
+    in_store: tuple[Store, list[Cell], Path], tmp_path: Path
 ) -> None:
-    store, cells, _ = in_store
+    made, cells, _ = in_store
+    shutil.copytree(made.root, tmp_path / "runs")
+    store = Store(tmp_path / "runs")
     reduced = store.reduced_folder(reduction_key(cells[0]))
     assert reduced not in {each.path for each in gc.find(store, young_seconds=-1)}
     for cell in cells[:3]:
