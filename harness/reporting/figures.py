@@ -57,6 +57,8 @@ COLOURS = (
 MARKERS = "osD^vPX*h"
 FULL_PRECISION = "full precision"
 BITS, SIZE = "checkpoint/bits_per_weight", "checkpoint/bytes"
+# of models that were made smaller: what is stored, over the weights that there were
+ORIGINAL_BITS = "checkpoint/bits_per_original_weight"
 NAMES = {
     "perplexity": "perplexity",
     "acc": "accuracy",
@@ -79,7 +81,7 @@ class Point:
     label, line       what its line is called, "" for a baseline; the place of the line among those of all records
     records           of all its cells
     score, interval   the mean and half of its 95 % interval: over seeds, else from the standard error; 0 where neither is known
-    bits, size        per weight as stored; bytes of the whole checkpoint
+    bits, size        per weight as stored (`bits_axis`); bytes of the whole checkpoint
     """
 
     label: str
@@ -95,23 +97,36 @@ class Point:
         return self.records[0].cell
 
 
+def bits_axis(records: Iterable[Record]) -> tuple[str, str]:
+    """The metric of the bits axis of a model's figures, and the label.
+
+    Bits per weight of the quantized matrices; where a cell's reduction removed weights, all stored bits over the weights of the
+    unreduced model, so that pruned and quantized cells stand on one axis.
+    """
+    if any(record.cell.method.reduction is not None for record in records):
+        return ORIGINAL_BITS, "bits per weight of the unreduced model, everything stored counted"
+    return BITS, "bits per weight as stored (quantized matrices)"
+
+
 def points(records: Sequence[Record], metric: str) -> list[Point]:
     """Every point whose numbers are finite, in the records' order; seeds together, where all of them have the metric."""
     by_key = {cell_key(record.cell): record for record in records}
     rows = replicates(record.cell for record in records)
     labels = _labels([cells[0] for cells in rows])
     lines = list(dict.fromkeys(labels.values()))
+    stored = bits_axis(records)[0]
     made = []
     for cells in rows:
         label = labels.get(cell_key(cells[0]), "")
         own = [by_key[cell_key(cell)] for cell in cells]
-        if not all(_finite(record, metric, BITS, SIZE) for record in own):
+        if not all(_finite(record, metric, stored, SIZE) for record in own):
             continue
         score, interval = over_seeds([record.metrics()[metric] for record in own])
         if interval is None:
             interval = 1.96 * own[0].metrics().get(f"{metric}_stderr", 0.0)
         bits, size = (
-            math.fsum(record.metrics()[name] for record in own) / len(own) for name in (BITS, SIZE)
+            math.fsum(record.metrics()[name] for record in own) / len(own)
+            for name in (stored, SIZE)
         )
         made.append(
             Point(
@@ -178,7 +193,7 @@ def score_against_bits(records: Sequence[Record], metric: str) -> Figure | None:
             baseline.score, color="#777777", linestyle="--", linewidth=1, label=FULL_PRECISION
         )
     _score_axis(axes, found, metric)
-    axes.set_xlabel("bits per weight as stored (quantized matrices)")
+    axes.set_xlabel(bits_axis(records)[1])
     _legend(axes)
     return figure
 

@@ -38,6 +38,8 @@ from harness.quantization.pipeline.observers import OF_INPUTS, InputEvidence
 from harness.quantization.pipeline.report import RECORD
 from harness.quantization.pipeline.walk import Walk
 
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def run_reduction(
     cell: Cell,
@@ -72,7 +74,8 @@ def run_reduction(
     target.mkdir(parents=True, exist_ok=True)
     for left in target.iterdir():
         left.unlink()
-    total, _ = write_shards(target, _finite(cell, reduction.tensors(choice, model)), SHARD_BYTES)
+    tensors = _finite(cell, reduction.tensors(choice, model))
+    total, _ = write_shards(target, _as_stored(tensors, model.stored_dtype), SHARD_BYTES)
     config = {**reduction.config(model.config, choice), "dtype": cell.model.dtype}
     config.pop("torch_dtype", None)
     write_json(target / "config.json", config)
@@ -110,6 +113,15 @@ def _finite(cell: Cell, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple
         yield name, tensor
 
 
+def _as_stored(
+    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in the type of the model's files where that holds it exactly, so that a smaller model takes less room."""
+    for name, tensor in tensors:
+        narrow = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        yield name, narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
 @dataclass(frozen=True)
 class Surveyed:
     """One block of the survey (`methods.protocols.SurveyedBlock`)."""
@@ -131,6 +143,12 @@ class ReadModel(Walk):
         super().__init__(folder, dtype, device)
         self.shapes, self.config = self.blocks.shapes, config_by_block(read_config(folder))
         self._needs, self._windows = frozenset(needs), windows
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The one floating type of the model's files; None where there are several, or others than torch's usual ones."""
+        found = {each.dtype for each in self.blocks.weights.reader.files.tensors.values()}
+        return STORED.get(found.pop()) if len(found) == 1 else None
 
     def surveyed(self) -> Iterator[Surveyed]:
         """Run the blocks in order."""
