@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
     "answer_length": 8,
     "vector_length": 4,
     "index_bits": 4,
+    "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
 # of methods that prune, which accept no other schemes

@@ -54,7 +54,7 @@ class Layout:
         return {"weight": weight.dequantize().to(dtype)}
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         """Nothing: the folder is one of an ordinary model."""
         return {}

@@ -39,7 +39,8 @@ WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
 
 # Settings for matrices of 32 × 32 where a method's published defaults are sized for billions of weights.
 SMALL: dict[tuple[str, str], dict[str, Any]] = {
-    ("rounding", "vptq"): {"vector_length": 4, "index_bits": 6}
+    ("rounding", "vptq"): {"vector_length": 4, "index_bits": 6},
+    ("transform", "block_hadamard"): {"size": 16},
 }
 
 
