@@ -187,7 +187,7 @@ def _cells(
 
 def _cell(context: Context, point: Point) -> Cell | None:
     missing = [axis for axis in ("model",) if axis not in point]
-    if not {"method", "rounding"} & set(point):
+    if not {"method", "rounding", "reduction"} & set(point):
         missing.append("method")
     for axis in missing:
         context.problems.add(

@@ -228,20 +228,6 @@ class SurveyedBlock(Protocol):
     experts: ExpertOutputs | None  # where "expert_output" is needed and the block has experts
 
 
-class Survey(Protocol):
-    """The unrounded model on the calibration windows, and its tensors, one block in memory at a time.
-
-    config is config.json, with the lists by block that transformers derives from it (`layer_types`).
-    """
-
-    shapes: Shapes
-    config: Mapping[str, Any]
-
-    def surveyed(self) -> Iterator[SurveyedBlock]:
-        """Run the blocks in order. Raises MethodError for a reduction that needs no calibration data."""
-        ...
-
-
 class ModelReader(Protocol):
     """The tensors of a model by name, in its dtype, on the CPU."""
 
@@ -261,6 +247,19 @@ class ModelReader(Protocol):
 
     def expert_tensors(self, index: int) -> tuple[str, ...]:
         """Names within a block of the tensors with one entry per expert in their first dimension; the router's are among them."""
+        ...
+
+
+class Survey(ModelReader, Protocol):
+    """The unrounded model on the calibration windows, and its tensors, one block in memory at a time.
+
+    config is config.json, with the lists by block that transformers derives from it (`layer_types`).
+    """
+
+    config: Mapping[str, Any]
+
+    def surveyed(self) -> Iterator[SurveyedBlock]:
+        """Run the blocks in order. Raises DataError without calibration data."""
         ...
 
 

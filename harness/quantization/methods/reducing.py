@@ -1,9 +1,12 @@
-"""Tools that reductions share: which blocks of a config can be dropped, and the config without them."""
+"""Tools that reductions share: which blocks of a config can be dropped, the config without them, how much a block changes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -51,3 +54,18 @@ def without_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, 
         text["max_window_layers"] = sum(index < windows for index in kept)
     text["num_hidden_layers"] = len(kept)
     return new | text if text_of(config) is config else {**new, "text_config": text}
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine of each pair of vectors [..., hidden], in float32; 0.5 where one of them is zero."""
+    a, b = first.float(), second.float()
+    return torch.nan_to_num((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)), nan=0.5)
+
+
+def mean_cosine(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """The mean over all tokens of the cosine between a block's input and its output, one [1, length, hidden] per sequence."""
+    total, tokens = 0.0, 0
+    for given, made in zip(inputs, outputs, strict=True):
+        found = cosines(given, made)
+        total, tokens = total + float(found.double().sum()), tokens + found.numel()
+    return total / tokens

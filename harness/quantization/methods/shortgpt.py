@@ -24,8 +24,14 @@ import torch
 from torch import Generator, Tensor
 
 from harness.core.shapes import Shapes
-from harness.quantization.methods.protocols import ModelReader, Survey, SurveyedBlock
-from harness.quantization.methods.reducing import check_blocks, text_of, without_blocks
+from harness.quantization.methods.protocols import ModelReader, Survey
+from harness.quantization.methods.reducing import (
+    check_blocks,
+    cosines,
+    mean_cosine,
+    text_of,
+    without_blocks,
+)
 
 
 class Reduction:
@@ -113,7 +119,7 @@ class Reduction:
         last: list[Tensor] = []  # inputs of each block at the last token of every window
         for block in model.surveyed():
             if settings.measure == "cosine":
-                influence.append(1 - _mean_cosine(block))
+                influence.append(1 - mean_cosine(block.inputs, block.outputs))
             else:
                 last.append(_last_tokens(block.inputs))
                 if block.index == count - 1:
@@ -156,20 +162,6 @@ def _choice(count: int, dropped: Any, influence: list[float]) -> dict[str, Any]:
     gone = list(dropped)
     kept = [index for index in range(count) if index not in gone]
     return {"kept": kept, "dropped": gone, "influence": influence}
-
-
-def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """The cosine of each pair of vectors [..., hidden], in float32; 0.5 where one of them is zero."""
-    a, b = first.float(), second.float()
-    return torch.nan_to_num((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)), nan=0.5)
-
-
-def _mean_cosine(block: SurveyedBlock) -> float:
-    total, tokens = 0.0, 0
-    for given, made in zip(block.inputs, block.outputs, strict=True):
-        found = cosines(given, made)
-        total, tokens = total + float(found.double().sum()), tokens + found.numel()
-    return total / tokens
 
 
 def _last_tokens(states: Any) -> Tensor:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_reduction import logits, reduce, reducing
 
 from harness.core import plugins
-from harness.quantization.methods.reducing import check_blocks, without_blocks
-from harness.quantization.methods.shortgpt import cosines
+from harness.quantization.methods.reducing import check_blocks, cosines, without_blocks
 
 
 def edited(folder: Path, **factors: float) -> Path:
