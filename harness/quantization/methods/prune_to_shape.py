@@ -5,11 +5,11 @@ model on full-precision inputs says what is kept; E is the mean over calibration
 
     blocks        those with the largest 1 - E[cos(x_i, x_i+1)], as ShortGPT (2403.03853); protect_ends keeps first and last
     MLP channels  per block, the largest √E[h_f²] · ||W_down[:, f]||, h the input of down
-    heads         per block, a key-value head with its query heads: largest √(Σ over its channels c of E[a_c²] · ||W_o[:, c]||²)
+    heads         per block, a key-value head with its query heads: largest √(Σ of its channels c, E[a_c²] · ||W_o[:, c]||²)
     hidden        one set: largest Σ over norms of √E[n_d²] · √(Σ over consumers of ||W[:, d]||²), n a norm's output
 
-criterion: magnitude leaves out E. compensate: what the removed inputs R of o and down contributed is put on the kept ones K by least
-squares, W_K += W_R H[R, K] (H[K, K] + λI)⁻¹, H the second moment of the input and λ = damping_fraction · mean diag H[K, K].
+criterion: magnitude leaves out E. compensate: what the removed inputs R of o and down contributed is put on the kept ones K by
+least squares, W_K += W_R H[R, K] (H[K, K] + λI)⁻¹, H the second moment of the input and λ = damping_fraction · mean diag H[K, K].
 rescale_norms: where the stream becomes narrower, the weight of each norm times ρ, ρ² the mean over K of E[x_d² / mean over d of x_d²]:
 an RMSNorm divides by the mean over what is left.
 """

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# lists whose length has nothing to do with the number of blocks, or which name blocks
+NOT_BY_BLOCK = ("_token_id", "_token_ids", "architectures", "plants", "mlp_only_layers")
+
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model."""
@@ -43,7 +46,7 @@ def without_blocks(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, 
     new, text = dict(config), dict(text_of(config))
     count = text["num_hidden_layers"]
     for name, value in text.items():
-        if isinstance(value, list) and len(value) == count and name != "mlp_only_layers":
+        if isinstance(value, list) and len(value) == count and not name.endswith(NOT_BY_BLOCK):
             text[name] = [value[index] for index in kept]
     if text.get("mlp_only_layers"):
         text["mlp_only_layers"] = [

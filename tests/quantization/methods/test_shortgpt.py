@@ -102,7 +102,7 @@ def configs() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     yield {"mlp_only_layers": [1, 2]}, {"mlp_only_layers": [0]}
     yield {"mlp_only_layers": [0, 1, 2, 3]}, {"mlp_only_layers": [0, 1]}
     yield {"max_window_layers": 2}, {"max_window_layers": 1}
-    yield {"eos_token_id": [1, 2]}, {"eos_token_id": [1, 2]}
+    yield {"eos_token_id": [1, 2, 3, 4]}, {"eos_token_id": [1, 2, 3, 4]}
 
 
 @pytest.mark.parametrize(("before", "after"), list(configs()))
