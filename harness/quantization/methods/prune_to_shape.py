@@ -10,8 +10,8 @@ model on full-precision inputs says what is kept; E is the mean over calibration
 
 criterion: magnitude leaves out E. compensate: what the removed inputs R of o and down contributed is put on the kept ones K by
 least squares, W_K += W_R H[R, K] (H[K, K] + λI)⁻¹, H the second moment of the input and λ = damping_fraction · mean diag H[K, K].
-rescale_norms: where the stream becomes narrower, the weight of each norm times ρ, ρ² the mean over K of E[x_d² / mean over d of x_d²]:
-an RMSNorm divides by the mean over what is left.
+rescale_norms: where the stream becomes narrower, the weight of each norm times ρ, ρ² the mean over K of E[x_d² / mean of x²]: an
+RMSNorm divides by the mean over what is left.
 """
 
 from __future__ import annotations
