@@ -197,9 +197,12 @@ class Reduction:
                     cut = tensor[rows[owner]]
                     cut = cut[:, hidden] if leaf == "weight" else cut
                 elif owner in columns and leaf == "weight":
-                    cut = self._compensated.pop((index, owner), None)
-                    cut = tensor[:, columns[owner]] if cut is None else cut.to(tensor.dtype)
-                    cut = cut[hidden]
+                    place = (index, owner)
+                    cut = (
+                        self._compensated.pop(place).to(tensor.dtype)
+                        if place in self._compensated
+                        else tensor[:, columns[owner]]
+                    )[hidden]
                 elif owner in columns:
                     cut = tensor[hidden]  # a bias
                 yield model.name(number, name), cut

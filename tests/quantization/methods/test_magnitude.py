@@ -5,26 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from evidence import generator, llama_shapes, random_weight
-from torch import Tensor
+from pruned import magnitude
 
 from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
-from harness.quantization.numerics.pruned_weights import SparseWeight
 
 DENSE = WeightScheme("dense", 16, -1, scale_dtype="float16", sparsity="0.5")
-
-
-def magnitude(
-    weight: Tensor, sparsity: str = "0.5", bits: int = 16, **settings: object
-) -> SparseWeight:
-    scheme = (
-        WeightScheme("dense", 32, -1, scale_dtype="float32", sparsity=sparsity)
-        if bits == 16
-        else WeightScheme("int", bits, -1, scale_dtype="float32", sparsity=sparsity)
-    )
-    rounding = plugins.build("rounding", "magnitude", settings)
-    found: SparseWeight = rounding.round_layer("linear", weight, None, scheme, generator())
-    return found
 
 
 @pytest.mark.parametrize("sparsity", ["0.3", "0.5", "2:4"])

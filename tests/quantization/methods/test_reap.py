@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from reductions import logits, reduce, reducing
 from safetensors.torch import load_file, save_file
-from test_reduction import logits, reduce, reducing
 from torch import Tensor
 
 from harness.core import plugins

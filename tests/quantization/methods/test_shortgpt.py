@@ -10,8 +10,8 @@ import pytest
 import small
 import torch
 from evidence import llama_shapes
+from reductions import logits, reduce, reducing
 from safetensors.torch import load_file, save_file
-from test_reduction import logits, reduce, reducing
 
 from harness.core import plugins
 from harness.quantization.methods.reducing import check_blocks, cosines, without_blocks

@@ -8,35 +8,14 @@ import pytest
 import torch
 from evidence import FakeEvidence, HessianEvidence, correlated_inputs, generator, layer_error
 from evidence import random_weight as random
-from test_magnitude import magnitude
-from test_wanda import wanda
+from pruned import magnitude, sparsegpt, wanda
 from torch import Tensor
 
 from harness.core import plugins
 from harness.core.cell import WeightScheme
 from harness.core.sparsity import read_sparsity
-from harness.quantization.methods.protocols import Evidence
-from harness.quantization.numerics.pruned_weights import SparseWeight
-from harness.quantization.numerics.pruning import lowest
+from harness.quantization.numerics.pruning import lowest, round_survivors
 from harness.quantization.numerics.weights import UniformWeight
-
-
-def sparsegpt(
-    weight: Tensor,
-    evidence: Evidence,
-    sparsity: str = "0.5",
-    bits: int = 16,
-    group_size: int = -1,
-    **settings: object,
-) -> SparseWeight:
-    scheme = (
-        WeightScheme("dense", 32, -1, scale_dtype="float32", sparsity=sparsity)
-        if bits == 16
-        else WeightScheme("int", bits, group_size, scale_dtype="float32", sparsity=sparsity)
-    )
-    rounding = plugins.build("rounding", "sparsegpt", settings)
-    found: SparseWeight = rounding.round_layer("linear", weight, evidence, scheme, generator())
-    return found
 
 
 def hessian_of(inputs: Tensor) -> Tensor:
@@ -146,7 +125,9 @@ def test_rounding_in_the_loop_beats_rounding_afterwards(sparsity: str) -> None:
         evidence = FakeEvidence(inputs)
         joint = sparsegpt(weight, evidence, sparsity, bits=4, grid_on="updated")
         pruned = sparsegpt(weight, evidence, sparsity)
-        apart = magnitude(pruned.dequantize(), sparsity, bits=4, compare="row").dequantize()
+        rounded = WeightScheme("int", 4, -1, scale_dtype="float32", sparsity=sparsity)
+        kept = pruned.dequantize()
+        apart = round_survivors(kept, ~pruned.mask, rounded, "gptq", False).dequantize()
         one, two = (layer_error(weight, w, inputs) for w in (joint.dequantize(), apart))
         gains.append(one / two)
     assert sum(gain < 1 for gain in gains) >= 0.9 * len(gains)

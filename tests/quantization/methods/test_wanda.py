@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import torch
-from evidence import FakeEvidence, correlated_inputs, generator, layer_error, random_weight
-from test_magnitude import magnitude
-from torch import Tensor
+from evidence import correlated_inputs, generator, layer_error, random_weight
+from pruned import magnitude, wanda
 
-from harness.core import plugins
-from harness.core.cell import WeightScheme
 from harness.quantization.methods.wanda import by_share_of_sum
-from harness.quantization.numerics.pruned_weights import SparseWeight
-
-
-def wanda(
-    weight: Tensor, inputs: Tensor, sparsity: str = "0.5", **settings: object
-) -> SparseWeight:
-    scheme = WeightScheme("dense", 32, -1, scale_dtype="float32", sparsity=sparsity)
-    rounding = plugins.build("rounding", "wanda", settings)
-    evidence = FakeEvidence(inputs, needs=("square_mean",))
-    found: SparseWeight = rounding.round_layer("linear", weight, evidence, scheme, generator())
-    return found
 
 
 def test_inputs_of_equal_norms_leave_magnitude_by_row() -> None:

@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import small
 import torch
+from reductions import logits, reduce, reduced_cell, reducing
 from torch import Tensor
 
-from harness.core.cell import Cell, Method, Scheme, cell_key, quantize_key, reduction_key
+from harness.core.cell import Cell, cell_key, quantize_key, reduction_key
 from harness.core.errors import MethodError
 from harness.core.events import Failed, Progress, Quantized
 from harness.data.demo.tiny import TINY, build
 from harness.execution import worker
 from harness.execution.tasks import QuantizeTask
 from harness.quantization.export import export
-from harness.quantization.inference.load import load
 from harness.quantization.models import shapes
 from harness.quantization.pipeline.blocks import Blocks
-from harness.quantization.pipeline.reduction import run_reduction
 from harness.storage import gc
 from harness.storage.store import Store
-
-
-def reducing(name: str, rounding: str | None = None, **settings: Any) -> Method:
-    part = small.part(name, "reduction", **settings)
-    return Method(name, reduction=part, rounding=small.part(rounding) if rounding else None)
-
-
-def reduced_cell(folder: Path, method: Method, **fields: Any) -> Cell:
-    cell = small.cell(folder, method, **fields)
-    return cell if method.quantizes else dataclasses.replace(cell, scheme=Scheme("full"))
-
-
-def reduce(folder: Path, target: Path, method: Method, windows: Tensor | None) -> dict[str, Any]:
-    list(run_reduction(reduced_cell(folder, method), folder, windows, target))
-    record: dict[str, Any] = json.loads((target / "reduction.json").read_text(encoding="utf-8"))
-    return record
 
 
 def skipping(folder: Path, windows: Tensor, kept: list[int]) -> Tensor:
@@ -54,14 +35,6 @@ def skipping(folder: Path, windows: Tensor, kept: list[int]) -> Tensor:
         hidden = [blocks.run(module, index, number, h) for number, h in enumerate(hidden)]
     with blocks.head(windows, hidden) as head:
         return torch.cat([head.logits(number, h) for number, h in enumerate(hidden)])
-
-
-def logits(folder: Path, windows: Tensor) -> Tensor:
-    baseline = small.cell(folder, Method("none"))
-    model, _ = load(dataclasses.replace(baseline, scheme=Scheme("full")), folder, None)
-    with torch.no_grad():
-        found: Tensor = model(input_ids=windows, use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -116,9 +89,11 @@ def in_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, list[Cell
     ]
     cells = [reduced_cell(folder, method, calibration=windows) for method in methods]
     store = Store(tmp_path_factory.mktemp("runs"))
-    events = list(
-        worker.quantize(QuantizeTask(tuple(cells), str(store.place), "cpu", 1), store, "cpu")
-    )
+    task = QuantizeTask(tuple(cells), str(store.place), "cpu", 1)
+    with pytest.MonkeyPatch.context() as patch:  # the demo's whole text takes seconds to tokenize
+        drawn = small.windows(4, 24)
+        patch.setattr("harness.quantization.calibration.draw_windows", lambda *arguments: drawn)
+        events = list(worker.quantize(task, store, "cpu"))
     assert not [event for event in events if isinstance(event, Failed)], events
     done = [key for event in events if isinstance(event, Quantized) for key in event.cell_keys]
     assert sorted(done) == sorted(map(cell_key, cells))
