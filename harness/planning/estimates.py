@@ -34,7 +34,7 @@ FLOPS_PER_GPU = 5e13
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
     """Estimated bytes of a checkpoint: codes, one scale per group, a zero point where the scheme has them, and low-rank parts."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 4096
     bits, beside = 0.0, _low_rank_bits(cell)
     for block in range(shapes.blocks):
@@ -63,14 +63,17 @@ def _low_rank_bits(cell: Cell) -> float:
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
 
-    On the device: three copies of a block, the statistics of its groups and their factorisation; where a cell is tuned, the whole
-    model, its teacher, and three float32 copies of its matrices. On the CPU: one copy of every sequence per input stream, twice
-    where inputs themselves are kept.
+    On the device: three copies of a block (four with that of a fine-tune's base), the statistics of its groups and their
+    factorisation; where a cell is tuned, the whole model, its teacher, and three float32 copies of its matrices. On the CPU: one
+    copy of every sequence per input stream, twice where inputs themselves are kept.
     """
     block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
-    calibrated = [cell for cell in cells if cell.method.needs]
+    calibrated = [cell for cell in cells if cell.method.needs_calibration]
+    copies = (
+        4 if any(cell.method.needs_base for cell in cells) else 3
+    )  # the base's block beside them
     if not calibrated:
-        return 3 * block, 0
+        return copies * block, 0
     tuned = [cell.method.tuning for cell in calibrated if cell.method.tuning is not None]
     if tuned:
         models = 2 if any("teacher" in tuning.needs for tuning in tuned) else 1
@@ -94,7 +97,7 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
         else 0
     )
     streams = len({stream_of(cell) for cell in calibrated})
-    return max(3 * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
+    return max(copies * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
 
 
 def fits_in_memory(cells: Sequence[Cell], shapes: Shapes, checker: Checker, workers: int) -> bool:
@@ -215,12 +218,20 @@ class History:
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 0.0
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
     widths = {linear.group: linear.in_features for linear in shapes.linears}
     total = 20.0 * weights
-    if cell.method.needs and cell.calibration is not None:
+    if cell.method.needs_base:  # a singular value decomposition of each matrix
+        total += sum(
+            20.0
+            * linear.out_features
+            * linear.in_features
+            * min(linear.out_features, linear.in_features)
+            for linear in shapes.linears
+        )
+    if cell.method.needs_calibration and cell.calibration is not None:
         length = cell.calibration.length
         tokens = cell.calibration.samples * length
         total += 2 * 2.0 * weights * tokens
