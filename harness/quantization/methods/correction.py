@@ -67,7 +67,7 @@ class LowRankCorrection(ABC):
         return bool(getattr(self.base, "sequential", False))
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """What the base refuses; bases of whole blocks, or of differences between models; fused matrices whose inputs are rounded."""
+        """What the base refuses; bases of whole blocks or of differences between models; fused matrices with rounded inputs."""
         settings = self.settings
         if not hasattr(self.base, "round_layer"):
             return [
