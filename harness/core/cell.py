@@ -499,26 +499,6 @@ def untuned(cell: Cell) -> Cell:
     return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
 
 
-def base_alone(cell: Cell) -> Cell | None:
-    """The cell with the base of a rounding around another in its place, where the base rounds the same matrices to the same codes.
-
-    None for other roundings, for those whose base rounds something else (a literal `keeps_base = True` of the plugin's class says
-    that it does not), and where the base read inputs behind blocks that the other one had changed.
-    """
-    rounding = cell.method.rounding
-    if rounding is None or "base_version" not in dict(rounding.settings):
-        return None
-    if not plugins.facts("rounding", rounding.name).get("keeps_base", False):
-        return None
-    settings = dict(to_json(rounding)["settings"]["base_settings"])
-    base = make_part("rounding", rounding["base"], settings)
-    if base.needs and cell.inputs != "full_precision":
-        return None
-    base = dataclasses.replace(base, version=rounding["base_version"])
-    method = dataclasses.replace(cell.method, name=base.name, rounding=base, tuning=None)
-    return dataclasses.replace(cell, method=method)
-
-
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
     return _remembered(cell, "_cell_key", lambda: _cell_key(cell))
