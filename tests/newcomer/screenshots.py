@@ -1,0 +1,82 @@
+"""Take the pictures of docs/images/ from MLflow's pages of a finished demo, in a headless Chromium.
+
+    python tests/newcomer/screenshots.py FOLDER
+
+FOLDER: where `harness run demo` has run, with its runs/ and mlflow.db. The addresses are those that the sweep's run shows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from browser import Page, browser  # noqa: E402
+
+from harness.config.grid import load_sweep  # noqa: E402
+from harness.storage.store import Store  # noqa: E402
+
+SIZE = (1500, 820)
+PORT = 5078
+PICTURES = {  # file -> (the link of the sweep's run that leads there, what the page shows when it is complete)
+    "mlflow-run.png": ("", "document.body.innerText.includes('Show more')"),
+    "mlflow-cells.png": ("cells, best first", "document.body.innerText.includes('matching runs')"),
+    "mlflow-curves.png": (
+        "all methods over bits per weight",
+        "document.querySelectorAll('.main-svg').length > 6",
+    ),
+    "mlflow-table.png": ("table demo", "document.querySelectorAll('iframe').length > 0"),
+}
+
+
+def quiet(page: Page) -> None:
+    """Close what MLflow opens beside a page at the first visit."""
+    page.run(
+        "[...document.querySelectorAll('button')].filter(b => /close|dismiss/i.test(b.ariaLabel || ''))"
+        ".forEach(b => b.click())"
+    )
+
+
+def main() -> None:
+    """Start MLflow on the folder, take every picture, end it."""
+    folder = Path(sys.argv[1]).resolve()
+    os.chdir(folder)
+    state = Store("runs").sweep_state(load_sweep("demo").name) or {}
+    start = f"http://127.0.0.1:{PORT}/{state['page']}"
+    command = [sys.executable, "-m", "harness", "ui", "--port", str(PORT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        with browser() as page:
+            page.size(*SIZE)
+            for name, (link, complete) in PICTURES.items():
+                page.open("about:blank")
+                page.call("Page.navigate", url=start)
+                page.wait(
+                    "[...document.querySelectorAll('a')].some(a => /best first/.test(a.textContent))"
+                )
+                quiet(page)
+                if link:
+                    page.run(
+                        "[...document.querySelectorAll('a')].find(a => a.textContent.trim() === "
+                        f"{link!r}).click()"
+                    )
+                page.wait(complete)
+                time.sleep(3)  # charts are drawn in steps
+                quiet(page)
+                time.sleep(1)
+                page.picture(ROOT / "docs" / "images" / name)
+                print(name, flush=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+if __name__ == "__main__":
+    main()
