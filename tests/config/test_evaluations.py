@@ -57,7 +57,7 @@ def test_both_stand_beside_those_with_a_yaml_in_a_sweep_file(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("lm_eval:copaa", 'unknown task "copaa".*copa'),
+        ("lm_eval:copaa", 'no task "copaa"; did you mean "copa"'),
         ("text:", "nothing follows the colon"),
         ("text:absent.txt", "absent.txt"),
         ("coppa", "lm_eval:TASK is any task of lm-eval"),

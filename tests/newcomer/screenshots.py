@@ -22,7 +22,7 @@ from browser import Page, browser  # noqa: E402
 from harness.config.grid import load_sweep  # noqa: E402
 from harness.storage.store import Store  # noqa: E402
 
-SIZE = (1500, 820)
+SIZE = (1700, 900)
 PORT = 5078
 PICTURES = {  # file -> (the link of the sweep's run that leads there, what the page shows when it is complete)
     "mlflow-run.png": ("", "document.body.innerText.includes('Show more')"),
@@ -63,10 +63,12 @@ def main() -> None:
                 )
                 quiet(page)
                 if link:
-                    page.run(
+                    target = page.run(  # a click would open a tab of its own
                         "[...document.querySelectorAll('a')].find(a => a.textContent.trim() === "
-                        f"{link!r}).click()"
+                        f"{link!r}).href"
                     )
+                    page.open("about:blank")
+                    page.call("Page.navigate", url=target)
                 page.wait(complete)
                 time.sleep(3)  # charts are drawn in steps
                 quiet(page)
