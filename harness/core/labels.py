@@ -15,7 +15,7 @@ from harness.core.cell import Cell, cell_key, to_json
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
 # axes of a sweep besides model, method and scheme
 VARIED = ("calibration", "inputs", "seed")
-HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
+HIDDEN = ("scheme.name", "calibration.digest", "calibration.source", "model.base_digest")
 
 
 def with_variants(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -171,7 +171,7 @@ def _shown(cell: Cell) -> dict[str, Any]:
         flat.pop("calibration.seed")
     if cell.calibration is None and not any(part.stochastic for part in cell.method.parts):
         flat.pop("seed")
-    if cell.calibration is None or not cell.method.needs:
+    if cell.calibration is None or not cell.method.needs_calibration:
         flat.pop("inputs")
     return flat
 

@@ -23,7 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
+from harness.core.cell import (
+    Cell,
+    Evaluation,
+    cell_key,
+    parts_identity,
+    quantize_key,
+    score_key,
+    to_json,
+    untuned,
+    weight_identity,
+)
 from harness.core.errors import HarnessError
 from harness.core.events import (
     Event,
@@ -187,7 +197,7 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
     if not cells:
         return
     folder = model_folders.model_folder(cells[0].model)
-    calibrations = {cell.calibration for cell in cells if cell.method.needs}
+    calibrations = {cell.calibration for cell in cells if cell.method.needs_calibration}
     assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
     for calibration in calibrations:
@@ -208,15 +218,16 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
     """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
+    own = cell.scheme.weight
     return {
         "quantize_key": quantize_key(cell),
         "model": cell.model.digest,
         "dtype": cell.model.dtype,
-        "parts": [
-            {name: to_json(part)[name] for name in ("name", "version", "settings")}
-            for part in cell.method.parts
-        ],
-        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
+        "parts": parts_identity(cell.method),
+        # folders that exist hold this field at its default too
+        "weight": None
+        if cell.method.is_baseline
+        else {**weight_identity(own), "zero_point": own.zero_point},
     }
 
 
