@@ -13,6 +13,7 @@ named as the sweep's tables in LaTeX name them; a method has a hue, a group a ma
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,34 +153,39 @@ def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
 
     Cells whose score is not finite stay out of the figures; the tables name them.
     """
+    drawn = {name: draw() for name, draw in recipes(sweep, records).items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def recipes(sweep: Sweep, records: Iterable[Record]) -> dict[str, Callable[[], Figure | None]]:
+    """Name -> what draws the figure of that name, or returns None where the records have too little for it."""
     known = list(records)
     words = words_of(sweep)
-    made: dict[str, Figure] = {}
+    made: dict[str, Callable[[], Figure | None]] = {}
     models = list(dict.fromkeys(record.cell.model.name for record in known))
     for model in models:
         own = [record for record in known if record.cell.model.name == model]
         suffix = f"-{model}" if len(models) > 1 else ""
         metrics = quality_metrics(sweep, own)
-        drawn: dict[str, Figure | None] = {
-            f"{metric}-against-{name}": make(own, metric, words)
+        perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
+        accuracies = [metric for metric in metrics if _in_points(metric)]
+        drawn: dict[str, Callable[[], Figure | None]] = {
+            f"{metric}-against-{name}": functools.partial(make, own, metric, words)
             for metric in metrics
             for name, make in (("bits", score_against_bits), ("size", score_against_size))
         }
-        drawn |= {f"{metric}-bits-needed": bits_needed(own, metric, words) for metric in metrics}
-        perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
-        accuracies = [metric for metric in metrics if _in_points(metric)]
         drawn |= {
-            f"accuracy-against-{metric}": accuracy_against_perplexity(
-                own, metric, accuracies, words
+            f"{metric}-bits-needed": functools.partial(bits_needed, own, metric, words)
+            for metric in metrics
+        }
+        drawn |= {
+            f"accuracy-against-{metric}": functools.partial(
+                accuracy_against_perplexity, own, metric, accuracies, words
             )
             for metric in perplexities
         }
-        drawn["layer-errors"] = error_overview(own, words.methods)
-        made |= {
-            file_name(f"{name}{suffix}"): figure
-            for name, figure in drawn.items()
-            if figure is not None
-        }
+        drawn["layer-errors"] = functools.partial(error_overview, own, words.methods)
+        made |= {file_name(f"{name}{suffix}"): draw for name, draw in drawn.items()}
     return made
 
 

@@ -25,13 +25,11 @@ from harness.storage.store import Store  # noqa: E402
 SIZE = (1700, 900)
 PORT = 5078
 PICTURES = {  # file -> (the link of the sweep's run that leads there, what the page shows when it is complete)
-    "mlflow-run.png": ("", "document.body.innerText.includes('Show more')"),
     "mlflow-cells.png": ("cells, best first", "document.body.innerText.includes('matching runs')"),
     "mlflow-curves.png": (
         "all methods over bits per weight",
         "document.querySelectorAll('.main-svg').length > 6",
     ),
-    "mlflow-table.png": ("table demo", "document.querySelectorAll('iframe').length > 0"),
 }
 
 
@@ -62,13 +60,12 @@ def main() -> None:
                     "[...document.querySelectorAll('a')].some(a => /best first/.test(a.textContent))"
                 )
                 quiet(page)
-                if link:
-                    target = page.run(  # a click would open a tab of its own
-                        "[...document.querySelectorAll('a')].find(a => a.textContent.trim() === "
-                        f"{link!r}).href"
-                    )
-                    page.open("about:blank")
-                    page.call("Page.navigate", url=target)
+                target = page.run(  # a click would open a tab of its own
+                    "[...document.querySelectorAll('a')].find(a => a.textContent.trim() === "
+                    f"{link!r}).href"
+                )
+                page.open("about:blank")
+                page.call("Page.navigate", url=target)
                 page.wait(complete)
                 time.sleep(3)  # charts are drawn in steps
                 quiet(page)
