@@ -68,7 +68,11 @@ def style(hue: int, marker: int = 0) -> dict[str, Any]:
 
 
 def legend(
-    axes: Axes, hues: Mapping[str, int], markers: Mapping[str, int], lines: Collection[str]
+    figure: Figure,
+    axes: Axes,
+    hues: Mapping[str, int],
+    markers: Mapping[str, int],
+    lines: Collection[str],
 ) -> None:
     """A line per hue, a grey mark per marker where there are several, then the artists whose labels are not in `lines`.
 
@@ -96,7 +100,6 @@ def legend(
     if len(handles) <= LEGEND_INSIDE:
         axes.legend(handles=handles, frameon=False, fontsize=9)
         return
-    figure = axes.figure
     shown = axes.legend(
         handles=handles,
         frameon=False,

@@ -215,7 +215,7 @@ def score_against_bits(
         )
     _score_axis(axes, found, metric, words)
     axes.set_xlabel(words.bits())
-    _legend(axes, found)
+    _legend(figure, axes, found)
     return figure
 
 
@@ -248,7 +248,7 @@ def score_against_size(
     )
     _score_axis(axes, found, metric, words)
     axes.set_xlabel(f"size of the checkpoint, {unit}")
-    _legend(axes, found)
+    _legend(figure, axes, found)
     annotate(figure, axes, corners, [point.title for point in best])
     return figure
 
@@ -371,7 +371,7 @@ def accuracy_against_perplexity(
     axes.set_xlabel(f"{words.score(perplexity)}, lower is better")
     several = f"mean accuracy of {len(accuracies)} tasks{', %' if scale == 100 else ''}"
     axes.set_ylabel(words.score(accuracies[0]) if len(accuracies) == 1 else several)
-    _legend(axes, found)
+    _legend(figure, axes, found)
     return figure
 
 
@@ -386,14 +386,17 @@ def _scatter(
     baseline = _baseline(found)
     for label, group in _by_line(found).items():
         looks = {name: value for name, value in _style(group[0]).items() if name != "linestyle"}
-        axes.scatter(*zip(*map(place, group), strict=True), s=36, zorder=3, label=label, **looks)
+        across, up = zip(*map(place, group), strict=True)
+        axes.scatter(across, up, s=36, zorder=3, label=label, **looks)
     if baseline is not None:
-        axes.scatter(*place(baseline), s=36, color=GREY, marker="s", label=baseline.title)
+        x, y = place(baseline)
+        axes.scatter(x, y, s=36, color=GREY, marker="s", label=baseline.title)
 
 
-def _legend(axes: Axes, found: Sequence[Point]) -> None:
+def _legend(figure: Figure, axes: Axes, found: Sequence[Point]) -> None:
     quantized = [point for point in found if point.method]
     legend(
+        figure,
         axes,
         {point.method: point.hue for point in quantized},
         {point.group: point.marker for point in quantized},

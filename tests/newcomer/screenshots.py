@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from browser import Page, browser  # noqa: E402
 
 from harness.config.grid import load_sweep  # noqa: E402
-from harness.storage.store import Store  # noqa: E402
+from harness.tracking.connection import Connection  # noqa: E402
+from harness.tracking.views import run_page  # noqa: E402
 
 SIZE = (1700, 900)
 PORT = 5078
@@ -41,12 +42,20 @@ def quiet(page: Page) -> None:
     )
 
 
+def page_of_the_run() -> str:
+    """Where the sweep's own run is, from the server's address on."""
+    connection = Connection(load_sweep("demo"))
+    experiment = connection.client.get_experiment_by_name(connection.experiment)
+    runs = connection.search(experiment.experiment_id, "tags.`harness.sweep` = 'demo'")
+    (run,) = (each for each in runs if "mlflow.parentRunId" not in each.data.tags)
+    return run_page(experiment.experiment_id, run.info.run_id)
+
+
 def main() -> None:
     """Start MLflow on the folder, take every picture, end it."""
     folder = Path(sys.argv[1]).resolve()
     os.chdir(folder)
-    state = Store("runs").sweep_state(load_sweep("demo").name) or {}
-    start = f"http://127.0.0.1:{PORT}/{state['page']}"
+    start = f"http://127.0.0.1:{PORT}/{page_of_the_run()}"
     command = [sys.executable, "-m", "harness", "ui", "--port", str(PORT)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
