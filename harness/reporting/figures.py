@@ -24,7 +24,15 @@ from harness.core.labels import baseline_title, group_text, method_title, replic
 from harness.core.sweep import Column, Sweep
 from harness.core.text import file_name
 from harness.evaluation.statistics import over_seeds, pearson
-from harness.reporting.drawing import GREY, annotate, legend, log_axis, new_figure, style
+from harness.reporting.drawing import (
+    GREY,
+    MARKER_POINTS,
+    annotate,
+    legend,
+    log_axis,
+    new_figure,
+    style,
+)
 from harness.reporting.heat_maps import error_overview
 from harness.reporting.metrics import better_is_higher, quality_metrics
 from harness.storage.record import Record
@@ -235,9 +243,13 @@ def score_against_size(
         for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
         if largest >= f or f == 1.0
     )
-    _scatter(axes, found, lambda point: (point.size / factor, scale * point.score))
+
+    def place(point: Point) -> tuple[float, float]:
+        return point.size / factor, scale * point.score
+
+    _scatter(axes, found, place)
     best = front(found, higher)
-    corners = [(point.size / factor, scale * point.score) for point in best]
+    corners = [place(point) for point in best]
     axes.step(
         *zip(*corners, strict=True),
         where="post",
@@ -249,7 +261,7 @@ def score_against_size(
     _score_axis(axes, found, metric, words)
     axes.set_xlabel(f"size of the checkpoint, {unit}")
     _legend(figure, axes, found)
-    annotate(figure, axes, corners, [point.title for point in best])
+    annotate(figure, axes, corners, [point.title for point in best], list(map(place, found)))
     return figure
 
 
@@ -387,10 +399,10 @@ def _scatter(
     for label, group in _by_line(found).items():
         looks = {name: value for name, value in _style(group[0]).items() if name != "linestyle"}
         across, up = zip(*map(place, group), strict=True)
-        axes.scatter(across, up, s=36, zorder=3, label=label, **looks)
+        axes.scatter(across, up, s=MARKER_POINTS**2, zorder=3, label=label, **looks)
     if baseline is not None:
         x, y = place(baseline)
-        axes.scatter(x, y, s=36, color=GREY, marker="s", label=baseline.title)
+        axes.scatter(x, y, s=MARKER_POINTS**2, color=GREY, marker="p", label=baseline.title)
 
 
 def _legend(figure: Figure, axes: Axes, found: Sequence[Point]) -> None:

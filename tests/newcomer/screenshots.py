@@ -26,7 +26,7 @@ from harness.tracking.views import run_page  # noqa: E402
 SIZE = (1700, 900)
 PORT = 5078
 PICTURES = {  # file -> (the link of the sweep's run that leads there, what the page shows when it is complete)
-    "mlflow-cells.png": ("cells, best first", "document.body.innerText.includes('matching runs')"),
+    "mlflow-cells.png": ("cells, best first", "document.body?.innerText.includes('matching runs')"),
     "mlflow-curves.png": (
         "all methods over bits per weight",
         "document.querySelectorAll('.main-svg').length > 6",
