@@ -190,7 +190,7 @@ def _expand(
     context.evaluation_names.add(name)
     if name not in config_files("evaluation"):
         asked_by = asker or context.file.where
-        raise ConfigError(f"{unknown_config('evaluation', name, asked_by)}\n{WITHOUT_YAML}")
+        raise ConfigError(f"{unknown_config('evaluation', name, asked_by)} {WITHOUT_YAML}")
     content = composed(context, "evaluation", name, asker or context.file.where)
     where = str(config_files("evaluation")[name])
     if "suite" not in content:
