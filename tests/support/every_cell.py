@@ -46,7 +46,8 @@ SMALL: dict[str, Any] = {
     "index_bits": 4,
     "size": 16,
 }
-NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+# four groups in a row of 64, which SliM-LLM asks for; symmetric rows for HIGGS
+NARROW = ("w2g16", "w3g16", "w4sym")
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
