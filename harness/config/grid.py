@@ -56,7 +56,7 @@ from harness.core.cell import (
     cell_key,
     digest,
     freeze,
-    has_static_activations,
+    has_static_scales,
 )
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.labels import with_settings, with_variants
@@ -243,7 +243,7 @@ def _quantizing_scheme(
 
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
-    static = scheme is not None and has_static_activations(scheme)
+    static = scheme is not None and has_static_scales(scheme)
     return static or (method is not None and bool(method.needs))
 
 
@@ -255,7 +255,7 @@ def _calibration_of(
         who = (
             f"method {method.name}{needs}"
             if method is not None and needs
-            else "a static activation scheme"
+            else "a scheme with static scales"
         )
         context.problems.add(
             f"{context.file.where}: {who} needs calibration data; add calibration=<name> (`{listing('calibration')}` lists all)"

@@ -168,7 +168,15 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class KVScheme:
-    """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI)."""
+    """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI), or to 8-bit floats.
+
+    format       int; fp8_e4m3 or fp8_e5m2 have 8 bits and no groups, so bits, group_size and both axes are left as they are
+    granularity  of fp8 scales: tensor (one for the keys and one for the values of a block), head (one per key-value head) or
+                 token_head (one per token and head)
+    scales       of fp8: static (largest magnitudes of the calibration windows), one (1: larger values saturate), or dynamic
+                 (token_head only)
+    queries      of fp8: queries are rounded too, with a scale of their own
+    """
 
     bits: Annotated[int, Ge(1)] = 4
     group_size: Annotated[int, Ge(1)] = 32
@@ -176,6 +184,20 @@ class KVScheme:
     key_axis: str = "channel"
     value_axis: str = "token"
     hadamard: bool = False  # queries and keys of each head times a Hadamard matrix before keys are rounded (QuaRot)
+    format: Literal["int", "fp8_e4m3", "fp8_e5m2"] = "int"
+    granularity: Literal["group", "tensor", "head", "token_head"] = "group"
+    scales: Literal["dynamic", "static", "one"] = "dynamic"
+    queries: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bits of one code, without scales."""
+        return self.bits if self.format == "int" else 8
+
+    @property
+    def text(self) -> str:
+        """What labels call it: "KV4", "KVfp8", "KVfp8_e5m2"."""
+        return f"KV{self.bits if self.format == 'int' else self.format.removesuffix('_e4m3')}"
 
 
 @dataclass(frozen=True)
@@ -328,13 +350,15 @@ def untuned(cell: Cell) -> Cell:
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
-    if has_static_activations(cell.scheme):
+    if has_static_scales(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
     return digest(identity)
 
 
-def has_static_activations(scheme: Scheme) -> bool:
-    """Some activations have scales fixed from calibration data, which a cell then needs whatever its method."""
+def has_static_scales(scheme: Scheme) -> bool:
+    """Some activations, or the KV cache, have scales fixed from calibration data, which a cell then needs whatever its method."""
+    if scheme.kv is not None and scheme.kv.scales == "static":
+        return True
     if scheme.activation is None:
         return False
     return not scheme.activation.dynamic or any(
@@ -430,11 +454,18 @@ def _activation_identity(scheme: Scheme) -> Any:
     return {**_identity(own), "outlier_rule": 2} if changed else _identity(own)
 
 
+# fields of a KV scheme that are younger than the keys, which leave them out at their defaults
+YOUNGER_KV_FIELDS = ("format", "granularity", "scales", "queries")
+
+
 def _kv_identity(kv: KVScheme | None) -> Any:
     """The residual's rule is 2 since a token attends before the cache is rounded; without a residual nothing changed."""
-    return (
-        _identity(kv) if kv is None or kv.residual == 0 else {**_identity(kv), "residual_rule": 2}
-    )
+    if kv is None:
+        return None
+    defaults = KVScheme()
+    drop = tuple(f for f in YOUNGER_KV_FIELDS if getattr(kv, f) == getattr(defaults, f))
+    identity = _identity(kv, drop)
+    return identity if kv.residual == 0 else {**identity, "residual_rule": 2}
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, cell_key, quantize_key, score_key, to_json, untuned
+from harness.core.cell import (
+    Cell,
+    Evaluation,
+    KVScheme,
+    cell_key,
+    quantize_key,
+    score_key,
+    to_json,
+    untuned,
+)
 from harness.core.errors import HarnessError
 from harness.core.events import (
     Event,
@@ -314,7 +323,10 @@ def _evaluate_cell(
         cache,
         lambda mode: load_as(mode)[0],
     )
-    store.write_provenance(key, {"evaluate": dict(facts)})
+    made_by: dict[str, Any] = {"evaluate": dict(facts)}
+    if cell.scheme.kv is not None:
+        made_by["cache"] = _cache_facts(cell.scheme.kv, model, folder)
+    store.write_provenance(key, made_by)
     for evaluation in evaluations:
         try:
             yield from _score(subject, evaluation, store, facts)
@@ -341,6 +353,15 @@ def _evaluate_cell(
             if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(1)
             yield failed
+    if cell.scheme.kv is not None:  # now with what the evaluations have put into the cache
+        store.write_provenance(key, {"cache": _cache_facts(cell.scheme.kv, model, folder)})
+
+
+def _cache_facts(scheme: KVScheme, model: Any, folder: Path) -> dict[str, Any]:
+    from harness.quantization import models
+    from harness.quantization.inference import kv_cache
+
+    return kv_cache.facts(model, scheme, models.shapes(folder).head_dim)
 
 
 def _ran_out(store: Store, key: str, task: EvaluateTask, device: str, batch_size: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, to_json
+from harness.core.cell import Cell, Evaluation, Model, Part, has_static_scales, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
@@ -35,9 +35,9 @@ class Checker:
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
-        if cell.method.needs:
+        if cell.method.needs or has_static_scales(cell.scheme):
             found += self._once(
-                ("calibration", cell.calibration, cell.method.needs),
+                ("calibration", cell.calibration, cell.method.name, cell.method.needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -175,11 +175,12 @@ class Checker:
         return reasons
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.needs)
         if cell.calibration is None:
-            return [
-                f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
-            ]
+            who = f'method "{cell.method.name}"'
+            needs = ", ".join(cell.method.needs)
+            if not cell.method.needs:
+                who, needs = f'scheme "{cell.scheme.name}"', "static scales"
+            return [f"{who} needs calibration data ({needs}); set `calibration:`"]
         calibration = cell.calibration
         reasons = []
         if calibration.samples < 1 or calibration.length < 2:

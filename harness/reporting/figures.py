@@ -577,7 +577,7 @@ def _labels(cells: Sequence[Cell]) -> dict[str, str]:
             else []
         )
         words += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
-        words += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
+        words += [cell.scheme.kv.text] if cell.scheme.kv else []
         labels[cell_key(cell)] = " · ".join(filter(None, (*words, told.get(cell_key(cell), ""))))
     return labels
 

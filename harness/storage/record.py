@@ -59,6 +59,9 @@ class Record:
             value = (self.manifest or {}).get(source)
             if isinstance(value, int | float):
                 found[metric] = float(value)
+        cached = self.provenance.get("cache", {}).get("bits")
+        if isinstance(cached, int | float):
+            found["checkpoint/cache_bits"] = float(cached)
         for score in self.scores.values():
             found.update({name: float(value) for name, value in score["metrics"].items()})
             found.update(

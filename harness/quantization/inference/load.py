@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from harness.core.cell import Cell
+from harness.core.cell import Cell, KVScheme
 from harness.core.errors import MethodError, ModelError, StoreError
 from harness.core.shapes import Shapes
 from harness.quantization.calibration import draw_windows
@@ -107,11 +107,13 @@ def load(
             f"{model_folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())}; copy the files of the same "
             "model's tokenizer into the folder"
         ) from error
-    if cell.scheme.kv is not None:
-        kv_cache.simulate(model, cell.scheme.kv)
+    cache = cell.scheme.kv
+    static_cache = cache if cache is not None and cache.scales == "static" else None
+    if cache is not None and static_cache is None:
+        kv_cache.simulate(model, cache)
     static = [quantizer for quantizer in quantizers if not quantizer.scheme.dynamic]
-    if static:
-        _calibrate(cell, model, tokenizer, quantizers, static)
+    if static or static_cache:
+        _calibrate(cell, model, tokenizer, quantizers, static, static_cache)
     return model.eval(), tokenizer
 
 
@@ -263,12 +265,17 @@ def _calibrate(
     tokenizer: Any,
     quantizers: list[ActivationQuantizer],
     static: list[ActivationQuantizer],
+    cache: KVScheme | None,
 ) -> None:
-    """Run the calibration windows through the quantized model with no activation rounded, and keep each input's range."""
+    """Run the calibration windows through the quantized model with no activation rounded, and keep each input's range; with a
+    cache of static scales, given here, the cache is not rounded either, and its magnitudes are kept too."""
     if cell.calibration is None:
+        dynamic = "use dynamic: true" if static else "use kv.granularity=token_head"
         raise MethodError(
-            f"{cell.title}: static activation scales need calibration data; name a calibration, or use dynamic: true"
+            f"{cell.title}: static scales need calibration data; name a calibration, or {dynamic}"
         )
+    if cache is not None:
+        kv_cache.observe(model, cache)
     windows = draw_windows(cell.calibration, tokenizer)
     for quantizer in quantizers:
         quantizer.observing = True
@@ -278,3 +285,8 @@ def _calibrate(
         quantizer.observing = False
         if quantizer not in static:
             quantizer.lo = quantizer.hi = None
+    if cache is not None:
+        try:
+            kv_cache.simulate(model, cache)
+        except MethodError as error:
+            raise MethodError(f"{cell.title}: {error}") from error
