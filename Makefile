@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast format test-browser lint bench chaos topology demo-model constraints clean
+.PHONY: help install demo test test-fast format test-browser lint bench bench-peers chaos topology demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,9 @@ lint: install  ## ruff (rules and format) and mypy
 
 bench: install  ## benchmarks of speed and memory, each figure beside its reference
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-peers: install  ## the same cells by other tools, in environments of their own, beside ours
+	$(BIN)/python tests/benchmarks/peers/compare.py
 
 chaos: install  ## kill what a sweep depends on a hundred times and compare the tables (an hour; options in CHAOS=)
 	$(BIN)/python tests/chaos/chaos.py --kills 100 $(CHAOS)

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from harness.quantization.methods.evidence import shared_factor as shared_factor
     from harness.quantization.methods.folding import fold_scales as fold_scales
     from harness.quantization.methods.folding import in_attention as in_attention
+    from harness.quantization.methods.folding import makes_values as makes_values
+    from harness.quantization.methods.folding import mlp_outputs as mlp_outputs
     from harness.quantization.methods.folding import put_parameters as put_parameters
     from harness.quantization.methods.folding import repeat_scales as repeat_scales
     from harness.quantization.methods.folding import rotate_block as rotate_block
@@ -157,6 +159,8 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
     "harness.quantization.methods.folding": (
         "fold_scales",
         "in_attention",
+        "makes_values",
+        "mlp_outputs",
         "put_parameters",
         "repeat_scales",
         "rotate_block",

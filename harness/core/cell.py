@@ -127,6 +127,8 @@ class WeightScheme:
                 float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
                 double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
     zero_point  of integer grids that are not symmetric: integer, one of the codes; or float, exact to scale_dtype
+    signed_scales  of symmetric integer grids: the entry of largest magnitude, with its sign, meets the lowest code, so that about
+                half of the scales are negative (llama.cpp, AutoRound)
     """
 
     format: str = "int"
@@ -135,6 +137,7 @@ class WeightScheme:
     symmetric: bool = False
     scale_dtype: ScaleType = "float16"
     zero_point: Literal["integer", "float"] = "integer"
+    signed_scales: bool = False
 
     def contradictions(self) -> list[str]:
         """Limits that no single field can state: each as "field value: reason"; empty if there are none."""
@@ -145,6 +148,10 @@ class WeightScheme:
             )
         if self.format == "int" and not 1 <= self.bits <= 8:
             found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        if self.signed_scales and (self.format != "int" or not self.symmetric):
+            found.append(
+                "signed_scales true: they belong to symmetric integer grids; set symmetric"
+            )
         return found
 
 
@@ -318,17 +325,11 @@ def quantize_key(cell: Cell) -> str:
         "model": _identity(
             cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")
         ),
-        "parts": [
-            _identity(part, drop=("needs", "stochastic", "activation_aware"))
-            for part in method.parts
-        ],
+        "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
     if not method.is_baseline:
-        own = cell.scheme.weight
-        identity["weight"] = _identity(
-            own, drop=("zero_point",) if own.zero_point == "integer" else ()
-        )  # younger than the keys
+        identity["weight"] = weight_identity(cell.scheme.weight)
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
         ]
@@ -340,6 +341,40 @@ def quantize_key(cell: Cell) -> str:
     if any(part.activation_aware for part in method.parts):
         identity["execution"] = _execution(cell.scheme)
     return digest(identity)
+
+
+def parts_identity(method: Method) -> list[dict[str, Any]]:
+    """Name, version and settings of each part of a method: what of them changes numbers.
+
+    Settings that came after keys existed are left out while they have their default: a literal `settings_added_later` of the
+    plugin's class, {name: default}, read from its source.
+    """
+    found = []
+    for kind in ("transform", "rounding", "tuning"):
+        part: Part | None = getattr(method, kind)
+        if part is None:
+            continue
+        identity = _identity(part, drop=("needs", "stochastic", "activation_aware"))
+        facts = plugins.find(kind).get(part.name)
+        added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
+        identity["settings"] = {
+            name: value
+            for name, value in identity["settings"].items()
+            if name not in added or value != added[name]
+        }
+        found.append(identity)
+    return found
+
+
+def weight_identity(weight: WeightScheme) -> dict[str, Any]:
+    """The fields of a weight scheme, without those that came after keys existed while they have their default."""
+    younger, defaults = ("zero_point", "signed_scales"), WeightScheme()
+    own: dict[str, Any] = to_json(weight)
+    return {
+        name: value
+        for name, value in own.items()
+        if name not in younger or value != getattr(defaults, name)
+    }
 
 
 def untuned(cell: Cell) -> Cell:

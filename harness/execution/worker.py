@@ -28,10 +28,12 @@ from harness.core.cell import (
     Evaluation,
     KVScheme,
     cell_key,
+    parts_identity,
     quantize_key,
     score_key,
     to_json,
     untuned,
+    weight_identity,
 )
 from harness.core.errors import HarnessError
 from harness.core.events import (
@@ -217,15 +219,16 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
     """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
+    own = cell.scheme.weight
     return {
         "quantize_key": quantize_key(cell),
         "model": cell.model.digest,
         "dtype": cell.model.dtype,
-        "parts": [
-            {name: to_json(part)[name] for name in ("name", "version", "settings")}
-            for part in cell.method.parts
-        ],
-        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
+        "parts": parts_identity(cell.method),
+        # folders that exist hold this field at its default too
+        "weight": None
+        if cell.method.is_baseline
+        else {**weight_identity(own), "zero_point": own.zero_point},
     }
 
 

@@ -166,7 +166,7 @@ def export(
         writing = _Writing(cell, layout, family, family.config(data), dtype, source, checkpoint)
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
-        settings = layout.quantization_config(described, writing.other_linears(described))
+        settings = layout.quantization_config(described, writing.other_linears(described), dtype)
         with _written_aside(output) as aside:
             total, files = _write_shards(aside, writing.tensors(), shard_bytes)
             config = {**data, "dtype": cell.model.dtype, "quantization_config": settings}

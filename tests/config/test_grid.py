@@ -20,6 +20,7 @@ from harness.config.axes import GROUPS
 from harness.config.grid import load_sweep
 from harness.config.locations import list_names
 from harness.config.reproduce import command_for
+from harness.core import plugins
 from harness.core.cell import (
     Cell,
     Method,
@@ -201,7 +202,7 @@ def test_one_key_whether_a_scheme_is_a_file_or_a_name(
 
 def test_axes_of_the_override_grammar() -> None:
     sweep = load_sweep(
-        None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=*sym)", "seed=range(2,5)"]
+        None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=[*sym,*signed])", "seed=range(2,5)"]
     )
     cells = quantized(sweep)
     assert {cell.scheme.name for cell in cells} == {"w4g32", "w4g64", "w4g128"}
@@ -455,6 +456,43 @@ def test_fields_younger_than_a_key_leave_it_as_it_was() -> None:
     assert quantize_key(cell) == "0121462a424511a8690d2833397a878327d89fc49876dd89d997b13674f2621e"
     floating = Scheme("w4g32", WeightScheme("int", 4, 32, zero_point="float"))
     assert quantize_key(dataclasses.replace(cell, scheme=floating)) != quantize_key(cell)
+    symmetric = Scheme("w4g32sym", WeightScheme("int", 4, 32, True))
+    signed = Scheme("w4g32signed", WeightScheme("int", 4, 32, True, signed_scales=True))
+    keys = {quantize_key(dataclasses.replace(cell, scheme=each)) for each in (symmetric, signed)}
+    assert len(keys) == 2
+
+
+def test_settings_younger_than_a_key_leave_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "aged.py").write_text(
+        '"""A method that got a setting later."""\n\n\n'
+        "class Rounding:\n"
+        '    settings_added_later = {"search": "none"}\n'
+    )
+    monkeypatch.setenv("HARNESS_PLUGINS", str(tmp_path))
+    plugins.find.cache_clear()
+    try:
+        keys = {}
+        for settings in ((), (("search", "none"),), (("search", "range"),)):
+            part = Part("aged", settings)
+            cell = Cell(Model("a", "b", digest="d"), Method("aged", rounding=part), Scheme("w4"))
+            keys[settings] = quantize_key(cell)
+        old, default, other = keys.values()
+        assert old == default != other
+    finally:
+        monkeypatch.undo()
+        plugins.find.cache_clear()
+
+
+def test_the_name_of_a_scheme_may_ask_for_signed_scales() -> None:
+    from harness.config.schemes import scheme_by_name
+
+    weight = scheme_by_name("w4g32signed", "here")["weight"]
+    assert weight["symmetric"] and weight["signed_scales"]
+    assert not scheme_by_name("w4g32sym", "here")["weight"]["signed_scales"]
 
 
 # --- evaluations and tables ----------------------------------------------------------------------------------------------------

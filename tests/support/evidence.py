@@ -94,6 +94,8 @@ class FakeEvidence:
             return tokens.T @ tokens / tokens.shape[0]
         if statistic == "mean":
             return tokens.mean(0)
+        if statistic == "square_mean":
+            return tokens.square().mean(0)
         if statistic == "abs_mean":
             return tokens.abs().mean(0)
         if statistic == "abs_max":

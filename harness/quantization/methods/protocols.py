@@ -32,6 +32,7 @@ from harness.quantization.numerics.weights import QuantizedWeight
 STATISTICS: dict[str, str] = {
     "hessian": "mean over tokens of x xᵀ, [in, in] float32",
     "mean": "mean over tokens of x, [in] float32",
+    "square_mean": "mean over tokens of x², [in] float32; the diagonal of the Hessian without the Hessian",
     "abs_mean": "mean over tokens of |x|, [in] float32",
     "abs_max": "maximum over tokens of |x|, [in] float32",
     "abs_max_per_sequence": "maximum over the tokens of each sequence of |x|, [sequences, in] float32",
