@@ -329,10 +329,7 @@ def quantize_key(cell: Cell) -> str:
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
     if not method.is_baseline:
-        identity["weight"] = weight_identity(cell.scheme.weight)
-        identity["overrides"] = [
-            _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
-        ]
+        identity["weight"], identity["overrides"] = stored_scheme(cell)
     if method.needs:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
         identity["inputs"] = cell.inputs
@@ -341,6 +338,31 @@ def quantize_key(cell: Cell) -> str:
     if any(part.activation_aware for part in method.parts):
         identity["execution"] = _execution(cell.scheme)
     return digest(identity)
+
+
+def holds_all_widths(method: Method) -> bool:
+    """Whether a method's checkpoint holds several widths at once, and the bits of a scheme only say which of them is read.
+
+    So says a literal `holds_all_widths` of the rounding's class: the setting, a number, that is not 0 where it does. A tuning
+    starts from one width.
+    """
+    rounding = method.rounding
+    if rounding is None or method.tuning is not None:
+        return False
+    facts = plugins.find("rounding").get(rounding.name)
+    setting = "" if facts is None else facts.get("holds_all_widths", "")
+    return bool(setting) and bool(dict(rounding.settings).get(setting))
+
+
+def stored_scheme(cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the weight scheme and its overrides say of the checkpoint; without bits where it holds all widths."""
+    weight = weight_identity(cell.scheme.weight)
+    overrides = [_identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight]
+    if holds_all_widths(cell.method):
+        del weight["bits"]
+        for override in overrides:
+            override["weight"].pop("bits", None)
+    return weight, [override for override in overrides if override["weight"]]
 
 
 def parts_identity(method: Method) -> list[dict[str, Any]]:
@@ -383,10 +405,16 @@ def untuned(cell: Cell) -> Cell:
 
 
 def cell_key(cell: Cell) -> str:
-    """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
+    """Identity of a cell: its checkpoint, how activations and KV cache are executed, and which width is read where the checkpoint
+    holds several; 64 hexadecimal digits."""
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
     if has_static_scales(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    if holds_all_widths(cell.method):
+        identity["widths"] = [
+            cell.scheme.weight.bits,
+            [to_json(o) for o in cell.scheme.overrides if o.weight],
+        ]
     return digest(identity)
 
 

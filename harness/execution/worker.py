@@ -31,9 +31,9 @@ from harness.core.cell import (
     parts_identity,
     quantize_key,
     score_key,
+    stored_scheme,
     to_json,
     untuned,
-    weight_identity,
 )
 from harness.core.errors import HarnessError
 from harness.core.events import (
@@ -228,7 +228,7 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
         # folders that exist hold this field at its default too
         "weight": None
         if cell.method.is_baseline
-        else {**weight_identity(own), "zero_point": own.zero_point},
+        else {**stored_scheme(cell)[0], "zero_point": own.zero_point},
     }
 
 

@@ -7,6 +7,7 @@ too large for one device is spread over several as it is read, or its blocks sta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -168,6 +169,12 @@ def _load_block(
     mode: str,
 ) -> list[ActivationQuantizer]:
     """Fill one block; return the quantizers that round its inputs."""
+    if content is not None:  # matrices that hold several widths are read at the scheme's
+        at = {
+            name: weight.at(cell.scheme.weight_for(index, name).bits)
+            for name, weight in content.weights.items()
+        }
+        content = dataclasses.replace(content, weights=at)
     block = family.blocks(model)[index]
     prefix = family.block_prefix(index)
     locations = family.locations(config, index)
