@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
+from harness.quantization.numerics.deltas import LowRankWeight
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 Description = dict[str, Any]  # a linear as the layout describes it: JSON values
@@ -76,6 +77,16 @@ class AdapterLayout(Protocol):
         self, folder: Path, adapters: Mapping[str, AdaptedWeight], base: str, dropout: float
     ) -> None:
         """Write the folder. adapters: by module name in the model; base: source of the unquantized model."""
+        ...
+
+    def write_differences(
+        self,
+        folder: Path,
+        changes: Mapping[str, LowRankWeight],
+        base: str,
+        saved: Mapping[str, Tensor],
+    ) -> None:
+        """Write a fine-tune as adapters of its base. changes: by module name; saved: other parameters that differ, by name."""
         ...
 
 
