@@ -77,7 +77,7 @@ def round_blocks(x: Tensor, largest: Tensor, scheme: ActivationScheme) -> Tensor
     fixed = FORMATS[scheme.format]
     assert fixed.block is not None and fixed.scale_dtype is not None
     groups = x.float().unflatten(-1, (-1, fixed.block))
-    whole = largest.float() / (fixed.element.reach * FLOAT8_MAX)
+    whole = largest.float() / fixed.element.reach / FLOAT8_MAX  # in the order of weights
     whole = torch.where(whole > 0, whole, 1.0)
     layout = WeightScheme(scheme.format, 4, fixed.block, scale_dtype=fixed.scale_dtype)
     fitting = Fitting(layout, tensor_scale=whole.unsqueeze(-1) if whole.ndim else whole)

@@ -86,11 +86,10 @@ def test_an_item_is_rounded_alike_in_every_batch(scheme: ActivationScheme) -> No
     x[1] *= 1e4
     together = round_dynamic(x, scheme)
     assert torch.equal(together[:1], round_dynamic(x[:1], scheme))
-    assert float((together - x).norm() / x.norm()) < 0.15
+    assert 0.01 < float((together - x).norm() / x.norm()) < 0.25
     half = round_dynamic(x[:1].half(), scheme)
-    assert half.dtype == torch.float16 and torch.allclose(
-        half.float(), together[:1], rtol=0.3, atol=1
-    )
+    assert half.dtype == torch.float16
+    assert float((half.float() - x[:1]).norm() / x[:1].norm()) < 0.25
 
 
 @pytest.mark.parametrize("scheme", [MXFP4, NVFP4])
