@@ -56,7 +56,7 @@ from harness.core.cell import (
     baseline_of,
     cell_key,
     digest,
-    has_static_activations,
+    has_static_scales,
     make_part,
     to_json,
 )
@@ -268,7 +268,7 @@ def _quantizing_scheme(
 
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
-    static = scheme is not None and has_static_activations(scheme)
+    static = scheme is not None and has_static_scales(scheme)
     return static or (method is not None and method.uses_calibration)
 
 
@@ -281,7 +281,7 @@ def _calibration_of(
         who = (
             f"method {method.name}{needs}"
             if method is not None and needs
-            else "a static activation scheme"
+            else "a scheme with static scales"
         )
         context.problems.add(
             f"{context.file.where}: {who} needs calibration data; add calibration=<name> (`{listing('calibration')}` lists all)"

@@ -23,6 +23,7 @@ from harness.core.cell import (
     Scheme,
     base_of,
     from_json,
+    has_static_scales,
     to_json,
 )
 from harness.core.errors import HarnessError
@@ -62,9 +63,9 @@ class Checker:
                 cell.method.tuning,
             )
             found += self._once(question, lambda: self._base_reasons(cell))
-        if cell.method.uses_calibration:
+        if cell.method.uses_calibration or has_static_scales(cell.scheme):
             found += self._once(
-                ("calibration", cell.calibration, cell.method.all_needs),
+                ("calibration", cell.calibration, cell.method.name, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -337,11 +338,12 @@ class Checker:
         ]
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
-            return [
-                f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
-            ]
+            who = f'method "{cell.method.name}"'
+            needs = ", ".join(cell.method.all_needs)
+            if not cell.method.uses_calibration:
+                who, needs = f'scheme "{cell.scheme.name}"', "static scales"
+            return [f"{who} needs calibration data ({needs}); set `calibration:`"]
         calibration = cell.calibration
         reasons = []
         if calibration.samples < 1 or calibration.length < 2:

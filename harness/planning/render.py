@@ -43,7 +43,8 @@ def render(plan: Plan) -> str:
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
         lines.append(
-            f"        {counted(shared, 'cell')} use the checkpoint of another cell (they differ only in activation or KV bits)"
+            f"        {counted(shared, 'cell')} use the checkpoint of another cell "
+            "(they differ only in activation or KV bits, or in the width that they read)"
         )
     tiers = collections.Counter(sweep.priority_tier(cell_key(cell)) for cell in plan.missing)
     for priority_tier, entry in enumerate(sweep.first):

@@ -441,7 +441,7 @@ def _labels(cells: Sequence[Cell], words: Words) -> dict[str, tuple[str, str]]:
         group = group_text(cell)
         parts = [f"g{group}" if group != "row" else "per row"] if len(groups) > 1 else []
         parts += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
-        parts += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
+        parts += [cell.scheme.kv.text] if cell.scheme.kv else []
         parts.append(told.get(cell_key(cell), ""))
         name = method_title(cell.method.name, words.methods)
         labels[cell_key(cell)] = (name, " · ".join(filter(None, parts)))

@@ -790,7 +790,7 @@ def test_static_scales_of_named_layers_need_calibration(tmp_path: Path) -> None:
     )
     (cell,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=down_static"]))
     assert cell.calibration is not None
-    assert "static activation scheme needs calibration" in problem(
+    assert "a scheme with static scales needs calibration" in problem(
         "model=demo", "method=rtn", "scheme=down_static"
     )
 
