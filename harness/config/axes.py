@@ -25,6 +25,7 @@ RUNTIME = (
     "batch_size",
     "fail_fast",
     "export",
+    "notify",
     "data",
     "cluster",
     "tracking",
