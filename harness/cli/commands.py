@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -149,13 +150,15 @@ def run(
       harness run demo evaluations.limit=20
       harness run llama3_8b_ptq cluster=ray --budget 8h
     """
-    from harness.cli.progress import asks_for_large, show_events
+    from harness.cli.progress import asks_for_large, show_events, ssh_advice
     from harness.core.units import seconds_of
     from harness.execution.driver import run as run_sweep
 
     limit = seconds_of(budget) if budget else None
     loaded, _ = _load(sweep, overrides, runs)
     confirm = (lambda plan: True) if yes else asks_for_large
+    if advice := ssh_advice(os.environ):
+        print(advice)
     summary = run_sweep(loaded, show_events(), budget_seconds=limit, confirm=confirm)
     print(summary.text)
     raise typer.Exit(summary.exit_code)

@@ -145,6 +145,14 @@ def asks_for_large(plan: Plan) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
+def ssh_advice(environment: Mapping[str, str]) -> str:
+    """What a person should know who starts a sweep over ssh outside of tmux and screen; "" for everyone else."""
+    kept = {"TMUX", "STY"} & set(environment)
+    if "SSH_CONNECTION" not in environment or kept or not sys.stdout.isatty():
+        return ""
+    return "note    the sweep ends with this ssh connection; start it inside tmux (tmux new -s sweep) to keep it running"
+
+
 def show_events() -> Display:
     """A live view where the output is a terminal, else lines."""
     return Live() if sys.stdout.isatty() else Lines()

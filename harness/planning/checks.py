@@ -357,9 +357,9 @@ class Checker:
         reasons = self._kept(model, question, ask, keeps=lambda answer: not answer)
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
-        override = f"evaluations.{evaluation.name}.length="
+        override = f" evaluations.{evaluation.name}.length="
         return [
-            f"evaluation {evaluation.name}: {reason.replace('set its length to ', override, 1)}"
+            f"evaluation {evaluation.name}: {reason.replace(' length=', override)}"
             for reason in reasons
         ]
 

@@ -105,3 +105,6 @@ def test_a_large_sweep_asks_at_a_terminal_alone(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
         assert progress.asks_for_large(plan) is expected
     assert progress.asks_for_large(SimpleNamespace(missing=[None]))
+    assert "tmux" in progress.ssh_advice({"SSH_CONNECTION": "a"})
+    assert not progress.ssh_advice({"SSH_CONNECTION": "a", "TMUX": "b"})
+    assert not progress.ssh_advice({})
