@@ -36,7 +36,7 @@ Examples:
   harness plan demo
   harness run demo
   harness run llama3_8b_ptq cluster=ray rounding=gptq,rtn
-  harness run model=demo method=rtn,gptq scheme=w4,w3
+  harness run model=demo method=rtn,gptq scheme=w4,w3 calibration=demo
   harness table demo --format latex
 
 \b
@@ -462,7 +462,7 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="compressed_tensors, gptq or peft.",
+            help="compressed_tensors, gptq, peft or transformers.",
             autocompletion=complete_layout,
         ),
     ],

@@ -11,6 +11,10 @@ from harness.config import axes
 
 VALUES = tuple(axes.GROUPS.values())  # keys whose values are the files of conf/<key>/
 GROUPS = ("sweeps", *axes.GROUPS, "evaluators")
+WITHOUT_YAML = [
+    ("lm_eval:", "any task of lm-eval by its name"),
+    ("text:", "the perplexity of a text file"),
+]
 COMPUTED = ("name", "digest", "settings")  # fields that nobody sets by an override
 
 
@@ -51,7 +55,8 @@ def values_of(key: str) -> list[tuple[str, str]]:
 
     if key == "evaluations" or key in VALUES:
         group = "evaluation" if key == "evaluations" else key
-        return [(entry.name, entry.title) for entry in list_names(group)]
+        entries = [(entry.name, entry.title) for entry in list_names(group)]
+        return entries + (WITHOUT_YAML if group == "evaluation" else [])
     if key == "inputs":
         return [(name, "") for name in axes.INPUTS]
     if key == "baseline":

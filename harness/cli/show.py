@@ -79,6 +79,9 @@ def record_text(record: Record, store: Store, command: str) -> str:
         "config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     )
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
+    delta = _delta(record)
+    if delta:
+        sections.append("difference from the base\n" + _indent(delta))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
     unseen = _unseen_experts(record)
@@ -110,6 +113,8 @@ def _ancestry(record: Record, store: Store) -> str:
             f"{model.name}: {model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}",
         )
     ]
+    if model.base:
+        lines.append(("base", f"{model.base}, weights {model.base_digest}"))
     if cell.calibration is not None:
         text = cell.calibration
         windows = f"{text.samples} windows of {text.length} tokens by seed {text.seed}"
@@ -173,6 +178,28 @@ def _scores(record: Record) -> str:
     lines += [f"{name}  (missing)" for name in record.missing]
     lines += problems_of(record)
     return "\n".join(lines)
+
+
+def _delta(record: Record) -> str:
+    """What one more fine-tune of the same base costs; empty for a cell that stores no difference."""
+    manifest = record.manifest or {}
+    base, delta = manifest.get("base"), manifest.get("delta")
+    if not base or not delta:
+        return ""
+    metrics = record.metrics()
+    from harness.reporting.metrics import number_of
+
+    shared = {k: number_of(metrics, f"delta/bits_with_base({k})") or 0.0 for k in (1, 2, 4, 16)}
+    total = delta["bytes"] + delta["ends_bytes"]
+    return "\n".join(
+        (
+            f"base              {base['source']}, {base['dtype']}, weights {base['digest']}",
+            f"bytes             {total:,}: {delta['bytes']:,} of matrices, {delta['ends_bytes']:,} of other tensors that differ",
+            f"fine-tune         {delta['fine_tune_bytes']:,} bytes, {delta['ratio']:.2f} times as many",
+            "bits per weight   with the base, by the number of models that share it: "
+            + ", ".join(f"{bits:.3f} for {k}" for k, bits in shared.items()),
+        )
+    )
 
 
 def _layer_errors(record: Record) -> str:

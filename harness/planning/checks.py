@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, from_json, to_json
+from harness.core.cell import (
+    Calibration,
+    Cell,
+    Evaluation,
+    Model,
+    Part,
+    Scheme,
+    base_of,
+    from_json,
+    to_json,
+)
 from harness.core.errors import HarnessError
 from harness.core.shapes import Shapes
 from harness.core.sweep import Runtime
@@ -43,9 +53,18 @@ class Checker:
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
-        if cell.method.needs:
+        if cell.method.needs_base:
+            question = (
+                "base",
+                cell.model,
+                cell.method.name,
+                cell.method.transform,
+                cell.method.tuning,
+            )
+            found += self._once(question, lambda: self._base_reasons(cell))
+        if cell.method.uses_calibration:
             found += self._once(
-                ("calibration", cell.calibration, cell.method.needs),
+                ("calibration", cell.calibration, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -55,9 +74,10 @@ class Checker:
             )
         method, scheme, model = cell.method, cell.scheme, cell.model
         for slot, part in _slots(cell):
+            before = (method.reduction, method.transform)
             found += self._asked(
                 model,
-                ("part", slot, part, method.transform, method.rounding is None, scheme),
+                ("part", slot, part, *before, method.rounding is None, scheme),
                 functools.partial(self._part_reasons, slot, part, cell),
             )
         if self.runtime.export and not method.is_baseline:
@@ -68,7 +88,9 @@ class Checker:
             )
         if scheme.activation is not None or scheme.kv is not None:
             found += self._asked(
-                model, ("execution", scheme), lambda: self._execution_reasons(cell)
+                model,
+                ("execution", method.reduction, scheme),
+                lambda: self._execution_reasons(cell),
             )
         for evaluation in cell.evaluations:
             found += self._once(
@@ -77,9 +99,55 @@ class Checker:
             )
         return list(dict.fromkeys(found))
 
+    def warnings(self, cell: Cell) -> list[str]:
+        """What the parts of an accepted cell's method warn of; the optional method `warnings(cell, shapes)` of a plugin."""
+        found: list[str] = []
+        for slot, part in _slots(cell):
+            found += self._asked(
+                cell.model,
+                ("warnings", slot, part, cell.scheme, cell.calibration),
+                functools.partial(self._part_warnings, slot, part, cell),
+            )
+        return found
+
+    def _part_warnings(self, slot: str, part: Part, cell: Cell) -> list[str]:
+        shapes = self.shapes(cell.model)
+        plugin = plugins.build(slot, part.name, to_json(part)["settings"])
+        if shapes is None or not hasattr(plugin, "warnings"):
+            return []
+        return [f"{slot} {part.name}: {each}" for each in plugin.warnings(cell, shapes)]
+
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def reduced_shapes(self, cell: Cell) -> Shapes | None:
+        """Shapes of the model that a cell quantizes: its own, or the one that its reduction makes.
+
+        None where the config cannot be read, or the reduction is refused: both are refusals of their own.
+        """
+        part = cell.method.reduction
+        if part is None:
+            return self.shapes(cell.model)
+        return self._once(("reduced", cell.model, part), lambda: self._reduced(cell.model, part))[0]
+
+    def _reduced(self, model: Model, part: Part) -> tuple[Shapes | None, list[str]]:
+        """Shapes of what a reduction makes of a model, or the reasons why it cannot."""
+        from harness.quantization import models
+
+        shapes = self.shapes(model)
+        try:
+            reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
+            if shapes is None:
+                return None, []
+            folder = model_folders.config_folder(model)
+            config = models.config_by_block(models.read_config(folder))
+            if reasons := reduction.check(shapes, config):
+                return None, [f"reduction {part.name}: {reason}" for reason in reasons]
+            smaller = reduction.config(config)
+            return models.family_of(smaller).shapes(smaller), []
+        except HarnessError as error:
+            return None, [f"reduction {part.name}: {error}"]
 
     def devices(self, model: Model) -> int | None:
         """GPUs over which a model is spread: each holds its part and one block more. None where no number is enough.
@@ -234,8 +302,42 @@ class Checker:
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
 
+    def _base_reasons(self, cell: Cell) -> list[str]:
+        """Why no difference from the model's base can be taken."""
+        from harness.quantization import models
+
+        model, base, reasons = cell.model, base_of(cell.model), []
+        if cell.method.transform is not None:
+            reasons.append(
+                f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
+                f"{cell.method.transform.name} changes it; use no transform"
+            )
+        tuning = cell.method.tuning
+        if tuning is not None:
+            known = plugins.find("tuning")
+            able = [name for name, facts in known.items() if facts.get("trains_differences", False)]
+            if tuning.name not in able:
+                reasons.append(
+                    f"tuning {tuning.name} does not train a difference from a base; use {' or '.join(able)}, or none"
+                )
+        if base is None:
+            reasons.append(
+                f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it "
+                "names none; set model.base=<name>, or `base:` in its YAML"
+            )
+            return reasons
+        if self.shapes(model) is None:
+            return reasons
+        found, theirs = self._once(("shapes", base), lambda: self._shapes(base))
+        if found is None:
+            return [*reasons, *(f"base of {model.name}: {reason}" for reason in theirs)]
+        folders = (model_folders.config_folder(model), model_folders.config_folder(base))
+        return reasons + [
+            f"base of {model.name}: {reason}" for reason in (*theirs, *models.differences(*folders))
+        ]
+
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.needs)
+        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
             return [
                 f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
@@ -275,6 +377,7 @@ class Checker:
                     f"tuning {tuning.name}: texts of up to {parts[0]} + {parts[1]} tokens, but {model} was made for at most "
                     f"{context}; lower tuning.prompt_length or tuning.answer_length"
                 )
+        reasons += _training_reasons(tuning, calibration)
         return reasons
 
     def context_length(self, model: Model) -> int | None:
@@ -295,14 +398,19 @@ class Checker:
             return [
                 f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
+        if slot == "reduction":
+            self.reduced_shapes(cell)
+            found: list[str] = self._answers[("reduced", cell.model, part)][1]
+            return found
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:
             return [str(error)]
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        reasons += _sparsity_reasons(slot, part, cell.scheme, shapes)
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -322,7 +430,7 @@ class Checker:
     def _export_reasons(self, cell: Cell) -> list[str]:
         from harness.quantization import export
 
-        shapes, name = self.shapes(cell.model), self.runtime.export
+        shapes, name = self.reduced_shapes(cell), self.runtime.export
         try:
             return (
                 []
@@ -336,7 +444,7 @@ class Checker:
         """Why activations or the KV cache cannot be quantized as the scheme says."""
         from harness.quantization.inference import activations, kv_cache
 
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         cache = kv_cache.check(cell.scheme.kv, shapes) if cell.scheme.kv is not None else []
@@ -370,11 +478,54 @@ def _read_by(evaluation: Evaluation) -> list[Any]:
     return [kept.stamp_of(named).text, hub.caches_stamp()]
 
 
+def _training_reasons(tuning: Part | None, calibration: Calibration) -> list[str]:
+    """Why the calibration's windows are too few or too short for the steps of a tuning that uses each piece of them once."""
+    settings = dict(tuning.settings) if tuning is not None else {}
+    if tuning is None or not settings.keys() >= {"steps", "batch", "length"}:
+        return []
+    length, wanted = settings["length"], settings["steps"] * settings["batch"]
+    if length > calibration.length:
+        return [
+            f"tuning {tuning.name}: sequences of {length} tokens, but windows of calibration {calibration.name} have "
+            f"{calibration.length}; lower tuning.length or raise calibration.length"
+        ]
+    pieces = calibration.samples * (calibration.length // length)
+    if pieces >= wanted:
+        return []
+    samples = -(-wanted // (calibration.length // length))
+    return [
+        f"tuning {tuning.name}: {settings['steps']} steps of {settings['batch']} sequences use {wanted} pieces of {length} tokens, "
+        f"and calibration {calibration.name} has {pieces}; set calibration.samples={samples} or more, or lower tuning.steps"
+    ]
+
+
+def _sparsity_reasons(slot: str, part: Part, scheme: Scheme, shapes: Shapes) -> list[str]:
+    """Why a part of a method cannot follow a scheme that states a sparsity."""
+    from harness.quantization.methods.checks import check_sparsity
+
+    facts = plugins.facts(slot, part.name)
+    if slot == "rounding":
+        return check_sparsity(part.name, bool(facts.get("prunes", False)), scheme, shapes)
+    states = any(dict(override.weight).get("sparsity") for override in scheme.overrides) or bool(
+        scheme.weight.sparsity
+    )
+    if slot == "tuning" and states and not facts.get("keeps_zeros", False):
+        keeping = [
+            name for name, each in plugins.find("tuning").items() if each.get("keeps_zeros", False)
+        ]
+        return [
+            f"tuning {part.name}: this tuning would fill the zeros of pruned matrices; use one whose adapters lie beside "
+            f"the matrices ({', '.join(keeping)})"
+        ]
+    return []
+
+
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     method = cell.method
     return [
         (s, p)
         for s, p in (
+            ("reduction", method.reduction),
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),
