@@ -61,6 +61,11 @@ def sweep_facts(store: Store, name: str, cells: Iterable[Cell]) -> dict[str, Any
     }
 
 
+def status(store: Store, name: str, cells: Iterable[Cell]) -> str:
+    """The progress of a sweep as text."""
+    return status_text(sweep_facts(store, name, cells))
+
+
 def status_text(facts: Mapping[str, Any]) -> str:
     """The facts of one sweep as text: a line of counts, then a line per running and per failed cell, with its remedy."""
     words = [f"{facts['done']} of {facts['cells']} cells done"]
