@@ -150,13 +150,13 @@ def run(
       harness run demo evaluations.limit=20
       harness run llama3_8b_ptq cluster=ray --budget 8h
     """
-    from harness.cli.progress import asks_for_large, show_events, ssh_advice
+    from harness.cli.progress import asks_for_large, asks_nothing, show_events, ssh_advice
     from harness.core.units import seconds_of
     from harness.execution.driver import run as run_sweep
 
     limit = seconds_of(budget) if budget else None
     loaded, _ = _load(sweep, overrides, runs)
-    confirm = (lambda plan: True) if yes else asks_for_large
+    confirm = asks_nothing if yes else asks_for_large
     if advice := ssh_advice(os.environ):
         print(advice)
     summary = run_sweep(loaded, show_events(), budget_seconds=limit, confirm=confirm)
@@ -185,14 +185,16 @@ def status(
 
     if sweep is not None and sweep.startswith("runs=") and not overrides:
         sweep, runs = None, sweep.partition("=")[2]
-    if sweep is None:
-        from harness.storage.store import Store
+    from harness.config.locations import config_files
+    from harness.storage.store import Store
 
-        store = Store(runs or "runs")
+    # a grid without a file is known to its store alone
+    store = Store(runs or "runs")
+    if sweep is None or (sweep not in config_files("sweeps") and sweep in store.sweep_names()):
         place = str(store.place)
 
         def look() -> tuple[str, bool]:
-            found = progress.store_facts(store)
+            found = [e for e in progress.store_facts(store) if sweep in (None, e["sweep"])]
             shown = _json(found) if as_json else progress.store_text(place, found)
             return shown, any(each["state"] == "running" for each in found)
 
@@ -254,6 +256,7 @@ def report(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs 
     from harness.reporting.files import refresh
 
     loaded, store = _load(sweep, overrides, runs)
+    store.check_exists()
     print(f"report  {store.where(refresh(loaded, store))}")
 
 
@@ -496,6 +499,7 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
     if sweep is not None and sweep.startswith("runs=") and not overrides:
         sweep, runs = None, sweep.partition("=")[2]
     loaded, store = _load(sweep, overrides, runs) if sweep else (None, Store(runs or "runs"))
+    store.check_exists()
     print(publish_results(store, loaded))
 
 

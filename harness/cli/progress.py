@@ -145,6 +145,11 @@ def asks_for_large(plan: Plan) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
+def asks_nothing(plan: Plan) -> bool:
+    """Start whatever the plan says (`--yes`)."""
+    return True
+
+
 def ssh_advice(environment: Mapping[str, str]) -> str:
     """What a person should know who starts a sweep over ssh outside of tmux and screen; "" for everyone else."""
     kept = {"TMUX", "STY"} & set(environment)

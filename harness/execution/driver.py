@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHOWN_LEFT_OUT = 20  # cells without room in the budget that are listed
 # between two reports of a running sweep; of its time at most
 REPORT_SECONDS, REPORT_SHARE = (10.0, 0.02)
 
@@ -144,9 +145,11 @@ def run(
         plan, left_out = within(plan, budget_seconds)
     text = render(plan)
     if left_out:
-        text += "\n" + "\n".join(
-            f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out
-        )
+        room = f"no room in {duration(budget_seconds)[2:]}"
+        shown = [f"left    {cell.title}: {room}" for cell in left_out[:SHOWN_LEFT_OUT]]
+        more = len(left_out) - SHOWN_LEFT_OUT
+        shown += [f"left    {more} more cells: {room}"] if more > 0 else []
+        text = "\n".join([text, *shown])
     display.line(text)
     other = store.sweep_state(sweep.name)
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):

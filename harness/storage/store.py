@@ -440,6 +440,11 @@ class Store:
 
     # -- whole store ---------------------------------------------------------------------------------------------------
 
+    def check_exists(self) -> None:
+        """Raise StoreError for a folder that is not there, so that a misspelt place is neither shown as empty nor made."""
+        if not is_url(self.place) and not self.root.is_dir():
+            raise StoreError(f"runs={self.place}: no such folder; no sweep has run there")
+
     def check_place(self) -> None:
         """Raise StoreError where the store can hold nothing. Writes nothing: a folder that does not exist yet is not made."""
         if is_url(self.place):
