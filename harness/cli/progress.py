@@ -88,7 +88,6 @@ class Live:
 
         self._console = console or Console(highlight=False)
         self._live = RichLive("", console=self._console, refresh_per_second=8, transient=True)
-        self._live.start()
 
     def line(self, text: str) -> None:
         from rich.text import Text
@@ -102,6 +101,8 @@ class Live:
     def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
         for line in news(event, tally, finished):
             self.line(line)
+        if not self._live.is_started:  # not before: a question may be asked first
+            self._live.start()
         self._live.update(self._view(tally))
 
     def interrupted(self) -> None:
