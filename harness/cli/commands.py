@@ -184,7 +184,7 @@ def status(
     from harness.cli import status as progress
 
     if sweep is not None and sweep.startswith("runs=") and not overrides:
-        sweep, runs = None, sweep.partition("=")[2]
+        runs, sweep = sweep.partition("=")[2], None
     from harness.config.locations import config_files
     from harness.storage.store import Store
 
@@ -497,7 +497,7 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
     from harness.tracking.mlflow_runs import publish as publish_results
 
     if sweep is not None and sweep.startswith("runs=") and not overrides:
-        sweep, runs = None, sweep.partition("=")[2]
+        runs, sweep = sweep.partition("=")[2], None
     loaded, store = _load(sweep, overrides, runs) if sweep else (None, Store(runs or "runs"))
     store.check_exists()
     print(publish_results(store, loaded))

@@ -144,7 +144,7 @@ def unpacked(content: Mapping[str, Any]) -> Sweep:
     ]
     cells = []
     for *numbers, evaluations, inputs, seed, variant in content["cells"]:
-        parts = {
+        parts: dict[str, Any] = {
             name: None if number is None else pools[name][number]
             for name, number in zip(PARTS, numbers, strict=True)
         }
