@@ -249,7 +249,10 @@ def _finished(
     sweep = plan.sweep
     records = _records(store, sweep)
     page = str(state.get("page", ""))
-    if not (outputs.is_current(state, now) and store.files.exists(report_path(sweep, store))):
+    folder = store.root / "tables" / sweep.name
+    files = [folder / f"{table.name}.md" for table in sweep.shown_tables]
+    are_there = all(map(store.files.exists, [*files, report_path(sweep, store)]))
+    if not (outputs.is_current(state, now) and are_there):
         made = build_all(sweep, records, store)
         write_tables(sweep, made, store)
         write_report(sweep, records, made, store)
