@@ -110,6 +110,7 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
     named = {str(point["model"][0]) for point in points if "model" in point}
     check_models(context, tables, named | {cell.model.name for cell in cells})
     findings = read_findings(context, tables)
+    context.problems.found = dict.fromkeys(map(context.edits.blamed, context.problems.found))
     context.problems.check()
     file = context.file
     title = file.title or _ad_hoc_title(cells)

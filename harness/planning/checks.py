@@ -350,6 +350,12 @@ class Checker:
             windows = f"{calibration.samples} windows of {calibration.length} tokens"
             reasons.append(f"calibration {calibration.name}: {windows} are empty")
         missing = texts.missing_text(calibration.source, calibration.split)
+        size = None if missing else texts.plain_bytes(calibration.source, calibration.split)
+        if size is not None and size < calibration.length:
+            reasons.append(
+                f"calibration {calibration.name}: the text {calibration.source} has {size} bytes, too few for one window of "
+                f"{calibration.length} tokens; set a smaller calibration.length= or use more text"
+            )
         return [*reasons, *(f"calibration {calibration.name}: {reason}" for reason in missing)]
 
     def _length_reasons(self, cell: Cell) -> list[str]:
@@ -361,7 +367,7 @@ class Checker:
         if calibration.length > context:
             reasons.append(
                 f"calibration {calibration.name}: windows of {calibration.length} tokens, but {model} was made for at most "
-                f"{context}; set calibration.length to {context} or less"
+                f"{context}; calibration.length={context} is the longest"
             )
         tuning = cell.method.tuning
         settings = dict(tuning.settings) if tuning is not None else {}
@@ -461,7 +467,11 @@ class Checker:
         reasons = self._kept(model, question, ask, keeps=lambda answer: not answer)
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
-        return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
+        override = f" evaluations.{evaluation.name}.length="
+        return [
+            f"evaluation {evaluation.name}: {reason.replace(' length=', override)}"
+            for reason in reasons
+        ]
 
 
 def _read_by(evaluation: Evaluation) -> list[Any]:
