@@ -238,10 +238,12 @@ def plan(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
     from harness.config.grid import load_sweep
     from harness.planning.planner import make
     from harness.planning.render import render
+    from harness.storage.budgets import resolved
     from harness.storage.store import Store
 
     loaded = load_sweep(*_split(sweep, overrides))
-    made = make(loaded, Store(loaded.runtime.runs))
+    store = Store(loaded.runtime.runs)
+    made = make(resolved(loaded, store), store)
     frame = made.frame()
     frame.attrs["text"] = render(made)
     return frame
@@ -267,10 +269,12 @@ def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
     from harness.core.errors import ConfigError, unknown_name
     from harness.reporting.render import frame
     from harness.reporting.tables import build
+    from harness.storage.budgets import resolved
     from harness.storage.store import Store
 
     loaded = load_sweep(*_split(sweep, overrides))
     store = Store(loaded.runtime.runs)
+    loaded = resolved(loaded, store)
     chosen = next((each for each in loaded.shown_tables if not name or each.name == name), None)
     if chosen is None:
         raise ConfigError(

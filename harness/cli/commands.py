@@ -518,6 +518,7 @@ def doctor(
 
 def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]:
     from harness.config.grid import load_sweep
+    from harness.storage.budgets import resolved
     from harness.storage.store import Store
 
     name, changes = split_arguments(sweep, overrides)
@@ -526,7 +527,8 @@ def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]
             "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
         )
     loaded = load_sweep(name, changes)
-    return loaded, Store(loaded.runtime.runs)
+    store = Store(loaded.runtime.runs)
+    return resolved(loaded, store), store
 
 
 def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:

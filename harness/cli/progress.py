@@ -47,6 +47,7 @@ class Live:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
+        self._live.start()  # a sweep with budgets runs more than once
         for line in news(event, tally, finished):
             self.line(line)
         self._live.update(self._view(tally))

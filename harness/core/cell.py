@@ -69,18 +69,44 @@ class Part:
 
 
 @dataclass(frozen=True)
+class RoundingOverride:
+    """Another rounding for linears of some blocks, by their short names ("q_proj"), as a bit budget chose it."""
+
+    rounding: Part
+    linears: tuple[str, ...]
+    blocks: tuple[int, ...]
+
+    def applies(self, block: int, linear: str) -> bool:
+        return block in self.blocks and linear.rsplit(".", 1)[-1] in self.linears
+
+
+@dataclass(frozen=True)
 class Method:
-    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`."""
+    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`.
+
+    overrides: linears with a rounding of their own, each named by one override at most.
+    """
 
     name: str
     transform: Part | None = None
     rounding: Part | None = None
     tuning: Part | None = None
+    overrides: tuple[RoundingOverride, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(
-            part for part in (self.transform, self.rounding, self.tuning) if part is not None
+        """Every distinct part: those of the slots, then the roundings of overrides."""
+        slots = (self.transform, self.rounding, self.tuning)
+        found = [part for part in slots if part is not None]
+        for override in self.overrides:
+            if override.rounding not in found:
+                found.append(override.rounding)
+        return tuple(found)
+
+    def rounding_for(self, block: int, linear: str) -> Part | None:
+        """The rounding of one linear ("self_attn.q_proj" or "q_proj") of one block."""
+        return next(
+            (each.rounding for each in self.overrides if each.applies(block, linear)), self.rounding
         )
 
     @property
@@ -302,6 +328,11 @@ def quantize_key(cell: Cell) -> str:
         ],
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
+    if method.overrides:
+        identity["roundings"] = [
+            [method.parts.index(o.rounding), list(o.linears), list(o.blocks)]
+            for o in method.overrides
+        ]
     if not method.is_baseline:
         own = cell.scheme.weight
         identity["weight"] = _identity(

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from harness.core.budget import Budget
 from harness.core.cell import Cell
 from harness.core.text import without_password
 
@@ -192,7 +193,10 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Sweep:
-    """cells: distinct, in the order of the file's grids; baselines that differences need come with them."""
+    """cells: distinct, in the order of the file's grids; baselines that differences need come with them.
+
+    budgets: their candidates are among the cells, the cells that they choose only once `storage.budgets.resolved` has added them.
+    """
 
     name: str
     title: str
@@ -205,6 +209,7 @@ class Sweep:
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
+    budgets: tuple[Budget, ...] = ()
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""

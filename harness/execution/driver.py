@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.cell import Cell, baseline_of, cell_key, digest
 from harness.core.errors import HarnessError, ScheduleError, StoreError, TrackingError
 from harness.core.events import (
+    Allocated,
     Event,
     Failed,
     Joined,
@@ -33,15 +34,17 @@ from harness.core.events import (
 )
 from harness.core.sweep import Sweep, command_line
 from harness.core.text import first_line, without_password
-from harness.core.units import duration
+from harness.core.units import counted, duration
 from harness.evaluation.flips import with_flips
-from harness.execution import dispatch
+from harness.execution import budgets, dispatch
 from harness.execution.progress import Display, Silent, Tally
 from harness.planning.plan import Plan
 from harness.planning.planner import make, within
 from harness.planning.render import render, require
+from harness.reporting.budgets import BudgetRow
 from harness.reporting.files import write_figures, write_report, write_tables
 from harness.reporting.tables import build, build_all
+from harness.storage.budgets import resolved, unfinished
 from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.storage.sweep_state import SweepState, is_running
@@ -71,6 +74,7 @@ class Summary:
     left_out  cells for which the budget had no room
     report    where the sweep's report lies
     page      of the sweep in MLflow, without the server's address
+    budgets   the result of every bit budget, in words
     """
 
     plan: Plan
@@ -84,6 +88,7 @@ class Summary:
     left_out: int = 0
     report: str = ""
     page: str = ""
+    budgets: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -107,6 +112,7 @@ class Summary:
             if self.left_out
             else []
         )
+        lines += [f"budget  {text}" for text in self.budgets]
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
         lines += [f"report  {self.report}"] if self.report else []
@@ -131,12 +137,77 @@ def run(
     A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are named in the summary; complete results
     stay in the store. So do a store that cannot be written any more, because every other cell would fail too, and a cluster whose
     head does not come back.
+
+    Cells that a bit budget chooses are not known before its candidates are made: the sweep runs, its budgets choose, and it runs
+    again with the cells that they added.
     """
+    store, began, shown = Store(sweep.runtime.runs), time.monotonic(), display or Silent()
+    summary = _run(resolved(sweep, store), shown, command, budget_seconds)
+    faults: dict[str, str] = {}
+    while not faults and not summary.interrupted and not summary.stopped:
+        left = None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
+        if not unfinished(sweep, store) or (left is not None and left <= 0):
+            break
+        before = resolved(sweep, store)
+        try:
+            with _interrupts():
+                for event in budgets.allocate(sweep, store, command):
+                    shown.line(_allocation(event))
+                    if isinstance(event, Failed):
+                        faults[event.stage] = event.reason
+        except KeyboardInterrupt:
+            return dataclasses.replace(summary, interrupted=True)
+        if store.is_cancelled(sweep.name):
+            return dataclasses.replace(summary, interrupted=True)
+        after = resolved(sweep, store)
+        again = (
+            shown if len(after.cells) > len(before.cells) else Silent()
+        )  # else only reports change
+        summary = _run(after, again, command, left)
+    if not sweep.budgets:
+        return summary
+    rows = budgets.settle(sweep, store)
+    waits = [row.name for row in rows if row.content is None and not faults]
+    if waits and not summary.interrupted and not summary.stopped:
+        faults |= {name: "its candidates are not all made" for name in waits}
+    return dataclasses.replace(
+        summary,
+        failed=summary.failed | faults,
+        seconds=time.monotonic() - began,
+        budgets=tuple(f"{row.name}    {_result(row)}" for row in rows),
+        warnings=(*summary.warnings, *(f"{name}: {reason}" for name, reason in faults.items())),
+    )
+
+
+def _allocation(event: Event) -> str:
+    """The line of an event of an allocation."""
+    if isinstance(event, Allocated):
+        found = event.record
+        measured = found.get("divergence_made", found["divergence"])
+        kl = "not measured" if measured is None else f"KL {measured:.4g}"
+        return (
+            f"chosen  {event.budget}    {found['bits'] / found['weights']:.3f} bits per weight, {kl}, "
+            f"{counted(len(found['trials']), 'swap')} measured"
+        )
+    assert isinstance(event, Failed)
+    return f"FAIL    {event.stage}: {event.reason}"
+
+
+def _result(row: BudgetRow) -> str:
+    """The outcome of one size of a bit budget, for the summary."""
+    if row.content is None:
+        return row.text
+    return f"{row.bits:.3f} bits per weight    {row.text}" + (
+        f"    answer: {row.answer.title}" if row.answer is not None else ""
+    )
+
+
+def _run(sweep: Sweep, display: Display, command: str, budget_seconds: float | None) -> Summary:
+    """One run of the cells that are known."""
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
     require(plan)
     left_out: tuple[Cell, ...] = ()
-    display = display or Silent()
     if budget_seconds is not None:
         plan, left_out = within(plan, budget_seconds)
     text = render(plan)

@@ -19,7 +19,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
@@ -38,6 +37,8 @@ from harness.core.events import (
 from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
+from harness.execution.allocation import allocate
+from harness.execution.checkpoints import fingerprint, load_tokenizer
 from harness.execution.failures import ran_out
 from harness.execution.logs import TaskLogs
 from harness.execution.process import (
@@ -48,7 +49,7 @@ from harness.execution.process import (
     release,
     thread_count,
 )
-from harness.execution.tasks import EvaluateTask, QuantizeTask, Task
+from harness.execution.tasks import AllocateTask, EvaluateTask, QuantizeTask, Task
 from harness.storage.record import under_name
 from harness.storage.store import Store
 
@@ -82,6 +83,8 @@ def run(task: Task) -> Iterator[Event]:
         body = (
             quantize(task, store, device)
             if isinstance(task, QuantizeTask)
+            else allocate(task, store, device)
+            if isinstance(task, AllocateTask)
             else evaluate(task, store, device)
         )
         try:
@@ -204,29 +207,6 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
                 places.enter_context(store.making(key)), fingerprint(cell), store.files.upload
             )
         yield from run_pass(cells, folder, windows, writers, device)
-
-
-def fingerprint(cell: Cell) -> dict[str, Any]:
-    """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
-    return {
-        "quantize_key": quantize_key(cell),
-        "model": cell.model.digest,
-        "dtype": cell.model.dtype,
-        "parts": [
-            {name: to_json(part)[name] for name in ("name", "version", "settings")}
-            for part in cell.method.parts
-        ],
-        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
-    }
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, without network access."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-    )
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, to_json
+from harness.core.cell import Cell, Evaluation, Model, Part, Scheme, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime
 from harness.core.units import bytes_of, counted, size
@@ -46,7 +47,8 @@ class Checker:
                 lambda: self._length_reasons(cell),
             )
         for slot, part in _slots(cell):
-            question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
+            method = (cell.method.transform, cell.method.overrides)
+            question = ("part", slot, part, method, cell.scheme, cell.model)
             found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
         if self.runtime.export and not cell.method.is_baseline:
             found += self._once(
@@ -232,7 +234,13 @@ class Checker:
         shapes = self.shapes(cell.model)
         if shapes is None:
             return []
-        reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        reasons = list(
+            dict.fromkeys(
+                f"{slot} {part.name}: {reason}"
+                for scheme in _schemes_of(slot, part, cell, shapes)
+                for reason in plugin.check(scheme, shapes)
+            )
+        )
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -293,6 +301,20 @@ def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),
+            *(("rounding", part) for part in dict.fromkeys(o.rounding for o in method.overrides)),
         )
         if p
     ]
+
+
+def _schemes_of(slot: str, part: Part, cell: Cell, shapes: Shapes) -> list[Scheme]:
+    """The schemes that a part must be able to round: those of its own matrices where roundings differ between them."""
+    if slot != "rounding" or not cell.method.overrides:
+        return [cell.scheme]
+    weights = dict.fromkeys(
+        cell.scheme.weight_for(block, linear.name)
+        for block in range(shapes.blocks)
+        for linear in shapes.linears
+        if cell.method.rounding_for(block, linear.name) == part
+    )
+    return [dataclasses.replace(cell.scheme, weight=weight, overrides=()) for weight in weights]

@@ -17,6 +17,7 @@ from harness.core.cell import Cell, cell_key, quantize_key, score_key
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime, Sweep
 from harness.core.units import size
+from harness.planning.budgets import allocations_of
 from harness.planning.checks import Checker
 from harness.planning.estimates import History
 from harness.planning.passes import make_passes, make_scorings
@@ -53,7 +54,8 @@ def make(sweep: Sweep, store: Store) -> Plan:
     passes = tuple(make_passes(unmade, sweep, checker, history, workers)) if history else ()
     scorings = tuple(make_scorings(missing, unscored, sweep, checker, history)) if history else ()
     used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
-    problems = _problems(sweep.runtime, store, passes, scorings, used)
+    allocations, faults, advice = allocations_of(sweep, live, checker)
+    problems = (*faults, *_problems(sweep.runtime, store, passes, scorings, used))
     done = tuple(cell for cell in able if id(cell) not in pending)
     warned = history.warnings(unmade, scorings, checker) if history else []
     notes = dict.fromkeys(
@@ -69,7 +71,17 @@ def make(sweep: Sweep, store: Store) -> Plan:
     )
     notes = files | notes
     return Plan(
-        sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
+        sweep,
+        done,
+        missing,
+        refused,
+        passes,
+        scorings,
+        problems,
+        workers,
+        (*notes, *warned, *advice),
+        used,
+        allocations,
     )
 
 

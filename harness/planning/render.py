@@ -8,7 +8,7 @@ from harness.core.cell import cell_key
 from harness.core.errors import PlanError
 from harness.core.sweep import Runtime
 from harness.core.units import counted, duration, size
-from harness.planning.plan import Plan
+from harness.planning.plan import Allocation, Plan
 from harness.planning.resources import quota_bytes
 
 
@@ -39,6 +39,7 @@ def render(plan: Plan) -> str:
         lines.append(
             f"score   {scoring.cells[0].model.name}   {counted(scoring.count, 'evaluation')} of {cells}{gpus}   {cost}"
         )
+    lines += [_allocation(each) for each in plan.allocations]
     keys = set(map(cell_key, sweep.cells)) if sweep.first else set()
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
@@ -89,6 +90,25 @@ def render_refusals(plan: Plan) -> str:
         lines += ["" if plan.refused else "The sweep cannot run. Nothing was started."]
         lines += [f"  {problem}" for problem in plan.problems]
     return "\n".join(lines)
+
+
+def _allocation(each: Allocation) -> str:
+    """What a bit budget will do."""
+    budget, count = each.budget, len(each.budget.candidates)
+    words = [
+        f"{counted(count, 'candidate')} ({count - each.unmade} done, {each.unmade} to make)",
+        counted(each.groups, "group"),
+    ]
+    if budget.trials:
+        windows = counted(budget.windows, "window")
+        words.append(f"measures ≤ {counted(budget.trials, 'assembly')} of {windows} for each size")
+    elif budget.measures:
+        words.append("measures its proposals, not the result")
+    else:
+        words.append("measures nothing")
+    cells = f"{len(each.open)} of {counted(len(budget.sizes), 'cell')} known after the measurement"
+    words.append(cells if each.open else f"{counted(len(budget.sizes), 'cell')} known")
+    return f"budget  {budget.name}   {' · '.join(words)}"
 
 
 def _tracking(runtime: Runtime) -> str:

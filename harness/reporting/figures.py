@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, cell_key
-from harness.core.labels import group_text, replicates, variants
+from harness.core.labels import budget_of, group_text, replicates, variants
 from harness.core.sweep import Sweep
 from harness.core.text import file_name
 from harness.evaluation.statistics import over_seeds, pearson
@@ -566,14 +566,15 @@ def _annotate(
 def _labels(cells: Sequence[Cell]) -> dict[str, str]:
     """cell_key -> what its line is called. What differs within a method joins the name, activation and KV bits always."""
     quantized = [cell for cell in cells if not cell.method.is_baseline]
-    groups = {group_text(cell) for cell in quantized}
+    groups = {group_text(cell) for cell in quantized if not budget_of(cell)[0]}
     told = variants(quantized)
     labels = {}
     for cell in quantized:
-        words = [cell.method.name]
+        mixed, _ = budget_of(cell)  # a line of its own for a budget over its sizes
+        words = [mixed or cell.method.name]
         words += (
             [f"g{group_text(cell)}" if group_text(cell) != "row" else "per row"]
-            if len(groups) > 1
+            if len(groups) > 1 and not mixed
             else []
         )
         words += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []

@@ -31,16 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core import plugins
-from harness.core.cell import (
-    Cell,
-    Part,
-    Scheme,
-    WeightScheme,
-    cell_key,
-    digest,
-    quantize_key,
-    to_json,
-)
+from harness.core.cell import Cell, Scheme, WeightScheme, cell_key, digest, quantize_key, to_json
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.native import CheckpointWriter
@@ -162,10 +153,7 @@ class _Pass(Walk):
             )
         if method.is_baseline:
             return
-        for kind in ("transform", "rounding"):
-            part: Part | None = getattr(method, kind)
-            if part is not None:
-                setattr(job, kind, plugins.build(kind, part.name, to_json(part)["settings"]))
+        job.build()
         if job.needs and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(
@@ -396,7 +384,7 @@ class _Pass(Walk):
         tensors = _tensors(module)
         left_out = {"pairs_without_calibration": list(view.left_out)} if view.left_out else {}
         del view
-        after = job.needs_of(job.cell.method.rounding)
+        after = job.rounding_needs
         seen: Statistics = {}
         if after:
             rewritten = self.blocks.build(index, tensors)
@@ -427,7 +415,7 @@ class _Pass(Walk):
             block = block.after(made)
         index, tensors = block.index, dict(block.tensors)
         locations = self._locations(index, block.tensors)
-        needs = job.needs_of(job.cell.method.rounding)
+        needs = job.rounding_needs
         notes = dict(made.notes) if made is not None else {}
         weights: dict[str, QuantizedWeight] = {}
         if job.rounding is None:
@@ -449,7 +437,7 @@ class _Pass(Walk):
         where = f"{job.cell.title}, block {index}"
         report.check_coverage(where, locations, block.tensors, weights, dense)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
-        errors = report.layer_errors(locations, tensors, weights, needs, block.statistics)
+        errors = report.layer_errors(job, index, locations, tensors, weights, block.statistics)
         job.writer.write_block(index, weights, dense, {"linears": errors, "notes": notes})
         job.added_bits += report.added_bits(self.blocks, index, dense)
         job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
@@ -462,7 +450,7 @@ class _Pass(Walk):
 
         Also returns the matrices of experts that too few calibration tokens reached, with their number.
         """
-        index, needs = block.index, job.needs_of(job.cell.method.rounding)
+        index, needs = block.index, job.rounding_needs
         locations = self._locations(index, block.tensors)
         sequential = bool(getattr(job.rounding, "sequential", False)) and bool(
             needs & set(OF_INPUTS)
@@ -482,11 +470,11 @@ class _Pass(Walk):
                 module = self.blocks.build(index, so_far)
                 seen, _ = self._observe(index, module, block.hidden, wanted, False)
                 now = dataclasses.replace(block, statistics=seen)
-            evidence = now.evidence(locations, needs, job.cell.inputs) if needs else {}
-            too_few = now.too_few_tokens(members, needs)
+            evidence, too_few = job.evidence(now, members)
             unseen |= too_few
             for location in members:
                 name = location.name
+                rounding = job.rounding_of(index, name)
                 scheme = job.cell.scheme.weight_for(index, name)
                 weight = location.view(block.tensors[location.parameter])
                 weight = weight.to(torch.float32, copy=True).contiguous()
@@ -494,10 +482,10 @@ class _Pass(Walk):
                 try:
                     if name in too_few:
                         weights[name] = self._round_unseen(
-                            job, name, weight, scheme, rng, too_few[name]
+                            rounding, name, weight, scheme, rng, too_few[name]
                         )
                     else:
-                        weights[name] = job.rounding.round_layer(
+                        weights[name] = rounding.round_layer(
                             name, weight, evidence.get(name), scheme, rng
                         )
                 except HarnessError as error:
@@ -506,7 +494,7 @@ class _Pass(Walk):
 
     def _round_unseen(
         self,
-        job: Job,
+        rounding: Any,
         name: str,
         weight: Tensor,
         scheme: WeightScheme,
@@ -518,9 +506,9 @@ class _Pass(Walk):
         Optional method of a Rounding: round_unseen(name, weight, scheme, rng). Raises MethodError where the scheme has no grid to
         round to.
         """
-        if hasattr(job.rounding, "round_unseen"):
-            return job.rounding.round_unseen(name, weight, scheme, rng)
-        grid = getattr(job.rounding.settings, "grid", None)
+        if hasattr(rounding, "round_unseen"):
+            return rounding.round_unseen(name, weight, scheme, rng)
+        grid = getattr(rounding.settings, "grid", None)
         nearest = plugins.build("rounding", "rtn", {} if grid is None else {"grid": grid})
         linears = tuple(linear for linear in self.blocks.shapes.linears if linear.name == name)
         reasons = nearest.check(
@@ -585,7 +573,7 @@ class _Pass(Walk):
                 "scheme": _scheme(job.cell, part.activation_aware),
                 "needs": sorted(job.needs),
                 "seed": job.cell.seed if part.stochastic else None,
-                "after": sorted(job.needs_of(job.cell.method.rounding)),
+                "after": sorted(job.rounding_needs),
             }
         )
 
@@ -598,6 +586,7 @@ class _Pass(Walk):
             {
                 "before": job.history,
                 "parts": [to_json(method.transform), to_json(method.rounding)],
+                "overrides": to_json(method.overrides),
                 "inputs": job.cell.inputs,
                 "schemes": [to_json(job.cell.scheme.weight_for(index, name)) for name in names],
                 # a transform or a block-wise rounding sees the whole scheme
@@ -648,8 +637,10 @@ def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
     needs = frozenset(
         need
         for job in jobs
-        for need in job.needs_of(
-            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
+        for need in (
+            job.needs_of(job.cell.method.transform)
+            if job.transform is not None
+            else job.rounding_needs
         )
     )
     return {"*": needs} if jobs else {}

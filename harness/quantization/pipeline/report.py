@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harness.core.cell import Method
 from harness.core.errors import MethodError
 from harness.quantization.calibration import windows_digest
 from harness.quantization.models.protocols import WeightLocation
@@ -75,19 +76,21 @@ def check_coverage(
 
 
 def layer_errors(
+    job: Job,
+    index: int,
     locations: Sequence[WeightLocation],
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, QuantizedWeight],
-    needs: Collection[str],
     statistics: Statistics,
 ) -> dict[str, dict[str, float]]:
     """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
 
-    A Hessian is used only if it is among the cell's own `needs`: the report is part of the checkpoint's bytes, and these do not
+    A Hessian is used only if the rounding of the matrix needs one: the report is part of the checkpoint's bytes, and these do not
     depend on which other cells share the pass.
     """
     errors: dict[str, dict[str, float]] = {}
     for location in locations:
+        needs = job.needs_of(job.cell.method.rounding_for(index, location.name))
         weight = location.view(tensors[location.parameter]).float()
         quantized = weights[location.name]
         difference = quantized.dequantize().to(weight.device) - weight
@@ -142,11 +145,7 @@ def manifest_content(
         "unquantized_bits": bits,
         "coverage": {"linears": linears, "weights": covered, "share": covered / total},
         "seconds": shared.cost_of(job),
-        "methods": {
-            kind: part.name
-            for kind in ("transform", "rounding", "tuning")
-            if (part := getattr(method, kind))
-        },
+        "methods": methods_of(method),
     }
     if job.needs and windows is not None:
         samples, length = windows.shape
@@ -156,6 +155,17 @@ def manifest_content(
             "length": length,
         }
     return content
+
+
+def methods_of(method: Method) -> dict[str, str]:
+    """Names of the parts by slot; several roundings joined, the one of most matrices first."""
+    found = {
+        kind: part.name
+        for kind in ("transform", "rounding", "tuning")
+        if (part := getattr(method, kind))
+    }
+    names = dict.fromkeys([found.get("rounding", ""), *(o.rounding.name for o in method.overrides)])
+    return found | {"rounding": ", ".join(names)} if method.overrides else found
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:
