@@ -145,6 +145,46 @@ def run(
 
 
 @app.command()
+def allocate(
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    bits: Annotated[
+        str, typer.Option(help="Stored bits per weight, one or several: 3.2 or 2.8,3.2.")
+    ] = "",
+    size: Annotated[
+        str, typer.Option("--bytes", help="Bytes of the quantized matrices instead: 1.2GB.")
+    ] = "",
+    budget: Annotated[str, typer.Option(help="Only the budget of this name.")] = "",
+    together: Annotated[
+        str, typer.Option(help="Matrices that get one candidate: none, serving or block.")
+    ] = "",
+    trials: Annotated[int | None, typer.Option(help="Measured swaps; 0: none, unverified.")] = None,
+) -> None:
+    """Choose a width (and method) for every matrix within a size, measure it, and compare it with the uniform cell of that size.
+
+    Candidates are those of the sweep's `budgets:`, or else its cells that differ in their weight scheme alone. Missing ones are
+    made first.
+
+    \b
+    Examples:
+      harness allocate budget_demo --bits 3.2
+      harness allocate demo method=gptq scheme=w4g32,w3g32,w2g32 inputs=full_precision --bits 2.8,3.1
+    """
+    from harness.cli.allocate import asked_sizes, with_budgets
+    from harness.cli.progress import show_events
+    from harness.execution.driver import run as run_sweep
+    from harness.reporting.budgets import budget_rows, render_budgets
+
+    sizes = asked_sizes(bits, size)
+    loaded, store = _load(sweep, overrides)
+    narrowed = with_budgets(loaded, sizes, budget, together, trials)
+    summary = run_sweep(narrowed, show_events())
+    print(summary.text)
+    print(render_budgets(budget_rows(narrowed, store)), end="")
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
 def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     """Show the progress of a sweep, whichever process runs it.
 
@@ -238,13 +278,17 @@ def show(
     """
     from harness.cli.show import record_text
     from harness.config.reproduce import command_for
+    from harness.core.labels import budget_of
+    from harness.storage.budgets import budgets_of_cell
     from harness.storage.store import Store
 
     store = Store(runs)
     cell = store.cell(store.find(key))
     if cell is None:
         raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
-    print(record_text(store.record(cell), store, command_for(cell)))
+    mixed = budgets_of_cell(store, cell) if budget_of(cell)[0] else ()
+    again = next((content["command"] for _, _, content in mixed), None) or command_for(cell)
+    print(record_text(store.record(cell), store, again))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 from harness.core.cell import baseline_of, cell_key, quantize_key, to_json, untuned
 from harness.evaluation.flips import with_flips
 from harness.reporting.metrics import problems_of
+from harness.storage.budgets import budgets_of_cell
 from harness.storage.record import Record
 from harness.storage.store import Store
 
@@ -29,6 +30,9 @@ def record_text(record: Record, store: Store, command: str) -> str:
     sections.append(
         "config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     )
+    chosen = _budgets(record, store)
+    if chosen:
+        sections.append("bit budgets\n" + _indent(chosen))
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
@@ -48,6 +52,21 @@ def record_text(record: Record, store: Store, command: str) -> str:
         )
     sections.append(f"log     {store.where(store.log_path(record.cell_key))}\nagain   {command}")
     return "\n\n".join(sections)
+
+
+def _budgets(record: Record, store: Store) -> str:
+    """The budgets that chose the cell: of which sweep, how large, and what the comparison with the uniform cell gave."""
+    lines = []
+    for sweep, name, content in budgets_of_cell(store, record.cell):
+        bits = content["bits"] / content["weights"]
+        measured = content["divergence"]
+        kl = "not measured" if measured is None else f"KL {measured:.4g} nats per token"
+        verdict = (content.get("verdict") or {}).get("verdict", "no verdict yet")
+        lines.append(f"{name} of sweep {sweep}: {bits:.3f} bits per weight, {kl}, {verdict}")
+        lines += [
+            f"  from {each['title']}  {each['cell_key'][:12]}" for each in content["candidates"]
+        ]
+    return "\n".join(lines)
 
 
 def _ancestry(record: Record, store: Store) -> str:

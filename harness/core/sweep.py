@@ -210,6 +210,7 @@ class Sweep:
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
     budgets: tuple[Budget, ...] = ()
+    command: str = ""  # what makes it, where no sweep file with overrides does
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""
@@ -226,6 +227,8 @@ class Sweep:
 
 def command_line(sweep: Sweep, command: str = "run") -> str:
     """What runs the sweep again (finished work is not repeated), or shows its table."""
+    if sweep.command:
+        return without_password(sweep.command)
     words = (
         []
         if sweep.path is None

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from harness.quantization.pipeline.assembly import Assembly, Candidates
 
+MEASURED = ".measured"  # folder of runs/budgets/ with divergences, shared by all sweeps
 SAVE_SECONDS = 10.0  # between two writes of the measurements
 Table = list[list[float]]
 
@@ -268,12 +269,11 @@ class _Work:
             starts = [anchor, *(tuple(each["choice"]) for each in proposals.values())]
             start = min(starts, key=lambda choice: (self.divergence(choice), starts.index(choice)))
             self.hold(start)
-            last = tables[budget.propose[-1]]
             choice, divergence, tried = improve(
                 start,
                 self.divergence(start),
                 self.costs,
-                last,
+                list(tables.values()),
                 limit,
                 self.divergence,
                 budget.trials,
@@ -290,6 +290,7 @@ class _Work:
         return {
             "key": budget_key(budget, size),
             "sweep": self.task.sweep,
+            "command": self.task.again,
             "budget": budget.name,
             "size": to_json(size),
             "limit_bits": limit,
@@ -348,18 +349,14 @@ class _Measured:
     """Divergences of assemblies, and tables that take long, kept in the store under a key of what they depend on."""
 
     def __init__(self, task: AllocateTask, store: Store) -> None:
-        self._task, self._store = task, store
+        self._store = store
         sizeless = dataclasses.replace(task.budget, sizes=(), propose=(), trials=1)
         self._key = budget_key(sizeless, Size())
-        kept = store.budget(task.sweep, self._name) or {}
+        kept = store.budget(MEASURED, self._key) or {}
         same = kept.get("key") == self._key
         self._values: dict[str, float] = dict(kept["divergences"]) if same else {}
         self.tables: dict[str, Table] = dict(kept["tables"]) if same else {}
         self._saved = time.monotonic()
-
-    @property
-    def _name(self) -> str:
-        return f"{self._task.budget.name}.measured"
 
     @staticmethod
     def _text(choice: Choice) -> str:
@@ -375,7 +372,7 @@ class _Measured:
 
     def save(self) -> None:
         content = {"key": self._key, "divergences": self._values, "tables": self.tables}
-        self._store.write_budget(self._task.sweep, self._name, content)
+        self._store.write_budget(MEASURED, self._key, content)
         self._saved = time.monotonic()
 
 

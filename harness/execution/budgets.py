@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from harness.core.events import Allocated, Event, Failed
-from harness.core.sweep import Sweep
+from harness.core.sweep import Sweep, command_line
 from harness.execution import provenance
 from harness.execution.dispatch import make_executor
 from harness.execution.executors.base import Exit
@@ -39,6 +39,7 @@ def allocate(sweep: Sweep, store: Store, command: str = "") -> Iterator[Event]:
                     budget,
                     sweep.name,
                     str(runtime.runs),
+                    command_line(sweep),
                     runtime.device,
                     executor.threads,
                     typed,

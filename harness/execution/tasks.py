@@ -56,11 +56,12 @@ class EvaluateTask:
 
 @dataclass(frozen=True)
 class AllocateTask:
-    """Choose the cells of a bit budget of a sweep. Other fields as in `QuantizeTask`."""
+    """Choose the cells of a bit budget of a sweep. again: the command that runs the sweep. Other fields as in `QuantizeTask`."""
 
     budget: Budget
     sweep: str
     runs: str
+    again: str = ""
     device: str = "auto"
     threads: int = 0
     command: str = ""

@@ -25,6 +25,7 @@ from harness.core.shapes import LinearShape
 
 MAX_STATES = 200_000
 LEAST_GAIN = 1e-4  # by which a swap must lower the divergence, relative
+PATIENCE = 16  # swaps in a row that are not kept, after which no other is tried
 
 Costs = Sequence[Sequence[int]]  # [groups][candidates] stored bits
 Values = Sequence[Sequence[float]]  # [groups][candidates], lower is better
@@ -220,7 +221,7 @@ def improve(
     start: Choice,
     divergence: float,
     costs: Costs,
-    values: Values,
+    tables: Sequence[Values],
     limit: int,
     measure: Callable[[Choice], float],
     trials: int,
@@ -228,23 +229,26 @@ def improve(
 ) -> tuple[Choice, float, list[Trial]]:
     """Swaps from a measured assembly, each kept where the measured divergence falls by more than LEAST_GAIN.
 
-    A move takes one group to its next dearer candidate and, where the limit needs it, another group to its next cheaper one.
-    Moves are tried in the order of what the table predicts, and only those from which it predicts a gain.
+    A move takes one group to its next dearer candidate and, where the limit needs it, another group to its next cheaper one. Moves
+    are tried in the order of the gain that the last table predicts, and only those from which some table predicts one: the choice
+    that is best by a table has none left by that table, and may still have some by another. After PATIENCE moves in a row that
+    were not kept, no other is tried.
     measure: the divergence of an assembly; called at most `trials` times. accept: called with every assembly that is kept.
     """
-    now, best, done = start, divergence, {start}
+    now, best, done, idle = start, divergence, {start}, 0
     tried: list[Trial] = []
     while len(tried) < trials:
         accepted = False
-        for move in _moves(now, costs, values, limit):
+        for move in _moves(now, costs, tables, limit):
             if move in done:
                 continue
-            if len(tried) >= trials:
+            if len(tried) >= trials or idle >= PATIENCE:
                 break
             done.add(move)
             found = measure(move)
             accepted = found < best * (1 - LEAST_GAIN)
             tried.append(Trial(move, found, accepted))
+            idle = 0 if accepted else idle + 1
             if accepted:
                 now, best = move, found
                 accept(now)
@@ -254,31 +258,27 @@ def improve(
     return now, best, tried
 
 
-def _moves(now: Choice, costs: Costs, values: Values, limit: int) -> list[Choice]:
-    """Assemblies one step away within the limit from which the table predicts a gain, the largest gain first."""
+def _moves(now: Choice, costs: Costs, tables: Sequence[Values], limit: int) -> list[Choice]:
+    """Assemblies one step away within the limit from which a table predicts a gain, the largest gain by the last table first."""
     steps = [_neighbours(row, candidate) for row, candidate in zip(costs, now, strict=True)]
     spare = limit - bits_of(costs, now)
 
-    def change(group: int, candidate: int) -> tuple[int, float]:
+    def change(group: int, candidate: int) -> tuple[int, tuple[float, ...]]:
+        """Bits that a step takes, and what it gains by each table."""
         old = now[group]
-        return (
-            costs[group][candidate] - costs[group][old],
-            values[group][old] - values[group][candidate],
-        )
+        gains = tuple(values[group][old] - values[group][candidate] for values in tables)
+        return costs[group][candidate] - costs[group][old], gains
 
-    ups = [(group, up, *change(group, up)) for group, (_, up) in enumerate(steps) if up is not None]
-    downs = [
-        (group, down, *change(group, down))
-        for group, (down, _) in enumerate(steps)
-        if down is not None
-    ]
+    ups = [(g, up, *change(g, up)) for g, (_, up) in enumerate(steps) if up is not None]
+    downs = [(g, down, *change(g, down)) for g, (down, _) in enumerate(steps) if down is not None]
     found: list[tuple[float, tuple[tuple[int, int], ...]]] = []
-    for group, up, bits, gain in ups:
-        if bits <= spare and gain > 0:
-            found.append((gain, ((group, up),)))
-        for other, down, freed, loss in downs:
-            if other != group and bits + freed <= spare and gain + loss > 0:
-                found.append((gain + loss, ((group, up), (other, down))))
+    for group, up, bits, gains in ups:
+        if bits <= spare and max(gains) > 0:
+            found.append((gains[-1], ((group, up),)))
+        for other, down, freed, losses in downs:
+            both = [gain + loss for gain, loss in zip(gains, losses, strict=True)]
+            if other != group and bits + freed <= spare and max(both) > 0:
+                found.append((both[-1], ((group, up), (other, down))))
     found.sort(key=lambda each: (-each[0], each[1]))
     moves = []
     for _, changes in found:

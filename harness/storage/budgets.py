@@ -2,6 +2,7 @@
 
 runs/budgets/<sweep>/<budget>@<size>.json holds one choice:
 
+    command        that runs the sweep
     key            of what it was made from (`core.budget.budget_key`); a file with another key counts as missing
     candidates     title, key, bits and divergence of each; `groups`, `costs` and `tables` (costs in bits, values of proposals)
     proposals      the choice of each table, with its bits and its divergence
@@ -13,7 +14,7 @@ runs/budgets/<sweep>/<budget>@<size>.json holds one choice:
                    of its checkpoint, once it was made
     verdict        the comparison with the uniform cell, once both have scores
 
-runs/budgets/<sweep>/<budget>.measured.json holds every measured divergence, for a choice that was interrupted.
+runs/budgets/.measured/<key>.json holds every measured divergence, for a choice that was interrupted and for other sizes.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Where a rounding reads nothing of how other matrices were rounded (`is_exact`), 
 that a pass with the same scheme makes, and `write` stores them without one. Elsewhere an assembly is a stand-in: its matrices were
 rounded behind other neighbours than they have in it.
 
-Memory: on the device one block, the modules outside the blocks, and one sequence's activations; on the CPU all candidates as
-packed, and one copy of every block's inputs for all windows.
+Memory: on the device the model in its dtype, as an evaluation has it, and up to 1 GB of the full-precision model's predictions; on
+the CPU all candidates as packed, and one copy of every block's inputs for all windows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from harness.quantization.pipeline.fisher import SquaredGradients
 from harness.quantization.pipeline.jobs import FULL
 from harness.quantization.pipeline.report import methods_of
 
+KEPT_NUMBERS = 2**28  # of the full-precision model's predictions that stay in memory
 Matrix = tuple[int, str]  # block, linear
 Parts = Mapping[Matrix, int]  # of each matrix the candidate
 
@@ -124,6 +125,8 @@ class Assembly:
         self._fixed: dict[int, dict[str, Tensor]] = {}
         self._held: dict[Matrix, int] | None = None
         self._inputs: list[list[Tensor]] = []  # of each block, when the matrices are as held
+        self._modules: dict[int, tuple[tuple[int, ...], nn.Module]] = {}
+        self._log_ps: dict[int, Tensor] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Assembly:
@@ -188,7 +191,15 @@ class Assembly:
         return self._inputs[index]
 
     def _block(self, index: int, parts: Parts) -> nn.Module:
-        """A block with the dequantized matrices of an assembly."""
+        """A block with the dequantized matrices of an assembly; the last of each index is kept."""
+        used = tuple(parts[index, name] for name in self.candidates.block(0, index).weights)
+        kept = self._modules.get(index)
+        if kept is None or kept[0] != used:
+            self._modules.pop(index, None)
+            kept = self._modules[index] = used, self._build(index, parts)
+        return kept[1]
+
+    def _build(self, index: int, parts: Parts) -> nn.Module:
         locations = self.blocks.locations(index)
         if index not in self._fixed:
             whole = {location.parameter for location in locations if location.is_whole}
@@ -201,17 +212,24 @@ class Assembly:
             )
             for name, tensor in self.candidates.dense(index, parts).items()
         }
-        return self.blocks.build(
-            index,
-            self.blocks.with_weights(
-                locations, {**self._fixed[index], **dense}, self.candidates.weights(index, parts)
-            ),
-        )
+        weights = self.candidates.weights(index, parts)
+        tensors = {**self._fixed[index], **dense}
+        return self.blocks.build(index, self.blocks.with_weights(locations, tensors, weights))
+
+    def _log_p(self, sequence: int) -> Tensor:
+        """Log-probabilities of the full-precision model, [length, vocabulary] float32; kept where those of all windows are few."""
+        if sequence in self._log_ps:
+            return self._log_ps[sequence]
+        logits = self._reference.logits(sequence, self._full[sequence])[0]
+        log_p = logits.float().log_softmax(-1)
+        if log_p.numel() * len(self.windows) <= KEPT_NUMBERS:
+            self._log_ps[sequence] = log_p
+        return log_p
 
     def _score(self, hidden: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0
-        for sequence, (full, ours) in enumerate(zip(self._full, hidden, strict=True)):
-            log_p = self._reference.logits(sequence, full)[0].float().log_softmax(-1)
+        for sequence, ours in enumerate(hidden):
+            log_p = self._log_p(sequence)
             log_q = self._head.logits(sequence, ours)[0].float().log_softmax(-1)
             for p, q in zip(log_p.split(256), log_q.split(256), strict=True):  # bounds float64
                 exact = p.double()
