@@ -102,8 +102,8 @@ def _context(file: SweepFile, edits: Edits, problems: Problems) -> Context:
 
 def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
     evaluations = read_evaluations(context)
-    points = [point for grid in context.file.grids for point in _points(context, grid)]
     asked = _budget_points(context)
+    points = [point for grid in context.file.grids for point in _points(context, grid)]
     cells, skips = _cells(context, [*points, *itertools.chain.from_iterable(asked)], evaluations)
     budgets = _budgets(context, asked, cells, evaluations)
     _check_settings_used(context, points)
@@ -132,8 +132,12 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
 
 
 def _budget_points(context: Context) -> list[list[Point]]:
-    """The candidates of each budget; none where an override narrows methods or schemes, which leaves the budgets out."""
+    """The candidates of each budget. An override of methods or schemes leaves budgets out; grids of candidates are then plain ones,
+    where the file has no other.
+    """
     if {axis.partition(".")[0] for axis in context.edits.axes} & {"method", *SLOTS, "scheme"}:
+        if not context.file.grids:
+            context.file.grids = [each.candidates for each in context.file.budgets]
         context.file.budgets = []
     return [list(_points(context, each.candidates)) for each in context.file.budgets]
 
