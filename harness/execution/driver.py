@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# of a sweep with bit budgets: choose, measure what a pass made, and one for what another driver did meanwhile
+ROUNDS = 3
 # between two reports of a running sweep; of its time at most
 REPORT_SECONDS, REPORT_SHARE = (10.0, 0.02)
 
@@ -144,9 +146,13 @@ def run(
     store, began, shown = Store(sweep.runtime.runs), time.monotonic(), display or Silent()
     summary = _run(resolved(sweep, store), shown, command, budget_seconds)
     faults: dict[str, str] = {}
-    while not faults and not summary.interrupted and not summary.stopped:
+    for _ in range(ROUNDS):
+        if faults or summary.interrupted or summary.stopped or not unfinished(sweep, store):
+            break
         left = None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
-        if not unfinished(sweep, store) or (left is not None and left <= 0):
+        if left is not None and left <= 0:
+            over = f"the budget of {duration(budget_seconds)[2:]} is used up"
+            summary = dataclasses.replace(summary, stopped=over)
             break
         before = resolved(sweep, store)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, Evaluation, WeightScheme
+from harness.core.labels import budget_of
 from harness.core.sweep import Runtime
 from harness.planning import resources
 from harness.planning.checks import Checker
@@ -117,7 +118,8 @@ class History:
                 if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
                     self._marks.append((stage, record.cell, mark))
             model = record.cell.model.digest
-            if record.manifest and (seconds := record.manifest.get("seconds")):
+            mixed = bool(budget_of(record.cell)[0])  # copied, not rounded
+            if not mixed and record.manifest and (seconds := record.manifest.get("seconds")):
                 quantized[model, record.cell.method.name].append(float(seconds))
             for name, score in record.scores.items():
                 if seconds := score.get("seconds"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from harness.core.cell import quantize_key
 from harness.core.events import Allocated, Failed
 from harness.core.sweep import Sweep
 from harness.execution import allocation
+from harness.execution.tasks import AllocateTask, decode, encode
 from harness.planning.allocation import bits_of
 from harness.planning.allocation import choose as best_choice
 from harness.quantization.pipeline.assembly import Assembly
@@ -192,6 +194,17 @@ def test_a_candidate_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     store = Store(sweep.runtime.runs)
     (failed,) = [event for event in choose(sweep, store) if isinstance(event, Failed)]
     assert "demo · gptq · w2g32" in failed.reason and "run the sweep again" in failed.reason
+
+
+def test_a_task_travels_as_json(made: tuple[Sweep, Store]) -> None:
+    sweep, store = made
+    task = AllocateTask(sweep.budgets[0], sweep.name, str(store.place), "harness run small")
+    again = decode(json.loads(json.dumps(encode(task))))
+    assert again == task
+    assert isinstance(again, AllocateTask)
+    assert budget_key(again.budget, task.budget.sizes[0]) == budget_key(
+        task.budget, task.budget.sizes[0]
+    )
 
 
 def test_the_key_hangs_on_what_changes_the_choice(

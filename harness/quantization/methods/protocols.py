@@ -10,6 +10,7 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+        scheme_independent = True       # of a transform: it reads nothing of the weight scheme, so that bit budgets can mix schemes
 
 A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
 schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
