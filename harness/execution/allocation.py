@@ -33,8 +33,8 @@ from harness.planning.allocation import (
     costs_of,
     groups_of,
     improve,
-    interval,
     matrices_in,
+    misfit,
     mixed_cell,
 )
 from harness.storage.budgets import chosen_cell, needs_measuring, outcome
@@ -233,12 +233,8 @@ class _Work:
         """The content of a size's file."""
         budget = self.budget
         limit = size.limit(sum(self.weights))
-        low, high = interval(self.costs)
-        if limit < low:
-            raise PlanError(
-                f"{size.label} is below the cheapest assembly; the candidates allow {low / sum(self.weights):.4g} to "
-                f"{high / sum(self.weights):.4g} bits per weight, {low // 8} to {-(-high // 8)} bytes"
-            )
+        if reason := misfit(limit, self.costs, sum(self.weights)):
+            raise PlanError(f"{size.label} is {reason}")
         count = len(budget.candidates)
         uniform = {k: (k,) * len(self.groups) for k in range(count)}
         within = [k for k in range(count) if bits_of(self.costs, uniform[k]) <= limit]

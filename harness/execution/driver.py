@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, baseline_of, cell_key, digest
-from harness.core.errors import HarnessError, ScheduleError, StoreError, TrackingError
+from harness.core.errors import HarnessError, PlanError, ScheduleError, StoreError, TrackingError
 from harness.core.events import (
     Allocated,
     Event,
@@ -169,7 +169,11 @@ def run(
         again = (
             shown if len(after.cells) > len(before.cells) else Silent()
         )  # else only reports change
-        summary = _run(after, again, command, left)
+        try:
+            summary = _run(after, again, command, left)
+        except PlanError:  # a size that no assembly has, of which the first plan could not be sure
+            if not faults:
+                raise
     if not sweep.budgets:
         return summary
     rows = budgets.settle(sweep, store)

@@ -145,6 +145,21 @@ def interval(costs: Costs) -> tuple[int, int]:
     return sum(map(min, costs)), sum(map(max, costs))
 
 
+def misfit(limit: int, costs: Costs, weights: int) -> str:
+    """Why no assembly uses a limit of bits, with the sizes that are possible; "" where one does.
+
+    A thousandth of a bit above the dearest is a size that was rounded, as 3.594 for 3.59375.
+    """
+    low, high = interval(costs)
+    if low <= limit <= high + weights // 1000:
+        return ""
+    side = "below the cheapest" if limit < low else "above the dearest"
+    return (
+        f"{side} assembly; the candidates allow {low / weights:.4g} to {high / weights:.4g} bits per weight, {-(-low // 8)} to "
+        f"{-(-high // 8)} bytes"
+    )
+
+
 def choose(costs: Costs, values: Values, limit: int, max_states: int = MAX_STATES) -> Solution:
     """The choice of least value within `limit` bits; of equal values the cheaper, then the candidate listed first.
 

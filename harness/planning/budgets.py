@@ -17,6 +17,7 @@ from harness.planning.allocation import (
     interval,
     matrices_in,
     matrices_of,
+    misfit,
 )
 from harness.planning.checks import Checker
 from harness.planning.estimates import matrix_bits
@@ -156,22 +157,17 @@ def _size_reasons(
                 scheme = cell.scheme.weight_for(block, name)
                 costs[-1][candidate] += int(matrix_bits(linear, scheme))
     known = [manifest for manifest in manifests if manifest is not None]
-    unsure = 1.0 + UNSURE
     if len(known) == len(manifests):
         held = groups_of(matrices_in(known[0]), shapes.linears, budget.together)
         costs, numbers = costs_of(held, known)
-        weights, unsure = sum(numbers), 1.0
+        return [
+            f"{size.label} is {reason}"
+            for size in budget.sizes
+            if (reason := misfit(size.limit(sum(numbers)), costs, sum(numbers)))
+        ]
     low, high = interval(costs)
-    reasons = []
-    for size in budget.sizes:
-        limit = size.limit(weights)
-        if not low / unsure <= limit or limit > high * unsure + weights * 1e-3:
-            about = "" if unsure == 1.0 else "about "
-            unit = (
-                f"{low / weights:.4g} to {high / weights:.4g} bits per weight"
-                if size.bits
-                else f"{low // 8} to {-(-high // 8)} bytes"
-            )
-            where = "below the cheapest" if limit < low else "above the dearest"
-            reasons.append(f"{size.label} is {where} assembly; its candidates allow {about}{unit}")
-    return reasons
+    return [
+        f"{size.label} is {misfit(size.limit(weights), costs, weights)} (estimated)"
+        for size in budget.sizes
+        if not low / (1 + UNSURE) <= size.limit(weights) <= high * (1 + UNSURE)
+    ]

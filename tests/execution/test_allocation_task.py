@@ -175,7 +175,7 @@ def test_without_trials_the_first_proposal_stands_and_nothing_is_measured(
     assert records[1]["uniform"] == 1, "the dearest uniform cell within the size is compared with"
 
 
-@pytest.mark.parametrize("size", [Size(bits=2.0), Size(bytes=1000)])
+@pytest.mark.parametrize("size", [Size(bits=2.0), Size(bytes=1000), Size(bits=5)])
 def test_a_size_that_no_assembly_has_is_named_with_the_interval(
     size: Size, made: tuple[Sweep, Store]
 ) -> None:

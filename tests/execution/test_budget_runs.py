@@ -37,13 +37,13 @@ class Kept(Silent):
 
 
 def test_from_nothing_to_the_verdict_and_once_more(tmp_path: Path) -> None:
-    sweep, display = budget_sweep(tmp_path, of=RTN, bits=[4.2, 4.7], **SHORT), Kept()
+    sweep, display = budget_sweep(tmp_path, of=RTN, bits=[4.2, 4.625], **SHORT), Kept()
     store = Store(sweep.runtime.runs)
     summary = driver.run(sweep, display)
     assert summary.exit_code == 0, summary.text
     whole = resolved(sweep, store)
     (mixed,) = whole.cells[3:]
-    assert mixed.title == "demo · rtn · mixed@4.2", "at 4.7 bits everything has 4 bits"
+    assert mixed.title == "demo · rtn · mixed@4.2", "at 4.625 bits everything has 4 bits"
     assert [record.complete for record in summary.records] == [True] * 4
     assert sum(line.startswith("chosen  mixed@") for line in display.lines) == 2
 
@@ -53,7 +53,7 @@ def test_from_nothing_to_the_verdict_and_once_more(tmp_path: Path) -> None:
     assert rows[0].uniform == sweep.budgets[0].candidates[0]
     assert rows[0].answer == (rows[0].mixed if rows[0].verdict == BETTER else rows[0].uniform)
     assert sum(rows[0].shares.values()) == pytest.approx(1)
-    assert [text.split("    ")[0] for text in summary.budgets] == ["mixed@4.2", "mixed@4.7"]
+    assert [text.split("    ")[0] for text in summary.budgets] == ["mixed@4.2", "mixed@4.625"]
 
     table = build(whole, whole.shown_tables[0], [store.record(cell) for cell in whole.cells], store)
     labels = [row.labels for row in table.rows]

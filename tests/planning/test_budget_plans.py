@@ -33,7 +33,7 @@ def test_the_plan_says_what_a_budget_will_do(tmp_path: Path) -> None:
     [
         ({"of": {"calibration": None, "method": "rtn"}}, ["add calibration to `of`"]),
         ({"windows": 9}, ["windows 9", "has 4"]),
-        ({"bits": [1.0, 3.0]}, ["1 is below the cheapest", "2.59"]),
+        ({"bits": [1.0, 3.0]}, ["1 is below the cheapest", "2.562 to 4.625 bits per weight"]),
         ({"bits": [9.0]}, ["9 is above the dearest"]),
         (
             {"of": {"method": "rtn"}, "propose": ["output_error"]},
