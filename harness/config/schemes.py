@@ -15,17 +15,25 @@ from harness.core.labels import with_settings
 from harness.core.number_formats import FORMATS, SHORT_NAMES
 
 SCHEME_NAME = re.compile(
-    r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
+    r"w(?P<weight>[2-8])(?:g(?P<group>[1-9]\d*))?(?P<symmetric>sym|signed)?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
 FORMAT_NAME = re.compile(
     rf"(?P<format>{'|'.join(sorted({*FORMATS, *SHORT_NAMES}, key=len, reverse=True))})"
     r"(?:g(?P<group>[1-9]\d*))?(?:a(?P<activation>[2-8]))?(?:kv(?P<kv>[2-8]))?"
 )
-NAMED_SCHEMES = "w<bits>[g<group>][sym][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8)"
+DELTA_NAME = re.compile(r"delta(?P<part>[1-9]\d*)(?:g(?P<group>[1-9]\d*))?")
+NAMED_SCHEMES = (
+    "w<bits>[g<group>][sym|signed][a<bits>][kv<bits>], bits 2 to 8, "
+    "or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8), or delta<part of 16 bits>[g<group>] (delta16)"
+)
 
 
 def scheme_by_name(name: str, where: str) -> dict[str, Any]:
     """The mapping of a scheme whose name states its format, such as "w4g128a8". Raises ConfigError for any other name."""
+    if (delta := DELTA_NAME.fullmatch(name)) is not None:
+        part, group = int(delta["part"]), int(delta["group"] or 128)
+        bits = 16 // part if 16 % part == 0 else 16 / part  # keys hold whole numbers as such
+        return {"weight": {"format": "delta", "bits": bits, "group_size": group}}
     match = SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name)
     if match is None:
         raise ConfigError(unknown_config("scheme", name, where) + f" Also {NAMED_SCHEMES}.")
@@ -45,6 +53,7 @@ def scheme_by_name(name: str, where: str) -> dict[str, Any]:
             "bits": int(match["weight"]),
             "group_size": int(match["group"] or -1),
             "symmetric": bool(match["symmetric"]),
+            "signed_scales": match["symmetric"] == "signed",
         }
     activation = {"bits": int(match["activation"])} if match["activation"] else None
     kv = {"bits": int(match["kv"])} if match["kv"] else None

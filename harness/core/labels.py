@@ -15,7 +15,7 @@ from harness.core.cell import Cell, cell_key, to_json
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
 # axes of a sweep besides model, method and scheme
 VARIED = ("calibration", "inputs", "seed")
-HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
+HIDDEN = ("scheme.name", "calibration.digest", "calibration.source", "model.base_digest")
 
 
 def with_variants(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -86,6 +86,25 @@ def budget_of(cell: Cell) -> tuple[str, str]:
     """(budget, size) of a cell that a bit budget mixed, ("gptq_mixed", "2.8"); ("", "") for all other cells."""
     name, _, size = cell.scheme.name.partition("@")
     return (name, size) if size else ("", "")
+
+
+def baseline_title(dtype: str, bits: str) -> str:
+    """What papers call the unquantized model: "FP16", "BF16" or "FP32"; "Full precision" for weights of another width.
+
+    dtype  of the model's computation; bits  of its weights as stored, as tables print them
+    """
+    if bits == "16":
+        return "BF16" if dtype == "bfloat16" else "FP16"
+    return "FP32" if bits == "32" else "Full precision"
+
+
+def method_title(name: str, titles: Mapping[str, str]) -> str:
+    """What papers call a method of ours: "SliM-LLM" for slim_llm, "AWQ [rounding: …]" keeps the settings that a sweep varies.
+
+    titles: names of methods and what they are called; a name that has no title stays as it is.
+    """
+    plain = without_settings(name)
+    return titles.get(plain, plain) + name.removeprefix(plain)
 
 
 def bits_text(cell: Cell) -> str:
@@ -163,7 +182,7 @@ def _shown(cell: Cell) -> dict[str, Any]:
         flat.pop("calibration.seed")
     if cell.calibration is None and not any(part.stochastic for part in cell.method.parts):
         flat.pop("seed")
-    if cell.calibration is None or not cell.method.needs:
+    if cell.calibration is None or not cell.method.needs_calibration:
         flat.pop("inputs")
     return flat
 

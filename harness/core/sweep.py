@@ -193,9 +193,12 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Sweep:
-    """cells: distinct, in the order of the file's grids; baselines that differences need come with them.
+    """A sweep, read and checked.
 
-    budgets: their candidates are among the cells, the cells that they choose only once `storage.budgets.resolved` has added them.
+    cells          distinct, in the order of the file's grids; baselines that differences need come with them
+    method_titles  name of a method of the cells, without the settings that the sweep varies -> what papers call it
+    budgets        their candidates are among the cells, the cells that they choose only once `storage.budgets.resolved` adds them
+    command        what makes it, where no sweep file with overrides does
     """
 
     name: str
@@ -209,8 +212,9 @@ class Sweep:
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
+    method_titles: dict[str, str] = field(default_factory=dict)
     budgets: tuple[Budget, ...] = ()
-    command: str = ""  # what makes it, where no sweep file with overrides does
+    command: str = ""
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""

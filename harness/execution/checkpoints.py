@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.core.cell import Cell, quantize_key, to_json
+from harness.core.cell import Cell, parts_identity, quantize_key, weight_identity
 
 
 def fingerprint(cell: Cell) -> dict[str, Any]:
     """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
+    own = cell.scheme.weight
     return {
         "quantize_key": quantize_key(cell),
         "model": cell.model.digest,
         "dtype": cell.model.dtype,
-        "parts": [
-            {name: to_json(part)[name] for name in ("name", "version", "settings")}
-            for part in cell.method.parts
-        ],
-        "weight": None if cell.method.is_baseline else to_json(cell.scheme.weight),
+        "parts": parts_identity(cell.method),
+        # folders that exist hold this field at its default too
+        "weight": None
+        if cell.method.is_baseline
+        else {**weight_identity(own), "zero_point": own.zero_point},
     }
 
 

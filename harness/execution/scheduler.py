@@ -109,7 +109,7 @@ class Scheduler:
             for cells in by_key.values()
         ]
         first = each.cells[0]
-        windows = first.calibration if first.method.needs else None
+        windows = first.calibration if first.method.needs_calibration else None
         key = (
             each.priority_tier,
             first.model,

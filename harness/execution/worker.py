@@ -190,7 +190,7 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
     if not cells:
         return
     folder = model_folders.model_folder(cells[0].model)
-    calibrations = {cell.calibration for cell in cells if cell.method.needs}
+    calibrations = {cell.calibration for cell in cells if cell.method.needs_calibration}
     assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
     for calibration in calibrations:

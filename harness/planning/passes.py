@@ -40,7 +40,7 @@ def make_passes(
         group_key = (
             priority_tier,
             first.model,
-            first.calibration if first.method.needs else None,
+            first.calibration if first.method.needs_calibration else None,
             key if alone else "",
         )
         by_group.setdefault(group_key, []).append(cells)
@@ -98,8 +98,10 @@ def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
     streams = collections.Counter(stream_of(cell) for cell in cells if cell.method.reads_inputs)
     gradients = sum("squared_gradient" in cell.method.needs for cell in cells)
     words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
-    if not any(cell.method.needs for cell in cells):
-        return words[0] + ", data-free"
+    if any(cell.method.needs_base for cell in cells):
+        words.append("with the base's beside them")
+    if not any(cell.method.needs_calibration for cell in cells):
+        return ", ".join([*words, "data-free"])
     if gradients > 1:
         words.append(f"squared gradients shared by {gradients}")
     if streams.total() > 1:

@@ -16,6 +16,13 @@ CHECKPOINT_METRICS = {  # manifest field -> metric
     "peak_memory_bytes": "quantize/peak_memory_bytes",
 }
 
+DELTA_METRICS = (
+    "bytes",
+    "ends_bytes",
+    "ratio",
+    "base_bits_per_weight",
+)  # of the manifest's `delta`
+
 
 @dataclass(frozen=True)
 class Record:
@@ -59,6 +66,14 @@ class Record:
             value = (self.manifest or {}).get(source)
             if isinstance(value, int | float):
                 found[metric] = float(value)
+        delta = (self.manifest or {}).get("delta") or {}
+        found.update(
+            {
+                f"delta/{name}": float(delta[name])
+                for name in DELTA_METRICS
+                if isinstance(delta.get(name), int | float)
+            }
+        )
         for score in self.scores.values():
             found.update({name: float(value) for name, value in score["metrics"].items()})
             found.update(

@@ -20,6 +20,7 @@ from harness.config.axes import GROUPS
 from harness.config.grid import load_sweep
 from harness.config.locations import list_names
 from harness.config.reproduce import command_for
+from harness.core import plugins
 from harness.core.cell import (
     Cell,
     Method,
@@ -30,6 +31,7 @@ from harness.core.cell import (
     cell_key,
     quantize_key,
     score_key,
+    to_json,
 )
 from harness.core.errors import ConfigError
 from harness.core.package import PACKAGE
@@ -201,7 +203,7 @@ def test_one_key_whether_a_scheme_is_a_file_or_a_name(
 
 def test_axes_of_the_override_grammar() -> None:
     sweep = load_sweep(
-        None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=*sym)", "seed=range(2,5)"]
+        None, [*GRID, "method=gptq", "scheme=glob(w4g*,exclude=[*sym,*signed])", "seed=range(2,5)"]
     )
     cells = quantized(sweep)
     assert {cell.scheme.name for cell in cells} == {"w4g32", "w4g64", "w4g128"}
@@ -244,6 +246,40 @@ def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
     assert (
         cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
     )
+
+
+def test_a_rounding_around_another_has_all_settings_of_its_base() -> None:
+    def eora(*overrides: str) -> Cell:
+        (found,) = load_sweep(None, [*GRID, "scheme=w4g32", "baseline=false", *overrides]).cells
+        return found
+
+    def base(cell: Cell) -> dict[str, object]:
+        assert cell.method.rounding is not None
+        settings = to_json(cell.method.rounding)["settings"]
+        return {"name": settings["base"], **settings["base_settings"]}
+
+    on_gptq, on_rtn = eora("method=gptq_eora"), eora("method=rtn_eora")
+    rtn = load_sweep(None, [*GRID, "scheme=w4g32", "method=rtn"]).cells[1].method.rounding
+    assert rtn is not None and base(on_rtn) == {"name": "rtn", **dict(rtn.settings)}
+    assert base(on_gptq)["damping_fraction"] == 0.01 and base(on_gptq)["name"] == "gptq"
+    edited = eora("method=gptq_eora", "rounding.base_settings.damping_fraction=0.1")
+    assert base(edited) == {**base(on_gptq), "damping_fraction": 0.1}
+    assert len({quantize_key(each) for each in (on_gptq, on_rtn, edited)}) == 3
+    # settings of another base do not remain
+    changed = eora(
+        "method=gptq_eora", "rounding.base_settings.range_search=true", "rounding.base=rtn"
+    )
+    assert base(changed) == {**base(on_rtn), "range_search": True}
+    for cell in (on_rtn, edited, changed):
+        (again,) = load_sweep(None, [*shlex.split(command_for(cell))[2:], "baseline=false"]).cells
+        assert quantize_key(again) == quantize_key(cell)
+    for wrong, message in (
+        ("rounding.base_settings.dampin=1", "base gptq: .*damping_fraction"),
+        ("rounding.base=gptqq", 'no rounding "gptqq"'),
+        ("rounding.base=svdquant", "name one without a base"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            eora("method=gptq_eora", wrong)
 
 
 def test_a_method_is_calibrated_as_published_unless_told() -> None:
@@ -455,6 +491,43 @@ def test_fields_younger_than_a_key_leave_it_as_it_was() -> None:
     assert quantize_key(cell) == "0121462a424511a8690d2833397a878327d89fc49876dd89d997b13674f2621e"
     floating = Scheme("w4g32", WeightScheme("int", 4, 32, zero_point="float"))
     assert quantize_key(dataclasses.replace(cell, scheme=floating)) != quantize_key(cell)
+    symmetric = Scheme("w4g32sym", WeightScheme("int", 4, 32, True))
+    signed = Scheme("w4g32signed", WeightScheme("int", 4, 32, True, signed_scales=True))
+    keys = {quantize_key(dataclasses.replace(cell, scheme=each)) for each in (symmetric, signed)}
+    assert len(keys) == 2
+
+
+def test_settings_younger_than_a_key_leave_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "aged.py").write_text(
+        '"""A method that got a setting later."""\n\n\n'
+        "class Rounding:\n"
+        '    settings_added_later = {"search": "none"}\n'
+    )
+    monkeypatch.setenv("HARNESS_PLUGINS", str(tmp_path))
+    plugins.find.cache_clear()
+    try:
+        keys = {}
+        for settings in ((), (("search", "none"),), (("search", "range"),)):
+            part = Part("aged", settings)
+            cell = Cell(Model("a", "b", digest="d"), Method("aged", rounding=part), Scheme("w4"))
+            keys[settings] = quantize_key(cell)
+        old, default, other = keys.values()
+        assert old == default != other
+    finally:
+        monkeypatch.undo()
+        plugins.find.cache_clear()
+
+
+def test_the_name_of_a_scheme_may_ask_for_signed_scales() -> None:
+    from harness.config.schemes import scheme_by_name
+
+    weight = scheme_by_name("w4g32signed", "here")["weight"]
+    assert weight["symmetric"] and weight["signed_scales"]
+    assert not scheme_by_name("w4g32sym", "here")["weight"]["signed_scales"]
 
 
 # --- evaluations and tables ----------------------------------------------------------------------------------------------------

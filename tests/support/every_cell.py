@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evidence import planted_change
+from safetensors.torch import load_file, save_file
 
 from harness.config import grid, locations
 from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, to_json
@@ -27,7 +30,9 @@ from harness.data.demo.tiny import TINY, build
 from harness.execution.tasks import QuantizeTask
 from harness.execution.worker import quantize
 from harness.planning.checks import Checker
+from harness.quantization.formats.weight_files import ModelWeights
 from harness.quantization.inference.load import load
+from harness.quantization.models import family_of, read_config
 from harness.storage.store import Store
 
 # Settings with which a method does on a tiny model what it does on a large one: published defaults would train for hours, or make
@@ -44,6 +49,9 @@ SMALL: dict[str, Any] = {
     "answer_length": 8,
     "vector_length": 4,
     "index_bits": 4,
+    "length": 12,
+    "groups": [[8, 1], [2, 0]],
+    "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
@@ -58,11 +66,15 @@ def names(group: str, *left_out: str) -> list[str]:
 def product(
     folder: Path, methods: Sequence[str] | None = None, schemes: Sequence[str] | None = None
 ) -> list[Cell]:
-    """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline."""
+    """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline.
+
+    The model names a base, which is made beside it: the model less a planted difference.
+    """
     wanted = names("methods", "none") if methods is None else methods
     schemes = [*names("schemes", "full"), *NARROW] if schemes is None else schemes
     overrides = [
         f"model={folder}",
+        f"model.base={base_for(folder)}",
         f"method={','.join(wanted)}",
         f"scheme={','.join(schemes)}",
         *WINDOWS,
@@ -72,11 +84,37 @@ def product(
     return [_small(cell) for cell in cells if not cell.method.is_baseline]
 
 
+def base_for(folder: Path) -> Path:
+    """The base of the model in a folder, made once: its block matrices less a planted difference, everything else the same."""
+    base = folder.with_name(f"{folder.name}-base")
+    if base.is_dir():
+        return base
+    shutil.copytree(folder, base)
+    data = read_config(folder)
+    family = family_of(data)
+    config = family.config(data)
+    weights = load_file(base / "model.safetensors")
+    model = ModelWeights(folder, family.skeleton(config, torch.float32))
+    for index in range(len(family.blocks(family.skeleton(config, torch.float32)))):
+        prefix = family.block_prefix(index)
+        for number, location in enumerate(family.locations(config, index)):
+            names = model.stored.parts[prefix + location.parameter].all()
+            if len(names) == 1 and weights[names[0]].ndim == 2:
+                rows = location.view(weights[names[0]])
+                rows -= 0.3 * planted_change(*rows.shape, seed=100 * index + number)
+            else:  # experts that the file stores one by one, or together
+                for name in names:
+                    weights[name] *= 0.98
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
 def _small(cell: Cell) -> Cell:
     def part(part: Part | None) -> Part | None:
         if part is None:
             return None
-        own = {key: SMALL.get(key, value) for key, value in to_json(part)["settings"].items()}
+        settings = to_json(part)["settings"]  # 0 stands for what the method works out by itself
+        own = {key: SMALL.get(key, value) if value else value for key, value in settings.items()}
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
@@ -121,7 +159,7 @@ def _passes(cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
     """Cells that can share a pass, as the plan would have it: with calibration, and without."""
     groups: dict[bool, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(bool(cell.method.needs), []).append(cell)
+        groups.setdefault(cell.method.needs_calibration, []).append(cell)
     for group in groups.values():
         for start in range(0, len(group), CELLS_PER_PASS):
             yield tuple(group[start : start + CELLS_PER_PASS])

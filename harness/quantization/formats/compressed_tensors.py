@@ -62,6 +62,10 @@ class Layout:
             reasons.append(
                 f'compressed-tensors has no number format "{weight.format}"; it has {known}'
             )
+        if weight.signed_scales:
+            reasons.append(
+                "scales below 0: no engine was seen to read them from compressed-tensors; use a scheme without signed_scales"
+            )
         if weight.zero_point != "integer":
             reasons.append(
                 "compressed-tensors has integer zero points here; use scheme.weight.zero_point=integer"
@@ -156,7 +160,7 @@ class Layout:
         return stored
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         groups = _groups(described)
         kept = [name for name, description in described.items() if description is None]

@@ -176,7 +176,8 @@ class CheckpointWriter:
         """Write manifest.json and return it.
 
         report: JSON values for the manifest; of them `parameters` (of the whole model) and `unquantized_bits` (bits that the
-        parameters outside the quantized matrices take as the model stores them) give the sizes.
+        parameters outside the quantized matrices take as the model stores them) give the sizes. `delta`: of differences from a
+        base, the bytes of the tensors outside the matrices that differ from it, and of the whole fine-tune.
         """
         texts = [
             _read(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())
@@ -223,6 +224,13 @@ class CheckpointWriter:
             },
             **report,
         }
+        if "delta" in report:
+            ends, whole = report["delta"]["ends_bytes"], report["delta"]["fine_tune_bytes"]
+            manifest["delta"] = {
+                **report["delta"],
+                "bytes": quantized_bytes,
+                "ratio": whole / max(1, quantized_bytes + ends),
+            }
         self._write(self.folder / "manifest.json", _json(manifest))
         (self.folder / "seconds.json").unlink(missing_ok=True)
         self._changed(self.folder / "seconds.json")

@@ -41,13 +41,17 @@ def check_uniform(
     bits: Collection[int] = range(2, 9),
     convention: str | None = None,
     never_symmetric: str | None = None,
+    signed: Collection[bool] = (False,),
 ) -> list[str]:
     """Reasons why some linear cannot be stored on uniform integer grids of these bit widths; overrides are looked at too.
 
     One reason per kind of problem, naming every layer it concerns. convention: also that this grid exists for the scheme.
-    never_symmetric: the reason to refuse symmetric schemes for, where the method does.
+    never_symmetric: the reason to refuse symmetric schemes for, where the method does.   signed: values of `signed_scales` that
+    the method's symmetric grids can have.
     """
-    reasons = _check_grids(scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES)
+    reasons = _check_grids(
+        scheme, shapes, bits, convention, formats=(), scales=PLAIN_SCALES, signed=signed
+    )
     if never_symmetric is not None and any(
         weight.symmetric for weight, _ in _weight_schemes(scheme, shapes)
     ):
@@ -69,10 +73,16 @@ def check_tables(
     return check_uniform(scheme, shapes, bits=bits) + refusals(scheme, shapes, reasons)
 
 
-def check_grid(scheme: Scheme, shapes: Shapes, *, convention: str) -> list[str]:
+def check_grid(
+    scheme: Scheme,
+    shapes: Shapes,
+    *,
+    convention: str | None = None,
+    signed: Collection[bool] = (False, True),
+) -> list[str]:
     """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
     return _check_grids(
-        scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES
+        scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES, signed=signed
     )
 
 
@@ -83,6 +93,7 @@ def _check_grids(
     convention: str | None,
     formats: Collection[str],
     scales: Collection[str],
+    signed: Collection[bool],
 ) -> list[str]:
     widths = f"{min(bits)} to {max(bits)}" if len(bits) > 1 else str(min(bits))
     reasons: list[str] = []
@@ -106,6 +117,13 @@ def _check_grids(
             elif weight.zero_point != "integer" and weight.symmetric:
                 reasons.append(
                     "symmetric grids have no zero point to be float; use symmetric=false or zero_point=integer"
+                )
+            if weight.symmetric and weight.signed_scales not in signed:
+                reasons.append(
+                    "this method's symmetric grids have no scales below 0; leave scheme.weight.signed_scales=false"
+                    if weight.signed_scales
+                    else "this method's symmetric grids have scales of both signs; set scheme.weight.signed_scales=true, "
+                    "as w4g128signed does, or use an asymmetric scheme"
                 )
             if weight.bits not in bits:
                 reasons.append(

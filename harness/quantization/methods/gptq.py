@@ -111,7 +111,8 @@ class Rounding:
     def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
         rows, columns = weight.shape
         size = columns if scheme.group_size == -1 else scheme.group_size
-        groups = columns // size
+        # the last group is short where a factor of a difference ends (Delta-CoMe)
+        groups = -(-columns // size)
         order = factor.order
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
@@ -140,11 +141,12 @@ class Rounding:
                 -(-matrix.start // size),
                 -(-(matrix.start + matrix.block.shape[1]) // size),
             )
-            if first < last:
-                grid = fitting.fit(
-                    matrix.weight[:, first * size : last * size].reshape(rows, last - first, size)
-                )
-                scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
+            full = max(first, min(last, columns // size))
+            for begin, end in ((first, full), (full, last)):  # whole groups, and a short last one
+                if begin < end:
+                    values = matrix.weight[:, begin * size : end * size]
+                    grid = fitting.fit(values.reshape(rows, end - begin, -1))
+                    scale[begin:end], zero[begin:end] = grid.scale[..., 0].T, grid.zero[..., 0].T
 
         round_on_grids(
             w,
@@ -165,6 +167,8 @@ class Rounding:
                 column_group[order] = (torch.arange(columns, device=w.device) // size).to(
                     torch.int32
                 )
+        if columns % size and groups > 1 and column_group is None:
+            column_group = (torch.arange(columns, device=w.device) // size).to(torch.int32)
         grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
         return on_grid(codes, grid, scheme, column_group)
 

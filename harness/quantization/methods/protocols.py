@@ -12,8 +12,16 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         activation_aware = False        # True: its codes depend on the activation or KV scheme
         scheme_independent = True       # of a transform: it reads nothing of the weight scheme, so that bit budgets can mix schemes
 
+    optional:
+        unneeded = {"hessian": {"objective": "weight"}}   # a statistic that is not needed with these settings
+        wraps = True                    # a rounding around another, which its settings `base` and `base_settings` name
+                                        # (`build_rounding`): needs and facts are the union of both (`core.cell.make_part`).
+                                        # The instance keeps the other one in its attribute `base`.
+        keeps_base = True               # and the base rounds what it would round alone, to the same codes
+
 A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
-schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
+schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations), `correction` (low-rank parts
+beside another rounding), `blockwise` (training of a block). It imports no other method.
 
 Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in], scale [out, groups].
 """
@@ -26,6 +34,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
+from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.numerics.weights import QuantizedWeight
@@ -33,12 +42,14 @@ from harness.quantization.numerics.weights import QuantizedWeight
 STATISTICS: dict[str, str] = {
     "hessian": "mean over tokens of x xᵀ, [in, in] float32",
     "mean": "mean over tokens of x, [in] float32",
+    "square_mean": "mean over tokens of x², [in] float32; the diagonal of the Hessian without the Hessian",
     "abs_mean": "mean over tokens of |x|, [in] float32",
     "abs_max": "maximum over tokens of |x|, [in] float32",
     "abs_max_per_sequence": "maximum over the tokens of each sequence of |x|, [sequences, in] float32",
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+    "base_weight": "the matrix of the model that this one was fine-tuned from (model.base), [out, in] float32; no calibration data",
     "tokens": "the calibration windows themselves (training of the whole model)",
     "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
@@ -169,6 +180,9 @@ class Rounding(Protocol):
 
     sequential: True re-runs the block after each group of linears, so that a group sees the rounded groups before it
     ("true-sequential"); class attribute or property.
+
+    Any part of a method may define `warnings(self, cell: Cell, shapes: Shapes) -> list[str]`: what the plan notes of a cell that it
+    accepts, such as a cost or too little calibration data.
     """
 
     sequential: bool
@@ -190,6 +204,14 @@ class Rounding(Protocol):
         Raises MethodError when the numbers break down; the pass adds block and layer to what it says.
         """
         ...
+
+
+def build_rounding(name: str, settings: Mapping[str, Any]) -> Any:
+    """The rounding of a name with these settings over its defaults, for a rounding around another.
+
+    Raises ConfigError for an unknown name, and for an unknown or impossible setting.
+    """
+    return plugins.build("rounding", name, settings)
 
 
 class Network(Protocol):
@@ -220,8 +242,9 @@ class Tuning(Protocol):
     """Trains the whole model after rounding.
 
     The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
-    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" or "documents" and, to be taught,
-    "teacher". Weights are trained, activations and cache are not rounded meanwhile.
+    trains them all, and what they have `stored` is the cell's checkpoint. With a true `trains_others` all other
+    parameters of the model are among those that it trains, and are stored in full. Needs "tokens" or "documents" and, to be
+    taught, "teacher". Weights are trained, activations and cache are not rounded meanwhile.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...

@@ -15,7 +15,10 @@ scale * (q - zero).
     omniquant    no         clamp((hi - lo) / Q, 1e-5, 1e4)    round(-lo / scale)       zero not clamped to the codes
     omniquant    yes        |w| / (2^(bits-1) - 1)             2^(bits-1)               code 0 unused
     compressed   yes        2 |w| / Q                          2^(bits-1)               compressed-tensors' rule
+    signed       yes        -m / 2^(bits-1)                    2^(bits-1)               m: of lo and hi the larger in magnitude
 
+In "signed" grids, of schemes with `signed_scales`, m is exact and the other side reaches (2^(bits-1) - 1) / 2^(bits-1) of it: the
+rule of llama.cpp's Q4_0 and of AutoRound's symmetric grids. Where lo = -hi, m is hi, so the scale is negative.
 With float zero points the zero is -lo / scale in all of them, as a float of the scale's type.
 """
 
@@ -35,7 +38,8 @@ from harness.core.cell import WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, Element
 from harness.quantization.numerics.block_maxima import SMALLEST
 
-CONVENTIONS = ("gptq", "awq", "omniquant", "compressed")
+CONVENTIONS = ("gptq", "awq", "omniquant", "compressed")  # that a method's setting may name
+SIGNED = "signed"  # and the one that a scheme decides
 FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9  # of E4M3: the largest, and the smallest above zero
 E8M0_BIAS = 127
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -45,7 +49,7 @@ SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32":
 class Grid:
     """scale and zero [..., 1] float32, one per row or group of the last axis; codes run from 0 to 2^bits - 1.
 
-    scale         exact in the dtype it will be stored in, but for double_quantized scales
+    scale         exact in the dtype it will be stored in, but for double_quantized scales; negative in signed grids alone
     zero          integer-valued, unless float_zero; 0 with an element
     element       None: uniform steps; else a code stands for scale * element.values[code]
     tensor_scale  [1] float32 where scale is a float8 number times it
@@ -117,7 +121,7 @@ class Fitting:
         )
         # grids of zeros have a scale of their own
         scale = scale.masked_fill(grouped.abs().amax(-1, keepdim=True) == 0, 0)
-        largest = scale.amax().reshape(1)
+        largest = scale.abs().amax().reshape(1)
         return dataclasses.replace(
             plain, tensor_scale=torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
         )
@@ -138,7 +142,7 @@ class Fitting:
                 hi,
                 int(scheme.bits),
                 scheme.symmetric,
-                self.convention,
+                SIGNED if scheme.signed_scales else self.convention,
                 scheme.scale_dtype,
                 self.tensor_scale,
                 float_zero=scheme.zero_point == "float",
@@ -234,10 +238,18 @@ def from_range(
             tensor_scale,
         )
         zero = torch.full_like(scale, middle)
+    elif convention == SIGNED and symmetric:
+        end = torch.where(lo.abs() > hi, lo, hi)
+        step = (end.abs() / middle).clamp(min=torch.finfo(torch.float32).tiny)
+        step = torch.where(end == 0, 1.0, step)
+        scale = torch.copysign(_storable(step, scale_dtype, tensor_scale), -end)
+        scale = torch.where(end == 0, scale.abs(), scale)
+        zero = torch.full_like(scale, middle)
     else:
         kind = "symmetric" if symmetric else "asymmetric"
+        known = ", ".join((*CONVENTIONS, SIGNED))
         raise ValueError(
-            f'no {kind} grid "{convention}"; conventions: {", ".join(CONVENTIONS)} (compressed is symmetric only)'
+            f'no {kind} grid "{convention}"; conventions: {known} (compressed and signed are symmetric only)'
         )
     if float_zero:  # rows of zeros keep the zero point that is a code
         exact = as_stored(-lo / scale, scale_dtype if scale_dtype in SCALE_DTYPES else "float16")
@@ -361,7 +373,8 @@ def _storable(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> 
 
 
 def _to_float8(scale: Tensor) -> Tensor:
-    return scale.clamp(FLOAT8_MIN, FLOAT8_MAX).to(torch.float8_e4m3fn)
+    magnitude = scale.abs().clamp(FLOAT8_MIN, FLOAT8_MAX)
+    return torch.copysign(magnitude, scale).to(torch.float8_e4m3fn)
 
 
 def pack_scales(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:

@@ -17,7 +17,15 @@ from harness.core.errors import MethodError
 from harness.quantization.numerics.hessians import accumulate_hessian
 
 T = TypeVar("T")
-OF_INPUTS = ("hessian", "mean", "abs_mean", "abs_max", "abs_max_per_sequence", "inputs")
+OF_INPUTS = (
+    "hessian",
+    "mean",
+    "square_mean",
+    "abs_mean",
+    "abs_max",
+    "abs_max_per_sequence",
+    "inputs",
+)
 
 
 @dataclass
@@ -67,6 +75,10 @@ class Collector:
             accumulate_hessian(hessian, x, self.tokens)
         if "mean" in self.needs:
             self._add("mean", x.sum(0))
+        if (
+            "square_mean" in self.needs
+        ):  # not from a Hessian: alone and in company it has the same bytes
+            self._add("square_mean", x.square().sum(0))
         if self.needs & {"abs_mean", "abs_max", "abs_max_per_sequence"}:
             magnitude = x.abs()
             if "abs_mean" in self.needs:

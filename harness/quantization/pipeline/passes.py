@@ -34,6 +34,7 @@ from harness.core import plugins
 from harness.core.cell import Cell, Scheme, WeightScheme, cell_key, digest, quantize_key, to_json
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
+from harness.quantization.formats.base_model import BaseModel, with_base
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.models.protocols import WeightLocation, get_tensor
 from harness.quantization.numerics.randomness import generator
@@ -88,8 +89,11 @@ class _Pass(Walk):
     ) -> None:
         models = {(cell.model.digest, cell.model.source, cell.model.dtype) for cell in cells}
         assert len(models) == 1, f"one model per pass, not {sorted(models)}"
+        bases = {cell.model.base_digest for cell in cells if cell.method.needs_base}
+        assert len(bases) <= 1, f"one base per pass, not {sorted(bases)}"
         self.windows, self.scratch = windows, scratch
         super().__init__(folder, cells[0].model.dtype, device)
+        self.base: BaseModel | None = None
         self.jobs = self._jobs(cells, writers)
         self.streams: dict[str, list[Tensor]] = {}
         self.gradients: SquaredGradients | None = None
@@ -154,11 +158,13 @@ class _Pass(Walk):
         if method.is_baseline:
             return
         job.build()
-        if job.needs and self.windows is None:
+        if method.needs_calibration and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(
                 f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none"
             )
+        if method.needs_base and self.base is None:
+            self.base = BaseModel.of(job.cell)
         job.own_stream = hasattr(job.transform, "rewrite_ends")
         for index in range(0 if job.writer.manifest() else job.finished):
             dense = job.writer.read_block(index).dense
@@ -279,7 +285,11 @@ class _Pass(Walk):
         with self.shared.measure("gradients"):
             gradients = self.gradients.read(index) if self.gradients is not None else {}
         alive = self._alive()
-        unobserved = self._without_stream(index, original, gradients)
+        base: dict[str, Tensor] = {}
+        if self.base is not None and any(job.cell.method.needs_base for job in alive):
+            with self.shared.measure("stream"):
+                base = self.base.matrices(index, blocks.device)
+        unobserved = self._without_stream(index, original, gradients, base)
         for job in alive:
             if not job.reads_stream and job.finished <= index:
                 self._try(job, f"block {index}", partial(self._quantize, job, unobserved))
@@ -310,20 +320,26 @@ class _Pass(Walk):
             if is_read:
                 following[FULL] = references = outputs
             self._walk_stream(
-                BlockInStream(index, original, original, statistics, hidden, references, gradients),
+                BlockInStream(
+                    index, original, original, statistics, hidden, references, gradients, base
+                ),
                 members,
                 following,
             )
         self.streams = following
 
     def _without_stream(
-        self, index: int, original: dict[str, Tensor], gradients: dict[str, Tensor]
+        self,
+        index: int,
+        original: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        base: dict[str, Tensor],
     ) -> BlockInStream:
         """The block for cells that read no inputs: its groups have no statistics."""
         tokens = self.windows.numel() if self.windows is not None else 0
         groups = dict.fromkeys(location.group for location in self.blocks.locations(index))
         nothing = {group: GroupStatistics(group, tokens, True, {}) for group in groups}
-        return BlockInStream(index, original, original, nothing, None, None, gradients)
+        return BlockInStream(index, original, original, nothing, None, None, gradients, base)
 
     def _walk_stream(
         self, block: BlockInStream, members: list[Job], following: dict[str, list[Tensor]]
@@ -481,8 +497,9 @@ class _Pass(Walk):
                 rng = generator(job.cell.seed, index, name)
                 try:
                     if name in too_few:
+                        base = block.base.get(name) if job.cell.method.needs_base else None
                         weights[name] = self._round_unseen(
-                            rounding, name, weight, scheme, rng, too_few[name]
+                            rounding, name, weight, scheme, rng, too_few[name], base
                         )
                     else:
                         weights[name] = rounding.round_layer(
@@ -500,14 +517,19 @@ class _Pass(Walk):
         scheme: WeightScheme,
         rng: torch.Generator,
         tokens: int,
+        base: Tensor | None,
     ) -> QuantizedWeight:
         """An expert's matrix without enough calibration tokens: as the method itself says, else rounded to nearest.
 
-        Optional method of a Rounding: round_unseen(name, weight, scheme, rng). Raises MethodError where the scheme has no grid to
-        round to.
+        A rounding around another leaves it to that one. Optional method of a Rounding: round_unseen(name, weight, scheme, rng),
+        and the base's matrix for one that needs it. Raises MethodError where the scheme has no grid to round to.
         """
+        rounding = getattr(rounding, "base", rounding)
         if hasattr(rounding, "round_unseen"):
-            return rounding.round_unseen(name, weight, scheme, rng)
+            more = () if base is None else (base,)
+            return rounding.round_unseen(name, weight, scheme, rng, *more)
+        if not rounding.needs:
+            return rounding.round_layer(name, weight, None, scheme, rng)
         grid = getattr(rounding.settings, "grid", None)
         nearest = plugins.build("rounding", "rtn", {} if grid is None else {"grid": grid})
         linears = tuple(linear for linear in self.blocks.shapes.linears if linear.name == name)
@@ -526,8 +548,9 @@ class _Pass(Walk):
         device = self.blocks.device
         content = job.writer.read_block(block.index, device)
         dense = {name: tensor.to(device) for name, tensor in content.dense.items()}
+        weights = with_base(content.weights, block.base)
         return self.blocks.with_weights(
-            self.blocks.locations(block.index), {**block.original, **dense}, content.weights
+            self.blocks.locations(block.index), {**block.original, **dense}, weights
         )
 
     def _copy_of(self, block: BlockInStream) -> nn.Module:
@@ -602,7 +625,7 @@ class _Pass(Walk):
 
         def work() -> dict[str, Any]:
             return job.writer.manifest() or job.writer.finish(
-                report.manifest_content(job, self.blocks, self.windows, self.shared)
+                report.manifest_content(job, self.blocks, self.windows, self.shared, self.base)
             )
 
         manifest = self._try(job, "manifest", work)

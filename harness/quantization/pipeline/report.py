@@ -14,7 +14,9 @@ from torch import Tensor
 from harness.core.cell import Method
 from harness.core.errors import MethodError
 from harness.quantization.calibration import windows_digest
+from harness.quantization.formats.base_model import BaseModel
 from harness.quantization.models.protocols import WeightLocation
+from harness.quantization.numerics.deltas import DeltaWeight
 from harness.quantization.numerics.weights import QuantizedWeight
 from harness.quantization.pipeline.blocks import Blocks
 from harness.quantization.pipeline.jobs import Job
@@ -83,7 +85,8 @@ def layer_errors(
     weights: Mapping[str, QuantizedWeight],
     statistics: Statistics,
 ) -> dict[str, dict[str, float]]:
-    """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
+    """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian;
+    delta, ||W - W'||² / ||W - W_base||², where a difference is stored.
 
     A Hessian is used only if the rounding of the matrix needs one: the report is part of the checkpoint's bytes, and these do not
     depend on which other cells share the pass.
@@ -98,6 +101,9 @@ def layer_errors(
             "weight_error": relative_error(difference, weight),
             "bits_per_weight": quantized.bits_per_weight,
         }
+        if isinstance(quantized, DeltaWeight) and quantized.base is not None:
+            change = weight - quantized.base.to(weight.device)
+            entry["delta_error"] = relative_error(difference, change)
         of_group = statistics.get(location.group)
         if location.expert is not None and set(needs) & set(OF_INPUTS):
             entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
@@ -119,9 +125,17 @@ def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:
 
 
 def manifest_content(
-    job: Job, blocks: Blocks, windows: Tensor | None, shared: SharedSeconds
+    job: Job,
+    blocks: Blocks,
+    windows: Tensor | None,
+    shared: SharedSeconds,
+    base: BaseModel | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration."""
+    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration.
+
+    Of differences from a base, a tensor outside the matrices that equals the base's takes no bits: the sizes are those of what one
+    more model costs beside its base.
+    """
     method = job.cell.method
     matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
     linears = 0
@@ -133,12 +147,16 @@ def manifest_content(
                 elements = location.view(parameters[location.parameter]).numel()
                 matrices[name] = matrices.get(name, 0) + elements
                 linears += 1
+    own_base = base if method.needs_base else None
     widths = blocks.weights.stored_bits()
-    total, bits = 0, job.added_bits
+    total, bits, whole = 0, job.added_bits, 0
     for name, elements in blocks.parameters.items():
         total += elements
         width = widths.get(name, 8 * blocks.dtype.itemsize)
-        bits += width * (elements - matrices.get(name, 0))
+        whole += width * elements
+        rest = elements - matrices.get(name, 0)
+        if rest and not (own_base is not None and _equals_base(blocks, own_base, name)):
+            bits += width * rest
     covered = sum(matrices.values())
     content: dict[str, Any] = {
         "parameters": total,
@@ -147,7 +165,19 @@ def manifest_content(
         "seconds": shared.cost_of(job),
         "methods": methods_of(method),
     }
-    if job.needs and windows is not None:
+    if own_base is not None:
+        base_widths = own_base.weights.stored_bits()
+        stored = sum(
+            base_widths.get(name, 8 * blocks.dtype.itemsize) * elements
+            for name, elements in matrices.items()
+        )
+        content["base"] = own_base.description()
+        content["delta"] = {
+            "ends_bytes": bits // 8,
+            "fine_tune_bytes": whole // 8,
+            "base_bits_per_weight": stored / covered,
+        }
+    if method.needs_calibration and windows is not None:
         samples, length = windows.shape
         content["calibration"] = {
             "windows_sha256": windows_digest(windows),
@@ -166,6 +196,13 @@ def methods_of(method: Method) -> dict[str, str]:
     }
     names = dict.fromkeys([found.get("rounding", ""), *(o.rounding.name for o in method.overrides)])
     return found | {"rounding": ", ".join(names)} if method.overrides else found
+
+
+def _equals_base(blocks: Blocks, base: BaseModel, name: str) -> bool:
+    """Whether a parameter of the model has the numbers that the base has under the same name."""
+    theirs = base.tensor(name)
+    own = blocks.weights.read(name, blocks.dtype, "cpu")
+    return theirs is not None and theirs.shape == own.shape and torch.equal(own, theirs)
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.core.cell import WeightScheme
 from harness.quantization.export import layouts
-from harness.quantization.formats import awq, gptq, gptq_v2
+from harness.quantization.formats import awq, compressed_tensors, gptq, gptq_v2
 from harness.quantization.numerics.weights import DenseWeight, UniformWeight
 
 
@@ -90,6 +90,14 @@ def test_awq_refuses_other_schemes() -> None:
     assert "zero_point=integer" in reasons(WeightScheme(bits=4, zero_point="float"), None)[0]
 
 
+@pytest.mark.parametrize("layout", [awq, gptq, compressed_tensors])
+def test_no_layout_takes_scales_below_zero(layout: Any) -> None:
+    signed = WeightScheme(bits=4, group_size=128, symmetric=True, signed_scales=True)
+    (reason,) = layout.Layout().scheme_reasons(signed, None)
+    assert "scales below 0" in reason
+    assert layout.Layout().scheme_reasons(replace(signed, signed_scales=False), None) == []
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, -1])
 def test_gptq_v2_holds_zero_points_of_zero(bits: int, group: int) -> None:
@@ -111,7 +119,7 @@ def test_the_versions_differ_in_zero_points_alone() -> None:
     assert not torch.equal(first["qzeros"], second["qzeros"])
     described = {"q": gptq.Layout().describe(held, None)}
     versions = [
-        layout.quantization_config(described, ())["checkpoint_format"]
+        layout.quantization_config(described, (), torch.float16)["checkpoint_format"]
         for layout in (gptq.Layout(), gptq_v2.Layout())
     ]
     assert versions == ["gptq", "gptq_v2"]

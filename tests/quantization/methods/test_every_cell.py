@@ -84,6 +84,17 @@ def test_every_method_answers_for_every_scheme_on_every_family(
         assert {"rtn", "gptq"} <= served, family
 
 
+def test_methods_of_differences_are_refused_without_a_base(on_llama: list[Cell]) -> None:
+    ask = every_cell.checker()
+    asked: dict[str, list[str]] = {}
+    for cell in on_llama:
+        if cell.method.needs_base and not ask.reasons(cell):
+            bare = dataclasses.replace(cell.model, base="", base_digest="")
+            asked.setdefault(cell.method.name, ask.reasons(dataclasses.replace(cell, model=bare)))
+    assert len(asked) >= 6
+    assert all("set model.base=" in " ".join(reasons) for reasons in asked.values())
+
+
 def covering(cells: list[Cell], methods: list[str] | None) -> list[Cell]:
     """One accepted cell for each of these methods; for all methods (None), every scheme that any of them accepts too."""
     ask = every_cell.checker()

@@ -152,3 +152,26 @@ def test_float_zero_points_serve_every_method_on_grids_and_no_other() -> None:
         Scheme("fp8", WeightScheme("fp8_e4m3", 8, zero_point="float")), llama_shapes()
     )
     assert "no zero points" in reason
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float8_e4m3"])
+def test_signed_scales_serve_every_method_on_grids_and_no_other(scale_dtype: str) -> None:
+    own = WeightScheme("int", 4, 16, True, scale_dtype, signed_scales=True)
+    weight, evidence = random_weight(16, 64), FakeEvidence(correlated_inputs(64))
+    for name in ("rtn", "gptq", "awq"):
+        method = plugins.build("rounding", name, {})
+        assert method.check(Scheme("w4", own), llama_shapes()) == []
+        found = method.round_layer("mlp.up_proj", weight, evidence, own, generator())
+        scale = found.scale  # type: ignore[attr-defined]
+        assert 0.3 < float((scale < 0).float().mean()) < 0.7
+        again = type(found).unpack(*found.pack())
+        assert torch.equal(again.dequantize(), found.dequantize())
+        if scale_dtype == "float16":
+            assert found.bits_per_weight == 4 + 16 / 16  # the sign costs nothing
+        assert (found.dequantize() - weight).norm() < 0.2 * weight.norm()
+    (reason,) = plugins.build("rounding", "omniquant", {}).check(
+        Scheme("w4", WeightScheme("int", 4, 16, True, signed_scales=True)), llama_shapes()
+    )
+    assert "signed_scales=false" in reason
+    assert "symmetric" in WeightScheme("int", 4, 16, signed_scales=True).contradictions()[0]
+    assert "symmetric" in WeightScheme("nf4", 4, 64, True, signed_scales=True).contradictions()[0]

@@ -202,7 +202,7 @@ def test_what_is_of_something_else_is_refused(walked: Walked, name: str) -> None
         dataclasses.replace(cell, scheme=dataclasses.replace(cell.scheme, weight=_other(cell))),
         dataclasses.replace(cell, method=_with_settings(cell, {"a setting": 1})),
     ]
-    if cell.method.needs:
+    if cell.method.needs_calibration:
         assert isinstance(cell.calibration, Calibration)
         others.append(
             dataclasses.replace(

@@ -31,6 +31,7 @@ FORMS = {
     "steps": WeightScheme("int", 4, -1, False, "float32"),
     "two bits": WeightScheme("int", 2, -1, False, "float16"),
     "symmetric": WeightScheme("int", 3, -1, True, "float32"),
+    "signed": WeightScheme("int", 3, -1, True, "float16", signed_scales=True),
     "eight bits": WeightScheme("int", 8, -1, False, "bfloat16"),
     "float zero": WeightScheme("int", 3, -1, False, "float16", zero_point="float"),
     **{

@@ -160,6 +160,58 @@ def test_a_searched_range_never_loses(seed: int, bits: int, kind: tuple[str, boo
     assert bool((errors[1] <= errors[0]).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=BITS,
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    shift=st.sampled_from([0.0, 0.5, 5.0, -5.0]),
+)
+def test_signed_grids_hold_the_largest_weight_with_its_sign(
+    seed: int, bits: int, dtype: str, shift: float
+) -> None:
+    values = values_of(seed, rows=16, shift=shift)
+    grid = grids.fit(values, bits, True, "signed", dtype)
+    assert torch.equal(grid.scale.to(grids.SCALE_DTYPES[dtype]).float(), grid.scale)
+    assert bool((grid.zero == 2 ** (bits - 1)).all())
+    place = values.abs().argmax(-1, keepdim=True)
+    largest = values.gather(-1, place)
+    assert torch.equal(grid.scale < 0, largest > 0)
+    codes = grid.quantize(values)
+    assert 0 <= codes.min() and codes.max() <= grid.top
+    assert not codes.gather(-1, place).any()  # the lowest code
+    found = grid.nearest(values)
+    rounding = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}[dtype]  # of the scale
+    torch.testing.assert_close(found.gather(-1, place), largest, rtol=rounding, atol=0)
+    middle = 2 ** (bits - 1)
+    reach = largest.abs() * (middle - 1) / middle  # of the other side
+    inside = (values * largest.sign() > 0) | (values.abs() <= reach)
+    moved = (found - values).abs() / grid.scale.abs()
+    assert bool((moved[inside] <= 0.5 + 2 * middle * rounding).all())
+
+
+def test_signed_grids_by_hand() -> None:
+    rows = torch.tensor([[-1.0, 0.25, 0.5], [-0.5, 0.25, 1.0], [-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    grid = grids.fit(rows, 3, True, "signed")
+    assert grid.scale[:, 0].tolist() == [0.25, -0.25, -0.25, 1.0]  # the positive end wins a tie
+    assert grid.quantize(rows).tolist() == [[0, 5, 6], [6, 3, 0], [7, 4, 0], [4, 4, 4]]
+    assert grid.nearest(rows).tolist() == [[-1, 0.25, 0.5], [-0.5, 0.25, 1], [-0.75, 0, 1], [0] * 3]
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [1e-45, 1e-12, 7.0, -7.0, 1e7, -1e7])
+def test_signed_grids_of_constant_groups_are_usable(scale_dtype: str, value: float) -> None:
+    values = torch.full((2, 8), value)
+    grid = grids.fit(values, 4, True, "signed", scale_dtype)
+    assert bool((grid.scale.sign() == -values[:, :1].sign()).all())
+    assert bool(torch.isfinite(grid.nearest(values)).all())
+
+
+def test_about_half_of_the_signed_scales_are_negative() -> None:
+    grid = grids.fit(values_of(3, rows=2048), 4, True, "signed")
+    assert 0.45 < float((grid.scale < 0).float().mean()) < 0.55
+
+
 def test_unknown_conventions_are_named() -> None:
     with pytest.raises(ValueError, match='no asymmetric grid "compressed"'):
         grids.fit(values_of(0), 4, False, "compressed")
