@@ -68,6 +68,11 @@ def refusals(budget: Budget, shapes: Shapes) -> list[str]:
     unrounded = [cell.title for cell in cells if cell.method.rounding is None]
     if unrounded:
         return [f"{', '.join(unrounded)} round no weights, so there is nothing to mix"]
+    deltas = dict.fromkeys(cell.method.name for cell in cells if cell.method.needs_base)
+    if deltas:
+        return [
+            f"{', '.join(deltas)} stores differences from a base model, which a budget does not measure"
+        ]
     try:
         exact = all(map(is_exact, cells))
         whole = [cell for cell in cells if _by_block(cell)]

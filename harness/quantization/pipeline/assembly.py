@@ -54,7 +54,8 @@ def is_exact(cell: Cell) -> bool:
     if method.transform is not None and not is_scheme_independent(cell):
         return False
     rounding = plugins.build("rounding", method.rounding.name, to_json(method.rounding)["settings"])
-    return not hasattr(rounding, "round_block") and not getattr(rounding, "sequential", False)
+    around = (rounding, getattr(rounding, "base", None))  # a rounding may be around another
+    return not any(hasattr(r, "round_block") or getattr(r, "sequential", False) for r in around)
 
 
 def is_scheme_independent(cell: Cell) -> bool:
