@@ -18,7 +18,7 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
         "parts": parts_identity(cell.method),
         # folders that exist hold this field at its default too
         "weight": None
-        if cell.method.is_baseline
+        if not cell.method.quantizes
         else {**weight_identity(own), "zero_point": own.zero_point},
     }
 

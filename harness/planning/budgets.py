@@ -68,6 +68,11 @@ def refusals(budget: Budget, shapes: Shapes) -> list[str]:
     unrounded = [cell.title for cell in cells if cell.method.rounding is None]
     if unrounded:
         return [f"{', '.join(unrounded)} round no weights, so there is nothing to mix"]
+    reduced = dict.fromkeys(cell.method.name for cell in cells if cell.method.reduction is not None)
+    if reduced:
+        return [
+            f"{', '.join(reduced)} makes a smaller model first; mix cells of that model instead"
+        ]
     deltas = dict.fromkeys(cell.method.name for cell in cells if cell.method.needs_base)
     if deltas:
         return [
