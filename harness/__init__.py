@@ -376,7 +376,9 @@ def report(sweep: str | None = None, *overrides: str) -> str:
 def _load(sweep: str | None, overrides: tuple[str, ...]) -> tuple[Sweep, Store]:
     from harness.config.grid import load_sweep
     from harness.config.overrides import split_arguments
+    from harness.storage.budgets import resolved
     from harness.storage.store import Store
 
     loaded = load_sweep(*split_arguments(sweep, list(overrides)))
-    return loaded, Store(loaded.runtime.runs)
+    store = Store(loaded.runtime.runs)
+    return resolved(loaded, store), store

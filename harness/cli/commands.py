@@ -165,6 +165,46 @@ def run(
 
 
 @app.command()
+def allocate(
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    bits: Annotated[
+        str, typer.Option(help="Stored bits per weight, one or several: 3.2 or 2.8,3.2.")
+    ] = "",
+    size: Annotated[
+        str, typer.Option("--bytes", help="Bytes of the quantized matrices instead: 1.2GB.")
+    ] = "",
+    budget: Annotated[str, typer.Option(help="Only the budget of this name.")] = "",
+    together: Annotated[
+        str, typer.Option(help="Matrices that get one candidate: none, serving or block.")
+    ] = "",
+    trials: Annotated[int | None, typer.Option(help="Measured swaps; 0: none, unverified.")] = None,
+) -> None:
+    """Choose a width (and method) for every matrix within a size, measure it, and compare it with the uniform cell of that size.
+
+    Candidates are those of the sweep's `budgets:`, or else its cells that differ in their weight scheme alone. Missing ones are
+    made first.
+
+    \b
+    Examples:
+      harness allocate budget_demo --bits 3.2
+      harness allocate demo method=gptq scheme=w4g32,w3g32,w2g32 inputs=full_precision --bits 2.8,3.1
+    """
+    from harness.cli.allocate import asked_sizes, with_budgets
+    from harness.cli.progress import show_events
+    from harness.execution.driver import run as run_sweep
+    from harness.reporting.budgets import budget_rows, render_budgets
+
+    sizes = asked_sizes(bits, size)
+    loaded, store = _load(sweep, overrides)
+    narrowed = with_budgets(loaded, sizes, budget, together, trials)
+    summary = run_sweep(narrowed, show_events())
+    print(summary.text)
+    print(render_budgets(budget_rows(narrowed, store)), end="")
+    raise typer.Exit(summary.exit_code)
+
+
+@app.command()
 def status(
     sweep: SweepArgument = None,
     overrides: Overrides = None,
@@ -658,6 +698,7 @@ def _print_json(value: Any) -> None:
 def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tuple[Sweep, Store]:
     from harness.config.kept_sweeps import load_sweep
     from harness.config.overrides import split_arguments
+    from harness.storage.budgets import resolved
     from harness.storage.store import Store
 
     name, changes = split_arguments(sweep, overrides)
@@ -666,7 +707,8 @@ def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tup
             "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
         )
     loaded = load_sweep(name, with_runs(changes, runs))
-    return loaded, Store(loaded.runtime.runs)
+    store = Store(loaded.runtime.runs)
+    return resolved(loaded, store), store
 
 
 def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.core.cell import Cell, baseline_of, cell_key, quantize_key, to_json, untuned
+from harness.core.labels import budget_of
 from harness.data import kept
+from harness.storage.budgets import budgets_of_cell
 from harness.storage.places import is_url
 from harness.storage.record import Record
 from harness.storage.store import Store
@@ -17,7 +19,8 @@ def cell_text(cell: Cell, store: Store) -> str:
     """Everything known of a cell, with the command that reproduces it; kept until a file of the cell changes."""
     from harness.config.reproduce import command_for
 
-    command = command_for(cell)
+    mixed = list(budgets_of_cell(store, cell)) if budget_of(cell)[0] else []
+    command = mixed[0][2]["command"] if mixed else command_for(cell)
     if is_url(store.place):
         return record_text(store.record(cell), store, command)
     cells = (cell, baseline_of(cell))
@@ -27,6 +30,7 @@ def cell_text(cell: Cell, store: Store) -> str:
             *(store.cell_folder(cell_key(each)) for each in cells),
             *(store.checkpoint_folder(key) / "manifest.json" for key in checkpoints),
             store.root / "provenance",
+            store.root / "budgets",
         ]
     )
     question = [kept.code_stamp().text, stamp.text, str(store.place), to_json(cell), command]
@@ -78,6 +82,9 @@ def record_text(record: Record, store: Store, command: str) -> str:
     sections.append(
         "config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     )
+    chosen = _budgets(record, store)
+    if chosen:
+        sections.append("bit budgets\n" + _indent(chosen))
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
     delta = _delta(record)
     if delta:
@@ -100,6 +107,21 @@ def record_text(record: Record, store: Store, command: str) -> str:
         )
     sections.append(f"log     {store.where(store.log_path(record.cell_key))}\nagain   {command}")
     return "\n\n".join(sections)
+
+
+def _budgets(record: Record, store: Store) -> str:
+    """The budgets that chose the cell: of which sweep, how large, and what the comparison with the uniform cell gave."""
+    lines = []
+    for sweep, name, content in budgets_of_cell(store, record.cell):
+        bits = content["bits"] / content["weights"]
+        measured = content["divergence"]
+        kl = "not measured" if measured is None else f"KL {measured:.4g} nats per token"
+        verdict = (content.get("verdict") or {}).get("verdict", "no verdict yet")
+        lines.append(f"{name} of sweep {sweep}: {bits:.3f} bits per weight, {kl}, {verdict}")
+        lines += [
+            f"  from {each['title']}  {each['cell_key'][:12]}" for each in content["candidates"]
+        ]
+    return "\n".join(lines)
 
 
 def _ancestry(record: Record, store: Store) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.config.axes import EDITABLE, INPUTS, SLOTS
+from harness.config.budgets import read_budgets
 from harness.config.context import (
     Context,
     Fields,
@@ -45,6 +46,7 @@ from harness.config.tables import check_models, read_findings, read_tables
 from harness.config.typed import Problems, checked_settings, set_nested, settings_of, types_of
 from harness.config.yaml_files import read_yaml
 from harness.core import plugins
+from harness.core.budget import Budget
 from harness.core.cell import (
     Calibration,
     Cell,
@@ -102,8 +104,10 @@ def _context(file: SweepFile, edits: Edits, problems: Problems) -> Context:
 
 def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
     evaluations = read_evaluations(context)
+    asked = _budget_points(context)
     points = [point for grid in context.file.grids for point in _points(context, grid)]
-    cells, skips = _cells(context, points, evaluations)
+    cells, skips = _cells(context, [*points, *itertools.chain.from_iterable(asked)], evaluations)
+    budgets = _budgets(context, asked, cells, evaluations)
     _check_settings_used(context, points)
     check_rules(context)
     tables = read_tables(context, evaluations)
@@ -126,6 +130,7 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
         overrides=overrides,
         findings=findings,
         first=first_cells(context, cells),
+        budgets=budgets,
         method_titles=_method_titles(context, cells),
     )
 
@@ -146,6 +151,49 @@ def _method_titles(context: Context, cells: Sequence[Cell]) -> dict[str, str]:
                 title or part for title, part in zip(known, parts, strict=True)
             )
     return titles
+
+
+def _budget_points(context: Context) -> list[list[Point]]:
+    """The candidates of each budget. An override of methods or schemes leaves budgets out; grids of candidates are then plain ones,
+    where the file has no other.
+    """
+    if {axis.partition(".")[0] for axis in context.edits.axes} & {"method", *SLOTS, "scheme"}:
+        if not context.file.grids:
+            context.file.grids = [each.candidates for each in context.file.budgets]
+        context.file.budgets = []
+    return [list(_points(context, each.candidates)) for each in context.file.budgets]
+
+
+def _budgets(
+    context: Context,
+    asked: list[list[Point]],
+    cells: Sequence[Cell],
+    evaluations: tuple[Evaluation, ...],
+) -> tuple[Budget, ...]:
+    """The budgets of the sweep; their candidates are cells of the sweep, unless a rule skips them."""
+    known = {cell_key(cell): cell for cell in cells}
+    wanted = []
+    for entry, points in zip(context.file.budgets, asked, strict=True):
+        found: dict[str, tuple[Cell, Calibration | None]] = {}
+        for point in points:
+            cell = _cell(context, point)
+            if cell is not None and cell_key(cell) in known:
+                found[cell_key(cell)] = known[cell_key(cell)], _windows_of(context, point, cell)
+        wanted.append((entry, list(found.values())))
+    return read_budgets(context, wanted, evaluations)
+
+
+def _windows_of(context: Context, point: Point, cell: Cell) -> Calibration | None:
+    """The calibration of a point, also where its method needs none: a budget measures on its windows."""
+    if cell.calibration is not None or point.get("calibration", (None, False))[0] is None:
+        return cell.calibration
+    fields = tuple(
+        (key.partition(".")[2], value, several)
+        for key, (value, several) in point.items()
+        if key.startswith("calibration.")
+    )
+    make = functools.partial(_calibration, seed=cell.seed)
+    return _resolve(context, "calibration", point, {"calibration": fields}, make, cell.seed)
 
 
 def _points(context: Context, grid: Grid) -> Iterator[Point]:
@@ -438,7 +486,8 @@ def _make_method(
             suffixes += used
     if name is None or chosen != {slot: content.get(slot) for slot in SLOTS}:
         name = _method_name(context, chosen)
-    return Method(with_settings(name, varied(suffixes)), **parts)
+    own_parts: dict[str, Any] = dict(parts)
+    return Method(with_settings(name, varied(suffixes)), **own_parts)
 
 
 def _method_yaml(context: Context, name: str) -> dict[str, Any]:

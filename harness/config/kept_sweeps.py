@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config.locations import config_roots
+from harness.core.budget import Budget
 from harness.core.cell import (
     Calibration,
     Cell,
@@ -172,6 +173,8 @@ def unpacked(content: Mapping[str, Any]) -> Sweep:
         findings=tuple(from_json(Finding, each) for each in content["findings"]),
         method_titles=dict(content["method_titles"]),
         first=tuple(First(text, frozenset(keys)) for text, keys in content["first"]),
+        budgets=tuple(from_json(Budget, each) for each in content["budgets"]),
+        command=content["command"],
     )
 
 
@@ -196,6 +199,9 @@ def _sources(sweep: Sweep) -> Iterator[Path]:
         places |= {cell.model.source: None, cell.model.base: None}
         if cell.calibration is not None:
             places[cell.calibration.source] = None
+    for budget in sweep.budgets:
+        if budget.calibration is not None:
+            places[budget.calibration.source] = None
     for evaluation in dict.fromkeys(each for cell in sweep.cells[:1] for each in cell.evaluations):
         settings = to_json(evaluation)["settings"]
         places |= dict.fromkeys(texts_in(settings))

@@ -31,12 +31,22 @@ class SweepFile:
     evaluations: list[Any] = field(default_factory=list)
     tables: list[Any] = field(default_factory=list)
     findings: list[Any] = field(default_factory=list)
+    budgets: list[BudgetGrid] = field(default_factory=list)
     runtime: dict[str, Any] = field(default_factory=dict)
     baseline: bool = True
 
     @property
     def where(self) -> str:
         return str(self.path) if self.path is not None else "command line"
+
+
+@dataclass
+class BudgetGrid:
+    """One entry of `budgets`: the grid of its candidates, all other keys unchecked, and where it stands."""
+
+    content: dict[str, Any]
+    candidates: Grid
+    where: str
 
 
 @dataclass
@@ -83,7 +93,7 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
             setattr(file, key, [_with_current_names(key, entry) for entry in listed])
         elif key == "baseline" and isinstance(value, bool):
             file.baseline = value
-        elif key != "grids":
+        elif key not in ("grids", "budgets"):
             known = [
                 *AXES,
                 "grids",
@@ -92,16 +102,34 @@ def read_sweep_file(path: Path, problems: Problems) -> SweepFile:
                 "evaluations",
                 "tables",
                 "findings",
+                "budgets",
                 "baseline",
                 *RUNTIME,
             ]
             problems.add(unknown_name("key", key, known, str(path)))
-    grids = content.get("grids") or [{}]
+    budgets = content.get("budgets") or []
+    for index, entry in enumerate(budgets if isinstance(budgets, list) else [budgets]):
+        with problems.collect():
+            file.budgets.append(_read_budget(entry, shared, f"{path}: budgets[{index}]", problems))
+    # shared axes alone are a grid, unless they serve budgets only
+    alone = not file.budgets or shared.keys() & {"method", "rounding"}
+    grids = content.get("grids") or ([{}] if alone else [])
     file.grids = []
     for index, entry in enumerate(grids if isinstance(grids, list) else [grids]):
         with problems.collect():
             file.grids.append(_read_grid(entry, shared, f"{path}: grids[{index}]", problems))
     return file
+
+
+def _read_budget(
+    entry: Any, shared: Mapping[str, list[Any]], where: str, problems: Problems
+) -> BudgetGrid:
+    if not isinstance(entry, dict) or not isinstance(entry.get("of"), dict):
+        raise ConfigError(
+            f"{where}: a mapping with name, of (the axes of its candidates) and bits or bytes is expected, not {entry!r}"
+        )
+    candidates = _read_grid(entry["of"], shared, f"{where}.of", problems)
+    return BudgetGrid({k: v for k, v in entry.items() if k != "of"}, candidates, where)
 
 
 def _with_current_names(key: str, entry: Any) -> Any:

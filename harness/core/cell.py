@@ -16,11 +16,8 @@ Library versions, cards, commits and batch sizes are provenance; they live in th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -29,6 +26,7 @@ from annotated_types import Ge
 from harness.core import plugins
 from harness.core.errors import ConfigError
 from harness.core.json_values import Settings as Settings
+from harness.core.json_values import digest as digest
 from harness.core.json_values import freeze as freeze
 from harness.core.json_values import from_json as from_json
 from harness.core.json_values import to_json as to_json
@@ -101,10 +99,23 @@ def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
 
 
 @dataclass(frozen=True)
+class RoundingOverride:
+    """Another rounding for linears of some blocks, by their short names ("q_proj"), as a bit budget chose it."""
+
+    rounding: Part
+    linears: tuple[str, ...]
+    blocks: tuple[int, ...]
+
+    def applies(self, block: int, linear: str) -> bool:
+        return block in self.blocks and linear.rsplit(".", 1)[-1] in self.linears
+
+
+@dataclass(frozen=True)
 class Method:
     """A named recipe over four slots. All slots empty is the full-precision baseline, `none`.
 
     A reduction makes a smaller model first; the other three, `parts`, quantize that one, or the model itself.
+    overrides: linears with a rounding of their own, each named by one override at most.
     """
 
     name: str
@@ -112,12 +123,22 @@ class Method:
     rounding: Part | None = None
     tuning: Part | None = None
     reduction: Part | None = None
+    overrides: tuple[RoundingOverride, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What turns the model, or the reduced one, into a checkpoint."""
-        return tuple(
-            part for part in (self.transform, self.rounding, self.tuning) if part is not None
+        """What turns the model, or the reduced one, into a checkpoint: the slots, then the other roundings of overrides."""
+        slots = (self.transform, self.rounding, self.tuning)
+        found = [part for part in slots if part is not None]
+        for override in self.overrides:
+            if override.rounding not in found:
+                found.append(override.rounding)
+        return tuple(found)
+
+    def rounding_for(self, block: int, linear: str) -> Part | None:
+        """The rounding of one linear ("self_attn.q_proj" or "q_proj") of one block."""
+        return next(
+            (each.rounding for each in self.overrides if each.applies(block, linear)), self.rounding
         )
 
     @property
@@ -429,6 +450,11 @@ def _quantize_key(cell: Cell) -> str:
         "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
+    if method.overrides:
+        identity["roundings"] = [
+            [method.parts.index(o.rounding), list(o.linears), list(o.blocks)]
+            for o in method.overrides
+        ]
     if method.reduction is not None:
         identity["reduction"] = reduction_key(cell)
     if method.quantizes:
@@ -480,10 +506,9 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
     plugin's class, {name: default}, read from its source; of the settings of a part's base alike.
     """
     found = []
-    for kind in ("transform", "rounding", "tuning"):
-        part: Part | None = getattr(method, kind)
-        if part is None:
-            continue
+    slots = [kind for kind in ("transform", "rounding", "tuning") if getattr(method, kind)]
+    kinds = [*slots, *("rounding" for _ in method.parts[len(slots) :])]  # those of overrides
+    for kind, part in zip(kinds, method.parts, strict=True):
         identity = _identity(part, drop=("needs", "stochastic", "activation_aware"))
         settings = _without_added_later(kind, part.name, identity["settings"])
         if "base_version" in settings:
@@ -541,7 +566,10 @@ def cell_key(cell: Cell) -> str:
 
 
 def _cell_key(cell: Cell) -> str:
-    identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
+    identity: dict[str, Any] = {
+        "checkpoint": quantize_key(cell),
+        "execution": _execution(cell.scheme),
+    }
     if has_static_scales(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
     if holds_all_widths(cell.method):
@@ -597,35 +625,6 @@ def baseline_of(cell: Cell) -> Cell:
         seed=0,
         variant="",
     )
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits.
-
-    Raises ConfigError for NaN and infinity, which JSON lacks: what changes numbers must be one itself.
-    """
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except ValueError as error:
-        found = ", ".join(f"{place}={number}" for place, number in _non_finite(value))
-        raise ConfigError(
-            f"{found or error}: a finite number is expected; change it where it was set (a YAML file or an override), "
-            "or leave it out"
-        ) from error
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _non_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
-    """Where in a JSON value NaN and infinities are."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield place, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _non_finite(item, f"{place}.{name}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        pair = len(value) == 2 and isinstance(value[0], str)  # a setting with its value
-        for number, item in enumerate(value):
-            yield from _non_finite(item, f"{place}.{value[0] if pair else number}".lstrip("."))
 
 
 def _execution(scheme: Scheme) -> dict[str, Any]:

@@ -82,6 +82,14 @@ class Scored(Event):
 
 
 @dataclass(frozen=True)
+class Allocated(Event):
+    """A bit budget has its choice in the store. budget: its name with the size; record: the content of its file."""
+
+    budget: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Failed(Event):
     """One cell (or one evaluation of it) failed; the others of its task go on.
 

@@ -1,12 +1,18 @@
-"""Dataclasses of cells and sweeps as JSON values, and back. Settings are hashable pairs in memory and objects in JSON."""
+"""Cells and sweeps as JSON values, and back: settings that can be hashed, dataclasses, digests in canonical form."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
+import math
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
+
+from harness.core.errors import ConfigError
 
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 T = TypeVar("T")
@@ -88,3 +94,32 @@ def _build(kind: Any, data: Any) -> Any:
             **{name: _build(hints[name], item) for name, item in data.items()}
         )
     return data
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, as 64 hexadecimal digits.
+
+    Raises ConfigError for NaN and infinity, which JSON lacks: what changes numbers must be one itself.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        found = ", ".join(f"{place}={number}" for place, number in _non_finite(value))
+        raise ConfigError(
+            f"{found or error}: a finite number is expected; change it where it was set (a YAML file or an override), "
+            "or leave it out"
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _non_finite(value: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Where in a JSON value NaN and infinities are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _non_finite(item, f"{place}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        pair = len(value) == 2 and isinstance(value[0], str)  # a setting with its value
+        for number, item in enumerate(value):
+            yield from _non_finite(item, f"{place}.{value[0] if pair else number}".lstrip("."))

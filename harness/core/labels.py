@@ -83,6 +83,12 @@ def without_settings(name: str) -> str:
     return name.partition("[")[0]
 
 
+def budget_of(cell: Cell) -> tuple[str, str]:
+    """(budget, size) of a cell that a bit budget mixed, ("gptq_mixed", "2.8"); ("", "") for all other cells."""
+    name, _, size = cell.scheme.name.partition("@")
+    return (name, size) if size else ("", "")
+
+
 def baseline_title(dtype: str, bits: str) -> str:
     """What papers call the unquantized model: "FP16", "BF16" or "FP32"; "Full precision" for weights of another width.
 
@@ -103,8 +109,13 @@ def method_title(name: str, titles: Mapping[str, str]) -> str:
 
 
 def bits_text(cell: Cell) -> str:
-    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "4 2:4", "16 50 %"; for a baseline the width of its dtype."""
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "4 2:4", "16 50 %"; for a baseline the width of its dtype.
+
+    Of a cell that a bit budget mixed, its budget and size: "gptq_mixed@2.8".
+    """
     scheme = cell.scheme
+    if budget_of(cell)[0]:
+        return scheme.name
     bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if not cell.method.quantizes else scheme.weight.bits:g}"
     family = (
         ""
@@ -119,8 +130,8 @@ def bits_text(cell: Cell) -> str:
 
 
 def group_text(cell: Cell) -> str:
-    """Input channels per scale; "row" for one scale per output channel."""
-    if not cell.method.quantizes:
+    """Input channels per scale; "row" for one scale per output channel; "" where matrices may differ in it."""
+    if not cell.method.quantizes or budget_of(cell)[0]:
         return ""
     return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
 

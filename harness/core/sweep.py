@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from harness.core.budget import Budget
 from harness.core.cell import Cell
 from harness.core.text import without_password
 
@@ -199,6 +200,8 @@ class Sweep:
 
     cells          distinct, in the order of the file's grids; baselines that differences need come with them
     method_titles  name of a method of the cells, without the settings that the sweep varies -> what papers call it
+    budgets        their candidates are among the cells, the cells that they choose only once `storage.budgets.resolved` adds them
+    command        what makes it, where no sweep file with overrides does
     """
 
     name: str
@@ -213,6 +216,8 @@ class Sweep:
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
     method_titles: dict[str, str] = field(default_factory=dict)
+    budgets: tuple[Budget, ...] = ()
+    command: str = ""
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""
@@ -229,6 +234,8 @@ class Sweep:
 
 def command_line(sweep: Sweep, command: str = "run") -> str:
     """What runs the sweep again (finished work is not repeated), or shows its table."""
+    if sweep.command:
+        return without_password(sweep.command)
     words = (
         []
         if sweep.path is None

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, baseline_of, cell_key, digest
-from harness.core.errors import HarnessError, ScheduleError, StoreError, TrackingError
+from harness.core.errors import HarnessError, PlanError, ScheduleError, StoreError, TrackingError
 from harness.core.events import (
+    Allocated,
     Event,
     Failed,
     Joined,
@@ -33,15 +34,17 @@ from harness.core.events import (
 )
 from harness.core.sweep import Sweep, command_line
 from harness.core.text import first_line, without_password
-from harness.core.units import duration
+from harness.core.units import counted, duration
 from harness.evaluation.flips import with_flips
-from harness.execution import dispatch, notify, outputs
+from harness.execution import budgets, dispatch, notify, outputs
 from harness.execution.progress import Display, Silent, Tally
 from harness.planning.plan import Plan
 from harness.planning.planner import make, within
 from harness.planning.render import render, require
+from harness.reporting.budgets import BudgetRow
 from harness.reporting.files import report_path, write_figures, write_report, write_tables
 from harness.reporting.tables import build, build_all
+from harness.storage.budgets import resolved, unfinished
 from harness.storage.record import Record
 from harness.storage.store import Store
 from harness.storage.sweep_state import SweepState, is_running
@@ -57,6 +60,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHOWN_LEFT_OUT = 20  # cells without room in the budget that are listed
+# of a sweep with bit budgets: choose, measure what a pass made, and one for what another driver did meanwhile
+ROUNDS = 3
 # between two reports of a running sweep; of its time at most
 REPORT_SECONDS, REPORT_SHARE = (10.0, 0.02)
 
@@ -72,6 +77,7 @@ class Summary:
     left_out  cells for which the budget had no room
     report    where the sweep's report lies
     page      of the sweep in MLflow, without the server's address
+    budgets   the result of every bit budget, in words
     """
 
     plan: Plan
@@ -85,6 +91,7 @@ class Summary:
     left_out: int = 0
     report: str = ""
     page: str = ""
+    budgets: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -108,6 +115,7 @@ class Summary:
             if self.left_out
             else []
         )
+        lines += [f"budget  {text}" for text in self.budgets]
         lines += [f"warning {warning}" for warning in self.warnings]
         sweep = self.plan.sweep
         lines += [f"report  {self.report}"] if self.report else []
@@ -135,12 +143,91 @@ def run(
     head does not come back.
 
     confirm: asked once, with the plan, before anything starts; where it returns False nothing does.
+
+    Cells that a bit budget chooses are not known before its candidates are made: the sweep runs, its budgets choose, and it runs
+    again with the cells that they added.
     """
+    store, began, shown = Store(sweep.runtime.runs), time.monotonic(), display or Silent()
+    summary = _run(resolved(sweep, store), shown, command, budget_seconds, confirm)
+    faults: dict[str, str] = {}
+    for _ in range(ROUNDS):
+        if faults or summary.interrupted or summary.stopped or not unfinished(sweep, store):
+            break
+        left = None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
+        if left is not None and left <= 0:
+            over = f"the budget of {duration(budget_seconds)[2:]} is used up"
+            summary = dataclasses.replace(summary, stopped=over)
+            break
+        before = resolved(sweep, store)
+        try:
+            with _interrupts(getattr(shown, "interrupted", lambda: None)):
+                for event in budgets.allocate(sweep, store, command):
+                    shown.line(_allocation(event))
+                    if isinstance(event, Failed):
+                        faults[event.stage] = event.reason
+        except KeyboardInterrupt:
+            return dataclasses.replace(summary, interrupted=True)
+        if store.is_cancelled(sweep.name):
+            return dataclasses.replace(summary, interrupted=True)
+        after = resolved(sweep, store)
+        again = (
+            shown if len(after.cells) > len(before.cells) else Silent()
+        )  # else only reports change
+        try:
+            summary = _run(after, again, command, left)
+        except PlanError:  # a size that no assembly has, of which the first plan could not be sure
+            if not faults:
+                raise
+    if not sweep.budgets:
+        return summary
+    rows = budgets.settle(sweep, store)
+    waits = [row.name for row in rows if row.content is None and not faults]
+    if waits and not summary.interrupted and not summary.stopped:
+        faults |= {name: "its candidates are not all made" for name in waits}
+    return dataclasses.replace(
+        summary,
+        failed=summary.failed | faults,
+        seconds=time.monotonic() - began,
+        budgets=tuple(f"{row.name}    {_result(row)}" for row in rows),
+        warnings=(*summary.warnings, *(f"{name}: {reason}" for name, reason in faults.items())),
+    )
+
+
+def _allocation(event: Event) -> str:
+    """The line of an event of an allocation."""
+    if isinstance(event, Allocated):
+        found = event.record
+        measured = found.get("divergence_made", found["divergence"])
+        kl = "not measured" if measured is None else f"KL {measured:.4g}"
+        return (
+            f"chosen  {event.budget}    {found['bits'] / found['weights']:.3f} bits per weight, {kl}, "
+            f"{counted(len(found['trials']), 'swap')} measured"
+        )
+    assert isinstance(event, Failed)
+    return f"FAIL    {event.stage}: {event.reason}"
+
+
+def _result(row: BudgetRow) -> str:
+    """The outcome of one size of a bit budget, for the summary."""
+    if row.content is None:
+        return row.text
+    return f"{row.bits:.3f} bits per weight    {row.text}" + (
+        f"    answer: {row.answer.title}" if row.answer is not None else ""
+    )
+
+
+def _run(
+    sweep: Sweep,
+    display: Display,
+    command: str,
+    budget_seconds: float | None,
+    confirm: Callable[[Plan], bool] = lambda plan: True,
+) -> Summary:
+    """One run of the cells that are known."""
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
     require(plan)
     left_out: tuple[Cell, ...] = ()
-    display = display or Silent()
     if budget_seconds is not None:
         plan, left_out = within(plan, budget_seconds)
     text = render(plan)

@@ -27,7 +27,8 @@ def results_stamp(sweep: Sweep, store: Store) -> Stamp | None:
     cells = dict.fromkeys(made for cell in sweep.cells for made in (cell, baseline_of(cell)))
     folders = [store.cell_folder(cell_key(cell)) for cell in cells]
     manifests = [store.checkpoint_folder(quantize_key(c)) / "manifest.json" for c in cells]
-    return kept.stamp_of([*folders, *manifests, *published_folders(sweep.path)])
+    chosen = [store.root / "budgets" / sweep.name] if sweep.budgets else []
+    return kept.stamp_of([*folders, *manifests, *chosen, *published_folders(sweep.path)])
 
 
 def tables_question(sweep: Sweep, results: Stamp) -> list[Any]:

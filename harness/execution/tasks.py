@@ -1,4 +1,4 @@
-"""The two kinds of task, and how tasks and events travel as JSON."""
+"""The three kinds of task, and how tasks and events travel as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.core import events
+from harness.core.budget import Budget
 from harness.core.cell import Cell, Evaluation, from_json, to_json
 from harness.core.events import Event
 
@@ -53,8 +54,26 @@ class EvaluateTask:
     offload: bool = False
 
 
-Task = QuantizeTask | EvaluateTask
-TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask}
+@dataclass(frozen=True)
+class AllocateTask:
+    """Choose the cells of a bit budget of a sweep. again: the command that runs the sweep. Other fields as in `QuantizeTask`."""
+
+    budget: Budget
+    sweep: str
+    runs: str
+    again: str = ""
+    device: str = "auto"
+    threads: int = 0
+    command: str = ""
+    gpu_fraction: float = 1.0
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return self.budget.candidates
+
+
+Task = QuantizeTask | EvaluateTask | AllocateTask
+TASKS = {"quantize": QuantizeTask, "evaluate": EvaluateTask, "allocate": AllocateTask}
 
 
 def encode(task: Task) -> dict[str, Any]:

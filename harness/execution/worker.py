@@ -28,11 +28,9 @@ from harness.core.cell import (
     Evaluation,
     KVScheme,
     cell_key,
-    parts_identity,
     quantize_key,
     reduction_key,
     score_key,
-    stored_scheme,
     to_json,
     untuned,
 )
@@ -50,6 +48,8 @@ from harness.core.events import (
 from harness.core.failures import FailureKind
 from harness.data import model_folders
 from harness.execution import provenance
+from harness.execution.allocation import allocate
+from harness.execution.checkpoints import fingerprint, load_tokenizer
 from harness.execution.failures import ran_out
 from harness.execution.logs import TaskLogs
 from harness.execution.process import (
@@ -60,7 +60,7 @@ from harness.execution.process import (
     release,
     thread_count,
 )
-from harness.execution.tasks import EvaluateTask, QuantizeTask, Task
+from harness.execution.tasks import AllocateTask, EvaluateTask, QuantizeTask, Task
 from harness.storage.record import under_name
 from harness.storage.store import Store
 
@@ -94,6 +94,8 @@ def run(task: Task) -> Iterator[Event]:
         body = (
             quantize(task, store, device)
             if isinstance(task, QuantizeTask)
+            else allocate(task, store, device)
+            if isinstance(task, AllocateTask)
             else evaluate(task, store, device)
         )
         try:
@@ -269,30 +271,6 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
                 places.enter_context(store.making(key)), fingerprint(cell), store.files.upload
             )
         yield from run_pass(cells, folder, windows, writers, device)
-
-
-def fingerprint(cell: Cell) -> dict[str, Any]:
-    """The description that a checkpoint folder holds of itself. Equal for all cells that share the checkpoint."""
-    own = cell.scheme.weight
-    return {
-        "quantize_key": quantize_key(cell),
-        "model": cell.model.digest,
-        "dtype": cell.model.dtype,
-        "parts": parts_identity(cell.method),
-        # folders that exist hold this field at its default too
-        "weight": None
-        if not cell.method.quantizes
-        else {**stored_scheme(cell)[0], "zero_point": own.zero_point},
-    }
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, without network access."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-    )
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------------------

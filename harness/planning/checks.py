@@ -7,6 +7,7 @@ an evaluation are asked again every time, because a person repairs them outside 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
 from os.path import isabs
@@ -76,9 +77,10 @@ class Checker:
         method, scheme, model = cell.method, cell.scheme, cell.model
         for slot, part in _slots(cell):
             before = (method.reduction, method.transform)
+            rounded = (method.rounding is None, *method.overrides)
             found += self._asked(
                 model,
-                ("part", slot, part, *before, method.rounding is None, scheme),
+                ("part", slot, part, *before, rounded, scheme),
                 functools.partial(self._part_reasons, slot, part, cell),
             )
         if self.runtime.export and not method.is_baseline:
@@ -411,8 +413,15 @@ class Checker:
         shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
-        reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
-        reasons += _sparsity_reasons(slot, part, cell.scheme, shapes)
+        reasons = list(
+            dict.fromkeys(
+                f"{slot} {part.name}: {reason}"
+                for scheme in _schemes_of(slot, part, cell, shapes)
+                for reason in plugin.check(scheme, shapes)
+            )
+        )
+        for scheme in _schemes_of(slot, part, cell, shapes):
+            reasons += _sparsity_reasons(slot, part, scheme, shapes)
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -531,6 +540,20 @@ def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),
+            *(("rounding", part) for part in dict.fromkeys(o.rounding for o in method.overrides)),
         )
         if p
     ]
+
+
+def _schemes_of(slot: str, part: Part, cell: Cell, shapes: Shapes) -> list[Scheme]:
+    """The schemes that a part must be able to round: those of its own matrices where roundings differ between them."""
+    if slot != "rounding" or not cell.method.overrides:
+        return [cell.scheme]
+    weights = dict.fromkeys(
+        cell.scheme.weight_for(block, linear.name)
+        for block in range(shapes.blocks)
+        for linear in shapes.linears
+        if cell.method.rounding_for(block, linear.name) == part
+    )
+    return [dataclasses.replace(cell.scheme, weight=weight, overrides=()) for weight in weights]

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.core.cell import Cell, Evaluation
+from harness.core.cell import Cell, Evaluation, WeightScheme
+from harness.core.labels import budget_of
 from harness.core.sweep import Runtime
 from harness.planning import resources
 from harness.planning.checks import Checker
@@ -23,7 +24,7 @@ from harness.planning.streams import stream_of
 from harness.storage.store import Store
 
 if TYPE_CHECKING:
-    from harness.core.shapes import Shapes
+    from harness.core.shapes import LinearShape, Shapes
 
 
 # float32 matrix products of one CPU thread, as seen on a 2-core cloud machine
@@ -39,15 +40,19 @@ def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
     bits, beside = 0.0, _low_rank_bits(cell)
     for block in range(shapes.blocks):
         for linear in shapes.linears:
-            scheme = cell.scheme.weight_for(block, linear.name)
-            group = scheme.group_size if scheme.group_size > 0 else linear.in_features
-            overhead = (16 + (0 if scheme.symmetric else scheme.bits)) / group
-            bits += linear.out_features * linear.in_features * (scheme.bits + overhead)
+            bits += matrix_bits(linear, cell.scheme.weight_for(block, linear.name))
             bits += beside * (linear.out_features + linear.in_features)
         if not cell.scheme.overrides:
             bits *= shapes.blocks
             break
     return int(bits / 8) + 65536
+
+
+def matrix_bits(linear: LinearShape, scheme: WeightScheme) -> float:
+    """Estimated bits of one matrix: codes, one scale per group and, where the scheme has zero points, one of them."""
+    group = scheme.group_size if scheme.group_size > 0 else linear.in_features
+    overhead = (16 + (0 if scheme.symmetric else scheme.bits)) / group
+    return linear.out_features * linear.in_features * (scheme.bits + overhead)
 
 
 def _low_rank_bits(cell: Cell) -> float:
@@ -127,7 +132,8 @@ class History:
                 if isinstance(mark := record.provenance.get(f"out_of_memory_{stage}"), dict):
                     self._marks.append((stage, record.cell, mark))
             model = record.cell.model.digest
-            if record.manifest and (seconds := record.manifest.get("seconds")):
+            mixed = bool(budget_of(record.cell)[0])  # copied, not rounded
+            if not mixed and record.manifest and (seconds := record.manifest.get("seconds")):
                 quantized[model, record.cell.method.name].append(float(seconds))
             for name, score in record.scores.items():
                 if seconds := score.get("seconds"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.core.budget import Budget, Size
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key
 from harness.core.sweep import Sweep
 
@@ -80,6 +81,21 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """A bit budget of the sweep and what is left to do for it.
+
+    groups    of matrices that get one candidate, as far as the model's config tells
+    open      sizes whose choice is not in the store
+    unmade    candidates without a checkpoint
+    """
+
+    budget: Budget
+    groups: int
+    open: tuple[Size, ...]
+    unmade: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run of a sweep will do.
 
@@ -88,6 +104,7 @@ class Plan:
     notes          on the models to quantize (parts that stay as they are, scales that are not folded), warnings of methods, and on
                    memory that ran out
     used_bytes     of the store, where it has a quota
+    allocations    its bit budgets; cells that they will choose are among `missing` only once they are known
     """
 
     sweep: Sweep
@@ -100,6 +117,7 @@ class Plan:
     workers: int
     notes: tuple[str, ...] = ()
     used_bytes: int = 0
+    allocations: tuple[Allocation, ...] = ()
 
     @property
     def checkpoints(self) -> int:

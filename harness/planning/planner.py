@@ -18,6 +18,7 @@ from harness.core.sweep import Runtime, Sweep
 from harness.core.units import size
 from harness.data import hub
 from harness.planning import surroundings
+from harness.planning.budgets import allocations_of
 from harness.planning.checks import Checker
 from harness.planning.estimates import History
 from harness.planning.passes import make_passes, make_scorings
@@ -67,7 +68,9 @@ def make(sweep: Sweep, store: Store) -> Plan:
     passes = tuple(make_passes(unmade, sweep, checker, history, workers)) if history else ()
     scorings = tuple(make_scorings(to_do, unscored, sweep, checker, history)) if history else ()
     used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
+    allocations, faults, advice = allocations_of(sweep, live, checker)
     problems = (
+        *faults,
         *_problems(sweep.runtime, store, passes, scorings, used),
         *(surroundings.problems(sweep.runtime) if missing else ()),
     )
@@ -96,7 +99,17 @@ def make(sweep: Sweep, store: Store) -> Plan:
     notes = files | notes | cautions | own_bases | dict.fromkeys(around)
     checker.save()
     return Plan(
-        sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
+        sweep,
+        done,
+        missing,
+        refused,
+        passes,
+        scorings,
+        problems,
+        workers,
+        (*notes, *warned, *advice),
+        used,
+        allocations,
     )
 
 

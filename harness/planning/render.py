@@ -13,7 +13,7 @@ from harness.core.sweep import Runtime, command_line
 from harness.core.text import short_list
 from harness.core.units import counted, duration, size
 from harness.data import hub
-from harness.planning.plan import Pass, Plan, Refusal
+from harness.planning.plan import Allocation, Pass, Plan, Refusal
 from harness.planning.resources import quota_bytes
 
 PART = re.compile(r"(transform|rounding|tuning) (\S+): (.*)")  # a reason of one part of a method
@@ -45,6 +45,7 @@ def render(plan: Plan) -> str:
         lines.append(
             f"score   {scoring.cells[0].model.name}   {counted(scoring.count, 'evaluation')} of {cells}{gpus}   {cost}"
         )
+    lines += [_allocation(each) for each in plan.allocations]
     keys = set(map(cell_key, sweep.cells)) if sweep.first else set()
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
@@ -180,6 +181,25 @@ def _ways_out(plan: Plan) -> list[str]:
         leave = ", or add the cells to the file's `skip:` list" if sweep.path is not None else ""
         lines.append(f"Change {' or '.join(change)}{leave}.")
     return lines
+
+
+def _allocation(each: Allocation) -> str:
+    """What a bit budget will do."""
+    budget, count = each.budget, len(each.budget.candidates)
+    words = [
+        f"{counted(count, 'candidate')} ({count - each.unmade} done, {each.unmade} to make)",
+        counted(each.groups, "group"),
+    ]
+    if budget.trials:
+        windows = counted(budget.windows, "window")
+        words.append(f"measures ≤ {counted(budget.trials, 'assembly')} of {windows} for each size")
+    elif budget.measures:
+        words.append("measures its proposals, not the result")
+    else:
+        words.append("measures nothing")
+    cells = f"{len(each.open)} of {counted(len(budget.sizes), 'cell')} known after the measurement"
+    words.append(cells if each.open else f"{counted(len(budget.sizes), 'cell')} known")
+    return f"budget  {budget.name}   {' · '.join(words)}"
 
 
 def _tracking(runtime: Runtime) -> str:

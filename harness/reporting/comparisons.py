@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.core.cell import Cell, Evaluation, baseline_of, cell_key
-from harness.evaluation.statistics import Comparison, compare_seeds, holm
+from harness.evaluation.statistics import Comparison, compare, compare_seeds, holm
 from harness.storage.record import Record
 from harness.storage.store import Store
 
@@ -68,6 +68,21 @@ def compare_cells(
                 raw[keys[0], metric] = found
     adjusted = holm({name: comparison.p_value for name, comparison in raw.items()})
     return {name: replace(comparison, adjusted=adjusted[name]) for name, comparison in raw.items()}
+
+
+def compare_pair(ours: Record, theirs: Record, metric: str, store: Store) -> Comparison | None:
+    """The paired test of two cells on one metric, not corrected; None where they were not scored on the same items."""
+    mine, other = _items(ours, metric, store), _items(theirs, metric, store)
+    if mine is None or other is None or set(mine.values) != set(other.values):
+        return None
+    if mine.weights != other.weights:
+        return None
+    names = list(other.values)
+    return compare(
+        [mine.values[name] for name in names],
+        [other.values[name] for name in names],
+        None if other.weights is None else [other.weights[name] for name in names],
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, cell_key
-from harness.core.labels import baseline_title, group_text, method_title, replicates, variants
+from harness.core.labels import (
+    baseline_title,
+    budget_of,
+    group_text,
+    method_title,
+    replicates,
+    variants,
+)
 from harness.core.sweep import Column, Sweep
 from harness.core.text import file_name
 from harness.evaluation.statistics import over_seeds, pearson
@@ -434,16 +441,18 @@ def _legend(figure: Figure, axes: Axes, found: Sequence[Point]) -> None:
 def _labels(cells: Sequence[Cell], words: Words) -> dict[str, tuple[str, str]]:
     """cell_key -> (method, group): the method's name, and what else differs within it; activation and KV bits always."""
     quantized = [cell for cell in cells if not cell.method.is_baseline]
-    groups = {group_text(cell) for cell in quantized}
+    groups = {group_text(cell) for cell in quantized if not budget_of(cell)[0]}
     told = variants(quantized)
     labels = {}
     for cell in quantized:
+        mixed, _ = budget_of(cell)  # a line of its own for a budget over its sizes
         group = group_text(cell)
-        parts = [f"g{group}" if group != "row" else "per row"] if len(groups) > 1 else []
+        shown = len(groups) > 1 and not mixed
+        parts = [f"g{group}" if group != "row" else "per row"] if shown else []
         parts += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
         parts += [cell.scheme.kv.text] if cell.scheme.kv else []
         parts.append(told.get(cell_key(cell), ""))
-        name = method_title(cell.method.name, words.methods)
+        name = mixed or method_title(cell.method.name, words.methods)
         labels[cell_key(cell)] = (name, " · ".join(filter(None, parts)))
     return labels
 

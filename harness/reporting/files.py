@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.core.cell import cell_key
 from harness.core.sweep import Sweep
+from harness.reporting.budgets import budget_rows, render_budgets
 from harness.reporting.gallery import draw_files
 from harness.reporting.render import FORMATS, render
 from harness.reporting.report import report_page
@@ -17,10 +18,11 @@ from harness.storage.record import Record
 from harness.storage.store import Store
 
 REPORTS = "reports"
+BUDGETS = "budgets.md"
 
 
 def write_tables(sweep: Sweep, made: Mapping[str, TableData], store: Store) -> tuple[Path, ...]:
-    """The sweep's tables in every format; in HTML a number links to the cell that made it."""
+    """The sweep's tables in every format, and that of its bit budgets; in HTML a number links to the cell that made it."""
     links = {cell_key(cell): f"../../cells/{cell_key(cell)}/cell.json" for cell in sweep.cells}
     paths = []
     for name, data in made.items():
@@ -28,6 +30,10 @@ def write_tables(sweep: Sweep, made: Mapping[str, TableData], store: Store) -> t
             path = store.root / "tables" / sweep.name / f"{name}{suffix}"
             store.write_file(path, render(data, form, links if form == "html" else None).encode())
             paths.append(path)
+    rows = budget_rows(sweep, store)
+    if rows:
+        paths.append(store.root / "tables" / sweep.name / BUDGETS)
+        store.write_file(paths[-1], render_budgets(rows).encode())
     return tuple(paths)
 
 

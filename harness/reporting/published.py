@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
+from harness.core.labels import budget_of
 from harness.core.package import published_folders
 from harness.core.text import letters_and_digits
 
@@ -206,6 +207,8 @@ def _same_method(cell: Cell, row: PublishedRow, methods: Mapping[str, str]) -> b
 def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
     if cell.method.is_baseline:
         return True
+    if budget_of(cell)[0]:
+        return False
     scheme = cell.scheme
     activation = scheme.activation.bits if scheme.activation else 16
     named = {

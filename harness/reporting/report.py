@@ -16,7 +16,7 @@ from importlib import resources
 from harness.core.cell import Cell, baseline_of, cell_key, to_json
 from harness.core.sweep import Column, Sweep, command_line
 from harness.core.text import settings_text
-from harness.reporting import findings
+from harness.reporting import budgets, findings
 from harness.reporting.gallery import heading, image_tag
 from harness.reporting.metrics import problems_of
 from harness.reporting.table_data import ColumnHead, Row, TableData, Value
@@ -47,6 +47,7 @@ def report_page(
     known = {record.cell_key: record for record in records}
     parts = {
         "tables": "".join(_table(data, known) for data in made.values()),
+        "budgets": _budgets(sweep, store),
         "figures": "".join(
             f'<figure id="figure-{_id(name)}">{image_tag(name, image)}'
             f"<figcaption>{_text(heading(name))}</figcaption></figure>"
@@ -58,6 +59,7 @@ def report_page(
     }
     titles = {
         "tables": "Tables",
+        "budgets": "Bit budgets",
         "figures": "Figures",
         "findings": "Findings",
         "protocol": "Protocol",
@@ -264,6 +266,22 @@ def _tip(row: Row, column: Column, value: Value, known: Mapping[str, Record]) ->
     if record is not None and value.problems:
         lines += problems_of(record, (column.metric, *column.of))
     return "\n".join([*lines, f"cell {value.cell_key}", f"harness show {value.cell_key[:12]}"])
+
+
+def _budgets(sweep: Sweep, store: Store) -> str:
+    """What each bit budget chose, and whether that is better than a uniform cell."""
+    rows = budgets.budget_rows(sweep, store)
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in budgets.HEADS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in budgets.texts_of(row)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="notes"><p>{_text(budgets.NOTE)}</p></div>'
+    )
 
 
 # -- findings and protocol -----------------------------------------------------------------------------------------------

@@ -19,7 +19,14 @@ from typing import Any
 
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.labels import bits_text, group_text, replicates, variants, without_settings
+from harness.core.labels import (
+    bits_text,
+    budget_of,
+    group_text,
+    replicates,
+    variants,
+    without_settings,
+)
 from harness.core.sweep import Column, Sweep, Table
 from harness.core.text import letters_and_digits
 from harness.evaluation import flips
@@ -449,7 +456,7 @@ def _bits_group(cell: Cell) -> tuple[Any, ...]:
     scheme = cell.scheme
     return (
         cell.model.name,
-        scheme.weight.bits,
+        budget_of(cell)[1] or scheme.weight.bits,
         scheme.activation and scheme.activation.bits,
         scheme.kv and scheme.kv.width,
     )

@@ -8,6 +8,7 @@
                           scores/<score_key>.parquet    its results item by item
                           failures/*.json · log.txt
     runs/sweeps/<name>.json             the progress of a sweep, updated while it runs
+    runs/budgets/<sweep>/<name>.json    what a bit budget chose and measured (`budgets`)
     runs/locks/<name>.lock              the process that holds a lock
     runs/cancelled/<name>               a cell or a sweep that was cancelled
     runs/drivers/<id>.json              a running driver, its priority, and whether it waits for slots (`coordination`)
@@ -437,6 +438,28 @@ class Store:
 
     def _sweep_path(self, name: str) -> Path:
         return self.root / "sweeps" / f"{name}.json"
+
+    # -- budgets -------------------------------------------------------------------------------------------------------
+
+    def budget(self, sweep: str, name: str) -> dict[str, Any] | None:
+        """One file of runs/budgets/<sweep>/, or None; a damaged one counts as missing."""
+        return self._read(self._budget_path(sweep, name), [])
+
+    def write_budget(self, sweep: str, name: str, content: Mapping[str, Any]) -> None:
+        self._write_json(self._budget_path(sweep, name), content)
+
+    def budget_names(self) -> list[tuple[str, str]]:
+        """(sweep, name) of every file of runs/budgets/."""
+        folder = self.root / "budgets"
+        return [
+            (sweep, name.removesuffix(".json"))
+            for sweep in self.files.names(folder)
+            for name in self.files.names(folder / sweep)
+            if name.endswith(".json")
+        ]
+
+    def _budget_path(self, sweep: str, name: str) -> Path:
+        return self.root / "budgets" / sweep / f"{name}.json"
 
     # -- whole store ---------------------------------------------------------------------------------------------------
 

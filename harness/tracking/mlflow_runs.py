@@ -35,7 +35,8 @@ from harness.core.labels import group_text
 from harness.core.sweep import Runtime, Sweep, Tracking, command_line
 from harness.core.text import without_password
 from harness.evaluation.flips import with_flips
-from harness.reporting.files import REPORTS
+from harness.reporting.budgets import budget_rows, render_budgets
+from harness.reporting.files import BUDGETS, REPORTS
 from harness.reporting.gallery import draw_files
 from harness.reporting.metrics import better_is_higher, quality_metrics
 from harness.reporting.render import FORMATS, render
@@ -275,6 +276,8 @@ class MLflowTracker(Connection):
                     for form, suffix in FORMATS.items():
                         text = render(data, form, absolute if form == "html" else None)
                         write_text(root / "tables" / f"{name}{suffix}", text)
+                if rows := budget_rows(self.sweep, self.store):
+                    write_text(root / "tables" / BUDGETS, render_budgets(rows))
                 for path in files:
                     is_report = path.parent.name == REPORTS
                     target = root / ("report.html" if is_report else f"figures/{path.name}")

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.cell import Cell, cell_key, digest, score_key, to_json
-from harness.core.labels import BITS_OF_DTYPE, bits_text, flatten, group_text, method_title
+from harness.core.labels import (
+    BITS_OF_DTYPE,
+    bits_text,
+    budget_of,
+    flatten,
+    group_text,
+    method_title,
+)
 from harness.core.sweep import Sweep, command_line
 from harness.core.text import file_name, without_password
 from harness.reporting.metrics import headline, layer_error_name, problems_of
@@ -60,7 +67,7 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
     A fractional width is a curve of its own, since steps are whole numbers.
     """
     models = {cell.model.name for cell in cells}
-    groups = {group_text(cell) for cell in cells if not cell.method.is_baseline}
+    groups = {group_text(c) for c in cells if not c.method.is_baseline and not budget_of(c)[0]}
     curves: dict[str, tuple[str, int]] = {}
     taken: set[tuple[str, int]] = set()
     for cell in cells:
@@ -73,7 +80,9 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
             if cell.method.is_baseline
             else scheme.weight.bits
         )
-        if not cell.method.is_baseline:
+        if budget_of(cell)[0]:
+            words = [scheme.name]
+        elif not cell.method.is_baseline:
             words += [f"g{group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
             words += [scheme.kv.text] if scheme.kv else []

@@ -38,6 +38,18 @@ log = logging.getLogger(__name__)
 VERSION = 1
 NUMERICS = Path(__file__).parents[1] / "numerics"
 DENSE = "dense:"
+MADE_HERE = {  # fields of a manifest that `CheckpointWriter.finish` makes; all others were reported to it
+    "version",
+    "fingerprint",
+    "blocks",
+    "linears",
+    "files",
+    "bits_per_weight",
+    "bits_per_weight_total",
+    "stored_bytes",
+    "layer_errors",
+    "notes",
+}
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,11 @@ class CheckpointWriter:
         (self.folder / "seconds.json").unlink(missing_ok=True)
         self._changed(self.folder / "seconds.json")
         return manifest
+
+    @staticmethod
+    def reported(manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """What was reported to `finish` for a manifest."""
+        return {name: value for name, value in manifest.items() if name not in MADE_HERE}
 
     def _store(self, stem: str, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

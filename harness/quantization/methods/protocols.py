@@ -11,6 +11,8 @@ and states its facts as literals, which
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+        scheme_independent = True       # of a transform: it reads nothing of the weight scheme, so that bit budgets can mix schemes
+
         prunes = False                  # of a Rounding, True: prunes, so that schemes state a sparsity
 
     optional:

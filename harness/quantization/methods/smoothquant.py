@@ -38,6 +38,7 @@ class Transform:
     needs = ("abs_max",)
     stochastic = False
     activation_aware = False
+    scheme_independent = True
 
     @dataclass(frozen=True)
     class Settings:

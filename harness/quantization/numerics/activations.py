@@ -28,12 +28,13 @@ these channels (`QuantizedWeight.beside_outliers`) multiplies them by it.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from harness.core.cell import ActivationScheme, WeightScheme
+from harness.core.cell import ActivationScheme, ScaleType, WeightScheme
 from harness.core.number_formats import FORMATS
 from harness.quantization.numerics.grids import FLOAT8_MAX, Fitting
 
@@ -79,7 +80,8 @@ def round_blocks(x: Tensor, largest: Tensor, scheme: ActivationScheme) -> Tensor
     groups = x.float().unflatten(-1, (-1, fixed.block))
     whole = largest.float() / fixed.element.reach / FLOAT8_MAX  # in the order of weights
     whole = torch.where(whole > 0, whole, 1.0)
-    layout = WeightScheme(scheme.format, 4, fixed.block, scale_dtype=fixed.scale_dtype)
+    scale_type = typing.cast(ScaleType, fixed.scale_dtype)
+    layout = WeightScheme(scheme.format, 4, fixed.block, scale_dtype=scale_type)
     fitting = Fitting(layout, tensor_scale=whole.unsqueeze(-1) if whole.ndim else whole)
     magnitude = groups.abs().amax(-1, keepdim=True)
     nearest = fitting.from_range(-magnitude, magnitude).nearest(groups)

@@ -132,9 +132,11 @@ class Blocks:
                 hidden.append(recorders[0].hidden)
         return hidden
 
-    def head(self, windows: Tensor, hidden: Sequence[Tensor]) -> _Head:
-        """A context in which logits(sequence, hidden) runs the modules after the blocks."""
-        return _Head(self, windows, hidden)
+    def head(
+        self, windows: Tensor, hidden: Sequence[Tensor], ends: Mapping[str, Tensor] | None = None
+    ) -> _Head:
+        """A context in which logits(sequence, hidden) runs the modules after the blocks; ends as in `start`."""
+        return _Head(self, windows, hidden, ends or {})
 
     def run(self, block: nn.Module, index: int, sequence: int, hidden: Tensor) -> Tensor:
         """Output [1, length, hidden] of block `index` for one sequence, on the device."""
@@ -416,14 +418,16 @@ class _Ends:
 class _Head:
     """logits(sequence, hidden): [1, length, vocabulary], differentiable in hidden."""
 
-    def __init__(self, blocks: Blocks, windows: Tensor, hidden: Sequence[Tensor]) -> None:
+    def __init__(
+        self, blocks: Blocks, windows: Tensor, hidden: Sequence[Tensor], ends: Mapping[str, Tensor]
+    ) -> None:
         self._blocks, self._windows = blocks, windows
         self._recorders = [
             _Recorder(b, i == len(blocks) - 1, blocks.family.returns_tuple)
             for i, b in enumerate(blocks._meta)
         ]
         self._open = _Ends(
-            blocks, (*blocks.family.before, *blocks.family.after), self._recorders, {}
+            blocks, (*blocks.family.before, *blocks.family.after), self._recorders, ends
         )
 
     def __enter__(self) -> _Head:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.core.cell import Cell, Part
+from harness.core import plugins
+from harness.core.cell import Cell, Part, to_json
+from harness.core.errors import MethodError
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.models.protocols import WeightLocation
@@ -30,6 +32,7 @@ class Job:
     writer: CheckpointWriter
     transform: Any = None
     rounding: Any = None
+    overrides: dict[Part, Any] = field(default_factory=dict)  # roundings of single linears
     finished: int = 0  # blocks in the writer
     history: str = EMBEDDINGS
     seconds: float = 0.0
@@ -47,6 +50,58 @@ class Job:
 
     def needs_of(self, part: Part | None) -> frozenset[str]:
         return frozenset(part.needs) if part is not None else frozenset()
+
+    @property
+    def rounding_needs(self) -> frozenset[str]:
+        """What any rounding of the cell needs."""
+        method = self.cell.method
+        own = [self.needs_of(override.rounding) for override in method.overrides]
+        return self.needs_of(method.rounding).union(*own)
+
+    def build(self) -> None:
+        """Build the plugins of the cell's method. Raises ConfigError or MethodError for what cannot be built."""
+        method = self.cell.method
+        for kind in ("transform", "rounding"):
+            part: Part | None = getattr(method, kind)
+            if part is not None:
+                setattr(self, kind, plugins.build(kind, part.name, to_json(part)["settings"]))
+        for part in dict.fromkeys(override.rounding for override in method.overrides):
+            self.overrides[part] = plugins.build("rounding", part.name, to_json(part)["settings"])
+        several = [self.rounding, *self.overrides.values()] if self.overrides else []
+        if any(hasattr(r, "round_block") or getattr(r, "sequential", False) for r in several):
+            raise MethodError(
+                f"{self.cell.title}: roundings can differ between matrices only where each works linear by linear on the "
+                "unrounded block"
+            )
+
+    def evidence(
+        self, block: BlockInStream, locations: Sequence[WeightLocation]
+    ) -> tuple[dict[str, Evidence], dict[str, int]]:
+        """What the roundings of these matrices need, by linear name; and those of which too few tokens were seen."""
+        evidence: dict[str, Evidence] = {}
+        too_few: dict[str, int] = {}
+        for part, own in self.by_rounding(block.index, locations).items():
+            if needs := self.needs_of(part):
+                evidence |= block.evidence(own, needs, self.cell.inputs)
+                too_few |= block.too_few_tokens(own, needs)
+        return evidence, too_few
+
+    def rounding_of(self, index: int, name: str) -> Any:
+        """The rounding plugin of one linear of a block."""
+        part = self.cell.method.rounding_for(index, name)
+        if part is None or part == self.cell.method.rounding:
+            return self.rounding
+        return self.overrides[part]
+
+    def by_rounding(
+        self, index: int, locations: Sequence[WeightLocation]
+    ) -> dict[Part | None, list[WeightLocation]]:
+        """Matrices of a block by the rounding that they get."""
+        found: dict[Part | None, list[WeightLocation]] = {}
+        for location in locations:
+            part = self.cell.method.rounding_for(index, location.name)
+            found.setdefault(part, []).append(location)
+        return found
 
 
 @dataclass

@@ -31,16 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core import plugins
-from harness.core.cell import (
-    Cell,
-    Part,
-    Scheme,
-    WeightScheme,
-    cell_key,
-    digest,
-    quantize_key,
-    to_json,
-)
+from harness.core.cell import Cell, Scheme, WeightScheme, cell_key, digest, quantize_key, to_json
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.base_model import BaseModel, with_base
@@ -166,10 +157,7 @@ class _Pass(Walk):
             )
         if not method.quantizes:
             return
-        for kind in ("transform", "rounding"):
-            part: Part | None = getattr(method, kind)
-            if part is not None:
-                setattr(job, kind, plugins.build(kind, part.name, to_json(part)["settings"]))
+        job.build()
         if method.needs_calibration and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(
@@ -412,7 +400,7 @@ class _Pass(Walk):
         tensors = _tensors(module)
         left_out = {"pairs_without_calibration": list(view.left_out)} if view.left_out else {}
         del view
-        after = job.needs_of(job.cell.method.rounding)
+        after = job.rounding_needs
         seen: Statistics = {}
         if after:
             rewritten = self.blocks.build(index, tensors)
@@ -443,7 +431,7 @@ class _Pass(Walk):
             block = block.after(made)
         index, tensors = block.index, dict(block.tensors)
         locations = self._locations(index, block.tensors)
-        needs = job.needs_of(job.cell.method.rounding)
+        needs = job.rounding_needs
         notes = dict(made.notes) if made is not None else {}
         weights: dict[str, QuantizedWeight] = {}
         if job.rounding is None:
@@ -465,7 +453,7 @@ class _Pass(Walk):
         where = f"{job.cell.title}, block {index}"
         report.check_coverage(where, locations, block.tensors, weights, dense)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
-        errors = report.layer_errors(locations, tensors, weights, needs, block.statistics)
+        errors = report.layer_errors(job, index, locations, tensors, weights, block.statistics)
         job.writer.write_block(index, weights, dense, {"linears": errors, "notes": notes})
         job.added_bits += report.added_bits(self.blocks, index, dense)
         job.seconds += time.monotonic() - began + (made.seconds if made is not None else 0.0)
@@ -478,7 +466,7 @@ class _Pass(Walk):
 
         Also returns the matrices of experts that too few calibration tokens reached, with their number.
         """
-        index, needs = block.index, job.needs_of(job.cell.method.rounding)
+        index, needs = block.index, job.rounding_needs
         locations = self._locations(index, block.tensors)
         sequential = bool(getattr(job.rounding, "sequential", False)) and bool(
             needs & set(OF_INPUTS)
@@ -498,22 +486,23 @@ class _Pass(Walk):
                 module = self.blocks.build(index, so_far)
                 seen, _ = self._observe(index, module, block.hidden, wanted, False)
                 now = dataclasses.replace(block, statistics=seen)
-            evidence = now.evidence(locations, needs, job.cell.inputs) if needs else {}
-            too_few = now.too_few_tokens(members, needs)
+            evidence, too_few = job.evidence(now, members)
             unseen |= too_few
             for location in members:
                 name = location.name
+                rounding = job.rounding_of(index, name)
                 scheme = job.cell.scheme.weight_for(index, name)
                 weight = location.view(block.tensors[location.parameter])
                 weight = weight.to(torch.float32, copy=True).contiguous()
                 rng = generator(job.cell.seed, index, name)
                 try:
                     if name in too_few:
+                        base = block.base.get(name) if job.cell.method.needs_base else None
                         weights[name] = self._round_unseen(
-                            job, name, weight, scheme, rng, too_few[name], block.base.get(name)
+                            rounding, name, weight, scheme, rng, too_few[name], base
                         )
                     else:
-                        weights[name] = job.rounding.round_layer(
+                        weights[name] = rounding.round_layer(
                             name, weight, evidence.get(name), scheme, rng
                         )
                 except HarnessError as error:
@@ -522,7 +511,7 @@ class _Pass(Walk):
 
     def _round_unseen(
         self,
-        job: Job,
+        rounding: Any,
         name: str,
         weight: Tensor,
         scheme: WeightScheme,
@@ -535,9 +524,9 @@ class _Pass(Walk):
         A rounding around another leaves it to that one. Optional method of a Rounding: round_unseen(name, weight, scheme, rng),
         and the base's matrix for one that needs it. Raises MethodError where the scheme has no grid to round to.
         """
-        rounding = getattr(job.rounding, "base", job.rounding)
+        rounding = getattr(rounding, "base", rounding)
         if hasattr(rounding, "round_unseen"):
-            more = (base,) if job.cell.method.needs_base else ()
+            more = () if base is None else (base,)
             return rounding.round_unseen(name, weight, scheme, rng, *more)
         if not rounding.needs:
             return rounding.round_layer(name, weight, None, scheme, rng)
@@ -607,7 +596,7 @@ class _Pass(Walk):
                 "scheme": _scheme(job.cell, part.activation_aware),
                 "needs": sorted(job.needs),
                 "seed": job.cell.seed if part.stochastic else None,
-                "after": sorted(job.needs_of(job.cell.method.rounding)),
+                "after": sorted(job.rounding_needs),
             }
         )
 
@@ -620,6 +609,7 @@ class _Pass(Walk):
             {
                 "before": job.history,
                 "parts": [to_json(method.transform), to_json(method.rounding)],
+                "overrides": to_json(method.overrides),
                 "inputs": job.cell.inputs,
                 "schemes": [to_json(job.cell.scheme.weight_for(index, name)) for name in names],
                 # a transform or a block-wise rounding sees the whole scheme
@@ -670,8 +660,10 @@ def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
     needs = frozenset(
         need
         for job in jobs
-        for need in job.needs_of(
-            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
+        for need in (
+            job.needs_of(job.cell.method.transform)
+            if job.transform is not None
+            else job.rounding_needs
         )
     )
     return {"*": needs} if jobs else {}

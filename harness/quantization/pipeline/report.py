@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harness.core.cell import Method
 from harness.core.errors import MethodError
 from harness.quantization.calibration import windows_digest
 from harness.quantization.formats.base_model import BaseModel
@@ -81,20 +82,22 @@ def check_coverage(
 
 
 def layer_errors(
+    job: Job,
+    index: int,
     locations: Sequence[WeightLocation],
     tensors: Mapping[str, Tensor],
     weights: Mapping[str, QuantizedWeight],
-    needs: Collection[str],
     statistics: Statistics,
 ) -> dict[str, dict[str, Any]]:
     """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian;
     delta, ||W - W'||² / ||W - W_base||², where a difference is stored.
 
-    A Hessian is used only if it is among the cell's own `needs`: the report is part of the checkpoint's bytes, and these do not
+    A Hessian is used only if the rounding of the matrix needs one: the report is part of the checkpoint's bytes, and these do not
     depend on which other cells share the pass.
     """
     errors: dict[str, dict[str, Any]] = {}
     for location in locations:
+        needs = job.needs_of(job.cell.method.rounding_for(index, location.name))
         weight = location.view(tensors[location.parameter]).float()
         quantized = weights[location.name]
         difference = quantized.dequantize().to(weight.device) - weight
@@ -179,11 +182,7 @@ def manifest_content(
         "unquantized_bits": bits,
         "coverage": {"linears": linears, "weights": covered, "share": covered / total},
         "seconds": shared.cost_of(job),
-        "methods": {
-            kind: part.name
-            for kind in ("transform", "rounding", "tuning", "reduction")
-            if (part := getattr(method, kind))
-        },
+        "methods": methods_of(method),
     }
     if own_base is not None:
         base_widths = own_base.weights.stored_bits()
@@ -205,6 +204,17 @@ def manifest_content(
             "length": length,
         }
     return content
+
+
+def methods_of(method: Method) -> dict[str, str]:
+    """Names of the parts by slot; several roundings joined, the one of most matrices first."""
+    found = {
+        kind: part.name
+        for kind in ("transform", "rounding", "tuning", "reduction")
+        if (part := getattr(method, kind))
+    }
+    names = dict.fromkeys([found.get("rounding", ""), *(o.rounding.name for o in method.overrides)])
+    return found | {"rounding": ", ".join(names)} if method.overrides else found
 
 
 def _equals_base(blocks: Blocks, base: BaseModel, name: str) -> bool:
