@@ -52,8 +52,8 @@ def allocate(sweep: Sweep, store: Store, command: str = "") -> Iterator[Event]:
             for message in executor.wait():
                 if isinstance(message.news, Exit):
                     name = running.pop(message.number)
-                    if message.news.kind is not None:
-                        end = message.news
+                    end = message.news
+                    if end.kind is not None:
                         yield Failed(
                             time.time(), (), f"budget {name}", end.kind, end.reason, end.detail
                         )

@@ -358,7 +358,10 @@ def mixed_cell(
     method = own.method
     if roundings:
         used = dict.fromkeys(candidates[k].method.name for k in sorted(set(choice)))
-        others = tuple(RoundingOverride(part, *rest) for part, *rest in _by_linears(roundings))
+        others = tuple(
+            RoundingOverride(part, linears, blocks)
+            for part, linears, blocks in _by_linears(roundings)
+        )
         method = dataclasses.replace(method, name="+".join(used), overrides=others)
     windows = own.calibration or next(
         (c.calibration for k in sorted(set(choice)) if (c := candidates[k]).calibration), None
