@@ -486,8 +486,8 @@ def _make_method(
             suffixes += used
     if name is None or chosen != {slot: content.get(slot) for slot in SLOTS}:
         name = _method_name(context, chosen)
-    own_parts: dict[str, Any] = dict(parts)
-    return Method(with_settings(name, varied(suffixes)), **own_parts)
+    made: dict[str, Any] = dict(parts)
+    return Method(with_settings(name, varied(suffixes)), **made)
 
 
 def _method_yaml(context: Context, name: str) -> dict[str, Any]:

@@ -359,7 +359,8 @@ def mixed_cell(
     if roundings:
         used = dict.fromkeys(candidates[k].method.name for k in sorted(set(choice)))
         others = tuple(
-            RoundingOverride(part, names, blocks) for part, names, blocks in _by_linears(roundings)
+            RoundingOverride(part, linears, blocks)
+            for part, linears, blocks in _by_linears(roundings)
         )
         method = dataclasses.replace(method, name="+".join(used), overrides=others)
     windows = own.calibration or next(

@@ -58,7 +58,7 @@ def test_from_nothing_to_the_verdict_and_once_more(tmp_path: Path) -> None:
     table = build(whole, whole.shown_tables[0], [store.record(cell) for cell in whole.cells], store)
     labels = [row.labels for row in table.rows]
     assert ("rtn", "mixed@4.2", "") in labels and len(set(labels)) == 4
-    assert "mixed@4.2" in (store.root / "tables" / "small" / "budgets.md").read_text()
+    assert "| 4.625 |" in (store.root / "tables" / "small" / "budgets.md").read_text()
     assert "Bit budgets" in (store.root / "reports" / "small.html").read_text()
     shown = record_text(store.record(mixed), store, "harness run small")
     assert "mixed@4.2 of sweep small" in shown and rows[0].verdict in shown
