@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     import pandas
 
 
+# stages of making a checkpoint, as `Progress` names them
+MAKING = ("reduction", "learning", "block", "tuning")
 log = logging.getLogger(__name__)
 
 # between two reports of a running sweep; of its time at most
@@ -303,7 +305,7 @@ class _Recorder:
             case Joined():
                 self.dashboard = event.dashboard
             case Progress():
-                doing = "quantizing" if event.stage == "block" else "evaluating"
+                doing = "quantizing" if event.stage in MAKING else "evaluating"
                 for key in event.cell_keys:
                     self.state.update(
                         key, doing, stage=event.stage, step=event.step, steps=event.steps
