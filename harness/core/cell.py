@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from annotated_types import Ge
 
@@ -390,7 +390,7 @@ def _remembered(owner: Any, name: str, make: Callable[[], T]) -> T:
     known = vars(owner)
     if name not in known:
         known[name] = make()
-    return typing.cast(T, known[name])
+    return cast(T, known[name])
 
 
 def _quantize_key(cell: Cell) -> str:
