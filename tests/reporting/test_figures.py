@@ -256,4 +256,4 @@ def test_pruned_and_quantized_cells_stand_on_one_axis(records: list[Record]) -> 
     assert total.bits == first.metrics()["checkpoint/bits_per_weight_total"]
     figure = score_against_bits([*quantized, reduced], metric)
     assert figure is not None
-    assert figure.axes[0].get_xlabel() == "bits per original weight as stored"
+    assert "unreduced model" in figure.axes[0].get_xlabel()
