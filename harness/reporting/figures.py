@@ -418,7 +418,7 @@ def _labels(cells: Sequence[Cell], words: Words) -> dict[str, tuple[str, str]]:
     labels = {}
     for cell in quantized:
         group = group_text(cell)
-        parts = [f"g{group}" if group != "row" else "per row"] if len(groups) > 1 else []
+        parts = [f"g{group}" if group != "row" else "per row"] if group and len(groups) > 1 else []
         parts += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
         parts += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
         parts.append(told.get(cell_key(cell), ""))
