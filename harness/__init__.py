@@ -352,7 +352,7 @@ def findings(sweep: str, *overrides: str) -> pandas.DataFrame:
     checked = check(loaded, [known.record(cell) for cell in loaded.cells], known)
     rows = []
     for each in checked:
-        row = {"finding": each.finding.text, "source": each.finding.source}
+        row: dict[str, Any] = {"finding": each.finding.text, "source": each.finding.source}
         for side in SIDES:
             answer = getattr(each, side)
             row[side] = None if answer is None else answer.verdict

@@ -53,6 +53,7 @@ class Evaluator:
     """One task, or one group of tasks, of lm-eval."""
 
     version = 1
+    without_yaml: ClassVar[dict[str, Any]] = {"lm_eval": ("task", {})}  # lm_eval:copa is that task
     settings_added_later = ("apply_chat_template",)  # keys leave it out while it is off
     # its `task` may be a group, whose members report metrics under their own names
     groups_tasks = True
