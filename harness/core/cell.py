@@ -16,10 +16,9 @@ Library versions, cards, commits and batch sizes are provenance; they live in th
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from annotated_types import Ge
 
@@ -434,7 +433,7 @@ def _remembered(owner: Any, name: str, make: Callable[[], T]) -> T:
     known = vars(owner)
     if name not in known:
         known[name] = make()
-    return typing.cast(T, known[name])
+    return cast(T, known[name])
 
 
 def _quantize_key(cell: Cell) -> str:

@@ -48,7 +48,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def to_json(value: Any) -> Any:
     """A cell, or any part of one, as JSON values; settings become objects."""
-    fields = _fields(value.__class__)
+    kind: Any = type(value)
+    fields = _fields(kind)
     if fields is not None:
         return {
             name: _thaw(getattr(value, name)) if holds_settings else to_json(getattr(value, name))

@@ -98,7 +98,7 @@ class Table:
 class Term:
     """Rows of a table, for a finding; what is empty fits any row.
 
-    bits, group  as the table prints them: 3 or W8A8; 128 or row
+    bits, group  as the table prints them: 3, W8A8 or 16 50 %, or the first word of that; 128 or row
     model        a name or a pattern ("*14b*"); a finding whose terms name no model is asked of every model
     table        with `column`: where to look, if not where the finding says
     """

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     import pandas
 
 
+# stages of making a checkpoint, as `Progress` names them
+MAKING = ("reduction", "learning", "block", "tuning")
 log = logging.getLogger(__name__)
 
 SHOWN_LEFT_OUT = 20  # cells without room in the budget that are listed
@@ -441,7 +443,7 @@ class _Recorder:
             case Joined():
                 self.dashboard = event.dashboard
             case Progress():
-                doing = "quantizing" if event.stage == "block" else "evaluating"
+                doing = "quantizing" if event.stage in MAKING else "evaluating"
                 for key in event.cell_keys:
                     self.state.update(
                         key, doing, stage=event.stage, step=event.step, steps=event.steps

@@ -62,6 +62,7 @@ class Checker:
                 cell.method.name,
                 cell.method.transform,
                 cell.method.tuning,
+                cell.method.reduction,
             )
             found += self._once(question, lambda: self._base_reasons(cell))
         if cell.method.uses_calibration or has_static_scales(cell.scheme):
@@ -314,6 +315,11 @@ class Checker:
             reasons.append(
                 f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
                 f"{cell.method.transform.name} changes it; use no transform"
+            )
+        if cell.method.reduction is not None:
+            reasons.append(
+                f"method {cell.method.name}: a difference is taken of the model as it is, and reduction "
+                f"{cell.method.reduction.name} makes another one; use no reduction"
             )
         tuning = cell.method.tuning
         if tuning is not None:

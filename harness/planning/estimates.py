@@ -65,6 +65,12 @@ def _low_rank_bits(cell: Cell) -> float:
     return total
 
 
+def reduced_bytes(cells: Sequence[Cell], shapes: Shapes) -> int:
+    """Bytes of the smaller model that the reduction of these cells stores; 0 without one. shapes: of the smaller model."""
+    first = cells[0]
+    return shapes.parameters * DTYPE_BYTES[first.model.dtype] if first.method.reduction else 0
+
+
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
 
@@ -223,12 +229,16 @@ class History:
 
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
-    """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
-    if not cell.method.quantizes:
-        return 0.0
+    """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs; of a
+    reduction one more forward pass."""
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
+    surveyed = 0.0
+    if cell.method.reduction is not None and cell.calibration is not None:
+        surveyed = 2.0 * weights * cell.calibration.samples * cell.calibration.length
+    if not cell.method.quantizes:
+        return surveyed * shapes.blocks
     widths = {linear.group: linear.in_features for linear in shapes.linears}
-    total = 20.0 * weights
+    total = 20.0 * weights + surveyed
     if cell.method.needs_base:  # a singular value decomposition of each matrix
         total += sum(
             20.0

@@ -18,7 +18,13 @@ from harness.core.cell import (
 from harness.core.sweep import Sweep
 from harness.planning import resources
 from harness.planning.checks import Checker
-from harness.planning.estimates import History, checkpoint_bytes, fits_in_memory, pass_memory
+from harness.planning.estimates import (
+    History,
+    checkpoint_bytes,
+    fits_in_memory,
+    pass_memory,
+    reduced_bytes,
+)
 from harness.planning.plan import CHECKPOINTS_PER_PASS, Pass, Scoring
 from harness.planning.resources import DTYPE_BYTES, gpu_fraction, uses_gpu
 from harness.planning.streams import by_stream, chunk_size, stream_of
@@ -80,7 +86,7 @@ def make_passes(
                 _sharing(made, shapes),
                 history.quantize_seconds(made, shapes, checker.runtime),
                 sum(pass_memory(made, shapes)),
-                sum(checkpoint_bytes(cell, shapes) for cell in made),
+                sum(checkpoint_bytes(cell, shapes) for cell in made) + reduced_bytes(made, shapes),
                 exclusive=together is not None and together < 2,
                 needs_full_gpu=len(made) == 1
                 and not fits_in_memory(made, shapes, checker, workers)

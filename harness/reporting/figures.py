@@ -447,7 +447,7 @@ def _labels(cells: Sequence[Cell], words: Words) -> dict[str, tuple[str, str]]:
     for cell in quantized:
         mixed, _ = budget_of(cell)  # a line of its own for a budget over its sizes
         group = group_text(cell)
-        shown = len(groups) > 1 and not mixed
+        shown = group and len(groups) > 1 and not mixed
         parts = [f"g{group}" if group != "row" else "per row"] if shown else []
         parts += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
         parts += [cell.scheme.kv.text] if cell.scheme.kv else []

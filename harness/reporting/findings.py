@@ -358,7 +358,7 @@ def _fits(row: Row, data: TableData, term: Term) -> bool:
             or fnmatch.fnmatchcase(row.model.lower(), term.model.lower())
         )
         and (not wanted or method == ("none" if wanted in BASELINES else wanted))
-        and (term.bits == "" or bits.split(" ")[0] == str(term.bits))
+        and (term.bits == "" or str(term.bits) in (bits, bits.split(" ")[0]))
         and (term.group == "" or (group or "row") == str(term.group))
         and (not term.variant or fnmatch.fnmatchcase(labels.get("variant", ""), term.variant))
     )

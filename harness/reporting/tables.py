@@ -102,7 +102,7 @@ def build(
         record, (method, _, *rest) = by_key.get(cell_key(cell)), texts[cell_key(cell)]
         stored = (
             record.metrics().get("checkpoint/bits_per_weight")
-            if record is not None and cell.method.is_baseline
+            if record is not None and not cell.method.quantizes
             else None
         )
         if stored is not None:

@@ -51,7 +51,10 @@ def test_the_plan_refuses_with_the_reason(case: str, tmp_path: Path) -> None:
 
 
 ACCEPTED = {
-    "adapters beside zeros": ("rounding=magnitude", "tuning=qlora", "scheme=w4s50"),
+    "adapters beside zeros": (
+        *("rounding=magnitude", "tuning=qlora", "scheme=w4s50"),
+        *("tuning.prompt_length=16", "tuning.answer_length=8"),
+    ),
     "a transform before": ("transform=smoothquant", "rounding=wanda", "scheme=w8syms2of4"),
     "a plain folder": ("method=sparsegpt", "scheme=w16s50", "export=transformers"),
     "a reduced plain folder": ("method=shortgpt", "scheme=full", "export=transformers"),

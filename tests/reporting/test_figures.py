@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic_sweep import LLAMA, cells, fill, make_sweep
 
-from harness.core.cell import Model, Scheme, cell_key
+from harness.core.cell import Method, Model, Part, Scheme, cell_key
 from harness.core.labels import with_variants
 from harness.reporting.figures import (
     accuracy_against_perplexity,
@@ -240,3 +240,24 @@ def test_plots_load_without_matplotlib() -> None:
         "heavy = {'torch', 'matplotlib', 'pandas'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_pruned_and_quantized_cells_stand_on_one_axis(records: list[Record]) -> None:
+    """A reduced model of half the size: its bits are over the weights that there were."""
+    metric = "wikitext2/perplexity"
+    quantized = [record for record in records if metric in record.metrics()]
+    first = next(record for record in quantized if not record.cell.method.is_baseline)
+    manifest = {"bits_per_weight": 16.0, "bits_per_weight_total": 16.0, "stored_bytes": 10}
+    method = Method("shortgpt", reduction=Part("shortgpt"))
+    reduced = dataclasses.replace(
+        first,
+        cell=dataclasses.replace(first.cell, method=method, scheme=Scheme("full")),
+        manifest={**manifest, "bits_per_original_weight": 8.0},
+    )
+    found = points([*quantized, reduced], metric)
+    assert next(point.bits for point in found if point.method == "shortgpt") == 8.0
+    total = next(point for point in found if point.cell == first.cell)
+    assert total.bits == first.metrics()["checkpoint/bits_per_weight_total"]
+    figure = score_against_bits([*quantized, reduced], metric)
+    assert figure is not None
+    assert "unreduced model" in figure.axes[0].get_xlabel()

@@ -269,3 +269,15 @@ def test_tables_load_without_torch() -> None:
         "heavy = {'torch', 'mlflow', 'matplotlib', 'pandas', 'scipy'} & set(sys.modules)\nassert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_rows_can_be_ordered_by_a_metric(made: tuple[Sweep, Store, TableData]) -> None:
+    sweep, store, _ = made
+    name = "checkpoint/bits_per_original_weight"
+    table = Table("by_size", columns=(Column("wikitext2/perplexity", "ppl"),), order=name)
+    by_key = {record.cell_key: record.metrics() for record in records(sweep, store)}
+    rows = build(sweep, table, records(sweep, store)).rows
+    first, others = rows[0], [row.cell_key for row in rows if row.cell and not row.baseline]
+    assert first.baseline
+    sizes = [by_key[key].get(name, -math.inf) for key in others]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2

@@ -191,11 +191,12 @@ def config_by_block(data: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with the lists that have one entry per block, as transformers derives them where the file leaves them out."""
     full = dict(data)
     text = text_config(full)
-    resolved = family_of(data).config(data).get_text_config().to_dict()
-    count = resolved.get("num_hidden_layers")
-    for name, value in resolved.items():
+    resolved = family_of(data).config(data).get_text_config()
+    count = resolved.num_hidden_layers
+    for name, value in resolved.to_dict().items():
         if isinstance(value, list) and len(value) == count and text.get(name) is None:
             text[name] = value
+    text.pop(resolved.attribute_map.get("num_hidden_layers", ""), None)  # GPT-2 calls it n_layer
     text["num_hidden_layers"] = count
     return full
 

@@ -74,8 +74,8 @@ def run_reduction(
     target.mkdir(parents=True, exist_ok=True)
     for left in target.iterdir():
         left.unlink()
-    tensors = _finite(cell, reduction.tensors(choice, model))
-    total, _ = write_shards(target, _as_stored(tensors, model.stored_dtype), SHARD_BYTES)
+    tensors = _as_stored(reduction.tensors(choice, model), model.stored_dtype)
+    total, _ = write_shards(target, _finite(cell, tensors), SHARD_BYTES)
     config = {**reduction.config(model.config, choice), "dtype": cell.model.dtype}
     config.pop("torch_dtype", None)
     write_json(target / "config.json", config)
@@ -116,10 +116,9 @@ def _finite(cell: Cell, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple
 def _as_stored(
     tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in the type of the model's files where that holds it exactly, so that a smaller model takes less room."""
+    """Each tensor in the one floating type of the model's files, so that a smaller model takes less room than the larger one."""
     for name, tensor in tensors:
-        narrow = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        yield name, narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)

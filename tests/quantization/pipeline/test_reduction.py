@@ -13,6 +13,7 @@ import torch
 from reductions import logits, reduce, reduced_cell, reducing
 from torch import Tensor
 
+from harness.core import plugins
 from harness.core.cell import Cell, cell_key, quantize_key, reduction_key
 from harness.core.errors import MethodError
 from harness.core.events import Failed, Progress, Quantized
@@ -20,7 +21,7 @@ from harness.data.demo.tiny import TINY, build
 from harness.execution import worker
 from harness.execution.tasks import QuantizeTask
 from harness.quantization.export import export
-from harness.quantization.models import shapes
+from harness.quantization.models import config_by_block, family_of, read_config, shapes
 from harness.quantization.pipeline.blocks import Blocks
 from harness.storage import gc
 from harness.storage.store import Store
@@ -44,6 +45,9 @@ def test_a_model_without_a_block_computes_what_skipping_it_computes(
     folder, target, windows = tiny_model(family), tmp_path / "reduced", small.windows(2, 24)
     record = reduce(folder, target, reducing("shortgpt", drop=(1,)), None)
     assert record["choice"]["kept"] == [0, 2]
+    by_share = plugins.build("reduction", "shortgpt", {"share": 0.25})
+    planned = by_share.config(config_by_block(read_config(folder)))
+    assert family_of(planned).shapes(planned).blocks == 2
     with torch.no_grad():
         wanted = skipping(folder, windows, [0, 2])
     torch.testing.assert_close(logits(target, windows), wanted, rtol=1e-5, atol=1e-5)
