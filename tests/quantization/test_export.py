@@ -503,7 +503,15 @@ def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) ->
 
 def test_names_and_folders_are_checked_first(made: Any, tmp_path: Path) -> None:
     tiny = made()
-    assert layouts() == ["awq", "bitsandbytes", "compressed_tensors", "gptq", "gptq_v2", "peft"]
+    assert layouts() == [
+        "awq",
+        "bitsandbytes",
+        "compressed_tensors",
+        "gptq",
+        "gptq_v2",
+        "peft",
+        "transformers",
+    ]
     unfinished = Cell(tiny.model, RTN, scheme(bits=4, symmetric=True), CALIBRATION)
     key = tiny.key(unfinished)
     with pytest.raises(ConfigError, match='did you mean "gptq"'):
