@@ -124,7 +124,7 @@ def test_a_tuning_that_does_not_train_differences_is_refused() -> None:
 def test_a_low_rank_part_beside_a_difference_is_refused() -> None:
     found = reasons(
         "model=demo_moved",
-        "method=eora_rtn",
+        "method=rtn_eora",
         "rounding.base=delta_rtn",
         "scheme=w4g32",
         "calibration=demo",
