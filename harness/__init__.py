@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from harness.evaluation.protocols import Subject as Subject
     from harness.evaluation.statistics import mean_error as mean_error
     from harness.quantization.methods.checks import check_grid as check_grid
+    from harness.quantization.methods.checks import check_pruned as check_pruned
     from harness.quantization.methods.checks import check_rotations as check_rotations
     from harness.quantization.methods.checks import check_tables as check_tables
     from harness.quantization.methods.checks import check_uniform as check_uniform
@@ -65,9 +66,13 @@ if TYPE_CHECKING:
     from harness.quantization.methods.folding import writes_residual as writes_residual
     from harness.quantization.methods.protocols import BlockView as BlockView
     from harness.quantization.methods.protocols import Evidence as Evidence
+    from harness.quantization.methods.protocols import ModelReader as ModelReader
     from harness.quantization.methods.protocols import Network as Network
+    from harness.quantization.methods.protocols import Survey as Survey
     from harness.quantization.methods.protocols import TrainedLinear as TrainedLinear
     from harness.quantization.methods.protocols import WholeModel as WholeModel
+    from harness.quantization.methods.reducing import check_blocks as check_blocks
+    from harness.quantization.methods.reducing import without_blocks as without_blocks
     from harness.quantization.models.parts import ATTENTION as ATTENTION
     from harness.quantization.models.parts import DOWN as DOWN
     from harness.quantization.models.parts import GATE_UP as GATE_UP
@@ -148,12 +153,16 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
     "harness.quantization.methods.protocols": (
         "BlockView",
         "Evidence",
+        "ModelReader",
         "Network",
+        "Survey",
         "TrainedLinear",
         "WholeModel",
     ),
+    "harness.quantization.methods.reducing": ("check_blocks", "without_blocks"),
     "harness.quantization.methods.checks": (
         "check_grid",
+        "check_pruned",
         "check_rotations",
         "check_tables",
         "check_uniform",

@@ -19,6 +19,8 @@ LEFT_OUT: dict[str, str] = {
         ("low_rank_delta", "delta_rtn", "delta_gptq", "bitdelta", "bitdelta_untuned", "delta_come"),
         OF_A_FINE_TUNE,
     ),
+    "reap": "drops experts, which the demo model does not have",
+    "reap_rtn": "drops experts, which the demo model does not have",
 }
 
 

@@ -208,7 +208,7 @@ def _cells(
 
 def _cell(context: Context, point: Point) -> Cell | None:
     missing = [axis for axis in ("model",) if axis not in point]
-    if not {"method", "rounding"} & set(point):
+    if not {"method", "rounding", "reduction"} & set(point):
         missing.append("method")
     for axis in missing:
         context.problems.add(
@@ -238,7 +238,11 @@ def _cell(context: Context, point: Point) -> Cell | None:
     method = _method(context, point, fields)
     if method is not None and method.is_baseline:
         return None if model is None else baseline_of(Cell(model, method, Scheme("full")))
-    scheme = _quantizing_scheme(context, point, fields, method)
+    scheme = (
+        Scheme("full")  # as the baseline has, whatever scheme is named
+        if method is not None and not method.quantizes
+        else _quantizing_scheme(context, point, fields, method)
+    )
     calibrated = _calibrated(method, scheme)
     calibration = _calibration_of(context, point, fields, method, seed) if calibrated else None
     if model is None or method is None or scheme is None or (calibrated and calibration is None):
@@ -265,14 +269,15 @@ def _quantizing_scheme(
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
     static = scheme is not None and has_static_activations(scheme)
-    return static or (method is not None and method.needs_calibration)
+    return static or (method is not None and method.uses_calibration)
 
 
 def _calibration_of(
     context: Context, point: Point, fields: dict[str, Any], method: Method | None, seed: int
 ) -> Calibration | None:
     if point.get("calibration", (None, False))[0] is None:
-        needs = f" ({', '.join(method.needs)})" if method is not None and method.needs else ""
+        needs = ", ".join(method.all_needs) if method is not None else ""
+        needs = f" ({needs})" if needs else ""
         who = (
             f"method {method.name}{needs}"
             if method is not None and needs

@@ -49,7 +49,7 @@ def _names(cell: Cell) -> list[str]:
         f"model={without_settings(cell.model.name)}",
         f"method={current_name('method', without_settings(cell.method.name))}",
     ]
-    words += [] if cell.method.is_baseline else [f"scheme={without_settings(cell.scheme.name)}"]
+    words += [] if not cell.method.quantizes else [f"scheme={without_settings(cell.scheme.name)}"]
     if cell.calibration is not None:
         words.append(f"calibration={without_settings(cell.calibration.name)}")
     if cell.seed:
@@ -69,7 +69,7 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
     found = []
     parts = {
         slot: (getattr(cell.method, slot), getattr(made.method, slot))
-        for slot in ("transform", "rounding", "tuning")
+        for slot in ("reduction", "transform", "rounding", "tuning")
     }
     groups = {
         name: (getattr(cell, name), getattr(made, name))

@@ -30,6 +30,7 @@ from annotated_types import Ge
 
 from harness.core import plugins
 from harness.core.errors import ConfigError
+from harness.core.sparsity import read_sparsity
 
 ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
@@ -54,7 +55,7 @@ def _freeze_value(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """A plugin with its settings: the transform, rounding or tuning of a method.
+    """A plugin with its settings: the reduction, transform, rounding or tuning of a method.
 
     version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `make_part`
     so that keys can be computed without importing it.
@@ -113,36 +114,58 @@ def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
 
 @dataclass(frozen=True)
 class Method:
-    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`."""
+    """A named recipe over four slots. All slots empty is the full-precision baseline, `none`.
+
+    A reduction makes a smaller model first; the other three, `parts`, quantize that one, or the model itself.
+    """
 
     name: str
     transform: Part | None = None
     rounding: Part | None = None
     tuning: Part | None = None
+    reduction: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """What turns the model, or the reduced one, into a checkpoint."""
         return tuple(
             part for part in (self.transform, self.rounding, self.tuning) if part is not None
         )
 
     @property
     def is_baseline(self) -> bool:
-        return not self.parts
+        return self.reduction is None and not self.parts
+
+    @property
+    def quantizes(self) -> bool:
+        """Some part changes matrices in place. Without one the checkpoint is the model itself, or the reduced one."""
+        return bool(self.parts)
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """Statistics that a pass gathers for the parts."""
         return tuple(sorted({need for part in self.parts for need in part.needs}))
 
     @property
     def needs_calibration(self) -> bool:
-        """Some part reads calibration data; the base of a fine-tune is none."""
+        """Some part that quantizes reads calibration data; the base of a fine-tune is none."""
         return bool(set(self.needs) - {BASE_WEIGHT})
 
     @property
     def needs_base(self) -> bool:
         """Some part compares the model with the base that it was fine-tuned from."""
         return BASE_WEIGHT in self.needs
+
+    @property
+    def all_needs(self) -> tuple[str, ...]:
+        """`needs`, and those of the reduction."""
+        own = self.reduction.needs if self.reduction is not None else ()
+        return tuple(sorted({*self.needs, *own}))
+
+    @property
+    def uses_calibration(self) -> bool:
+        """The cell reads calibration data, to quantize or for its reduction."""
+        return bool(set(self.all_needs) - {BASE_WEIGHT})
 
     @property
     def reads_inputs(self) -> bool:
@@ -192,6 +215,7 @@ class WeightScheme:
                 float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
                 double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
     zero_point  of integer grids that are not symmetric: integer, one of the codes; or float, exact to scale_dtype
+    sparsity    of methods that prune: a share between 0 and 1 ("0.5"), or "n:m", n kept of every m inputs; "": dense
     signed_scales  of symmetric integer grids: the entry of largest magnitude, with its sign, meets the lowest code, so that about
                 half of the scales are negative (llama.cpp, AutoRound)
     """
@@ -202,6 +226,7 @@ class WeightScheme:
     symmetric: bool = False
     scale_dtype: ScaleType = "float16"
     zero_point: Literal["integer", "float"] = "integer"
+    sparsity: str = ""
     signed_scales: bool = False
 
     def contradictions(self) -> list[str]:
@@ -215,6 +240,11 @@ class WeightScheme:
             found.append(f"bits {self.bits}: integers have 1 to 8 bits")
         if self.format == "delta" and not 0.25 <= self.bits <= 4:
             found.append(f"bits {self.bits}: a delta has 0.25 to 4 bits per weight")
+        if self.sparsity:
+            try:
+                read_sparsity(self.sparsity)
+            except ValueError as error:
+                found.append(f'sparsity "{self.sparsity}": {error}')
         if self.signed_scales and (self.format != "int" or not self.symmetric):
             found.append(
                 "signed_scales true: they belong to symmetric integer grids; set symmetric"
@@ -389,7 +419,9 @@ def _quantize_key(cell: Cell) -> str:
         "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
-    if not method.is_baseline:
+    if method.reduction is not None:
+        identity["reduction"] = reduction_key(cell)
+    if method.quantizes:
         identity["weight"] = weight_identity(cell.scheme.weight)
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
@@ -438,13 +470,28 @@ def _without_added_later(kind: str, name: str, settings: Mapping[str, Any]) -> d
 
 def weight_identity(weight: WeightScheme) -> dict[str, Any]:
     """The fields of a weight scheme, without those that came after keys existed while they have their default."""
-    younger, defaults = ("zero_point", "signed_scales"), WeightScheme()
+    younger, defaults = ("zero_point", "signed_scales", "sparsity"), WeightScheme()
     own: dict[str, Any] = to_json(weight)
     return {
         name: value
         for name, value in own.items()
         if name not in younger or value != getattr(defaults, name)
     }
+
+
+def reduction_key(cell: Cell) -> str:
+    """Identity of the smaller model that the cell's reduction makes; 64 hexadecimal digits. The cell must have a reduction."""
+    part = cell.method.reduction
+    assert part is not None, f"{cell.title} has no reduction"
+    identity: dict[str, Any] = {
+        "model": {"digest": cell.model.digest, "dtype": cell.model.dtype},
+        "reduction": _identity(part, drop=("needs", "stochastic", "activation_aware")),
+    }
+    if part.needs:
+        identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    if part.stochastic:
+        identity["seed"] = cell.seed
+    return digest(identity)
 
 
 def untuned(cell: Cell) -> Cell:
@@ -517,7 +564,7 @@ def _added_later(evaluator: str) -> tuple[str, ...]:
 
 
 def baseline_of(cell: Cell) -> Cell:
-    """The full-precision cell that this cell is compared with: same model, nothing quantized."""
+    """The full-precision cell that this cell is compared with: same model, nothing reduced, nothing quantized."""
     return dataclasses.replace(
         cell,
         method=Method("none"),

@@ -31,6 +31,7 @@ FOLDERS = {  # folder of a person's own plugins -> where the package has its own
     "evaluators": PACKAGE / "evaluation" / "evaluators",
 }
 KINDS = {  # kind -> (folder, class)
+    "reduction": ("methods", "Reduction"),
     "transform": ("methods", "Transform"),
     "rounding": ("methods", "Rounding"),
     "tuning": ("methods", "Tuning"),

@@ -78,6 +78,7 @@ class Table:
     methods    our name of a method -> the method or the label of its published rows, where they are not called the same
     protocol   differences of protocol that could explain a gap, printed below the table
     absent     why no cell stands in this table; it shows the published rows alone
+    order      a metric: a model's rows from its largest value to its smallest, those without one last; "": the sweep's order
     """
 
     name: str
@@ -89,6 +90,7 @@ class Table:
     protocol: tuple[str, ...] = ()
     correlation: Correlation | None = None
     absent: str = ""
+    order: str = ""
 
 
 @dataclass(frozen=True)

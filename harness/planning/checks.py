@@ -20,6 +20,7 @@ from harness.core.cell import (
     Evaluation,
     Model,
     Part,
+    Scheme,
     base_of,
     from_json,
     to_json,
@@ -62,9 +63,9 @@ class Checker:
                 cell.method.tuning,
             )
             found += self._once(question, lambda: self._base_reasons(cell))
-        if cell.method.needs_calibration:
+        if cell.method.uses_calibration:
             found += self._once(
-                ("calibration", cell.calibration, cell.method.needs),
+                ("calibration", cell.calibration, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -74,9 +75,10 @@ class Checker:
             )
         method, scheme, model = cell.method, cell.scheme, cell.model
         for slot, part in _slots(cell):
+            before = (method.reduction, method.transform)
             found += self._asked(
                 model,
-                ("part", slot, part, method.transform, method.rounding is None, scheme),
+                ("part", slot, part, *before, method.rounding is None, scheme),
                 functools.partial(self._part_reasons, slot, part, cell),
             )
         if self.runtime.export and not method.is_baseline:
@@ -87,7 +89,9 @@ class Checker:
             )
         if scheme.activation is not None or scheme.kv is not None:
             found += self._asked(
-                model, ("execution", scheme), lambda: self._execution_reasons(cell)
+                model,
+                ("execution", method.reduction, scheme),
+                lambda: self._execution_reasons(cell),
             )
         for evaluation in cell.evaluations:
             found += self._once(
@@ -117,6 +121,34 @@ class Checker:
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def reduced_shapes(self, cell: Cell) -> Shapes | None:
+        """Shapes of the model that a cell quantizes: its own, or the one that its reduction makes.
+
+        None where the config cannot be read, or the reduction is refused: both are refusals of their own.
+        """
+        part = cell.method.reduction
+        if part is None:
+            return self.shapes(cell.model)
+        return self._once(("reduced", cell.model, part), lambda: self._reduced(cell.model, part))[0]
+
+    def _reduced(self, model: Model, part: Part) -> tuple[Shapes | None, list[str]]:
+        """Shapes of what a reduction makes of a model, or the reasons why it cannot."""
+        from harness.quantization import models
+
+        shapes = self.shapes(model)
+        try:
+            reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
+            if shapes is None:
+                return None, []
+            folder = model_folders.config_folder(model)
+            config = models.config_by_block(models.read_config(folder))
+            if reasons := reduction.check(shapes, config):
+                return None, [f"reduction {part.name}: {reason}" for reason in reasons]
+            smaller = reduction.config(config)
+            return models.family_of(smaller).shapes(smaller), []
+        except HarnessError as error:
+            return None, [f"reduction {part.name}: {error}"]
 
     def devices(self, model: Model) -> int | None:
         """GPUs over which a model is spread: each holds its part and one block more. None where no number is enough.
@@ -311,7 +343,7 @@ class Checker:
         ]
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.needs)
+        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
             return [
                 f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
@@ -366,14 +398,19 @@ class Checker:
             return [
                 f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
+        if slot == "reduction":
+            self.reduced_shapes(cell)
+            found: list[str] = self._answers[("reduced", cell.model, part)][1]
+            return found
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:
             return [str(error)]
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        reasons += _sparsity_reasons(slot, part, cell.scheme, shapes)
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -393,7 +430,7 @@ class Checker:
     def _export_reasons(self, cell: Cell) -> list[str]:
         from harness.quantization import export
 
-        shapes, name = self.shapes(cell.model), self.runtime.export
+        shapes, name = self.reduced_shapes(cell), self.runtime.export
         try:
             return (
                 []
@@ -407,7 +444,7 @@ class Checker:
         """Why activations or the KV cache cannot be quantized as the scheme says."""
         from harness.quantization.inference import activations, kv_cache
 
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         cache = kv_cache.check(cell.scheme.kv, shapes) if cell.scheme.kv is not None else []
@@ -458,11 +495,33 @@ def _training_reasons(tuning: Part | None, calibration: Calibration) -> list[str
     ]
 
 
+def _sparsity_reasons(slot: str, part: Part, scheme: Scheme, shapes: Shapes) -> list[str]:
+    """Why a part of a method cannot follow a scheme that states a sparsity."""
+    from harness.quantization.methods.checks import check_sparsity
+
+    facts = plugins.facts(slot, part.name)
+    if slot == "rounding":
+        return check_sparsity(part.name, bool(facts.get("prunes", False)), scheme, shapes)
+    states = any(dict(override.weight).get("sparsity") for override in scheme.overrides) or bool(
+        scheme.weight.sparsity
+    )
+    if slot == "tuning" and states and not facts.get("keeps_zeros", False):
+        keeping = [
+            name for name, each in plugins.find("tuning").items() if each.get("keeps_zeros", False)
+        ]
+        return [
+            f"tuning {part.name}: this tuning would fill the zeros of pruned matrices; use one whose adapters lie beside "
+            f"the matrices ({', '.join(keeping)})"
+        ]
+    return []
+
+
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     method = cell.method
     return [
         (s, p)
         for s, p in (
+            ("reduction", method.reduction),
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),

@@ -34,7 +34,7 @@ FLOPS_PER_GPU = 5e13
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
     """Estimated bytes of a checkpoint: codes, one scale per group, a zero point where the scheme has them, and low-rank parts."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 4096
     bits, beside = 0.0, _low_rank_bits(cell)
     for block in range(shapes.blocks):
@@ -217,7 +217,7 @@ class History:
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 0.0
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
     widths = {linear.group: linear.in_features for linear in shapes.linears}

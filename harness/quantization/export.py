@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.core import plugins
-from harness.core.cell import Cell, base_alone, cell_key, quantize_key, untuned
+from harness.core.cell import Cell, base_alone, cell_key, quantize_key, reduction_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.core.text import short_list
 from harness.data import hub, model_folders
@@ -39,6 +39,11 @@ if TYPE_CHECKING:
 
 
 SHARD_BYTES = 4 * 2**30
+PLAIN = "transformers"  # the layout of ordinary model folders
+NO_SPARSE_ENGINE = (
+    "no engine takes pruned matrices with rounded survivors any more (vLLM removed Sparse24 in pull request 36799; marlin_24 is "
+    "deprecated); survivors that are not rounded (w16s50, w16s2of4) are ordinary weights with zeros: use -f transformers"
+)
 COPIED = (  # files of the model's folder
     "tokenizer*",
     "special_tokens_map.json",
@@ -97,6 +102,10 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
     layout = layout_of(name)
     if cell.method.is_baseline:
         return ["nothing is quantized; use the model's own folder"]
+    if not cell.method.quantizes:
+        return (
+            [] if name == PLAIN else [f"nothing is quantized; use -f {PLAIN}, an ordinary folder"]
+        )
     reasons: dict[str, None] = {}
     if cell.scheme.kv is not None:
         reasons["the scheme rounds the KV cache, which is not part of a checkpoint"] = None
@@ -112,6 +121,8 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
             )
             if not cell.method.needs_base:
                 reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
+            if weight.sparsity and weight.format != "dense":
+                reasons[NO_SPARSE_ENGINE] = None
     if (
         hasattr(layout, "write_adapters")
         and not cell.method.needs_base
@@ -177,25 +188,46 @@ def export(
 
     Raises PlanError with every reason when the layout cannot express the checkpoint, StoreError when the cell is not quantized yet.
     """
-    import torch
-
-    from harness.quantization.formats.protocols import AdapterLayout
-    from harness.quantization.formats.weight_files import DTYPES
-    from harness.quantization.models import family_of, read_config, shapes
-
     found = store.find(key)
     cell = store.cell(found)
     if cell is None:
         raise ConfigError(f"cell {key} has no readable cell.json; run its sweep again")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output}: is not an empty folder; name another")
-    layout, source = layout_of(name), model_folders.model_folder(cell.model)
-    data = read_config(source)
+    with _source(cell, store) as source:
+        return _export(cell, store, name, output, source, shard_bytes)
+
+
+@contextlib.contextmanager
+def _source(cell: Cell, store: Store) -> Iterator[Path]:
+    """The folder of the cell's model, or of the smaller one that its reduction made."""
+    if cell.method.reduction is None:
+        yield model_folders.model_folder(cell.model)
+        return
+    key = reduction_key(cell)
+    if store.reduction(key) is None:
+        raise StoreError(f"{cell.title}: its reduced model is not in {store.place}; run its sweep")
+    with store.reading_reduced(key) as folder:
+        yield folder
+
+
+def _export(
+    cell: Cell, store: Store, name: str, output: Path, source: Path, shard_bytes: int
+) -> Exported:
+    """Write a cell whose unquantized model lies in `source`."""
+    import torch
+
+    from harness.quantization.formats.protocols import AdapterLayout
+    from harness.quantization.formats.weight_files import DTYPES
+    from harness.quantization.models import family_of, read_config, shapes
+
+    layout, data = layout_of(name), read_config(source)
     family = family_of(data)
-    reasons = refusals(cell, shapes(source), name)
-    _refuse(cell, name, reasons)
+    _refuse(cell, name, refusals(cell, shapes(source), name))
     if store.manifest(quantize_key(cell)) is None:
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
+    if not cell.method.quantizes:
+        return _copy_reduced(cell, name, source, output)
 
     if isinstance(layout, AdapterLayout) and cell.method.needs_base:
         return _export_difference(cell, layout, source, store, name, output)
@@ -211,16 +243,16 @@ def export(
         _refuse(cell, name, reasons + layout.model_reasons(described))
         settings = layout.quantization_config(described, writing.other_linears(described), dtype)
         with _written_aside(output) as aside:
-            total, files = _write_shards(aside, writing.tensors(), shard_bytes)
+            total, files = write_shards(aside, writing.tensors(), shard_bytes)
             config = {**data, "dtype": cell.model.dtype}
             if settings:
                 config["quantization_config"] = settings
             config.pop("torch_dtype", None)
             if writing.unties_head:
                 config["tie_word_embeddings"] = False
-            _write_json(aside / "config.json", config)
+            write_json(aside / "config.json", config)
             for file, content in layout.files(settings).items():
-                _write_json(aside / file, content)
+                write_json(aside / file, content)
             for pattern in COPIED:
                 for path in source.glob(pattern):
                     if path.is_file():
@@ -230,6 +262,19 @@ def export(
         f"dtype {cell.model.dtype}"
     )
     return Exported(output, name, files, total, text)
+
+
+def _copy_reduced(cell: Cell, name: str, source: Path, output: Path) -> Exported:
+    """A reduced model that is not quantized: its folder, which is one of an ordinary model already."""
+    with _written_aside(output) as aside:
+        for path in source.iterdir():
+            shutil.copyfile(path, aside / path.name)
+        weights = [path.stat().st_size for path in aside.glob("*.safetensors")]
+    text = (
+        f"{output}: {cell.title} ({cell_key(cell)[:12]}) as {name}, {len(weights)} weight file{'s' * (len(weights) > 1)}, "
+        f"{sum(weights) / 1e6:,.1f} MB; dtype {cell.model.dtype}"
+    )
+    return Exported(output, name, len(weights), sum(weights), text)
 
 
 @contextlib.contextmanager
@@ -514,9 +559,10 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     import torch
 
     from harness.quantization.numerics.deltas import DeltaWeight
+    from harness.quantization.numerics.pruned_weights import is_unrounded
     from harness.quantization.numerics.weights import DenseWeight, ElementWeight, UniformWeight
 
-    if all(isinstance(part, DeltaWeight) for part in parts):
+    if all(isinstance(part, DeltaWeight) or is_unrounded(part) for part in parts):
         return DenseWeight(torch.cat([part.dequantize() for part in parts]))
     first = parts[0]
     rows = ("codes", "scale", "zero")
@@ -541,7 +587,7 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     return dataclasses.replace(first, **joined)
 
 
-def _write_shards(
+def write_shards(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
 ) -> tuple[int, int]:
     """Write safetensors of about shard_bytes each, and their index where there are several; bytes and files."""
@@ -574,12 +620,13 @@ def _write_shards(
             file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             (folder / f"shard-{number}.safetensors").rename(folder / file)
             index |= dict.fromkeys(names, file)
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": index},
         )
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")), len(shards)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON value with sorted names, one per line."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

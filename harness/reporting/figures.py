@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 
 BITS, SIZE = "checkpoint/bits_per_weight", "checkpoint/bytes"
+# of models that were made smaller: what is stored, over the weights that there were
+ORIGINAL_BITS = "checkpoint/bits_per_original_weight"
 NAMES = {
     "perplexity": "perplexity",
     "acc": "accuracy",
@@ -93,7 +95,7 @@ class Point:
     hue, marker       the places of these two among those of all records
     records           of all its cells
     score, interval   the mean and half of its 95 % interval: over seeds, else from the standard error; 0 where neither is known
-    bits, size        per weight as stored; bytes of the whole checkpoint
+    bits, size        per weight as stored (`bits_axis`); bytes of the whole checkpoint
     """
 
     method: str
@@ -123,6 +125,17 @@ class Point:
         return f"{self.method} {self.cell.scheme.name}"
 
 
+def bits_axis(records: Iterable[Record], words: Words = PLAIN) -> tuple[str, str]:
+    """The metric of the bits axis of a model's figures, and the label.
+
+    Bits per weight of the quantized matrices; where a cell's reduction removed weights, all stored bits over the weights of the
+    unreduced model, so that pruned and quantized cells stand on one axis.
+    """
+    if any(record.cell.method.reduction is not None for record in records):
+        return ORIGINAL_BITS, "bits per weight of the unreduced model, everything stored counted"
+    return BITS, words.bits()
+
+
 def points(records: Sequence[Record], metric: str, words: Words = PLAIN) -> list[Point]:
     """Every point whose numbers are finite, in the records' order; seeds together, where all of them have the metric."""
     by_key = {cell_key(record.cell): record for record in records}
@@ -130,17 +143,19 @@ def points(records: Sequence[Record], metric: str, words: Words = PLAIN) -> list
     labels = _labels([cells[0] for cells in rows], words)
     methods = list(dict.fromkeys(method for method, _ in labels.values()))
     groups = list(dict.fromkeys(group for _, group in labels.values()))
+    stored = bits_axis(records)[0]
     made = []
     for cells in rows:
         method, group = labels.get(cell_key(cells[0]), ("", ""))
         own = [by_key[cell_key(cell)] for cell in cells]
-        if not all(_finite(record, metric, BITS, SIZE) for record in own):
+        if not all(_finite(record, metric, stored, SIZE) for record in own):
             continue
         score, interval = over_seeds([record.metrics()[metric] for record in own])
         if interval is None:
             interval = 1.96 * own[0].metrics().get(f"{metric}_stderr", 0.0)
         bits, size = (
-            math.fsum(record.metrics()[name] for record in own) / len(own) for name in (BITS, SIZE)
+            math.fsum(record.metrics()[name] for record in own) / len(own)
+            for name in (stored, SIZE)
         )
         hue, marker = (methods.index(method), groups.index(group)) if method else (0, 0)
         made.append(Point(method, group, hue, marker, tuple(own), score, interval, bits, size))
@@ -208,7 +223,7 @@ def score_against_bits(
             scale * baseline.score, color=GREY, linestyle="--", linewidth=1, label=baseline.title
         )
     _score_axis(axes, found, metric, words)
-    axes.set_xlabel(words.bits())
+    axes.set_xlabel(bits_axis(records, words)[1])
     _legend(axes, found)
     return figure
 
@@ -313,7 +328,7 @@ def bits_needed(records: Sequence[Record], metric: str, words: Words = PLAIN) ->
     axes.set_xlim(0, end)
     unit = "one point" if _in_points(metric) else "one percent"
     axes.set_xlabel(
-        f"{words.bits()} to stay within {unit} of {baseline.title}: {words.score(metric)}",
+        f"{bits_axis(records, words)[1]} to stay within {unit} of {baseline.title}: {words.score(metric)}",
         fontsize=9,
     )
     return figure

@@ -17,6 +17,7 @@ LOWER_IS_BETTER = (
     "perplexity",
     "bits_per_weight",
     "bits_per_weight_total",
+    "bits_per_original_weight",
     "bytes",
     "seconds",
     "peak_memory_bytes",

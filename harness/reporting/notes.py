@@ -170,7 +170,7 @@ def _explains(
         if ": " in line
         else set()
     )
-    if "calibration" in words and row.cell is not None and not row.cell.method.needs_calibration:
+    if "calibration" in words and row.cell is not None and not row.cell.method.uses_calibration:
         return False
     known = {
         letters_and_digits(each.method)

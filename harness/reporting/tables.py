@@ -63,7 +63,7 @@ def build(
         if table.absent
         else [c for c in sweep.cells if not table.models or c.model.name in table.models]
     )
-    cells = _ordered(chosen)
+    cells = _ordered(chosen, by_key, table.order)
     published = load_published(table.published, sweep.path) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
     if store is not None and any(
@@ -252,12 +252,17 @@ def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tupl
     )
 
 
-def _ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells grouped by model, each model's baseline first, otherwise in the sweep's order."""
+def _ordered(cells: Sequence[Cell], records: Mapping[str, Record], metric: str) -> list[Cell]:
+    """Cells grouped by model, each model's baseline first, then from the largest value of the metric to the smallest; cells
+    without one, and all where no metric is named, in the sweep's order."""
     models = list(dict.fromkeys(cell.model.name for cell in cells))
-    return sorted(
-        cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline)
-    )
+
+    def place(cell: Cell) -> tuple[int, bool, float]:
+        record = records.get(cell_key(cell)) if metric else None
+        value = record.metrics().get(metric, -math.inf) if record is not None else 0.0
+        return models.index(cell.model.name), not cell.method.is_baseline, -value
+
+    return sorted(cells, key=place)
 
 
 def _head(column: Column, cells: Sequence[Cell], published: Published | None) -> ColumnHead:

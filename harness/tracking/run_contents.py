@@ -101,7 +101,7 @@ def cell_params(record: Record) -> dict[str, Any]:
         "group": group_text(cell) or "none",
         "calibration": flat.pop("calibration.name", "none"),
     }
-    for slot in ("transform", "rounding", "tuning"):
+    for slot in ("reduction", "transform", "rounding", "tuning"):
         if f"{slot}.name" in flat:
             first[slot] = flat.pop(f"{slot}.name")
     if cell.method.is_baseline and not (cell.scheme.activation or cell.scheme.kv):

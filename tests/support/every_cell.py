@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from evidence import planted_change
 from safetensors.torch import load_file, save_file
 
 from harness.config import grid, locations
-from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, to_json
+from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, reduction_key, to_json
 from harness.core.events import Failed
 from harness.data.demo.tiny import TINY, build
 from harness.execution.tasks import QuantizeTask
@@ -54,6 +55,8 @@ SMALL: dict[str, Any] = {
     "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+# of methods that prune, which accept no other schemes
+SPARSE = ("w16s50", "w16s2of4", "w4s50", "w4g32s2of4", "w3g16syms4of8", "w8s30a8kv4", "nvfp4s50")
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
@@ -61,6 +64,12 @@ CELLS_PER_PASS = 16
 
 def names(group: str, *left_out: str) -> list[str]:
     return [entry.name for entry in locations.list_names(group) if entry.name not in left_out]
+
+
+def reduces(method: str) -> bool:
+    """Whether a method of conf/ has a reduction."""
+    content = yaml.safe_load(locations.config_files("method")[method].read_text(encoding="utf-8"))
+    return bool(content.get("reduction"))
 
 
 def product(
@@ -71,7 +80,7 @@ def product(
     The model names a base, which is made beside it: the model less a planted difference.
     """
     wanted = names("methods", "none") if methods is None else methods
-    schemes = [*names("schemes", "full"), *NARROW] if schemes is None else schemes
+    schemes = [*names("schemes", "full"), *NARROW, *SPARSE] if schemes is None else schemes
     overrides = [
         f"model={folder}",
         f"model.base={base_for(folder)}",
@@ -118,7 +127,8 @@ def _small(cell: Cell) -> Cell:
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
-    parts = {kind: part(getattr(method, kind)) for kind in ("transform", "rounding", "tuning")}
+    kinds = ("reduction", "transform", "rounding", "tuning")
+    parts = {kind: part(getattr(method, kind)) for kind in kinds}
     return dataclasses.replace(cell, method=dataclasses.replace(method, **parts))
 
 
@@ -145,7 +155,11 @@ def failures(cells: Sequence[Cell], folder: Path, runs: Path) -> Iterator[str]:
         if store.manifest(key) is None:
             continue  # said above
         try:
-            model, _ = load(cell, folder, store.checkpoint_folder(key), "cpu")
+            source = folder
+            if cell.method.reduction is not None:
+                source = store.reduced_folder(reduction_key(cell))
+            checkpoint = store.checkpoint_folder(key) if cell.method.quantizes else None
+            model, _ = load(cell, source, checkpoint, "cpu")
             with torch.no_grad():
                 logits = model(input_ids=tokens).logits
         except Exception as error:

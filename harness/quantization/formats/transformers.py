@@ -1,8 +1,8 @@
 """An ordinary model folder: every matrix as plain numbers in the model's dtype, as the cell is evaluated.
 
-For fine-tunes that are stored as differences (base + difference, the model that their authors evaluate) and for weights that are
-not rounded. Other rounded weights are refused: as plain numbers they take the room of the model itself, and the folder would not
-say that they are rounded.
+For cells that only prune (zeros stay in place), for models that a reduction made smaller, and for fine-tunes that are stored as
+differences (base + difference, the model that their authors evaluate). Other rounded weights are refused: as plain numbers they
+take the room of the model itself, and the folder would not say that they are rounded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor
 from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.formats.protocols import Description
 from harness.quantization.numerics.deltas import DeltaWeight
-from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
+from harness.quantization.numerics.pruned_weights import is_unrounded
+from harness.quantization.numerics.weights import QuantizedWeight
 
 
 class Layout:
@@ -39,7 +40,7 @@ class Layout:
         return reasons
 
     def weight_reasons(self, weight: QuantizedWeight, dtype: torch.dtype) -> list[str]:
-        if isinstance(weight, DeltaWeight | DenseWeight):
+        if isinstance(weight, DeltaWeight) or is_unrounded(weight):
             return []
         return [f'the layout "{weight.kind}" is rounded']
 

@@ -73,7 +73,7 @@ def load(
         raise StoreError(
             f"{checkpoint}: has {stored.manifest['blocks']} blocks, the model {count}; it is of another model"
         )
-    if not quantized and not cell.method.is_baseline:
+    if not quantized and cell.method.quantizes:
         raise StoreError(
             f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given"
         )

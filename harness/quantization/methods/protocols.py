@@ -1,8 +1,9 @@
 """The contract of a method: what it receives and what it returns.
 
-A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Transform`, `Rounding`,
-`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of `conf/<part>/<name>.yaml`
-(conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument, and states its facts as literals, which
+A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Reduction`,
+`Transform`, `Rounding`, `Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of
+`conf/<part>/<name>.yaml` (conf/reduction, conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument,
+and states its facts as literals, which
 `harness.core.plugins` reads without importing the file:
 
     class Rounding:
@@ -10,6 +11,7 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+        prunes = False                  # of a Rounding, True: prunes, so that schemes state a sparsity
 
     optional:
         unneeded = {"hessian": {"objective": "weight"}}   # a statistic that is not needed with these settings
@@ -27,8 +29,9 @@ Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor, nn
@@ -52,6 +55,8 @@ STATISTICS: dict[str, str] = {
     "tokens": "the calibration windows themselves (training of the whole model)",
     "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
+    "block_states": "inputs and outputs of whole blocks (reductions)",
+    "expert_output": "of each expert: tokens, their gates and the norms of its outputs (reductions)",
 }
 
 T = TypeVar("T")
@@ -211,6 +216,98 @@ def build_rounding(name: str, settings: Mapping[str, Any]) -> Any:
     Raises ConfigError for an unknown name, and for an unknown or impossible setting.
     """
     return plugins.build("rounding", name, settings)
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """What was seen of the experts of one block, summed over calibration tokens; one entry per expert, [experts] float64.
+
+    tokens      that were sent to it
+    gate        Σ of its gates, as the model applies them
+    norm        Σ of ||f(x)||₂, f(x) its output before the gate
+    gated_norm  Σ of gate · ||f(x)||₂
+    largest     the largest |entry| of its outputs
+    """
+
+    tokens: Tensor
+    gate: Tensor
+    norm: Tensor
+    gated_norm: Tensor
+    largest: Tensor
+
+
+class SurveyedBlock(Protocol):
+    """One block of the unrounded model as a reduction sees it."""
+
+    index: int
+    # by linear name: [out, in] float32, and the statistics of its inputs that the reduction needs
+    matrices: Mapping[str, Tensor]
+    evidence: Mapping[str, Evidence]
+    # one [1, length, hidden] per sequence, where "block_states" is needed; else empty
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    experts: ExpertOutputs | None  # where "expert_output" is needed and the block has experts
+
+
+class ModelReader(Protocol):
+    """The tensors of a model by name, in its dtype, on the CPU."""
+
+    shapes: Shapes
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Every parameter and stored buffer of a block, by its name within it."""
+        ...
+
+    def ends(self) -> dict[str, Tensor]:
+        """Every tensor outside the blocks, by its name in the model; a tied head is left out."""
+        ...
+
+    def name(self, index: int, tensor: str) -> str:
+        """The name in the model of a tensor of block `index`."""
+        ...
+
+    def expert_tensors(self, index: int) -> tuple[str, ...]:
+        """Names within a block of the tensors with one entry per expert in their first dimension; the router's are among them."""
+        ...
+
+
+class Survey(ModelReader, Protocol):
+    """The unrounded model on the calibration windows, and its tensors, one block in memory at a time.
+
+    config is config.json, with the lists by block that transformers derives from it (`layer_types`).
+    """
+
+    config: Mapping[str, Any]
+
+    def surveyed(self) -> Iterator[SurveyedBlock]:
+        """Run the blocks in order. Raises DataError without calibration data."""
+        ...
+
+
+class Reduction(Protocol):
+    """Makes a smaller ordinary model, once; the rest of the cell runs on that one."""
+
+    def check(self, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
+        """Reasons why this model cannot be reduced so; empty when it can."""
+        ...
+
+    def config(
+        self, config: Mapping[str, Any], choice: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The config of what comes out. choice: what `choose` returned; None in a plan, which needs shapes only."""
+        ...
+
+    def choose(
+        self, model: Survey, rng: Generator
+    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
+        """Decide what is kept. Yields (step, steps) and returns JSON values for `config` and `tensors`, and for the record."""
+        ...
+
+    def tensors(
+        self, choice: Mapping[str, Any], model: ModelReader
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the smaller model, by its name there; one block in memory at a time."""
+        ...
 
 
 class Network(Protocol):

@@ -29,7 +29,16 @@ from harness.data import folder_check
 from harness.data.folder_check import FolderLook
 from harness.quantization.models.protocols import DecoderFamily
 
-__all__ = ["Examined", "differences", "examine", "family_of", "read_config", "shapes"]
+__all__ = [
+    "Examined",
+    "config_by_block",
+    "differences",
+    "examine",
+    "family_of",
+    "read_config",
+    "shapes",
+    "text_config",
+]
 
 ANY = "*"  # in `architectures`: serves what no other family names
 
@@ -176,6 +185,29 @@ def _matrices(
             shape = tuple(location.view(parameters[location.parameter]).shape)
             found[family.block_prefix(index) + location.name] = shape
     return len(blocks), found
+
+
+def config_by_block(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the lists that have one entry per block, as transformers derives them where the file leaves them out."""
+    full = dict(data)
+    text = text_config(full)
+    resolved = family_of(data).config(data).get_text_config().to_dict()
+    count = resolved.get("num_hidden_layers")
+    for name, value in resolved.items():
+        if isinstance(value, list) and len(value) == count and text.get(name) is None:
+            text[name] = value
+    text["num_hidden_layers"] = count
+    return full
+
+
+def text_config(data: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: of a multimodal model a copy of `text_config`, put in its
+    place; else the config itself."""
+    if isinstance(data.get("text_config"), Mapping):
+        data["text_config"] = dict(data["text_config"])
+        found: dict[str, Any] = data["text_config"]
+        return found
+    return data
 
 
 def shapes(folder: Path) -> Shapes:

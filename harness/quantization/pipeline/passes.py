@@ -145,7 +145,7 @@ class _Pass(Walk):
             self._try(job, "start", partial(self._open, job))
         yield from self._report_failures()
         for job in self._alive():
-            if job.cell.method.is_baseline:
+            if not job.cell.method.quantizes:
                 yield from self._finish(job)
         yield from self._learn()
         self._start_streams()
@@ -162,7 +162,7 @@ class _Pass(Walk):
             if keys:
                 yield Progress(time.time(), keys, "block", index + 1, count)
         for job in self._alive():
-            if not job.cell.method.is_baseline:
+            if job.cell.method.quantizes:
                 yield from self._finish(job)
 
     def _open(self, job: Job) -> None:
@@ -172,7 +172,7 @@ class _Pass(Walk):
             raise MethodError(
                 f"{job.cell.title}: a pass rounds and does not train; {method.tuning.name} starts from its checkpoint"
             )
-        if method.is_baseline:
+        if not method.quantizes:
             return
         for kind in ("transform", "rounding"):
             part: Part | None = getattr(method, kind)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,8 @@ from harness.quantization.numerics.weights import QuantizedWeight
 from harness.quantization.pipeline.blocks import Blocks
 from harness.quantization.pipeline.jobs import Job
 from harness.quantization.pipeline.observers import OF_INPUTS, Statistics
+
+RECORD = "reduction.json"  # in the folder of a reduced model
 
 
 @dataclass
@@ -136,7 +140,7 @@ def manifest_content(
     method = job.cell.method
     matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
     linears = 0
-    if not method.is_baseline:
+    if method.quantizes:
         for index in range(len(blocks)):
             parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
             for location in blocks.locations(index):
@@ -155,14 +159,16 @@ def manifest_content(
         if rest and not (own_base is not None and _equals_base(blocks, own_base, name)):
             bits += width * rest
     covered = sum(matrices.values())
+    reduced = _reduction(blocks.folder) if method.reduction is not None else {}
     content: dict[str, Any] = {
         "parameters": total,
+        **reduced,
         "unquantized_bits": bits,
         "coverage": {"linears": linears, "weights": covered, "share": covered / total},
         "seconds": shared.cost_of(job),
         "methods": {
             kind: part.name
-            for kind in ("transform", "rounding", "tuning")
+            for kind in ("transform", "rounding", "tuning", "reduction")
             if (part := getattr(method, kind))
         },
     }
@@ -193,6 +199,13 @@ def _equals_base(blocks: Blocks, base: BaseModel, name: str) -> bool:
     theirs = base.tensor(name)
     own = blocks.weights.read(name, blocks.dtype, "cpu")
     return theirs is not None and theirs.shape == own.shape and torch.equal(own, theirs)
+
+
+def _reduction(folder: Path) -> dict[str, Any]:
+    """Of the manifest of a cell whose model was reduced: the parameters that the model had, and what was chosen."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    shown = {key: record[key] for key in ("reduction", "choice", "parameters")}
+    return {"original_parameters": record["parameters"]["before"], "reduced": shown}
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:

@@ -322,7 +322,16 @@ def _report(
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
-        **{key: base[key] for key in ("base", "delta") if key in base},  # of a fine-tune
+        **{
+            key: base[key]
+            for key in (
+                "base",
+                "delta",
+                "original_parameters",
+                "reduced",
+            )  # of a fine-tune, of a smaller model
+            if key in base
+        },
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
         "calibration": text,

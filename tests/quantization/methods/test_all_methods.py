@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from harness.quantization.numerics.weights import QuantizedWeight
 CONF = Path(__file__).parents[3] / "conf"
 KINDS = ("transform", "rounding", "tuning")
 PLUGINS = [(kind, name) for kind in KINDS for name in plugins.find(kind)]
+CONFIGURED = [*PLUGINS, *(("reduction", name) for name in plugins.find("reduction"))]
 ROUNDINGS = list(plugins.find("rounding"))
 FORMATS = ("int", "delta", "sign", "nf4", "dense", "fp4", "fp8", "fp8_e4m3", "mx", "any")
 WIDTHS: tuple[float, ...] = (4, 8, 2, 3, 1, 16, 1.08, 1.7, 2.7)
@@ -62,15 +64,15 @@ def conf_of(kind: str, name: str) -> dict[str, Any]:
 def accepted_scheme(method: Any, shapes: Any) -> Scheme:
     """The first of some usual schemes that the method accepts, tried from the most common on."""
     refused = {}
-    for format_ in FORMATS:
-        for bits in WIDTHS:
-            for group_size in (16, -1, 32):
-                for symmetric in (False, True):
-                    scheme = Scheme("test", WeightScheme(format_, bits, group_size, symmetric))
-                    reasons = method.check(scheme, shapes)
-                    if not reasons:
-                        return scheme
-                    refused[scheme.weight] = reasons
+    sparsity = "0.5" if getattr(method, "prunes", False) else ""
+    for format_, bits in itertools.product(FORMATS, WIDTHS):
+        for group_size, symmetric in itertools.product((16, -1, 32), (False, True)):
+            weight = WeightScheme(format_, bits, group_size, symmetric, sparsity=sparsity)
+            scheme = Scheme("test", weight)
+            reasons = method.check(scheme, shapes)
+            if not reasons:
+                return scheme
+            refused[weight] = reasons
     pytest.fail(
         f"accepts none of {len(refused)} schemes; the first: {next(iter(refused.values()))}"
     )
@@ -98,7 +100,7 @@ def block_for(kind: str, name: str) -> FakeBlock:
     return FakeBlock(needs=facts_of(kind, name).get("needs", ()))
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_yaml_states_every_setting_with_its_default(kind: str, name: str) -> None:
     settings = plugins.load(kind, name).Settings()
     expected = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
@@ -111,7 +113,7 @@ def test_yaml_states_every_setting_with_its_default(kind: str, name: str) -> Non
     }
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_yaml_explains_itself(kind: str, name: str) -> None:
     text = (CONF / kind / f"{name}.yaml").read_text(encoding="utf-8")
     assert text.startswith("# "), "the file opens with one line saying what it is"
@@ -121,18 +123,18 @@ def test_yaml_explains_itself(kind: str, name: str) -> None:
         assert key == "name" or "#" in line or above.startswith("#"), f"{key} has no comment"
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_facts_read_from_the_source_are_the_class_attributes(kind: str, name: str) -> None:
     facts, plugin = facts_of(kind, name), plugins.load(kind, name)
     assert facts.get("version", 0) == plugin.version >= 1
     assert tuple(facts.get("needs", ())) == tuple(plugin.needs)
     assert set(plugin.needs) <= set(STATISTICS)
-    for fact in ("stochastic", "activation_aware"):
+    for fact in ("stochastic", "activation_aware", "prunes", "keeps_zeros"):
         assert facts.get(fact, False) is getattr(plugin, fact, False)
     assert facts.title and not facts.title.startswith(name + ".py")
 
 
-@pytest.mark.parametrize(("kind", "name"), PLUGINS)
+@pytest.mark.parametrize(("kind", "name"), CONFIGURED)
 def test_settings_are_frozen_and_typos_get_the_nearest_name(kind: str, name: str) -> None:
     settings = plugins.load(kind, name).Settings()
     fields = dataclasses.fields(settings)
