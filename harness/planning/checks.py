@@ -61,6 +61,7 @@ class Checker:
                 cell.method.name,
                 cell.method.transform,
                 cell.method.tuning,
+                cell.method.reduction,
             )
             found += self._once(question, lambda: self._base_reasons(cell))
         if cell.method.uses_calibration:
@@ -314,6 +315,11 @@ class Checker:
                 f"{cell.method.transform.name} changes it; use no transform"
             )
         rounding, tuning = cell.method.rounding, cell.method.tuning
+        if cell.method.reduction is not None:
+            reasons.append(
+                f"method {cell.method.name}: a difference is taken of the model as it is, and reduction "
+                f"{cell.method.reduction.name} changes its shape; use no reduction"
+            )
         if rounding is not None and plugins.facts("rounding", rounding.name).get("wraps", False):
             reasons.append(
                 f"rounding {rounding.name}: a difference is stored as its own rounding makes it, and not corrected; use "
