@@ -16,7 +16,10 @@ LEFT_OUT: dict[str, str] = {
     "none": "the baseline, which every sweep adds by itself",
     "autoround_best": "autoround with 1000 steps per block, which take minutes here",
     **dict.fromkeys(
-        ("low_rank_delta", "delta_rtn", "delta_gptq", "bitdelta", "bitdelta_untuned", "delta_come"),
+        (
+            *("low_rank_delta", "delta_rtn", "delta_gptq", "delta_sparsegpt", "delta_come"),
+            *("bitdelta", "bitdelta_untuned"),
+        ),
         OF_A_FINE_TUNE,
     ),
     "reap": "drops experts, which the demo model does not have",

@@ -58,6 +58,7 @@ class Checker:
         if cell.method.needs_base:
             question = (
                 "base",
+                cell.method.rounding,
                 cell.model,
                 cell.method.name,
                 cell.method.transform,
@@ -316,12 +317,17 @@ class Checker:
                 f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
                 f"{cell.method.transform.name} changes it; use no transform"
             )
+        rounding, tuning = cell.method.rounding, cell.method.tuning
         if cell.method.reduction is not None:
             reasons.append(
                 f"method {cell.method.name}: a difference is taken of the model as it is, and reduction "
-                f"{cell.method.reduction.name} makes another one; use no reduction"
+                f"{cell.method.reduction.name} changes its shape; use no reduction"
             )
-        tuning = cell.method.tuning
+        if rounding is not None and plugins.facts("rounding", rounding.name).get("wraps", False):
+            reasons.append(
+                f"rounding {rounding.name}: a difference is stored as its own rounding makes it, and not corrected; use "
+                f"rounding={rounding['base']} alone"
+            )
         if tuning is not None:
             known = plugins.find("tuning")
             able = [name for name, facts in known.items() if facts.get("trains_differences", False)]

@@ -74,15 +74,14 @@ def reduced_bytes(cells: Sequence[Cell], shapes: Shapes) -> int:
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
 
-    On the device: three copies of a block (four with that of a fine-tune's base), the statistics of its groups and their
-    factorisation; where a cell is tuned, the whole model, its teacher, and three float32 copies of its matrices. On the CPU: one
-    copy of every sequence per input stream, twice where inputs themselves are kept.
+    On the device: three copies of a block (six with a fine-tune's base and singular vectors), the statistics of its groups and
+    their factorisation; where a cell is tuned, the whole model, its teacher, and three float32 copies of its matrices. On the CPU:
+    one copy of every sequence per input stream, twice where inputs themselves are kept.
     """
     block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
     calibrated = [cell for cell in cells if cell.method.needs_calibration]
-    copies = (
-        4 if any(cell.method.needs_base for cell in cells) else 3
-    )  # the base's block beside them
+    # of a fine-tune: the base's block too, and both sides of singular vectors
+    copies = 6 if any(cell.method.needs_base for cell in cells) else 3
     if not calibrated:
         return copies * block, 0
     tuned = [cell.method.tuning for cell in calibrated if cell.method.tuning is not None]

@@ -129,7 +129,7 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
             )
             if not cell.method.needs_base:
                 reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
-            if weight.sparsity and weight.format != "dense":
+            if weight.sparsity and weight.format != "dense" and not cell.method.needs_base:
                 reasons[NO_SPARSE_ENGINE] = None
     if (
         hasattr(layout, "write_adapters")

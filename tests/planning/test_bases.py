@@ -121,6 +121,17 @@ def test_a_tuning_that_does_not_train_differences_is_refused() -> None:
     assert any("qlora does not train a difference from a base; use bitdelta" in r for r in found)
 
 
+def test_a_low_rank_part_beside_a_difference_is_refused() -> None:
+    found = reasons(
+        "model=demo_moved",
+        "method=rtn_eora",
+        "rounding.base=delta_rtn",
+        "scheme=w4g32",
+        "calibration=demo",
+    )
+    assert any("a difference is stored as its own rounding makes it" in r for r in found)
+
+
 def test_too_few_tokens_for_the_steps_of_a_tuning() -> None:
     words = ("model=demo_moved", "method=bitdelta", "scheme=sign", "calibration=demo")
     (reason,) = reasons(*words)

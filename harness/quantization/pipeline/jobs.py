@@ -193,3 +193,22 @@ class BlockInStream:
             if tokens < enough:
                 found[location.name] = tokens
         return found
+
+
+def first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
+    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
+    needs = frozenset(
+        need
+        for job in jobs
+        for need in job.needs_of(
+            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
+        )
+    )
+    return {"*": needs} if jobs else {}
+
+
+def scheme_of(cell: Cell, with_execution: bool) -> Any:
+    """A cell's scheme as JSON values without its name; with_execution: how activations and cache are rounded too."""
+    scheme = to_json(cell.scheme)
+    drop = {"name"} if with_execution else {"name", "activation", "kv"}
+    return {key: value for key, value in scheme.items() if key not in drop}

@@ -42,7 +42,15 @@ from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
 from harness.quantization.pipeline import report
 from harness.quantization.pipeline.blocks import StreamedBlock
 from harness.quantization.pipeline.fisher import SquaredGradients
-from harness.quantization.pipeline.jobs import EMBEDDINGS, FULL, BlockInStream, Job, RewrittenBlock
+from harness.quantization.pipeline.jobs import (
+    EMBEDDINGS,
+    FULL,
+    BlockInStream,
+    Job,
+    RewrittenBlock,
+    first_needs,
+    scheme_of,
+)
 from harness.quantization.pipeline.model_gradients import StreamedModel
 from harness.quantization.pipeline.observers import OF_INPUTS, GroupStatistics, Statistics
 from harness.quantization.pipeline.walk import Walk
@@ -179,7 +187,7 @@ class _Pass(Walk):
                 assert part is not None
                 seed = job.cell.seed if part.stochastic else None
                 waiting.setdefault(
-                    digest([to_json(part), _scheme(job.cell, part.activation_aware), seed]), []
+                    digest([to_json(part), scheme_of(job.cell, part.activation_aware), seed]), []
                 ).append(job)
         for jobs in waiting.values():
             began, held = time.monotonic(), [job.writer.learned() for job in jobs]
@@ -310,7 +318,7 @@ class _Pass(Walk):
             try:
                 with self.shared.measure("stream"):
                     statistics, outputs = self._observe(
-                        index, blocks.build(index, original), hidden, _first_needs(working), is_read
+                        index, blocks.build(index, original), hidden, first_needs(working), is_read
                     )
             except Exception as error:  # nothing of this stream can go on
                 for job in self._alive():
@@ -593,7 +601,7 @@ class _Pass(Walk):
         return digest(
             {
                 "part": to_json(part),
-                "scheme": _scheme(job.cell, part.activation_aware),
+                "scheme": scheme_of(job.cell, part.activation_aware),
                 "needs": sorted(job.needs),
                 "seed": job.cell.seed if part.stochastic else None,
                 "after": sorted(job.rounding_needs),
@@ -613,7 +621,7 @@ class _Pass(Walk):
                 "inputs": job.cell.inputs,
                 "schemes": [to_json(job.cell.scheme.weight_for(index, name)) for name in names],
                 # a transform or a block-wise rounding sees the whole scheme
-                "scheme": _scheme(job.cell, any(part.activation_aware for part in parts))
+                "scheme": scheme_of(job.cell, any(part.activation_aware for part in parts))
                 if method.transform is not None or hasattr(job.rounding, "round_block")
                 else None,
                 "seed": job.cell.seed if any(part.stochastic for part in parts) else None,
@@ -655,20 +663,6 @@ class _Pass(Walk):
         yield from failures
 
 
-def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
-    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
-    needs = frozenset(
-        need
-        for job in jobs
-        for need in (
-            job.needs_of(job.cell.method.transform)
-            if job.transform is not None
-            else job.rounding_needs
-        )
-    )
-    return {"*": needs} if jobs else {}
-
-
 def _changed(
     tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
 ) -> dict[str, Tensor]:
@@ -683,9 +677,3 @@ def _changed(
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: get_tensor(module, name) for name in module.state_dict()}
-
-
-def _scheme(cell: Cell, with_execution: bool) -> Any:
-    scheme = to_json(cell.scheme)
-    drop = {"name"} if with_execution else {"name", "activation", "kv"}
-    return {key: value for key, value in scheme.items() if key not in drop}

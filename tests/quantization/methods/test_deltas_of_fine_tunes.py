@@ -125,10 +125,12 @@ def test_a_damaged_base_is_named(name: str) -> None:
 # --- rounded differences ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("inner", ["rtn", "gptq"])
+@pytest.mark.parametrize("inner", ["rtn", "gptq", "sparsegpt"])
 def test_from_a_base_of_zeros_it_is_the_inner_rounding(inner: str) -> None:
     weight, _, _ = pair()
     scheme, inputs = WeightScheme("int", 3, 32), correlated_inputs(COLUMNS)
+    if inner == "sparsegpt":  # DeltaZip's form
+        scheme = WeightScheme("int", 2, -1, True, sparsity="2:4")
     found = rounded(f"delta_{inner}", weight, torch.zeros_like(weight), scheme, inputs)
     method = plugins.build("rounding", inner, {})
     evidence = FakeEvidence(inputs, needs=method.needs) if method.needs else None
@@ -151,7 +153,13 @@ def test_a_difference_is_easier_to_round_than_the_matrix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("inner", "outer"), [("rtn", "delta_rtn"), ("gptq", "delta_gptq"), ("gptq", "delta_come")]
+    ("inner", "outer"),
+    [
+        ("rtn", "delta_rtn"),
+        ("gptq", "delta_gptq"),
+        ("gptq", "delta_come"),
+        ("sparsegpt", "delta_sparsegpt"),
+    ],
 )
 def test_the_versions_of_inner_roundings_are_known(inner: str, outer: str) -> None:
     """When the numbers of an inner rounding change, so do those of the differences: raise both versions, then this table."""
@@ -159,6 +167,7 @@ def test_the_versions_of_inner_roundings_are_known(inner: str, outer: str) -> No
         ("rtn", "delta_rtn"): (1, 1),
         ("gptq", "delta_gptq"): (1, 1),
         ("gptq", "delta_come"): (1, 1),
+        ("sparsegpt", "delta_sparsegpt"): (1, 1),
     }
     facts = (plugins.facts("rounding", name).get("version", 0) for name in (inner, outer))
     assert tuple(facts) == known[inner, outer]

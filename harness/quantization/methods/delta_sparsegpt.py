@@ -1,0 +1,85 @@
+"""DeltaZip: a fine-tune as its base and their difference, pruned and rounded together by SparseGPT.
+
+DeltaZip: Multi-Tenant Language Model Serving via Delta Compression (arXiv 2312.05215). Δ = W_fine - W_base goes through `sparsegpt`
+with the second moment of the fine-tune's inputs; a matrix is then base + Δ', so that later matrices see it (true-sequential). It
+publishes 2 and 4 bits with 2 of 4 weights kept on symmetric grids per row: schemes w2syms2of4 and w4syms2of4.
+Where we differ from the authors' code (eth-easl/deltazip): no lossless step follows, which their sizes include; both models are
+loaded in one dtype, where theirs reads the base in float16 and the fine-tune in bfloat16 before it subtracts; norms are those of
+the fine-tune, where its differences drop them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from harness.core import plugins
+from harness.core.cell import Scheme, WeightScheme
+from harness.core.errors import ConfigError
+from harness.core.shapes import Shapes
+from harness.quantization.methods.deltas import base_in, change_of, on_base
+from harness.quantization.methods.protocols import Evidence
+from harness.quantization.numerics.weights import QuantizedWeight
+
+
+class Rounding:
+    """Pruning and rounding of the difference with second-order information."""
+
+    version = 1  # raised with the version of `sparsegpt`, whose numbers these are
+    needs = ("base_weight", "hessian")
+    stochastic = False
+    activation_aware = False
+    prunes = True
+    no_adapter = "the difference is of full rank"
+
+    @dataclass(frozen=True)
+    class Settings:
+        """All of them as in `sparsegpt`."""
+
+        damping_fraction: float = 0.01
+        block_size: int = 128
+        sequential: bool = True
+        mask: str = "sparsegpt"
+        grid_on: str = "dense"
+        grid: str = "gptq"
+        range_search: bool = False
+
+        def __post_init__(self) -> None:
+            try:
+                plugins.build("rounding", "sparsegpt", dataclasses.asdict(self))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._inner = plugins.build("rounding", "sparsegpt", dataclasses.asdict(settings))
+
+    @property
+    def sequential(self) -> bool:
+        return self.settings.sequential
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """The schemes of `sparsegpt`."""
+        return list(self._inner.check(scheme, shapes))
+
+    def round_layer(
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
+    ) -> QuantizedWeight:
+        """The base and the pruned, rounded difference of weight [out, in] float32."""
+        base = base_in(evidence)
+        return on_base(
+            self._inner.round_layer(name, change_of(weight, base), evidence, scheme, rng), base
+        )
+
+    def round_unseen(
+        self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator, base: Tensor
+    ) -> QuantizedWeight:
+        """The difference of an expert that no token reached, as `sparsegpt` prunes such a matrix."""
+        return on_base(self._inner.round_unseen(name, change_of(weight, base), scheme, rng), base)
