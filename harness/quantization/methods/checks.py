@@ -11,7 +11,7 @@ from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError, unknown_name
 from harness.core.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.numerics.grids import CONVENTIONS
+from harness.quantization.numerics.grids import CONVENTIONS, SEARCHES, search_reasons
 
 
 def require_finite(weight: Tensor, name: str = "") -> None:
@@ -79,11 +79,28 @@ def check_grid(
     *,
     convention: str | None = None,
     signed: Collection[bool] = (False, True),
+    search: str = "none",
 ) -> list[str]:
-    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
-    return _check_grids(
+    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`.
+
+    search: also that these grids can be searched so (`grids.SEARCHES`).
+    """
+    reasons = _check_grids(
         scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES, signed=signed
     )
+    for weight, _ in _weight_schemes(scheme, shapes) if not reasons else ():
+        reasons += search_reasons(search, weight)
+    return list(dict.fromkeys(reasons))
+
+
+def require_search(scale_search: str, range_search: bool = False) -> None:
+    """Raise ValueError unless the settings scale_search and range_search, which is older and means "range", name one search."""
+    if scale_search not in SEARCHES:
+        raise ValueError(f'no scale_search "{scale_search}"; known: {", ".join(SEARCHES)}')
+    if range_search and scale_search not in ("none", "range"):
+        raise ValueError(
+            f"range_search is scale_search=range, and scale_search is {scale_search}; set range_search=false"
+        )
 
 
 def _check_grids(

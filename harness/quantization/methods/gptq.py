@@ -31,7 +31,7 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.number_formats import DOUBLE_QUANTIZED
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_grid, refusals
+from harness.quantization.methods.checks import check_grid, refusals, require_search
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import Columns, GridColumns, round_on_grids
@@ -47,6 +47,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    settings_added_later: ClassVar[dict[str, str]] = {"scale_search": "none"}
     reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True, "static_groups": False}
 
     @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Rounding:
                           consecutive and need no index per column
         sequential        rounds a block's linears in four steps, each seeing the rounded ones before it
         grid              gptq, awq, omniquant or compressed
-        range_search      shrink each range to its least error before rounding
+        range_search      the older name of scale_search=range
+        scale_search      choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         damping_fraction: float = 0.01
@@ -69,10 +71,17 @@ class Rounding:
         sequential: bool = False
         grid: str = "gptq"
         range_search: bool = False
+        scale_search: str = "none"
+
+        @property
+        def search(self) -> str:
+            """One of `grids.SEARCHES`."""
+            return "range" if self.range_search else self.scale_search
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search, self.range_search)
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
             if self.block_size < 1:
@@ -87,7 +96,9 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
-        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
+        reasons = check_grid(
+            scheme, shapes, convention=self.settings.grid, search=self.settings.search
+        )
         if self.settings.act_order and not self.settings.static_groups:
             reasons += refusals(scheme, shapes, _scattered)
         return reasons
@@ -115,7 +126,7 @@ class Rounding:
         order = factor.order
         dynamic = scheme.group_size != -1 and not self.settings.static_groups
 
-        fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
+        fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.search)
         # holds all grids; one per channel: the grid itself
         form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])
         w = weight.masked_fill(factor.dead, 0)
