@@ -242,6 +242,17 @@ class Checker:
                 f"rounding {part.name}: squared gradients belong to the original weights of the model, which transform "
                 f"{cell.method.transform.name} changes; use no transform"
             )
+        transform = cell.method.transform
+        if (
+            slot == "rounding"
+            and transform is not None
+            and transform.name in plugins.find("transform")
+        ):
+            from harness.quantization.methods.protocols import other_basis
+
+            rotates = hasattr(plugins.load("transform", transform.name), "rewrite_ends")
+            if rotates and (reason := other_basis(part.needs)):
+                reasons.append(f"rounding {part.name} after transform {transform.name}: {reason}")
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if slot == "tuning" and fused:
             reasons.append(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError, unknown_name
-from harness.core.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
+from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.numerics.grids import CONVENTIONS, SEARCHES, search_reasons
 
@@ -91,6 +91,22 @@ def check_grid(
     for weight, _ in _weight_schemes(scheme, shapes) if not reasons else ():
         reasons += search_reasons(search, weight)
     return list(dict.fromkeys(reasons))
+
+
+def check_columns(
+    scheme: Scheme, shapes: Shapes, *, convention: str, search: str, scattered: bool
+) -> list[str]:
+    """`check_grid` for methods that round column by column. scattered: groups are columns that are not neighbours."""
+
+    def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+        if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
+            yield (
+                "act_order scatters the columns of a group, and double_quantized scales need neighbouring columns; "
+                "use static_groups=true"
+            )
+
+    found = check_grid(scheme, shapes, convention=convention, search=search)
+    return found + (refusals(scheme, shapes, reasons) if scattered else [])
 
 
 def require_search(scale_search: str, range_search: bool = False) -> None:

@@ -27,6 +27,18 @@ def shared_factor(
     )
 
 
+def cross_moment(evidence: Evidence) -> Tensor:
+    """E[x x̃ᵀ] [in, in] float32 of the inputs in the full-precision model and behind rounded blocks. Raises MethodError when it is
+    not finite."""
+    cross = evidence["cross"]
+    if not bool(torch.isfinite(cross).all()):
+        raise MethodError(
+            "the products of the two models' inputs hold NaN or infinity; load the model with model.dtype=float32, "
+            "or use more bits in the blocks before"
+        )
+    return cross
+
+
 def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:
     """Squared gradients of weight [out, in], for methods that weigh its errors with them. Raises MethodError when they, or the
     weight, are not finite."""

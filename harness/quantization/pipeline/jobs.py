@@ -69,6 +69,7 @@ class BlockInStream:
     statistics  of the inputs of the block's groups, when the block has `tensors`
     hidden      the block's inputs in this stream, one [1, length, hidden] per sequence; None: the cells read no inputs
     references  outputs of the original block on full-precision inputs, alike; None where no cell of the pass reads them
+    full        the block's inputs in the full-precision model; None where they are `hidden`, or no cell compares with them
     gradients   squared gradients of the original matrices, [out, in] by linear name; empty where no cell reads them
     """
 
@@ -79,6 +80,7 @@ class BlockInStream:
     hidden: list[Tensor] | None
     references: list[Tensor] | None
     gradients: dict[str, Tensor]
+    full: list[Tensor] | None = None
 
     def after(self, made: RewrittenBlock) -> BlockInStream:
         """The block as a transform left it."""
@@ -131,3 +133,15 @@ class BlockInStream:
             if tokens < enough:
                 found[location.name] = tokens
         return found
+
+
+def first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
+    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
+    needs = frozenset(
+        need
+        for job in jobs
+        for need in job.needs_of(
+            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
+        )
+    )
+    return {"*": needs} if jobs else {}

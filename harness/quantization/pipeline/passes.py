@@ -44,13 +44,21 @@ from harness.core.cell import (
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.native import CheckpointWriter
+from harness.quantization.methods.protocols import other_basis
 from harness.quantization.models.protocols import WeightLocation, get_tensor
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
 from harness.quantization.pipeline import report
 from harness.quantization.pipeline.blocks import StreamedBlock
 from harness.quantization.pipeline.fisher import SquaredGradients
-from harness.quantization.pipeline.jobs import EMBEDDINGS, FULL, BlockInStream, Job, RewrittenBlock
+from harness.quantization.pipeline.jobs import (
+    EMBEDDINGS,
+    FULL,
+    BlockInStream,
+    Job,
+    RewrittenBlock,
+    first_needs,
+)
 from harness.quantization.pipeline.model_gradients import StreamedModel
 from harness.quantization.pipeline.observers import OF_INPUTS, GroupStatistics, Statistics
 from harness.quantization.pipeline.walk import Walk
@@ -172,6 +180,8 @@ class _Pass(Walk):
                 f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none"
             )
         job.own_stream = hasattr(job.transform, "rewrite_ends")
+        if job.own_stream and (reason := other_basis(job.needs)):
+            raise MethodError(f"{job.cell.title}: {reason}")
         for index in range(0 if job.writer.manifest() else job.finished):
             dense = job.writer.read_block(index).dense
             job.added_bits += report.added_bits(self.blocks, index, dense)
@@ -280,7 +290,7 @@ class _Pass(Walk):
         """The job will read outputs of the original block `index`: as its inputs, or as what to come close to."""
         later = index + 1 < len(self.blocks) and job.finished < len(self.blocks)
         follows = job.reads_stream and job.cell.inputs == FULL and not job.own_stream
-        return (later and follows) or (
+        return (later and (follows or "cross" in job.needs)) or (
             "reference" in job.needs and (job.finished <= index or later)
         )
 
@@ -300,6 +310,7 @@ class _Pass(Walk):
         readers = [job for job in alive if job.reads_stream and job.finished < len(blocks)]
         histories = list(dict.fromkeys([first, *(job.history for job in readers)]))
         references: list[Tensor] | None = None
+        inputs = self.streams.get(first)
         for history in histories:
             members = [job for job in readers if job.history == history and not job.failed]
             is_read = history == first and any(
@@ -309,10 +320,17 @@ class _Pass(Walk):
             if not (members or is_read):
                 continue
             hidden = self.streams.pop(history)
+            compares = history != first and any("cross" in job.needs for job in working)
+            full = inputs if compares else None
             try:
                 with self.shared.measure("stream"):
                     statistics, outputs = self._observe(
-                        index, blocks.build(index, original), hidden, _first_needs(working), is_read
+                        index,
+                        blocks.build(index, original),
+                        hidden,
+                        first_needs(working),
+                        is_read,
+                        self._original(index, original, full),
                     )
             except Exception as error:  # nothing of this stream can go on
                 for job in self._alive():
@@ -322,7 +340,9 @@ class _Pass(Walk):
             if is_read:
                 following[FULL] = references = outputs
             self._walk_stream(
-                BlockInStream(index, original, original, statistics, hidden, references, gradients),
+                BlockInStream(
+                    index, original, original, statistics, hidden, references, gradients, full
+                ),
                 members,
                 following,
             )
@@ -400,7 +420,10 @@ class _Pass(Walk):
         seen: Statistics = {}
         if after:
             rewritten = self.blocks.build(index, tensors)
-            seen, _ = self._observe(index, rewritten, block.hidden or [], {"*": after}, False)
+            original = self._original(index, tensors, block.full)
+            seen, _ = self._observe(
+                index, rewritten, block.hidden or [], {"*": after}, False, original
+            )
         return RewrittenBlock(
             tensors, seen, report.json_values({**notes, **left_out}), time.monotonic() - began
         )
@@ -445,6 +468,8 @@ class _Pass(Walk):
         else:
             weights, unseen = self._round_layers(job, block)
             notes |= {"rounded_to_nearest": unseen} if unseen else {}
+            experts = sum(location.expert is not None for location in locations)
+            notes |= {"cross_left_out": experts} if experts and "cross" in needs else {}
         dense = _changed(tensors, block.original, {location.parameter for location in locations})
         where = f"{job.cell.title}, block {index}"
         report.check_coverage(where, locations, block.tensors, weights, dense)
@@ -480,7 +505,9 @@ class _Pass(Walk):
                 so_far = self.blocks.with_weights(rounded, block.tensors, weights)
                 wanted = {location.group: needs for location in members}
                 module = self.blocks.build(index, so_far)
-                seen, _ = self._observe(index, module, block.hidden, wanted, False)
+                full = (block.full or block.hidden) if "cross" in needs else None
+                original = self._original(index, block.tensors, full)
+                seen, _ = self._observe(index, module, block.hidden, wanted, False, original)
                 now = dataclasses.replace(block, statistics=seen)
             evidence = now.evidence(locations, needs, job.cell.inputs) if needs else {}
             too_few = now.too_few_tokens(members, needs)
@@ -556,10 +583,6 @@ class _Pass(Walk):
         *,
         reads_inputs: bool,
     ) -> StreamedBlock:
-        if "reference" in needs and job.own_stream:
-            raise MethodError(
-                "full-precision references are in the original basis, and this method's transform changes the basis"
-            )
         locations = self._locations(block.index, block.tensors)
         return StreamedBlock(
             self.blocks,
@@ -641,18 +664,6 @@ class _Pass(Walk):
     def _report_failures(self) -> Iterator[Event]:
         failures, self.failures = self.failures, []
         yield from failures
-
-
-def _first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
-    """Statistics of the original block that the jobs need: for their transforms, or for their roundings where they have none."""
-    needs = frozenset(
-        need
-        for job in jobs
-        for need in job.needs_of(
-            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
-        )
-    )
-    return {"*": needs} if jobs else {}
 
 
 def _changed(
