@@ -7,7 +7,7 @@ BIN     := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST  := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast format test-browser lint bench chaos topology demo-model constraints clean
+.PHONY: help install demo test test-fast format test-browser lint bench bench-peers chaos topology tasks docs demo-model constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -45,12 +45,22 @@ lint: install  ## ruff (rules and format) and mypy
 bench: install  ## benchmarks of speed and memory, each figure beside its reference
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+bench-peers: install  ## the same cells by other tools, in environments of their own, beside ours
+	$(BIN)/python tests/benchmarks/peers/compare.py
+
 chaos: install  ## kill what a sweep depends on a hundred times and compare the tables (an hour; options in CHAOS=)
 	$(BIN)/python tests/chaos/chaos.py --kills 100 $(CHAOS)
 
 topology: install  ## test a cluster in network namespaces: access, lost nodes, recovery (root, Linux, ten minutes)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement docker/constraints-mlflow.txt --requirement tests/topology/requirements.txt
 	$(BIN)/python tests/topology/topology.py
+
+tasks: install  ## ten tasks with the commands that README shows, timed on a fresh clone (20 minutes; options in TASKS=)
+	$(BIN)/python tests/newcomer/ten_tasks.py $(TASKS)
+
+docs: install  ## the documentation as a site in site/, with the reference of the Python API; links are checked
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 demo-model: install  ## train the embedded demo model from its recipe (three to four minutes on one core)
 	$(BIN)/python -m harness.data.demo.train
@@ -60,4 +70,4 @@ constraints: install  ## write the versions of this environment to constraints.t
 	@mv constraints.new constraints.txt
 
 clean:  ## remove the environment and caches; keeps runs/ and mlflow.db
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -3,7 +3,8 @@
     import harness
     harness.plan("demo")                            # one row per cell: done, to do, or refused and why
     records = harness.run("demo", "cluster=local")  # runs the sweep, or finishes it; one row per cell with every metric
-    harness.table("demo")                           # the sweep's table at full precision
+    harness.table("demo")                           # the paper's table; .frame, .latex(), .markdown(), .figure()
+    harness.status("demo"), harness.show("2ddd94ff"), harness.findings("demo"), harness.report("demo")
 
     from harness import Evidence, Grid, Score, UniformWeight    # for methods, model families, evaluations (docs/adding.md)
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
+    from harness.cli.notebook import Text
     from harness.core.cell import ActivationScheme as ActivationScheme
     from harness.core.cell import Calibration as Calibration
     from harness.core.cell import Cell as Cell
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
     from harness.core.shapes import LinearShape as LinearShape
     from harness.core.shapes import ScalePair as ScalePair
     from harness.core.shapes import Shapes as Shapes
+    from harness.core.sweep import Sweep
     from harness.data.texts import read_corpus as read_corpus
     from harness.evaluation.protocols import Score as Score
     from harness.evaluation.protocols import Subject as Subject
     from harness.evaluation.statistics import mean_error as mean_error
     from harness.quantization.methods.checks import check_grid as check_grid
+    from harness.quantization.methods.checks import check_pruned as check_pruned
     from harness.quantization.methods.checks import check_rotations as check_rotations
     from harness.quantization.methods.checks import check_tables as check_tables
     from harness.quantization.methods.checks import check_uniform as check_uniform
@@ -53,6 +57,8 @@ if TYPE_CHECKING:
     from harness.quantization.methods.evidence import shared_factor as shared_factor
     from harness.quantization.methods.folding import fold_scales as fold_scales
     from harness.quantization.methods.folding import in_attention as in_attention
+    from harness.quantization.methods.folding import makes_values as makes_values
+    from harness.quantization.methods.folding import mlp_outputs as mlp_outputs
     from harness.quantization.methods.folding import put_parameters as put_parameters
     from harness.quantization.methods.folding import repeat_scales as repeat_scales
     from harness.quantization.methods.folding import rotate_block as rotate_block
@@ -60,9 +66,13 @@ if TYPE_CHECKING:
     from harness.quantization.methods.folding import writes_residual as writes_residual
     from harness.quantization.methods.protocols import BlockView as BlockView
     from harness.quantization.methods.protocols import Evidence as Evidence
+    from harness.quantization.methods.protocols import ModelReader as ModelReader
     from harness.quantization.methods.protocols import Network as Network
+    from harness.quantization.methods.protocols import Survey as Survey
     from harness.quantization.methods.protocols import TrainedLinear as TrainedLinear
     from harness.quantization.methods.protocols import WholeModel as WholeModel
+    from harness.quantization.methods.reducing import check_blocks as check_blocks
+    from harness.quantization.methods.reducing import without_blocks as without_blocks
     from harness.quantization.models.parts import ATTENTION as ATTENTION
     from harness.quantization.models.parts import DOWN as DOWN
     from harness.quantization.models.parts import GATE_UP as GATE_UP
@@ -105,6 +115,8 @@ if TYPE_CHECKING:
     from harness.quantization.numerics.weights import QuantizedWeight as QuantizedWeight
     from harness.quantization.numerics.weights import UniformWeight as UniformWeight
     from harness.quantization.numerics.weights import on_grid as on_grid
+    from harness.reporting.shown import ShownTable
+    from harness.storage.store import Store
 
 __version__ = "0.1.0"
 
@@ -141,12 +153,16 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
     "harness.quantization.methods.protocols": (
         "BlockView",
         "Evidence",
+        "ModelReader",
         "Network",
+        "Survey",
         "TrainedLinear",
         "WholeModel",
     ),
+    "harness.quantization.methods.reducing": ("check_blocks", "without_blocks"),
     "harness.quantization.methods.checks": (
         "check_grid",
+        "check_pruned",
         "check_rotations",
         "check_tables",
         "check_uniform",
@@ -157,6 +173,8 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
     "harness.quantization.methods.folding": (
         "fold_scales",
         "in_attention",
+        "makes_values",
+        "mlp_outputs",
         "put_parameters",
         "repeat_scales",
         "rotate_block",
@@ -214,7 +232,7 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
 }
 _HOMES = {name: module for module, names in FOR_PLUGINS.items() for name in names}
 
-__all__ = ["__version__", "plan", "run", "table", *_HOMES]
+__all__ = ["__version__", "findings", "plan", "report", "run", "show", "status", "table", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -235,42 +253,49 @@ def plan(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
 
     `.attrs["text"]` is the plan as `harness plan` prints it. Raises ConfigError when the sweep itself is wrong.
     """
-    from harness.config.grid import load_sweep
     from harness.planning.planner import make
     from harness.planning.render import render
-    from harness.storage.store import Store
 
-    loaded = load_sweep(*_split(sweep, overrides))
-    made = make(loaded, Store(loaded.runtime.runs))
+    loaded, store = _load(sweep, overrides)
+    made = make(loaded, store)
     frame = made.frame()
     frame.attrs["text"] = render(made)
     return frame
 
 
-def run(sweep: str | None = None, *overrides: str) -> pandas.DataFrame:
+def run(sweep: str | None = None, *overrides: str, show: bool = True) -> pandas.DataFrame:
     """Carry a sweep out, or finish it; one row per cell with its metrics and, where it failed, the reason.
 
-    Raises PlanError with every refusal before anything starts. `.attrs["summary"]` is the summary that `harness run` prints.
+    Prints the plan and the progress: a live bar in a notebook, plain lines elsewhere; nothing with show=False. An interrupt (the
+    notebook's stop button, Ctrl-C, `harness cancel`) ends the workers and raises KeyboardInterrupt, so that what follows does not
+    run either; finished work stays, and the same call continues. Raises PlanError with every refusal before anything starts.
+    `.attrs["summary"]` is the summary that `harness run` prints.
     """
-    from harness.config.grid import load_sweep
+    from harness.cli.notebook import api_display
     from harness.execution import driver
 
-    summary = driver.run(load_sweep(*_split(sweep, overrides)))
+    loaded, _ = _load(sweep, overrides)
+    summary = driver.run(loaded, api_display() if show else None)
+    if show:
+        print(summary.text, flush=True)
+    if summary.interrupted:
+        raise KeyboardInterrupt(summary.text)
     frame = driver.frame(summary.records)
     frame.attrs["summary"] = summary.text
     return frame
 
 
-def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
-    """A table of a sweep, its first when no name is given: numbers at full precision, published ones beside ours."""
-    from harness.config.grid import load_sweep
-    from harness.core.errors import ConfigError, unknown_name
-    from harness.reporting.render import frame
-    from harness.reporting.tables import build
-    from harness.storage.store import Store
+def table(sweep: str | None = None, *overrides: str, name: str = "") -> ShownTable:
+    """A table of a sweep, its first when no name is given.
 
-    loaded = load_sweep(*_split(sweep, overrides))
-    store = Store(loaded.runtime.runs)
+    A notebook shows it as the paper's table; `.frame` has its numbers at full precision with the published ones beside ours,
+    `.latex()`, `.markdown()` and `.figure()` what their names say.
+    """
+    from harness.core.errors import ConfigError, unknown_name
+    from harness.reporting.shown import ShownTable
+    from harness.reporting.tables import build
+
+    loaded, store = _load(sweep, overrides)
     chosen = next((each for each in loaded.shown_tables if not name or each.name == name), None)
     if chosen is None:
         raise ConfigError(
@@ -278,10 +303,78 @@ def table(sweep: str, *overrides: str, name: str = "") -> pandas.DataFrame:
                 "table", name, [each.name for each in loaded.shown_tables], f"sweep {loaded.name}"
             )
         )
-    return frame(build(loaded, chosen, [store.record(cell) for cell in loaded.cells], store))
+    known = store.snapshot(loaded.cells)
+    records = [known.record(cell) for cell in loaded.cells]
+    return ShownTable(loaded, build(loaded, chosen, records, known), records)
 
 
-def _split(sweep: str | None, overrides: tuple[str, ...]) -> tuple[str | None, list[str]]:
+def status(sweep: str | None = None, *overrides: str) -> Text:
+    """The progress of a sweep, whichever process runs it, as `harness status` prints it."""
+    from harness.cli.notebook import Text
+    from harness.cli.status import status as status_text
+
+    loaded, store = _load(sweep, overrides)
+    return Text(status_text(store.snapshot(loaded.cells), loaded.name, loaded.cells))
+
+
+def show(key: str, runs: str = "runs") -> Text:
+    """All about one cell, as `harness show` prints it.
+
+    key: the first digits of the cell's key; runs: the folder or URL of the results.
+    """
+    from harness.cli.notebook import Text
+    from harness.cli.show import record_text
+    from harness.config.reproduce import command_for
+    from harness.core.errors import ConfigError
+    from harness.storage.store import Store
+
+    store = Store(runs)
+    cell = store.cell(store.find(key))
+    if cell is None:
+        raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
+    return Text(record_text(store.record(cell), store, command_for(cell)))
+
+
+def findings(sweep: str, *overrides: str) -> pandas.DataFrame:
+    """Each finding of a sweep with its answer by our numbers and by the published ones: holds, does not hold, cannot tell yet.
+
+    `.attrs["text"]` is what `harness findings` prints. Raises ConfigError where the sweep states none.
+    """
+    import pandas
+
+    from harness.core.errors import ConfigError
+    from harness.reporting.findings import SIDES, check, render
+
+    loaded, store = _load(sweep, overrides)
+    if not loaded.findings:
+        raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
+    known = store.snapshot(loaded.cells)
+    checked = check(loaded, [known.record(cell) for cell in loaded.cells], known)
+    rows = []
+    for each in checked:
+        row = {"finding": each.finding.text, "source": each.finding.source}
+        for side in SIDES:
+            answer = getattr(each, side)
+            row[side] = None if answer is None else answer.verdict
+            row[f"{side} numbers"] = "" if answer is None else "; ".join(answer.numbers)
+        rows.append(row)
+    frame = pandas.DataFrame(rows)
+    frame.attrs["text"] = render(checked)
+    return frame
+
+
+def report(sweep: str | None = None, *overrides: str) -> str:
+    """Write a sweep's tables, figures and report again; returns where the report lies: one page for a browser."""
+    from harness.reporting.files import refresh
+
+    loaded, store = _load(sweep, overrides)
+    return store.where(refresh(loaded, store))
+
+
+def _load(sweep: str | None, overrides: tuple[str, ...]) -> tuple[Sweep, Store]:
+    from harness.config.grid import load_sweep
     from harness.config.overrides import split_arguments
+    from harness.storage.store import Store
 
-    return split_arguments(sweep, list(overrides))
+    loaded = load_sweep(*split_arguments(sweep, list(overrides)))
+    return loaded, Store(loaded.runtime.runs)

@@ -261,13 +261,11 @@ def test_no_catch_all_modules() -> None:
     assert not names & {"utils", "util", "common", "helpers", "misc"}
 
 
-@pytest.mark.parametrize(
-    "slot,folder", [("transform", "transform"), ("rounding", "rounding"), ("tuning", "tuning")]
-)
-def test_a_method_is_a_file_and_its_yaml(slot: str, folder: str) -> None:
+@pytest.mark.parametrize("slot", ["reduction", "transform", "rounding", "tuning"])
+def test_a_method_is_a_file_and_its_yaml(slot: str) -> None:
     from harness.core import plugins
 
-    configured = {path.stem for path in (ROOT / "conf" / folder).glob("*.yaml")}
+    configured = {path.stem for path in (ROOT / "conf" / slot).glob("*.yaml")}
     assert configured == set(plugins.find(slot))
 
 

@@ -15,7 +15,6 @@ from harness.cli.completion import (
     complete_override,
     complete_sweep,
 )
-from harness.config.overrides import split_arguments
 from harness.core.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ Examples:
   harness plan demo
   harness run demo
   harness run llama3_8b_ptq cluster=ray rounding=gptq,rtn
-  harness run model=demo method=rtn,gptq scheme=w4,w3
+  harness run model=demo method=rtn,gptq scheme=w4,w3 calibration=demo
   harness table demo --format latex
 
 \b
@@ -177,8 +176,8 @@ def table(
       harness table demo
       harness table llama3_8b_ptq --table table1 --format latex
     """
-    from harness.reporting.render import FORMATS, render
-    from harness.reporting.tables import build
+    from harness.cli.tables import table_text
+    from harness.reporting.render import FORMATS
 
     if form not in FORMATS:
         raise ConfigError(unknown_name("table format", form, FORMATS))
@@ -186,10 +185,7 @@ def table(
     names = [each.name for each in loaded.shown_tables]
     if name and name not in names:
         raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
-    store = store.snapshot(loaded.cells)
-    records = [store.record(cell) for cell in loaded.cells]
-    chosen = [each for each in loaded.shown_tables if not name or each.name == name]
-    print("\n".join(render(build(loaded, each, records, store), form) for each in chosen), end="")
+    print(table_text(loaded, store, [name] if name else names, form), end="")
 
 
 @app.command()
@@ -236,15 +232,14 @@ def show(
     Examples:
       harness show 2ddd94ff
     """
-    from harness.cli.show import record_text
-    from harness.config.reproduce import command_for
+    from harness.cli.show import cell_text
     from harness.storage.store import Store
 
     store = Store(runs)
     cell = store.cell(store.find(key))
     if cell is None:
         raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
-    print(record_text(store.record(cell), store, command_for(cell)))
+    print(cell_text(cell, store))
 
 
 @app.command()
@@ -346,7 +341,7 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="compressed_tensors, gptq or peft.",
+            help="compressed_tensors, gptq, peft or transformers.",
             autocompletion=complete_layout,
         ),
     ],
@@ -517,7 +512,8 @@ def doctor(
 
 
 def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]:
-    from harness.config.grid import load_sweep
+    from harness.config.kept_sweeps import load_sweep
+    from harness.config.overrides import split_arguments
     from harness.storage.store import Store
 
     name, changes = split_arguments(sweep, overrides)

@@ -8,29 +8,39 @@ import typing
 from collections.abc import Iterator
 
 from harness.config import axes
-from harness.config.typed import hints_of
-from harness.core.cell import Calibration
-from harness.core.sweep import Cluster, Runtime, StoreLimits, Tracking
 
 VALUES = tuple(axes.GROUPS.values())  # keys whose values are the files of conf/<key>/
 GROUPS = ("sweeps", *axes.GROUPS, "evaluators")
-FIELDS = {  # key -> the dataclass whose fields follow it after a dot
-    "calibration": Calibration,
-    "cluster": Cluster,
-    "tracking": Tracking,
-    "store": StoreLimits,
-}
+WITHOUT_YAML = [
+    ("lm_eval:", "any task of lm-eval by its name"),
+    ("text:", "the perplexity of a text file"),
+]
 COMPUTED = ("name", "digest", "settings")  # fields that nobody sets by an override
+
+
+def _fields() -> dict[str, type]:
+    """Key -> the dataclass whose fields follow it after a dot. Imported on use: every command loads this module."""
+    from harness.core.cell import Calibration
+    from harness.core.sweep import Cluster, StoreLimits, Tracking
+
+    return {
+        "calibration": Calibration,
+        "cluster": Cluster,
+        "tracking": Tracking,
+        "store": StoreLimits,
+    }
 
 
 def keys() -> list[str]:
     """Keys that an override may set, without those of plugins and of single evaluations."""
+    from harness.core.sweep import Runtime
+
     own = {key for key in VALUES if key != "evaluation"}
     runtime = [field.name for field in dataclasses.fields(Runtime) if field.name != "data_root"]
     plain = [*axes.AXES, "evaluations", "evaluations.limit", "baseline", "data.root", *runtime]
     dotted = [
         f"{key}.{field.name}"
-        for key, kind in FIELDS.items()
+        for key, kind in _fields().items()
         for field in dataclasses.fields(kind)
         if field.name not in COMPUTED
     ]
@@ -40,16 +50,19 @@ def keys() -> list[str]:
 def values_of(key: str) -> list[tuple[str, str]]:
     """(value, title) pairs that a key takes: names of conf/, choices of a field, true and false; empty where any value fits."""
     from harness.config.locations import list_names
+    from harness.config.typed import hints_of
+    from harness.core.sweep import Runtime
 
     if key == "evaluations" or key in VALUES:
         group = "evaluation" if key == "evaluations" else key
-        return [(entry.name, entry.title) for entry in list_names(group)]
+        entries = [(entry.name, entry.title) for entry in list_names(group)]
+        return entries + (WITHOUT_YAML if group == "evaluation" else [])
     if key == "inputs":
         return [(name, "") for name in axes.INPUTS]
     if key == "baseline":
         return [("true", ""), ("false", "")]
     head, _, rest = key.partition(".")
-    kind = FIELDS.get(head) if rest else Runtime
+    kind = _fields().get(head) if rest else Runtime
     hint = hints_of(kind).get(rest or head) if kind is not None else None
     if hint is bool:
         return [("true", ""), ("false", "")]

@@ -30,7 +30,8 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     from harness.config.grid import load_sweep
     from harness.data import model_folders
     from harness.quantization.calibration import draw_windows
-    from harness.reporting import figures
+    from harness.reporting.drawing import save
+    from harness.reporting.heat_maps import channel_magnitudes, diagnosis_map
     from harness.storage.atomic_write import write_aside
     from harness.storage.places import is_url
 
@@ -76,12 +77,10 @@ def run(model: str, overrides: Sequence[str] = (), bits: int = 8, group_size: in
     )
     write_aside(place / "linears.csv", lambda path: path.write_text(listed, encoding="utf-8"))
     for value in ("both", "weight_ratio", "activation_ratio"):
-        figures.save(
-            figures.diagnosis_map(rows, value, cell.model.name), place, value.replace("_", "-")
-        )
+        save(diagnosis_map(rows, value, cell.model.name), place, value.replace("_", "-"))
     first = max(diagnosis.linears, key=lambda report: report.both)
     title = f"{cell.model.name} · block {first.block} · {first.linear}"
-    figures.save(figures.channel_magnitudes(diagnosis.channels, title), place, "channels")
+    save(channel_magnitudes(diagnosis.channels, title), place, "channels")
     return f"{render(diagnosis)}\n\nrecord and figures: {place}{track(sweep.runtime, diagnosis, record, place)}"
 
 

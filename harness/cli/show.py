@@ -6,16 +6,42 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from harness.core.cell import baseline_of, cell_key, quantize_key, to_json, untuned
-from harness.evaluation.flips import with_flips
-from harness.reporting.metrics import problems_of
+from harness.core.cell import Cell, baseline_of, cell_key, quantize_key, to_json, untuned
+from harness.data import kept
+from harness.storage.places import is_url
 from harness.storage.record import Record
 from harness.storage.store import Store
+
+
+def cell_text(cell: Cell, store: Store) -> str:
+    """Everything known of a cell, with the command that reproduces it; kept until a file of the cell changes."""
+    from harness.config.reproduce import command_for
+
+    command = command_for(cell)
+    if is_url(store.place):
+        return record_text(store.record(cell), store, command)
+    cells = (cell, baseline_of(cell))
+    checkpoints = (quantize_key(each) for each in (*cells, untuned(cell)))
+    stamp = kept.stamp_of(
+        [
+            *(store.cell_folder(cell_key(each)) for each in cells),
+            *(store.checkpoint_folder(key) / "manifest.json" for key in checkpoints),
+            store.root / "provenance",
+        ]
+    )
+    question = [kept.code_stamp().text, stamp.text, str(store.place), to_json(cell), command]
+    return str(
+        kept.answered(
+            "show", question, [stamp], lambda: record_text(store.record(cell), store, command)
+        )
+    )
 
 
 def record_text(record: Record, store: Store, command: str) -> str:
     """Everything known of a cell: what it is, what it scored, how its layers fared, how it was made and how to make it again."""
     import yaml
+
+    from harness.evaluation.flips import with_flips
 
     cell = record.cell
     sections = [
@@ -30,6 +56,9 @@ def record_text(record: Record, store: Store, command: str) -> str:
         "config\n" + _indent(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     )
     sections.append("scores\n" + _indent(_scores(with_flips(record, store)) or "none yet"))
+    delta = _delta(record)
+    if delta:
+        sections.append("difference from the base\n" + _indent(delta))
     if record.layer_errors:
         sections.append("layer errors (largest first)\n" + _indent(_layer_errors(record)))
     unseen = _unseen_experts(record)
@@ -61,6 +90,8 @@ def _ancestry(record: Record, store: Store) -> str:
             f"{model.name}: {model.source}{revision}, {model.dtype}, weights {model.digest or 'not known'}",
         )
     ]
+    if model.base:
+        lines.append(("base", f"{model.base}, weights {model.base_digest}"))
     if cell.calibration is not None:
         text = cell.calibration
         windows = f"{text.samples} windows of {text.length} tokens by seed {text.seed}"
@@ -107,6 +138,8 @@ def _place(store: Store, name: str) -> str:
 
 
 def _scores(record: Record) -> str:
+    from harness.reporting.metrics import problems_of
+
     metrics = record.metrics()
     width = max(map(len, metrics), default=0)
     lines = []
@@ -122,6 +155,28 @@ def _scores(record: Record) -> str:
     lines += [f"{name}  (missing)" for name in record.missing]
     lines += problems_of(record)
     return "\n".join(lines)
+
+
+def _delta(record: Record) -> str:
+    """What one more fine-tune of the same base costs; empty for a cell that stores no difference."""
+    manifest = record.manifest or {}
+    base, delta = manifest.get("base"), manifest.get("delta")
+    if not base or not delta:
+        return ""
+    metrics = record.metrics()
+    from harness.reporting.metrics import number_of
+
+    shared = {k: number_of(metrics, f"delta/bits_with_base({k})") or 0.0 for k in (1, 2, 4, 16)}
+    total = delta["bytes"] + delta["ends_bytes"]
+    return "\n".join(
+        (
+            f"base              {base['source']}, {base['dtype']}, weights {base['digest']}",
+            f"bytes             {total:,}: {delta['bytes']:,} of matrices, {delta['ends_bytes']:,} of other tensors that differ",
+            f"fine-tune         {delta['fine_tune_bytes']:,} bytes, {delta['ratio']:.2f} times as many",
+            "bits per weight   with the base, by the number of models that share it: "
+            + ", ".join(f"{bits:.3f} for {k}" for k, bits in shared.items()),
+        )
+    )
 
 
 def _layer_errors(record: Record) -> str:

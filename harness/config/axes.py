@@ -5,6 +5,7 @@ from __future__ import annotations
 GROUPS = {  # what `harness list` calls them -> folder below conf/
     "models": "model",
     "methods": "method",
+    "reductions": "reduction",
     "transforms": "transform",
     "roundings": "rounding",
     "tunings": "tuning",
@@ -14,7 +15,7 @@ GROUPS = {  # what `harness list` calls them -> folder below conf/
     "clusters": "cluster",
     "trackings": "tracking",
 }
-SLOTS = ("transform", "rounding", "tuning")
+SLOTS = ("reduction", "transform", "rounding", "tuning")
 AXES = ("model", "method", *SLOTS, "scheme", "calibration", "inputs", "seed")
 EDITABLE = ("model", *SLOTS, "scheme", "calibration")  # axes with fields: "calibration.samples"
 RUNTIME = (

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from harness.config.context import (
@@ -18,16 +19,25 @@ from harness.config.context import (
     refuse_keys,
     text_of,
 )
-from harness.config.locations import config_files
+from harness.config.locations import config_files, unknown_config
 from harness.config.typed import checked_settings, settings_of, types_of
 from harness.core import plugins
 from harness.core.cell import Evaluation, digest, freeze
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.package import PACKAGE
-from harness.core.text import short_list
+from harness.core.text import file_name, short_list
 from harness.data import digests, hub, task_files, texts
 from harness.data.bundle import Bundle
 from harness.data.task_files import TaskFile
+
+# evaluations that need no YAML: prefix -> (evaluator, the setting that the text behind the colon is, further settings)
+BY_PREFIX: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lm_eval": ("lm_eval_tasks", "task", {}),
+    "text": ("perplexity", "source", {"length": 0}),
+}
+
+
+WITHOUT_YAML = "lm_eval:TASK is any task of lm-eval (lm_eval:copa), text:FILE the perplexity of a text (text:notes.txt)."
 
 
 def parts_of(evaluation: Evaluation) -> frozenset[str]:
@@ -119,7 +129,12 @@ def read_evaluations(context: Context) -> tuple[Evaluation, ...]:
         with context.problems.collect():
             name, own = evaluation_entry(entry, context.file.where)
             for evaluation in _expand(context, name, own, ()):
-                found.setdefault(evaluation.name, evaluation)
+                other = found.setdefault(evaluation.name, evaluation)
+                if name.partition(":")[0] in BY_PREFIX and other != evaluation:
+                    raise ConfigError(
+                        f"{context.file.where}: evaluations: {name} has the name of another one, {other.name}; "
+                        "leave one out, or request them in two sweeps"
+                    )
     for dotted in context.edits.evaluation_settings:
         if dotted != "limit" and dotted.partition(".")[0] not in found:
             context.problems.add(
@@ -161,7 +176,16 @@ def _expand(
         raise ConfigError(
             f"evaluation {name}: the suite contains itself: {' > '.join((*parents, name))}"
         )
+    direct = _without_yaml(name)
+    if direct is not None:
+        short, content = direct
+        context.evaluation_names.add(short)
+        yield _evaluation(context, short, content, own, f"evaluation {name}")
+        return
     context.evaluation_names.add(name)
+    if name not in config_files("evaluation"):
+        asked_by = asker or context.file.where
+        raise ConfigError(f"{unknown_config('evaluation', name, asked_by)}\n{WITHOUT_YAML}")
     content = composed(context, "evaluation", name, asker or context.file.where)
     where = str(config_files("evaluation")[name])
     if "suite" not in content:
@@ -172,6 +196,20 @@ def _expand(
     for member in members:
         with context.problems.collect():
             yield from _expand(context, *evaluation_entry(member, where), (*parents, name), where)
+
+
+def _without_yaml(name: str) -> tuple[str, dict[str, Any]] | None:
+    """The short name and the content of an evaluation without a YAML: "lm_eval:copa" -> copa, "text:notes.txt" -> notes."""
+    prefix, _, rest = name.partition(":")
+    if prefix not in BY_PREFIX:
+        return None
+    if not rest:
+        raise ConfigError(f'evaluation "{name}": nothing follows the colon. {WITHOUT_YAML}')
+    evaluator, setting, more = BY_PREFIX[prefix]
+    content: dict[str, Any] = {"evaluator": evaluator, "settings": {setting: rest, **more}}
+    if prefix == "text":
+        return file_name(Path(rest).name.partition(".")[0] or "text"), content
+    return rest, content | {"local": {"data_root": "{root}"}}
 
 
 def _evaluation(

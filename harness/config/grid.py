@@ -11,6 +11,7 @@ The language of a sweep file and of overrides is described in docs/sweeps.md.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -55,11 +56,12 @@ from harness.core.cell import (
     baseline_of,
     cell_key,
     digest,
-    freeze,
     has_static_activations,
+    make_part,
+    to_json,
 )
 from harness.core.errors import ConfigError, unknown_name
-from harness.core.labels import with_settings, with_variants
+from harness.core.labels import with_settings, with_variants, without_settings
 from harness.core.sweep import Runtime, Skip, Sweep
 from harness.data import hub, model_folders, texts
 from harness.data.bundle import Bundle
@@ -123,7 +125,26 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
         overrides=overrides,
         findings=findings,
         first=first_cells(context, cells),
+        method_titles=_method_titles(context, cells),
     )
+
+
+def _method_titles(context: Context, cells: Sequence[Cell]) -> dict[str, str]:
+    """Method -> the `title` of its YAML; of parts that were put together, their titles with a plus between them."""
+    titles = {}
+    for name in {without_settings(cell.method.name) for cell in cells}:
+        parts = [part.rpartition("=")[2] for part in name.split("+")]
+        known = [
+            composed(context, "method", part).get("title")
+            if part in config_files("method")
+            else None
+            for part in parts
+        ]
+        if any(known):
+            titles[name] = " + ".join(
+                title or part for title, part in zip(known, parts, strict=True)
+            )
+    return titles
 
 
 def _points(context: Context, grid: Grid) -> Iterator[Point]:
@@ -187,7 +208,7 @@ def _cells(
 
 def _cell(context: Context, point: Point) -> Cell | None:
     missing = [axis for axis in ("model",) if axis not in point]
-    if not {"method", "rounding"} & set(point):
+    if not {"method", "rounding", "reduction"} & set(point):
         missing.append("method")
     for axis in missing:
         context.problems.add(
@@ -217,7 +238,11 @@ def _cell(context: Context, point: Point) -> Cell | None:
     method = _method(context, point, fields)
     if method is not None and method.is_baseline:
         return None if model is None else baseline_of(Cell(model, method, Scheme("full")))
-    scheme = _quantizing_scheme(context, point, fields, method)
+    scheme = (
+        Scheme("full")  # as the baseline has, whatever scheme is named
+        if method is not None and not method.quantizes
+        else _quantizing_scheme(context, point, fields, method)
+    )
     calibrated = _calibrated(method, scheme)
     calibration = _calibration_of(context, point, fields, method, seed) if calibrated else None
     if model is None or method is None or scheme is None or (calibrated and calibration is None):
@@ -244,14 +269,15 @@ def _quantizing_scheme(
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
     static = scheme is not None and has_static_activations(scheme)
-    return static or (method is not None and bool(method.needs))
+    return static or (method is not None and method.uses_calibration)
 
 
 def _calibration_of(
     context: Context, point: Point, fields: dict[str, Any], method: Method | None, seed: int
 ) -> Calibration | None:
     if point.get("calibration", (None, False))[0] is None:
-        needs = f" ({', '.join(method.needs)})" if method is not None and method.needs else ""
+        needs = ", ".join(method.all_needs) if method is not None else ""
+        needs = f" ({needs})" if needs else ""
         who = (
             f"method {method.name}{needs}"
             if method is not None and needs
@@ -282,6 +308,42 @@ def _resolve(
 
 
 def _model(context: Context, name: str, fields: Fields) -> Model:
+    name, content, where = _model_content(context, name)
+    for key, value, _ in fields:
+        set_nested(content, key, value)
+    content = {"name": name, **content}
+    refuse_keys(content, ("digest", "base_digest"), where)
+    model = checked(Model, content, where)
+    source, digest = _located(context, model, where)
+    local = context.bundle is None or context.bundle.model(model.source) is None
+    # of a hub id and its copies: in the commit
+    generation = model_folders.generation_digest(source) if local else ""
+    base, base_digest = _base(context, model.base, where)
+    return dataclasses.replace(
+        model,
+        name=with_settings(model.name, varied(fields)),
+        source=source,
+        digest=digest,
+        generation=generation,
+        base=base,
+        base_digest=base_digest,
+    )
+
+
+def _base(context: Context, name: str, where: str) -> tuple[str, str]:
+    """Where the base of a fine-tune lies, and the digest of its weights; ("", "") for no base.
+
+    name: a model of conf/model/, a folder or a hub id, as `model` takes them.
+    """
+    if not name:
+        return "", ""
+    name, content, place = _model_content(context, name)
+    model = checked(Model, {"name": name, **content}, place)
+    return _located(context, model, f"{where}: base")
+
+
+def _model_content(context: Context, name: str) -> tuple[str, dict[str, Any], str]:
+    """The name of a model, its mapping and where that is written. Raises ConfigError for an unknown name."""
     if name in config_files("model"):
         content, where = composed(context, "model", name), str(config_files("model")[name])
     elif texts.resolve_path(name, context.base).is_dir():
@@ -296,11 +358,11 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
     else:
         hint = " A folder or a hub id owner/name is also a model."
         raise ConfigError(unknown_config("model", name, context.file.where) + hint)
-    for key, value, _ in fields:
-        set_nested(content, key, value)
-    content = {"name": name, **content}
-    refuse_keys(content, ("digest",), where)
-    model = checked(Model, content, where)
+    return name, content, where
+
+
+def _located(context: Context, model: Model, where: str) -> tuple[str, str]:
+    """The source of a model as it is read (a folder of the bundle where that has it), and the digest of its weights."""
     source = model.source
     path = texts.resolve_path(source, context.base)
     is_hub_id = hub.HUB_ID.fullmatch(source) and not path.exists()
@@ -318,17 +380,9 @@ def _model(context: Context, name: str, fields: Fields) -> Model:
             f"{where}: revision {asked} is requested, but {context.bundle.folder} has commit {pulled[1]} of "
             f"{source}; run `harness data pull` for this sweep with --output {context.bundle.folder}"
         )
-    digest = model_folders.model_digest(source, model.revision) if pulled is None else pulled[1]
-    # of a hub id and its copies: in the commit
-    generation = model_folders.generation_digest(source) if pulled is None else ""
-    source = source if pulled is None else str(pulled[0])
-    return dataclasses.replace(
-        model,
-        name=with_settings(model.name, varied(fields)),
-        source=source,
-        digest=digest,
-        generation=generation,
-    )
+    if pulled is not None:
+        return str(pulled[0]), pulled[1]
+    return source, model_folders.model_digest(source, model.revision)
 
 
 def _calibration(context: Context, name: str, fields: Fields, seed: int) -> Calibration:
@@ -389,10 +443,12 @@ def _make_method(
 def _method_yaml(context: Context, name: str) -> dict[str, Any]:
     content = composed(context, "method", name, context.file.where)
     where = str(config_files("method")[name])
-    known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS), "inputs"]
+    known = [*SLOTS, *(f"{slot}_settings" for slot in SLOTS), "inputs", "title"]
     for key in content:
         if key not in known:
             raise ConfigError(unknown_name("key", key, known, where))
+    if not isinstance(content.get("title", ""), str):
+        raise ConfigError(f"{where}: title: a text is expected, not {content['title']!r}")
     if content.get("inputs", INPUTS[0]) not in INPUTS:
         raise ConfigError(unknown_name("inputs", str(content["inputs"]), INPUTS, where))
     return content
@@ -401,9 +457,13 @@ def _method_yaml(context: Context, name: str) -> dict[str, Any]:
 def _method_inputs(context: Context, point: Point) -> str:
     """The `inputs` of the method's YAML (its published calibration), used if neither sweep nor override sets `inputs`."""
     name = point["method"][0] if "method" in point else None
-    if not isinstance(name, str) or name not in config_files("method"):
+    if not isinstance(name, str):
         return INPUTS[0]
-    content = once(context, ("method inputs", name), lambda: _method_yaml(context, name)) or {}
+
+    def read() -> dict[str, Any]:
+        return _method_yaml(context, name) if name in config_files("method") else {}
+
+    content = once(context, ("method inputs", name), read) or {}
     return str(content.get("inputs", INPUTS[0]))
 
 
@@ -435,20 +495,41 @@ def _part(
             key: value for key, value in composed(context, slot, name).items() if key != "name"
         }
         known.update(checked_settings(known, content, where, types) if known else content)
-    used = [(key, value, several) for key, value, several in fields if key in known]
+    used = [each for each in fields if each[0].partition(".")[0] in known]
     context.used_settings.update(f"{slot}.{key}" for key, _, _ in used)
-    settings = checked_settings(
-        known, {**own, **{key: value for key, value, _ in used}}, where, types
-    )
-    part = Part(
-        name=name,
-        settings=freeze(settings),
-        version=facts.get("version", 1),
-        needs=tuple(sorted(facts.get("needs", ()))),
-        stochastic=facts.get("stochastic", False),
-        activation_aware=facts.get("activation_aware", False),
-    )
-    return part, used
+    settings = checked_settings(known, _edited(known, own, used), where, types)
+    if facts.get("wraps", False):
+        settings["base_settings"] = _base_settings(context, slot, settings, where)
+    return make_part(slot, name, settings), used
+
+
+def _edited(known: Mapping[str, Any], own: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """The settings that a method's YAML gives a part (`own`), edited by fields; "base_settings.grid" edits one entry of a mapping.
+
+    known: the settings of the part's own YAML. Settings of one base are dropped where the fields name another base.
+    """
+    given = copy.deepcopy(dict(own))
+    for key, value, _ in sorted(fields, key=lambda each: (each[0] != "base", "." in each[0])):
+        head = key.partition(".")[0]
+        if key == "base" and value != given.get("base", known["base"]):
+            given["base_settings"] = {}
+        elif key != head and isinstance(known[head], dict):
+            given.setdefault(head, copy.deepcopy(known[head]))
+        set_nested(given, key, value)
+    return given
+
+
+def _base_settings(
+    context: Context, slot: str, settings: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """All settings of the base of a part around another: those of the base's YAML, with the part's `base_settings` over them."""
+    name, given = settings["base"], settings["base_settings"]
+    try:
+        base, _ = _part(context, slot, checked_name(context, slot, name), given, ())
+    except ConfigError as error:
+        lines = (f"{where}: base {name}: {line}" for line in str(error).split("\n"))
+        raise ConfigError("\n".join(lines)) from error
+    return dict(to_json(base)["settings"])
 
 
 def _check_settings_used(context: Context, points: list[Point]) -> None:

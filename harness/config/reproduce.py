@@ -11,6 +11,9 @@ from harness.core.cell import Cell, cell_key, score_key, to_json
 from harness.core.errors import HarnessError
 from harness.core.labels import without_settings
 
+# fields without an override of their own: they follow from the others
+NOT_TYPED = ("name", "digest", "base_digest", "overrides", "base_version")
+
 
 def command_for(cell: Cell) -> str:
     """The command that computes one cell and its scores: names, and overrides where the cell differs from today's files.
@@ -20,7 +23,7 @@ def command_for(cell: Cell) -> str:
     """
     import shlex
 
-    from harness.config.grid import load_sweep
+    from harness.config.kept_sweeps import load_sweep
 
     words = _names(cell)
     for _ in range(3):  # with names alone, with what differs, and to see that nothing is left
@@ -46,7 +49,7 @@ def _names(cell: Cell) -> list[str]:
         f"model={without_settings(cell.model.name)}",
         f"method={current_name('method', without_settings(cell.method.name))}",
     ]
-    words += [] if cell.method.is_baseline else [f"scheme={without_settings(cell.scheme.name)}"]
+    words += [] if not cell.method.quantizes else [f"scheme={without_settings(cell.scheme.name)}"]
     if cell.calibration is not None:
         words.append(f"calibration={without_settings(cell.calibration.name)}")
     if cell.seed:
@@ -66,7 +69,7 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
     found = []
     parts = {
         slot: (getattr(cell.method, slot), getattr(made.method, slot))
-        for slot in ("transform", "rounding", "tuning")
+        for slot in ("reduction", "transform", "rounding", "tuning")
     }
     groups = {
         name: (getattr(cell, name), getattr(made, name))
@@ -104,7 +107,7 @@ def _differences(cell: Cell, made: Cell) -> list[str]:
 def _changed(prefix: str, wanted: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     found = []
     for name, value in wanted.items():
-        if name in ("name", "digest", "overrides") or value == given.get(name):
+        if name in NOT_TYPED or value == given.get(name):
             continue
         if isinstance(value, dict) and isinstance(given.get(name), dict):
             found += _changed(f"{prefix}.{name}", value, given[name])

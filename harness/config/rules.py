@@ -9,7 +9,7 @@ from typing import Any
 from harness.config.axes import AXES, GROUPS, SLOTS
 from harness.config.context import Context
 from harness.config.locations import config_files, unknown_config
-from harness.config.schemes import FORMAT_NAME, SCHEME_NAME
+from harness.config.schemes import DELTA_NAME, FORMAT_NAME, SCHEME_NAME
 from harness.config.sweep_file import is_axis
 from harness.config.typed import field_names
 from harness.core.cell import Calibration, Cell, Model, Part, Scheme, baseline_of, cell_key
@@ -105,7 +105,7 @@ def _check_rule_names(context: Context, group: str, wanted: Any, where: str) -> 
         parsed = (
             group == "scheme"
             and isinstance(name, str)
-            and (SCHEME_NAME.fullmatch(name) or FORMAT_NAME.fullmatch(name))
+            and any(p.fullmatch(name) for p in (SCHEME_NAME, FORMAT_NAME, DELTA_NAME))
         )
         if (
             isinstance(name, str)

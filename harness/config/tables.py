@@ -72,9 +72,16 @@ def _checked_table(
                 *context.evaluation_names,
                 "checkpoint",
                 "quantize",
+                "delta",
             ) or head in _parts_of_benchmarks(evaluations)
             if not leaf or (not known_head and not replaced):
-                known = [*by_name, "checkpoint/bits_per_weight", "quantize/seconds", "mean"]
+                known = [
+                    *by_name,
+                    "checkpoint/bits_per_weight",
+                    "quantize/seconds",
+                    "delta/bytes",
+                    "mean",
+                ]
                 context.problems.add(
                     unknown_name("evaluation for the column", metric, known, where)
                 )

@@ -22,7 +22,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -30,10 +30,14 @@ from annotated_types import Ge
 
 from harness.core import plugins
 from harness.core.errors import ConfigError
+from harness.core.sparsity import read_sparsity
 
 ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
 Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
+T = TypeVar("T")
 PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
+BASE_WEIGHT = "base_weight"  # a statistic of another model, not of calibration data
+OF_THE_FINE_TUNE = ("base", "base_digest")  # fields of a Model that name where it comes from
 
 
 def freeze(settings: dict[str, Any]) -> Settings:
@@ -51,9 +55,9 @@ def _freeze_value(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """A plugin with its settings: the transform, rounding or tuning of a method.
+    """A plugin with its settings: the reduction, transform, rounding or tuning of a method.
 
-    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `config`
+    version, needs, stochastic and activation_aware are facts of the plugin's class, copied here by `make_part`
     so that keys can be computed without importing it.
     """
 
@@ -68,33 +72,105 @@ class Part:
         return dict(self.settings)[setting]
 
 
+def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
+    """A part with these settings, which are complete, and with the facts of its plugin's source.
+
+    kind: transform, rounding or tuning.
+    A plugin that states `wraps = True` runs another plugin of its kind: its settings `base` and `base_settings` name that one and
+    its settings. The needs of the part, and whether it is stochastic or depends on the activation scheme, are the union with those
+    of the base. The version of the base is added to the settings as `base_version`, because keys must change with it.
+    A plugin leaves out a statistic that its literal `unneeded` names, where all settings named there have the values given there.
+    Raises ConfigError for an unknown plugin, and for a base that has a base of its own.
+    """
+    facts = plugins.facts(kind, name)
+    own = dict(settings)
+    needs = set(facts.get("needs", ()))
+    for statistic, values in facts.get("unneeded", {}).items():
+        if all(own.get(setting) == value for setting, value in values.items()):
+            needs.discard(statistic)
+    stochastic = facts.get("stochastic", False)
+    activation_aware = facts.get("activation_aware", False)
+    if facts.get("wraps", False):
+        if plugins.facts(kind, own["base"]).get("wraps", False):
+            raise ConfigError(
+                f"{kind} {name}: base {own['base']} is itself a {kind} around another; name one without a base"
+            )
+        base = make_part(kind, own["base"], dict(own["base_settings"]))
+        own["base_version"] = base.version
+        needs |= set(base.needs)
+        stochastic, activation_aware = (
+            stochastic or base.stochastic,
+            activation_aware or base.activation_aware,
+        )
+    return Part(
+        name=name,
+        settings=freeze(own),
+        version=facts.get("version", 1),
+        needs=tuple(sorted(needs)),
+        stochastic=stochastic,
+        activation_aware=activation_aware,
+    )
+
+
 @dataclass(frozen=True)
 class Method:
-    """A named recipe over three slots. All slots empty is the full-precision baseline, `none`."""
+    """A named recipe over four slots. All slots empty is the full-precision baseline, `none`.
+
+    A reduction makes a smaller model first; the other three, `parts`, quantize that one, or the model itself.
+    """
 
     name: str
     transform: Part | None = None
     rounding: Part | None = None
     tuning: Part | None = None
+    reduction: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """What turns the model, or the reduced one, into a checkpoint."""
         return tuple(
             part for part in (self.transform, self.rounding, self.tuning) if part is not None
         )
 
     @property
     def is_baseline(self) -> bool:
-        return not self.parts
+        return self.reduction is None and not self.parts
+
+    @property
+    def quantizes(self) -> bool:
+        """Some part changes matrices in place. Without one the checkpoint is the model itself, or the reduced one."""
+        return bool(self.parts)
 
     @property
     def needs(self) -> tuple[str, ...]:
+        """Statistics that a pass gathers for the parts."""
         return tuple(sorted({need for part in self.parts for need in part.needs}))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Some part that quantizes reads calibration data; the base of a fine-tune is none."""
+        return bool(set(self.needs) - {BASE_WEIGHT})
+
+    @property
+    def needs_base(self) -> bool:
+        """Some part compares the model with the base that it was fine-tuned from."""
+        return BASE_WEIGHT in self.needs
+
+    @property
+    def all_needs(self) -> tuple[str, ...]:
+        """`needs`, and those of the reduction."""
+        own = self.reduction.needs if self.reduction is not None else ()
+        return tuple(sorted({*self.needs, *own}))
+
+    @property
+    def uses_calibration(self) -> bool:
+        """The cell reads calibration data, to quantize or for its reduction."""
+        return bool(set(self.all_needs) - {BASE_WEIGHT})
 
     @property
     def reads_inputs(self) -> bool:
         """Some part wants to know of the blocks' inputs; gradients, and what a transform learns, are there before the walk."""
-        return bool(set(self.needs) - {"tokens", "squared_gradient"})
+        return bool(set(self.needs) - {"tokens", "squared_gradient", BASE_WEIGHT})
 
 
 @dataclass(frozen=True)
@@ -104,6 +180,8 @@ class Model:
     digest identifies the weights: a hash of the folder's files or the resolved commit of a hub id.
     dtype is the floating type in which the model is loaded, calibrated and evaluated.
     generation identifies a folder's generation_config.json (end tokens, penalties), which only texts that it writes depend on.
+    base is where the model lies that this one was fine-tuned from ("" where that is not stated), base_digest its weights; only
+    methods that store the difference of the two depend on them.
     """
 
     name: str
@@ -113,30 +191,42 @@ class Model:
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     trust_remote_code: bool = False
     generation: str = ""
+    base: str = ""
+    base_digest: str = ""
+
+
+def base_of(model: Model) -> Model | None:
+    """The model that a fine-tune came from, read in the fine-tune's dtype; None where none is named."""
+    if not model.base:
+        return None
+    return Model(model.base, model.base, digest=model.base_digest, dtype=model.dtype)
 
 
 @dataclass(frozen=True)
 class WeightScheme:
     """How one weight matrix is stored.
 
-    format      int, or a name of numerics/number_formats.py (nf4, fp8_e4m3, mxfp4, nvfp4, …)
-    bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it
+    format      int, or a name of numerics/number_formats.py (nf4, fp8_e4m3, mxfp4, nvfp4, …); dense, sign, or delta: a budget
+                of bits per weight that a method spends on the difference of a fine-tune and its base as it likes
+    bits        2..8 for integers; what a format fixes (nf4: 4) must agree with it; 0.25..4 for delta
     group_size  input channels that share one scale; -1: one scale per output channel
     symmetric   no zero point; says nothing for formats other than int, which have none
     scale_dtype float16, bfloat16 or float32: the type in which scales (and float zero points) are stored and used;
                 float8_e4m3: E4M3 numbers times one float32 per matrix; e8m0: powers of two, of MX formats;
                 double_quantized: 8-bit codes in blocks of 256, of nf4 and fp4 (QLoRA)
     zero_point  of integer grids that are not symmetric: integer, one of the codes; or float, exact to scale_dtype
+    sparsity    of methods that prune: a share between 0 and 1 ("0.5"), or "n:m", n kept of every m inputs; "": dense
     signed_scales  of symmetric integer grids: the entry of largest magnitude, with its sign, meets the lowest code, so that about
                 half of the scales are negative (llama.cpp, AutoRound)
     """
 
     format: str = "int"
-    bits: Annotated[float, Ge(1)] = 4
+    bits: Annotated[float, Ge(0.25)] = 4
     group_size: int = -1
     symmetric: bool = False
     scale_dtype: ScaleType = "float16"
     zero_point: Literal["integer", "float"] = "integer"
+    sparsity: str = ""
     signed_scales: bool = False
 
     def contradictions(self) -> list[str]:
@@ -148,6 +238,13 @@ class WeightScheme:
             )
         if self.format == "int" and not 1 <= self.bits <= 8:
             found.append(f"bits {self.bits}: integers have 1 to 8 bits")
+        if self.format == "delta" and not 0.25 <= self.bits <= 4:
+            found.append(f"bits {self.bits}: a delta has 0.25 to 4 bits per weight")
+        if self.sparsity:
+            try:
+                read_sparsity(self.sparsity)
+            except ValueError as error:
+                found.append(f'sparsity "{self.sparsity}": {error}')
         if self.signed_scales and (self.format != "int" or not self.symmetric):
             found.append(
                 "signed_scales true: they belong to symmetric integer grids; set symmetric"
@@ -298,22 +395,42 @@ class Cell:
 
 def quantize_key(cell: Cell) -> str:
     """Identity of the cell's checkpoint; 64 hexadecimal digits. Equal keys mean equal bytes."""
+    return _remembered(cell, "_quantize_key", lambda: _quantize_key(cell))
+
+
+def _remembered(owner: Any, name: str, make: Callable[[], T]) -> T:
+    """make(), computed once for an object that never changes: a plan of 10,000 cells asks for 240,000 keys."""
+    known = vars(owner)
+    if name not in known:
+        known[name] = make()
+    return typing.cast(T, known[name])
+
+
+def _quantize_key(cell: Cell) -> str:
     method = cell.method
     identity: dict[str, Any] = {
         "model": _identity(
-            cell.model, drop=("name", "source", "revision", "trust_remote_code", "generation")
+            cell.model,
+            drop=(
+                *("name", "source", "revision", "trust_remote_code", "generation"),
+                *OF_THE_FINE_TUNE,
+            ),
         ),
         "parts": parts_identity(method),
         "slots": [part is not None for part in (method.transform, method.rounding, method.tuning)],
     }
-    if not method.is_baseline:
+    if method.reduction is not None:
+        identity["reduction"] = reduction_key(cell)
+    if method.quantizes:
         identity["weight"] = weight_identity(cell.scheme.weight)
         identity["overrides"] = [
             _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
         ]
-    if method.needs:
+    if method.needs_calibration:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
         identity["inputs"] = cell.inputs
+    if method.needs_base:
+        identity["base"] = cell.model.base_digest
     if any(part.stochastic for part in method.parts):
         identity["seed"] = cell.seed
     if any(part.activation_aware for part in method.parts):
@@ -325,7 +442,7 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
     """Name, version and settings of each part of a method: what of them changes numbers.
 
     Settings that came after keys existed are left out while they have their default: a literal `settings_added_later` of the
-    plugin's class, {name: default}, read from its source.
+    plugin's class, {name: default}, read from its source; of the settings of a part's base alike.
     """
     found = []
     for kind in ("transform", "rounding", "tuning"):
@@ -333,20 +450,27 @@ def parts_identity(method: Method) -> list[dict[str, Any]]:
         if part is None:
             continue
         identity = _identity(part, drop=("needs", "stochastic", "activation_aware"))
-        facts = plugins.find(kind).get(part.name)
-        added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
-        identity["settings"] = {
-            name: value
-            for name, value in identity["settings"].items()
-            if name not in added or value != added[name]
-        }
-        found.append(identity)
+        settings = _without_added_later(kind, part.name, identity["settings"])
+        if "base_version" in settings:
+            own = _without_added_later(kind, settings["base"], dict(settings["base_settings"]))
+            settings["base_settings"] = own
+        found.append({**identity, "settings": settings})
     return found
+
+
+def _without_added_later(kind: str, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    facts = plugins.find(kind).get(name)
+    added: Mapping[str, Any] = {} if facts is None else facts.get("settings_added_later", {})
+    return {
+        setting: value
+        for setting, value in settings.items()
+        if setting not in added or value != added[setting]
+    }
 
 
 def weight_identity(weight: WeightScheme) -> dict[str, Any]:
     """The fields of a weight scheme, without those that came after keys existed while they have their default."""
-    younger, defaults = ("zero_point", "signed_scales"), WeightScheme()
+    younger, defaults = ("zero_point", "signed_scales", "sparsity"), WeightScheme()
     own: dict[str, Any] = to_json(weight)
     return {
         name: value
@@ -355,13 +479,52 @@ def weight_identity(weight: WeightScheme) -> dict[str, Any]:
     }
 
 
+def reduction_key(cell: Cell) -> str:
+    """Identity of the smaller model that the cell's reduction makes; 64 hexadecimal digits. The cell must have a reduction."""
+    part = cell.method.reduction
+    assert part is not None, f"{cell.title} has no reduction"
+    identity: dict[str, Any] = {
+        "model": {"digest": cell.model.digest, "dtype": cell.model.dtype},
+        "reduction": _identity(part, drop=("needs", "stochastic", "activation_aware")),
+    }
+    if part.needs:
+        identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    if part.stochastic:
+        identity["seed"] = cell.seed
+    return digest(identity)
+
+
 def untuned(cell: Cell) -> Cell:
     """The cell whose checkpoint a tuned cell starts from: the same method without its tuning."""
     return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
 
 
+def base_alone(cell: Cell) -> Cell | None:
+    """The cell with the base of a rounding around another in its place, where the base rounds the same matrices to the same codes.
+
+    None for other roundings, for those whose base rounds something else (a literal `keeps_base = True` of the plugin's class says
+    that it does not), and where the base read inputs behind blocks that the other one had changed.
+    """
+    rounding = cell.method.rounding
+    if rounding is None or "base_version" not in dict(rounding.settings):
+        return None
+    if not plugins.facts("rounding", rounding.name).get("keeps_base", False):
+        return None
+    settings = dict(to_json(rounding)["settings"]["base_settings"])
+    base = make_part("rounding", rounding["base"], settings)
+    if base.needs and cell.inputs != "full_precision":
+        return None
+    base = dataclasses.replace(base, version=rounding["base_version"])
+    method = dataclasses.replace(cell.method, name=base.name, rounding=base, tuning=None)
+    return dataclasses.replace(cell, method=method)
+
+
 def cell_key(cell: Cell) -> str:
     """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
+    return _remembered(cell, "_cell_key", lambda: _cell_key(cell))
+
+
+def _cell_key(cell: Cell) -> str:
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
     if has_static_activations(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
@@ -379,7 +542,7 @@ def has_static_activations(scheme: Scheme) -> bool:
 
 def score_key(cell: Cell, evaluation: Evaluation) -> str:
     """Identity of one evaluation of one cell; 64 hexadecimal digits. Where data lies is left out once its digest is known."""
-    identity = _identity(evaluation, drop=("name", "generates"))
+    identity = {**_identity(evaluation, drop=("name", "generates"))}
     if evaluation.generates and cell.model.generation:
         identity["generation"] = cell.model.generation
     dropped = {
@@ -401,7 +564,7 @@ def _added_later(evaluator: str) -> tuple[str, ...]:
 
 
 def baseline_of(cell: Cell) -> Cell:
-    """The full-precision cell that this cell is compared with: same model, nothing quantized."""
+    """The full-precision cell that this cell is compared with: same model, nothing reduced, nothing quantized."""
     return dataclasses.replace(
         cell,
         method=Method("none"),
@@ -473,9 +636,22 @@ def _kv_identity(kv: KVScheme | None) -> Any:
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
+    """The fields of a part of a cell as JSON, without the dropped ones. The same object every time: nobody changes it."""
     if value is None:
         return None
-    return {name: item for name, item in to_json(value).items() if name not in drop}
+    known = _remembered(value, "_identities", dict[tuple[str, ...], dict[str, Any]])
+    if drop not in known:
+        known[drop] = {name: item for name, item in to_json(value).items() if name not in drop}
+    return known[drop]
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, bool], ...] | None:
+    """(name, whether it holds settings) of the fields of a dataclass; None for any other type."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hints = _hints(kind)
+    return tuple((each.name, hints[each.name] == Settings) for each in dataclasses.fields(kind))
 
 
 @functools.cache
@@ -486,13 +662,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def to_json(value: Any) -> Any:
     """A cell, or any part of one, as JSON values; settings become objects."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = _hints(type(value))
+    fields = _fields(type(value))
+    if fields is not None:
         return {
-            f.name: _thaw(getattr(value, f.name))
-            if hints[f.name] == Settings
-            else to_json(getattr(value, f.name))
-            for f in dataclasses.fields(value)
+            name: _thaw(getattr(value, name)) if holds_settings else to_json(getattr(value, name))
+            for name, holds_settings in fields
         }
     if isinstance(value, list | tuple):
         return [to_json(item) for item in value]
@@ -510,9 +684,6 @@ def _thaw_value(value: Any) -> Any:
         )
         return _thaw(value) if is_mapping else [_thaw_value(item) for item in value]
     return value
-
-
-T = TypeVar("T")
 
 
 def from_json(kind: type[T], data: Any) -> T:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from harness.core.cell import Cell, cell_key, to_json
+from harness.core.sparsity import sparsity_text
 
 BITS_OF_DTYPE = {"float32": 32, "float16": 16, "bfloat16": 16}
 # axes of a sweep besides model, method and scheme
 VARIED = ("calibration", "inputs", "seed")
-HIDDEN = ("scheme.name", "calibration.digest", "calibration.source")
+HIDDEN = ("scheme.name", "calibration.digest", "calibration.source", "model.base_digest")
 
 
 def with_variants(cells: Iterable[Cell]) -> tuple[Cell, ...]:
@@ -82,23 +83,44 @@ def without_settings(name: str) -> str:
     return name.partition("[")[0]
 
 
+def baseline_title(dtype: str, bits: str) -> str:
+    """What papers call the unquantized model: "FP16", "BF16" or "FP32"; "Full precision" for weights of another width.
+
+    dtype  of the model's computation; bits  of its weights as stored, as tables print them
+    """
+    if bits == "16":
+        return "BF16" if dtype == "bfloat16" else "FP16"
+    return "FP32" if bits == "32" else "Full precision"
+
+
+def method_title(name: str, titles: Mapping[str, str]) -> str:
+    """What papers call a method of ours: "SliM-LLM" for slim_llm, "AWQ [rounding: …]" keeps the settings that a sweep varies.
+
+    titles: names of methods and what they are called; a name that has no title stays as it is.
+    """
+    plain = without_settings(name)
+    return titles.get(plain, plain) + name.removeprefix(plain)
+
+
 def bits_text(cell: Cell) -> str:
-    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "W8A8 fp8_e4m3"; for a baseline the width of its dtype."""
+    """ "4", "1.1", "W4A8", "W4A8KV4", "4 nf4", "4 2:4", "16 50 %"; for a baseline the width of its dtype."""
     scheme = cell.scheme
-    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if cell.method.is_baseline else scheme.weight.bits:g}"
+    bits = f"{BITS_OF_DTYPE.get(cell.model.dtype, 16) if not cell.method.quantizes else scheme.weight.bits:g}"
     family = (
         ""
-        if cell.method.is_baseline or scheme.weight.format == "int"
+        if not cell.method.quantizes or scheme.weight.format == "int"
         else f" {scheme.weight.format}"
     )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
     kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
+    if scheme.weight.sparsity and cell.method.quantizes:  # "16 2:4": dense says nothing then
+        family = f"{family.removesuffix(' dense')} {sparsity_text(scheme.weight.sparsity)}"
     return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"
 
 
 def group_text(cell: Cell) -> str:
     """Input channels per scale; "row" for one scale per output channel."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return ""
     return "row" if cell.scheme.weight.group_size == -1 else str(cell.scheme.weight.group_size)
 
@@ -119,8 +141,8 @@ def flatten(cell: Cell) -> dict[str, Any]:
     content.pop("evaluations")
     content.pop("variant")
     walk("", {**content, "method": {"name": method["name"]}})
-    for slot in ("transform", "rounding", "tuning"):
-        if method[slot] is not None:
+    for slot in ("reduction", "transform", "rounding", "tuning"):
+        if method.get(slot) is not None:
             part = {
                 "name": method[slot]["name"],
                 "version": method[slot]["version"],
@@ -150,9 +172,11 @@ def _shown(cell: Cell) -> dict[str, Any]:
     flat = {name: value for name, value in flatten(cell).items() if name not in HIDDEN}
     if cell.calibration is not None and cell.calibration.seed == cell.seed:
         flat.pop("calibration.seed")
-    if cell.calibration is None and not any(part.stochastic for part in cell.method.parts):
+    method = cell.method
+    parts = (*method.parts, *((method.reduction,) if method.reduction is not None else ()))
+    if cell.calibration is None and not any(part.stochastic for part in parts):
         flat.pop("seed")
-    if cell.calibration is None or not cell.method.needs:
+    if cell.calibration is None or not cell.method.uses_calibration:
         flat.pop("inputs")
     return flat
 
@@ -163,7 +187,7 @@ def _varying(facts: Sequence[Mapping[str, Any]], only: Sequence[str] = ()) -> li
         {name for each in facts for name in each if not only or name.partition(".")[0] in only}
     )
     differing = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
-    for part in ("calibration", "rounding", "transform", "tuning"):
+    for part in ("calibration", "rounding", "transform", "tuning", "reduction"):
         fields = [
             name
             for name in differing

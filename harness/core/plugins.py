@@ -31,6 +31,7 @@ FOLDERS = {  # folder of a person's own plugins -> where the package has its own
     "evaluators": PACKAGE / "evaluation" / "evaluators",
 }
 KINDS = {  # kind -> (folder, class)
+    "reduction": ("methods", "Reduction"),
     "transform": ("methods", "Transform"),
     "rounding": ("methods", "Rounding"),
     "tuning": ("methods", "Tuning"),
@@ -101,8 +102,13 @@ def load(kind: str, name: str) -> type[Any]:
 
 
 def build(kind: str, name: str, settings: Mapping[str, Any]) -> Any:
-    """An instance of the plugin with its typed settings. Raises ConfigError for an unknown or impossible setting."""
+    """An instance of the plugin with its typed settings. Raises ConfigError for an unknown or impossible setting.
+
+    `base_version`, which a part around another one holds for its keys alone, is left out.
+    """
     plugin = load(kind, name)
+    if getattr(plugin, "wraps", False):
+        settings = {key: value for key, value in settings.items() if key != "base_version"}
     known = [f.name for f in dataclasses.fields(plugin.Settings)]
     problems = [
         unknown_name("setting", key, known, f"{kind}/{name}")

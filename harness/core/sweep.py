@@ -78,6 +78,7 @@ class Table:
     methods    our name of a method -> the method or the label of its published rows, where they are not called the same
     protocol   differences of protocol that could explain a gap, printed below the table
     absent     why no cell stands in this table; it shows the published rows alone
+    order      a metric: a model's rows from its largest value to its smallest, those without one last; "": the sweep's order
     """
 
     name: str
@@ -89,6 +90,7 @@ class Table:
     protocol: tuple[str, ...] = ()
     correlation: Correlation | None = None
     absent: str = ""
+    order: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,11 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Sweep:
-    """cells: distinct, in the order of the file's grids; baselines that differences need come with them."""
+    """A sweep, read and checked.
+
+    cells          distinct, in the order of the file's grids; baselines that differences need come with them
+    method_titles  name of a method of the cells, without the settings that the sweep varies -> what papers call it
+    """
 
     name: str
     title: str
@@ -205,6 +211,7 @@ class Sweep:
     overrides: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     first: tuple[First, ...] = ()
+    method_titles: dict[str, str] = field(default_factory=dict)
 
     def priority_tier(self, key: str) -> int:
         """Of a cell by its key: 0 for what comes first."""

@@ -1,10 +1,10 @@
-"""Small texts: first lines of errors, addresses without passwords, lists of names, names of files, settings."""
+"""Small texts: first lines of errors, addresses without passwords, lists of names, names of files, settings, strings in JSON."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -34,6 +34,18 @@ def file_name(text: str) -> str:
 def letters_and_digits(text: str) -> str:
     """The lowercase letters a to z and digits of a text, so that "SliM-LLM" equals "slim_llm"."""
     return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string among the values of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from texts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_in(item)
 
 
 def settings_text(settings: Iterable[tuple[str, Any]]) -> str:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from harness.core.cell import base_of
 from harness.core.errors import DataError
 from harness.core.sweep import Sweep
 from harness.data.digests import file_digest
@@ -231,8 +232,11 @@ def verify(folder: Path) -> list[str]:
 
 
 def _models(sweep: Sweep) -> list[tuple[str, str]]:
-    found = {}
-    for model in (cell.model for cell in sweep.cells if is_hub_id(cell.model.source)):
+    found: dict[str, str] = {}
+    used = dict.fromkeys(cell.model for cell in sweep.cells)
+    bases = dict.fromkeys(base for model in used if (base := base_of(model)) is not None)
+    # the model itself last: it may state a revision where the base of another has none
+    for model in (each for each in [*bases, *used] if is_hub_id(each.source)):
         found[model.source] = (
             model.digest if COMMIT.fullmatch(model.digest) else model.revision or "main"
         )

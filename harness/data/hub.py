@@ -35,6 +35,7 @@ def hub_commit(repository: str, kind: str, revision: str | None = None) -> str |
     revision = revision or "main"
     if COMMIT.fullmatch(revision):
         return revision
+    _asked[0] += 1
     name = f"{kind} {repository}@{revision}"
     known = _known_commits().get(name) or _cached_reference(repository, kind, revision)
     if known is None:
@@ -55,6 +56,12 @@ def unresolved_reason(repository: str, kind: str, revision: str | None = None) -
     )
 
 
+def asked_commits() -> int:
+    """How often this process has looked for the commit of a branch or tag, in caches or on the network."""
+    return _asked[0]
+
+
+_asked = [0]
 _refusals: dict[tuple[str, str, str], str] = {}  # what the hub answered in place of a commit
 # hubs that did not answer: asked once per process, not once per data set
 _silent: dict[str, str] = {}
@@ -133,6 +140,17 @@ def _endpoint() -> str:
 
 def _is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+
+
+def caches_stamp() -> list[int]:
+    """When the hub's local caches last got or lost a repository; 0 for one that is not there."""
+    found = []
+    for folder in (_hub_cache(), _datasets_cache()):
+        try:
+            found.append(folder.stat().st_mtime_ns)
+        except OSError:
+            found.append(0)
+    return found
 
 
 def missing_data_set(repository: str, revision: str | None) -> str | None:

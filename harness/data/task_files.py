@@ -236,6 +236,11 @@ def code(task: TaskFile) -> list[Path]:
     return sorted(path for path in paths if path.is_file())
 
 
+def folders(members: Sequence[TaskFile]) -> set[Path]:
+    """Where the files of tasks lie, with those that they include."""
+    return set[Path]().union(*(_folders(member.path) for member in members))
+
+
 def _folders(path: Path) -> set[Path]:
     """Where a task's YAML and its includes lie."""
     includes = (_parsed(path.read_bytes()) or {}).get("include", [])

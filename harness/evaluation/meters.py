@@ -1,4 +1,4 @@
-"""Measurements of a device while a model runs on it: the energy that it used, and which other processes it ran. Not an evaluator.
+"""Measurements of a device while a model runs on it: energy, memory, and which other processes it ran. Not an evaluator.
 
 NVIDIA GPUs are read through their driver's library (NVML, by nvidia-ml-py), processors through the energy counters of the kernel
 (RAPL), which often only root may read, and through /proc/stat. Where a reading is missing, the value is None: nothing is estimated.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,14 @@ def energy_joules(device: str) -> float | None:
     except (OSError, ValueError):
         return None
     return sum(counters) / 1e6 if counters else None
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory in use: allocated on the card since the counters were reset, or resident in this process since it began."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if platform.system() == "Darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def other_processes(device: str) -> int | None:

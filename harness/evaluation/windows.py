@@ -30,6 +30,7 @@ from harness.core.cell import Model, digest
 from harness.core.errors import DataError, EvaluationError, unknown_name
 from harness.data import digests, texts
 from harness.evaluation.protocols import Subject, model_context_length
+from harness.storage.atomic_write import share
 
 RECIPES = ("join", "sample", "documents")
 TOKENIZER_FILES = (
@@ -248,6 +249,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     os.close(handle)
     try:
         save_file(tensors, aside)
+        share(Path(aside))
         os.replace(aside, file)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,12 +35,12 @@ from harness.core.sweep import Sweep, command_line
 from harness.core.text import first_line, without_password
 from harness.core.units import duration
 from harness.evaluation.flips import with_flips
-from harness.execution import dispatch
+from harness.execution import dispatch, outputs
 from harness.execution.progress import Display, Silent, Tally
 from harness.planning.plan import Plan
 from harness.planning.planner import make, within
 from harness.planning.render import render, require
-from harness.reporting.files import write_figures, write_report, write_tables
+from harness.reporting.files import report_path, write_figures, write_report, write_tables
 from harness.reporting.tables import build, build_all
 from harness.storage.record import Record
 from harness.storage.store import Store
@@ -146,25 +146,11 @@ def run(
         )
     display.line(text)
     other = store.sweep_state(sweep.name)
-    if (
-        not plan.missing
-        and not left_out
-        and other
-        and other.get("tracked") == _tracked(sweep)
-        and _is_tracked(sweep)
-    ):
-        display.close()  # all is done and was sent before: only the tables may have changed
-        records = _records(store, sweep)
-        made = build_all(sweep, records, store)
-        return Summary(
-            plan,
-            records,
-            {},
-            time.monotonic() - began,
-            files=write_tables(sweep, made, store),
-            report=store.where(write_report(sweep, records, made, store)),
-            page=str(other.get("page", "")),
-        )
+    if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
+        now = outputs.written(sweep, store)
+        if outputs.is_untouched(other, now) or _is_tracked(sweep):
+            display.close()
+            return _finished(plan, store, other, now, began)
     if plan.missing and other and is_running(other):
         display.line(
             f"note    process {other['owner']['pid']} runs this sweep too; the two processes share the work"
@@ -214,6 +200,23 @@ def run(
     return dataclasses.replace(
         recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out)
     )
+
+
+def _finished(
+    plan: Plan, store: Store, state: dict[str, Any], now: Mapping[str, Any], began: float
+) -> Summary:
+    """The summary of a sweep of which all is done and was sent before: its tables and its report may be older than its results."""
+    sweep = plan.sweep
+    records = _records(store, sweep)
+    page = str(state.get("page", ""))
+    if not (outputs.is_current(state, now) and store.files.exists(report_path(sweep, store))):
+        made = build_all(sweep, records, store)
+        write_tables(sweep, made, store)
+        write_report(sweep, records, made, store)
+    if now and not is_running(state) and {**state, **now} != state:
+        store.write_sweep_state(sweep.name, {**state, **now})
+    report = store.where(report_path(sweep, store))
+    return Summary(plan, records, {}, time.monotonic() - began, report=report, page=page)
 
 
 @contextlib.contextmanager
@@ -339,6 +342,7 @@ class _Recorder:
     def end(self, seconds: float, interrupted: bool, stopped: str = "") -> Summary:
         """Write tables and figures, finish tracking, and return the summary."""
         sweep = self.plan.sweep
+        shown = outputs.written(sweep, self.store).get("outputs")
         records = _records(self.store, sweep)
         for key in (
             {cell_key(cell) for cell in self.plan.missing}
@@ -363,6 +367,7 @@ class _Recorder:
             self._warn(TrackingError("tracking did not accept all updates in time"))
         if not self.warnings:
             self.state.content["tracked"] = _tracked(sweep)
+            self.state.content |= {**outputs.written(sweep, self.store), "outputs": shown}
         page = self.state.content["page"] = "".join(sent)
         with contextlib.suppress(StoreError):  # a full disk was reported before
             self.state.end()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import time
 
 from harness.core.errors import HarnessError
@@ -70,14 +69,9 @@ def release(device: str) -> None:
 
 def peak_memory(device: str) -> int:
     """Peak bytes: allocated on the GPU, or resident in this process."""
-    if device != "cpu":
-        import torch
+    from harness.evaluation.meters import peak_memory_bytes  # imports torch
 
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory_bytes(device)
 
 
 def thread_count() -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from harness.core.cell import Cell, Evaluation, Model, cell_key, quantize_key
+from harness.core.cell import Cell, Evaluation, Model, cell_key, quantize_key, reduction_key
 from harness.core.errors import StoreError
 from harness.core.events import Event, Failed, Quantized, Scored, TaskStarted
 from harness.core.failures import FailureKind
@@ -109,7 +109,7 @@ class Scheduler:
             for cells in by_key.values()
         ]
         first = each.cells[0]
-        windows = first.calibration if first.method.needs else None
+        windows = first.calibration if first.method.needs_calibration else None
         key = (
             each.priority_tier,
             first.model,
@@ -117,6 +117,7 @@ class Scheduler:
             each.limit,
             each.exclusive,
             each.needs_full_gpu,
+            reduction_key(first) if first.method.reduction is not None else "",
         )
         pool = self._queues[each.priority_tier].pools.setdefault(
             key, CheckpointPool([], each.limit, each.exclusive, each.needs_full_gpu)

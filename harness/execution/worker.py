@@ -18,7 +18,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from harness.core.cell import (
     cell_key,
     parts_identity,
     quantize_key,
+    reduction_key,
     score_key,
     to_json,
     untuned,
@@ -127,13 +128,65 @@ def quantize(task: QuantizeTask, store: Store, device: str) -> Iterator[Event]:
             if manifest is not None:  # another driver made it while this one waited
                 yield Quantized(time.time(), tuple(map(cell_key, cells)), record=manifest)
                 del sharers[key]
-        for event in _make([cell for cells in sharers.values() for cell in cells], store, device):
+        todo = [cell for cells in sharers.values() for cell in cells]
+        for event in _reduce_and_make(todo, store, device):
             if isinstance(event, Quantized):
                 for key in event.cell_keys:
                     store.write_provenance(key, {"quantize": facts})
             if isinstance(event, Failed) and event.kind is FailureKind.OUT_OF_MEMORY:
                 ran_out(store, event.cell_keys, "quantize", len(sharers), peak_memory(device))
             yield event
+
+
+def _reduce_and_make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
+    """`_make`, for the cells of one reduction after the other; each reduction makes its smaller model first."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        key = reduction_key(cell) if cell.method.reduction is not None else ""
+        groups.setdefault(key, []).append(cell)
+    for key, members in groups.items():
+        try:
+            if key:
+                yield from _reduce(members, store, device)
+        except (
+            Exception
+        ) as error:  # the code of a reduction may raise anything; other cells continue
+            yield failure(error, tuple(dict.fromkeys(map(cell_key, members))), "reduction")
+            continue
+        yield from _make(members, store, device)
+
+
+def _reduce(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
+    """Make the smaller model that cells of one reduction share, unless the store has it."""
+    from harness.quantization.calibration import draw_windows
+    from harness.quantization.pipeline.reduction import run_reduction
+
+    first = cells[0]
+    key, part = reduction_key(first), first.method.reduction
+    if store.reduction(key) is not None:
+        return
+    with store.lock(f"reduction-{key}"):
+        if store.reduction(key) is not None:  # another process made it while this one waited
+            return
+        folder, windows = model_folders.model_folder(first.model), None
+        if part is not None and part.needs:
+            assert first.calibration is not None, "refused by the plan"
+            tokenizer = load_tokenizer(folder, first.model.trust_remote_code)
+            windows = draw_windows(first.calibration, tokenizer)
+        keys = tuple(dict.fromkeys(map(cell_key, cells)))
+        with store.making_reduced(key) as target:
+            yield from run_reduction(first, folder, windows, target, device, keys)
+        release(device)
+
+
+@contextmanager
+def _source(cell: Cell, store: Store) -> Iterator[Path]:
+    """The folder of the model that a cell quantizes and is scored as: its model's, or that of its reduction."""
+    if cell.method.reduction is None:
+        yield model_folders.model_folder(cell.model)
+        return
+    with store.reading_reduced(reduction_key(cell)) as folder:
+        yield folder
 
 
 def _make(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Event]:
@@ -176,14 +229,14 @@ def _tune(cell: Cell, keys: tuple[str, ...], store: Store, device: str) -> Itera
     from harness.quantization.formats.native import CheckpointWriter
     from harness.quantization.pipeline.tuning import run_tuning
 
-    folder = model_folders.model_folder(cell.model)
     assert cell.calibration is not None and cell.method.tuning is not None, "refused by the plan"
     draw = draw_documents if "documents" in cell.method.tuning.needs else draw_windows
-    windows = draw(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
     with (
+        _source(cell, store) as folder,
         store.making(quantize_key(cell)) as place,
         store.reading(quantize_key(untuned(cell))) as base,
     ):
+        windows = draw(cell.calibration, load_tokenizer(folder, cell.model.trust_remote_code))
         writer = CheckpointWriter(place, fingerprint(cell), store.files.upload)
         yield from run_tuning(cell, folder, base, windows, writer, device, keys)
 
@@ -196,18 +249,19 @@ def _run_pass(cells: Sequence[Cell], store: Store, device: str) -> Iterator[Even
 
     if not cells:
         return
-    folder = model_folders.model_folder(cells[0].model)
-    calibrations = {cell.calibration for cell in cells if cell.method.needs}
+    calibrations = {cell.calibration for cell in cells if cell.method.needs_calibration}
     assert len(calibrations) <= 1, f"one draw of windows per pass, not {calibrations}"
     windows = None
     for calibration in calibrations:
         assert calibration is not None, (
             "a cell that needs calibration and has none is refused by the plan"
         )
-        windows = draw_windows(
-            calibration, load_tokenizer(folder, cells[0].model.trust_remote_code)
+        tokenizer = load_tokenizer(
+            model_folders.model_folder(cells[0].model), cells[0].model.trust_remote_code
         )
+        windows = draw_windows(calibration, tokenizer)
     with ExitStack() as places:
+        folder = places.enter_context(_source(cells[0], store))
         writers = {}
         for key, cell in {quantize_key(cell): cell for cell in cells}.items():
             writers[key] = CheckpointWriter(
@@ -226,7 +280,7 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
         "parts": parts_identity(cell.method),
         # folders that exist hold this field at its default too
         "weight": None
-        if cell.method.is_baseline
+        if not cell.method.quantizes
         else {**weight_identity(own), "zero_point": own.zero_point},
     }
 
@@ -274,7 +328,10 @@ def _evaluate_cells(
                     yield _scored(key, evaluation, under_name(score, evaluation.name))
             if missing:
                 try:
-                    yield from _evaluate_cell(cell, missing, store, device, task, facts)
+                    if cell.method.reduction is not None:  # it may have been deleted since
+                        yield from _reduce([cell], store, device)
+                    with _source(cell, store) as folder:
+                        yield from _evaluate_cell(cell, folder, missing, store, device, task, facts)
                 except Exception as error:
                     yield failure(error, (key,), "load")
         release(device)
@@ -282,6 +339,7 @@ def _evaluate_cells(
 
 def _evaluate_cell(
     cell: Cell,
+    folder: Path,
     evaluations: Sequence[Evaluation],
     store: Store,
     device: str,
@@ -291,7 +349,7 @@ def _evaluate_cell(
     from harness.evaluation.protocols import Subject
     from harness.quantization.inference.load import load
 
-    key, folder = cell_key(cell), model_folders.model_folder(cell.model)
+    key = cell_key(cell)
     manifest = store.manifest(quantize_key(cell))
     spread = (
         [f"cuda:{index}" for index in range(task.devices)]
@@ -307,7 +365,7 @@ def _evaluate_cell(
         )
 
     def load_as(mode: str) -> tuple[Any, Any]:
-        if cell.method.is_baseline:
+        if not cell.method.quantizes:
             return place(cell, folder, None, mode=mode)
         with store.reading(quantize_key(cell)) as checkpoint:
             return place(cell, folder, checkpoint, mode=mode)

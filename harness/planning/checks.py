@@ -1,17 +1,37 @@
-"""Every check of a cell before it runs, done once per distinct question."""
+"""Every check of a cell before it runs, done once per distinct question.
+
+Answers that follow from files and code alone are kept between processes (`data.kept`), so that a plan that was made before
+imports neither torch nor transformers: the shapes of a model, and what methods, formats and schemes say of them. Refusals by
+an evaluation are asked again every time, because a person repairs them outside of what a question holds.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from os.path import isabs
+from pathlib import Path
+from typing import Any
 
 from harness.core import plugins
-from harness.core.cell import Cell, Evaluation, Model, Part, to_json
+from harness.core.cell import (
+    Calibration,
+    Cell,
+    Evaluation,
+    Model,
+    Part,
+    Scheme,
+    base_of,
+    from_json,
+    to_json,
+)
 from harness.core.errors import HarnessError
+from harness.core.shapes import Shapes
 from harness.core.sweep import Runtime
+from harness.core.text import texts_in
 from harness.core.units import bytes_of, counted, size
-from harness.data import folder_check, model_folders, texts
+from harness.data import folder_check, hub, kept, model_folders, texts
+from harness.data.kept import Book
 from harness.planning import resources
 from harness.planning.resources import (
     DTYPE_BYTES,
@@ -22,9 +42,6 @@ from harness.planning.resources import (
     uses_gpu,
 )
 
-if TYPE_CHECKING:
-    from harness.core.shapes import Shapes
-
 
 class Checker:
     """Checks the parts of cells, each distinct question once: 1,000 cells are a few models, methods and schemes."""
@@ -32,12 +49,22 @@ class Checker:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self._answers: dict[Hashable, Any] = {}
+        self._books: dict[Model, Book] = {}
 
     def reasons(self, cell: Cell) -> list[str]:
         found = list(self._once(("model", cell.model), lambda: self._model_reasons(cell.model)))
-        if cell.method.needs:
+        if cell.method.needs_base:
+            question = (
+                "base",
+                cell.model,
+                cell.method.name,
+                cell.method.transform,
+                cell.method.tuning,
+            )
+            found += self._once(question, lambda: self._base_reasons(cell))
+        if cell.method.uses_calibration:
             found += self._once(
-                ("calibration", cell.calibration, cell.method.needs),
+                ("calibration", cell.calibration, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -45,25 +72,82 @@ class Checker:
                 ("lengths", cell.calibration, cell.method.tuning, cell.model),
                 lambda: self._length_reasons(cell),
             )
+        method, scheme, model = cell.method, cell.scheme, cell.model
         for slot, part in _slots(cell):
-            question = ("part", slot, part, cell.method.transform, cell.scheme, cell.model)
-            found += self._once(question, functools.partial(self._part_reasons, slot, part, cell))
-        if self.runtime.export and not cell.method.is_baseline:
-            found += self._once(
-                ("export", cell.scheme, cell.method, cell.model), lambda: self._export_reasons(cell)
+            before = (method.reduction, method.transform)
+            found += self._asked(
+                model,
+                ("part", slot, part, *before, method.rounding is None, scheme),
+                functools.partial(self._part_reasons, slot, part, cell),
             )
-        if cell.scheme.activation is not None or cell.scheme.kv is not None:
-            found += self._once(
-                ("execution", cell.scheme, cell.model), lambda: self._execution_reasons(cell)
+        if self.runtime.export and not method.is_baseline:
+            found += self._asked(
+                model,
+                ("export", self.runtime.export, scheme, method),
+                lambda: self._export_reasons(cell),
+            )
+        if scheme.activation is not None or scheme.kv is not None:
+            found += self._asked(
+                model,
+                ("execution", method.reduction, scheme),
+                lambda: self._execution_reasons(cell),
             )
         for evaluation in cell.evaluations:
-            ask = functools.partial(self._evaluation_reasons, evaluation, cell.model)
-            found += self._once(("evaluation", evaluation, cell.model), ask)
+            found += self._once(
+                ("evaluation", evaluation, model),
+                functools.partial(self._evaluation_reasons, evaluation, model),
+            )
         return list(dict.fromkeys(found))
+
+    def warnings(self, cell: Cell) -> list[str]:
+        """What the parts of an accepted cell's method warn of; the optional method `warnings(cell, shapes)` of a plugin."""
+        found: list[str] = []
+        for slot, part in _slots(cell):
+            found += self._asked(
+                cell.model,
+                ("warnings", slot, part, cell.scheme, cell.calibration, cell.inputs),
+                functools.partial(self._part_warnings, slot, part, cell),
+            )
+        return found
+
+    def _part_warnings(self, slot: str, part: Part, cell: Cell) -> list[str]:
+        shapes = self.shapes(cell.model)
+        plugin = plugins.build(slot, part.name, to_json(part)["settings"])
+        if shapes is None or not hasattr(plugin, "warnings"):
+            return []
+        return [f"{slot} {part.name}: {each}" for each in plugin.warnings(cell, shapes)]
 
     def shapes(self, model: Model) -> Shapes | None:
         """Shapes of a model, or None where its config cannot be read (which is a refusal of its own)."""
         return self._once(("shapes", model), lambda: self._shapes(model))[0]
+
+    def reduced_shapes(self, cell: Cell) -> Shapes | None:
+        """Shapes of the model that a cell quantizes: its own, or the one that its reduction makes.
+
+        None where the config cannot be read, or the reduction is refused: both are refusals of their own.
+        """
+        part = cell.method.reduction
+        if part is None:
+            return self.shapes(cell.model)
+        return self._once(("reduced", cell.model, part), lambda: self._reduced(cell.model, part))[0]
+
+    def _reduced(self, model: Model, part: Part) -> tuple[Shapes | None, list[str]]:
+        """Shapes of what a reduction makes of a model, or the reasons why it cannot."""
+        from harness.quantization import models
+
+        shapes = self.shapes(model)
+        try:
+            reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
+            if shapes is None:
+                return None, []
+            folder = model_folders.config_folder(model)
+            config = models.config_by_block(models.read_config(folder))
+            if reasons := reduction.check(shapes, config):
+                return None, [f"reduction {part.name}: {reason}" for reason in reasons]
+            smaller = reduction.config(config)
+            return models.family_of(smaller).shapes(smaller), []
+        except HarnessError as error:
+            return None, [f"reduction {part.name}: {error}"]
 
     def devices(self, model: Model) -> int | None:
         """GPUs over which a model is spread: each holds its part and one block more. None where no number is enough.
@@ -121,31 +205,75 @@ class Checker:
             )
         return resources.free_memory(self.runtime)[0] if uses_gpu(self.runtime) else None
 
+    def save(self) -> None:
+        """Keep the answers for the next process."""
+        for book in self._books.values():
+            book.save()
+
+    def _kept(
+        self,
+        model: Model,
+        question: Any,
+        ask: Callable[[], list[str]],
+        keeps: Callable[[Any], bool] = lambda answer: True,
+    ) -> Any:
+        """An answer about a model, from an earlier process where neither its files nor the code have changed.
+
+        question, and what ask() returns: JSON values. Where the model cannot be found nothing is kept.
+        """
+        book = self._books.get(model)
+        if book is None:
+            try:
+                folder = model_folders.config_folder(model)
+            except HarnessError:
+                return ask()
+            stamp = kept.stamp_of([folder])
+            book = self._books[model] = Book([str(folder), to_json(model)], stamp)
+        return book.ask(question, ask, keeps)
+
+    def _asked(
+        self, model: Model, question: tuple[Hashable, ...], ask: Callable[[], list[str]]
+    ) -> list[str]:
+        """Reasons that follow from values and the model's files: asked once, and kept."""
+        return self._once(
+            (*question, model), lambda: self._kept(model, [to_json(each) for each in question], ask)
+        )
+
     def _once(self, question: Hashable, ask: Callable[[], T]) -> T:
         if question not in self._answers:
             self._answers[question] = ask()
         return self._answers[question]
 
     def _shapes(self, model: Model) -> tuple[Shapes | None, list[str]]:
-        from harness.quantization import models
+        shapes, faults, _ = self._examined(model)
+        return None if shapes is None else from_json(Shapes, shapes), faults
 
-        try:
-            folder = model_folders.config_folder(model)
-            if self._once(("unchecked", model), lambda: model_folders.unchecked(model)):
-                return models.shapes(folder), []
-        except HarnessError as error:
-            return None, [str(error)]
-        found = models.examine(folder)
-        return found.shapes, list(found.faults)
+    def _examined(self, model: Model) -> tuple[Any, list[str], list[str]]:
+        """(shapes as JSON or None, faults, notes) of a model, from its config and the headers of its files."""
+
+        def look() -> Any:
+            from harness.quantization import models
+
+            try:
+                folder = model_folders.config_folder(model)
+                if is_partial:
+                    return [to_json(models.shapes(folder)), [], []]
+            except HarnessError as error:
+                return [None, [str(error)], []]
+            found = models.examine(folder)
+            return [to_json(found.shapes), list(found.faults), list(found.notes)]
+
+        is_partial = bool(self._once(("unchecked", model), lambda: model_folders.unchecked(model)))
+        return self._once(
+            ("examined", model), lambda: self._kept(model, ["examined", is_partial], look)
+        )
 
     def notes(self, model: Model) -> tuple[str, ...]:
         """What a user should know of a model before it runs: what of its files is not used, what a plan could not check."""
-        from harness.quantization import models
-
         reason = self._once(("unchecked", model), lambda: model_folders.unchecked(model))
         if reason or self.shapes(model) is None:
             return (reason,) if reason else ()
-        return models.examine(model_folders.config_folder(model)).notes
+        return tuple(self._examined(model)[2])
 
     def _model_reasons(self, model: Model) -> list[str]:
         shapes, reasons = self._once(("shapes", model), lambda: self._shapes(model))
@@ -174,8 +302,42 @@ class Checker:
             reasons = [*reasons, f"{takes}; {where} has {size(free)} free"]
         return reasons
 
+    def _base_reasons(self, cell: Cell) -> list[str]:
+        """Why no difference from the model's base can be taken."""
+        from harness.quantization import models
+
+        model, base, reasons = cell.model, base_of(cell.model), []
+        if cell.method.transform is not None:
+            reasons.append(
+                f"method {cell.method.name}: a difference is taken of the model as it is, and transform "
+                f"{cell.method.transform.name} changes it; use no transform"
+            )
+        tuning = cell.method.tuning
+        if tuning is not None:
+            known = plugins.find("tuning")
+            able = [name for name, facts in known.items() if facts.get("trains_differences", False)]
+            if tuning.name not in able:
+                reasons.append(
+                    f"tuning {tuning.name} does not train a difference from a base; use {' or '.join(able)}, or none"
+                )
+        if base is None:
+            reasons.append(
+                f"method {cell.method.name} stores the difference from the model that {model.name} was fine-tuned from, and it "
+                "names none; set model.base=<name>, or `base:` in its YAML"
+            )
+            return reasons
+        if self.shapes(model) is None:
+            return reasons
+        found, theirs = self._once(("shapes", base), lambda: self._shapes(base))
+        if found is None:
+            return [*reasons, *(f"base of {model.name}: {reason}" for reason in theirs)]
+        folders = (model_folders.config_folder(model), model_folders.config_folder(base))
+        return reasons + [
+            f"base of {model.name}: {reason}" for reason in (*theirs, *models.differences(*folders))
+        ]
+
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.needs)
+        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
             return [
                 f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
@@ -190,7 +352,7 @@ class Checker:
 
     def _length_reasons(self, cell: Cell) -> list[str]:
         """Why the model cannot read texts as long as calibration and tuning make them."""
-        calibration, context = cell.calibration, self._context_length(cell.model)
+        calibration, context = cell.calibration, self.context_length(cell.model)
         if calibration is None or context is None:
             return []
         model, reasons = cell.model.name, []
@@ -209,30 +371,40 @@ class Checker:
                     f"tuning {tuning.name}: texts of up to {parts[0]} + {parts[1]} tokens, but {model} was made for at most "
                     f"{context}; lower tuning.prompt_length or tuning.answer_length"
                 )
+        reasons += _training_reasons(tuning, calibration)
         return reasons
 
-    def _context_length(self, model: Model) -> int | None:
+    def context_length(self, model: Model) -> int | None:
         """Positions that a model was made for; None where its config does not say or cannot be read."""
-        try:
-            return folder_check.context_length(
-                folder_check.read_config(model_folders.config_folder(model))
-            )
-        except HarnessError:
-            return None  # a refusal of its own
+
+        def read() -> int | None:
+            try:
+                return folder_check.context_length(
+                    folder_check.read_config(model_folders.config_folder(model))
+                )
+            except HarnessError:
+                return None  # a refusal of its own
+
+        return self._once(("context", model), read)
 
     def _part_reasons(self, slot: str, part: Part, cell: Cell) -> list[str]:
         if slot == "tuning" and cell.method.rounding is None:
             return [
                 f"tuning {part.name}: a tuning trains rounded weights, and the method has no rounding; choose a rounding"
             ]
+        if slot == "reduction":
+            self.reduced_shapes(cell)
+            found: list[str] = self._answers[("reduced", cell.model, part)][1]
+            return found
         try:
             plugin = plugins.build(slot, part.name, to_json(part)["settings"])
         except HarnessError as error:
             return [str(error)]
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         reasons = [f"{slot} {part.name}: {reason}" for reason in plugin.check(cell.scheme, shapes)]
+        reasons += _sparsity_reasons(slot, part, cell.scheme, shapes)
         if (
             slot == "rounding"
             and "squared_gradient" in part.needs
@@ -263,7 +435,7 @@ class Checker:
     def _export_reasons(self, cell: Cell) -> list[str]:
         from harness.quantization import export
 
-        shapes, name = self.shapes(cell.model), self.runtime.export
+        shapes, name = self.reduced_shapes(cell), self.runtime.export
         try:
             return (
                 []
@@ -277,23 +449,76 @@ class Checker:
         """Why activations or the KV cache cannot be quantized as the scheme says."""
         from harness.quantization.inference import activations, kv_cache
 
-        shapes = self.shapes(cell.model)
+        shapes = self.reduced_shapes(cell)
         if shapes is None:
             return []
         cache = kv_cache.check(cell.scheme.kv, shapes) if cell.scheme.kv is not None else []
         return activations.check(cell.scheme, shapes) + cache
 
     def _evaluation_reasons(self, evaluation: Evaluation, model: Model) -> list[str]:
-        try:
-            evaluator = plugins.build(
-                "evaluator", evaluation.evaluator, to_json(evaluation)["settings"]
-            )
-            reasons = evaluator.check(evaluation, model)
-        except HarnessError as error:
-            return [f"evaluation {evaluation.name}: {error}"]
+        def ask() -> list[str]:
+            try:
+                evaluator = plugins.build(
+                    "evaluator", evaluation.evaluator, to_json(evaluation)["settings"]
+                )
+                return list(evaluator.check(evaluation, model))
+            except HarnessError as error:
+                return [str(error)]
+
+        # What it reads are the model, its own files (by digest and stamp), and the hub's caches.
+        question = ["evaluation", to_json(evaluation), *_read_by(evaluation)]
+        reasons = self._kept(model, question, ask, keeps=lambda answer: not answer)
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
         return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
+
+
+def _read_by(evaluation: Evaluation) -> list[Any]:
+    """Stamps of the files that an evaluation names, and of the caches in which data sets of the hub lie."""
+    named = [Path(text) for text in texts_in(to_json(evaluation)["settings"]) if isabs(text)]
+    return [kept.stamp_of(named).text, hub.caches_stamp()]
+
+
+def _training_reasons(tuning: Part | None, calibration: Calibration) -> list[str]:
+    """Why the calibration's windows are too few or too short for the steps of a tuning that uses each piece of them once."""
+    settings = dict(tuning.settings) if tuning is not None else {}
+    if tuning is None or not settings.keys() >= {"steps", "batch", "length"}:
+        return []
+    length, wanted = settings["length"], settings["steps"] * settings["batch"]
+    if length > calibration.length:
+        return [
+            f"tuning {tuning.name}: sequences of {length} tokens, but windows of calibration {calibration.name} have "
+            f"{calibration.length}; lower tuning.length or raise calibration.length"
+        ]
+    pieces = calibration.samples * (calibration.length // length)
+    if pieces >= wanted:
+        return []
+    samples = -(-wanted // (calibration.length // length))
+    return [
+        f"tuning {tuning.name}: {settings['steps']} steps of {settings['batch']} sequences use {wanted} pieces of {length} tokens, "
+        f"and calibration {calibration.name} has {pieces}; set calibration.samples={samples} or more, or lower tuning.steps"
+    ]
+
+
+def _sparsity_reasons(slot: str, part: Part, scheme: Scheme, shapes: Shapes) -> list[str]:
+    """Why a part of a method cannot follow a scheme that states a sparsity."""
+    from harness.quantization.methods.checks import check_sparsity
+
+    facts = plugins.facts(slot, part.name)
+    if slot == "rounding":
+        return check_sparsity(part.name, bool(facts.get("prunes", False)), scheme, shapes)
+    states = any(dict(override.weight).get("sparsity") for override in scheme.overrides) or bool(
+        scheme.weight.sparsity
+    )
+    if slot == "tuning" and states and not facts.get("keeps_zeros", False):
+        keeping = [
+            name for name, each in plugins.find("tuning").items() if each.get("keeps_zeros", False)
+        ]
+        return [
+            f"tuning {part.name}: this tuning would fill the zeros of pruned matrices; use one whose adapters lie beside "
+            f"the matrices ({', '.join(keeping)})"
+        ]
+    return []
 
 
 def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
@@ -301,6 +526,7 @@ def _slots(cell: Cell) -> Iterable[tuple[str, Part]]:
     return [
         (s, p)
         for s, p in (
+            ("reduction", method.reduction),
             ("transform", method.transform),
             ("rounding", method.rounding),
             ("tuning", method.tuning),

@@ -33,33 +33,47 @@ FLOPS_PER_GPU = 5e13
 
 
 def checkpoint_bytes(cell: Cell, shapes: Shapes) -> int:
-    """Estimated bytes of a checkpoint: codes, one scale per group and, where the scheme has zero points, one of them."""
-    if cell.method.is_baseline:
+    """Estimated bytes of a checkpoint: codes, one scale per group, a zero point where the scheme has them, and low-rank parts."""
+    if not cell.method.quantizes:
         return 4096
-    bits = 0.0
+    bits, beside = 0.0, _low_rank_bits(cell)
     for block in range(shapes.blocks):
         for linear in shapes.linears:
             scheme = cell.scheme.weight_for(block, linear.name)
             group = scheme.group_size if scheme.group_size > 0 else linear.in_features
             overhead = (16 + (0 if scheme.symmetric else scheme.bits)) / group
             bits += linear.out_features * linear.in_features * (scheme.bits + overhead)
+            bits += beside * (linear.out_features + linear.in_features)
         if not cell.scheme.overrides:
             bits *= shapes.blocks
             break
     return int(bits / 8) + 65536
 
 
+def _low_rank_bits(cell: Cell) -> float:
+    """Bits of the low-rank parts that a method stores beside a matrix, per output and input of it; an upper bound."""
+    total = 0.0
+    for part in cell.method.parts:
+        settings = dict(part.settings)
+        if settings.keys() >= {"rank", "adapter_dtype"}:
+            total += 8 * DTYPE_BYTES.get(settings["adapter_dtype"], 2) * settings["rank"]
+    return total
+
+
 def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     """Peak bytes of a pass on its device, and of the activations that wait on the CPU.
 
-    On the device: three copies of a block, the statistics of its groups and their factorisation; where a cell is tuned, the whole
-    model, its teacher, and three float32 copies of its matrices. On the CPU: one copy of every sequence per input stream, twice
-    where inputs themselves are kept.
+    On the device: three copies of a block (four with that of a fine-tune's base), the statistics of its groups and their
+    factorisation; where a cell is tuned, the whole model, its teacher, and three float32 copies of its matrices. On the CPU: one
+    copy of every sequence per input stream, twice where inputs themselves are kept.
     """
     block = 4 * sum(linear.out_features * linear.in_features for linear in shapes.linears)
-    calibrated = [cell for cell in cells if cell.method.needs]
+    calibrated = [cell for cell in cells if cell.method.needs_calibration]
+    copies = (
+        4 if any(cell.method.needs_base for cell in cells) else 3
+    )  # the base's block beside them
     if not calibrated:
-        return 3 * block, 0
+        return copies * block, 0
     tuned = [cell.method.tuning for cell in calibrated if cell.method.tuning is not None]
     if tuned:
         models = 2 if any("teacher" in tuning.needs for tuning in tuned) else 1
@@ -81,7 +95,7 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
         else 0
     )
     streams = len({stream_of(cell) for cell in calibrated})
-    return max(3 * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
+    return max(copies * block + statistics, tuning_bytes), stream * (1 + 2 * streams) + kept
 
 
 def fits_in_memory(cells: Sequence[Cell], shapes: Shapes, checker: Checker, workers: int) -> bool:
@@ -202,13 +216,22 @@ class History:
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs."""
-    if cell.method.is_baseline:
+    if not cell.method.quantizes:
         return 0.0
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
     widths = {linear.group: linear.in_features for linear in shapes.linears}
     total = 20.0 * weights
-    if cell.method.needs and cell.calibration is not None:
-        tokens = cell.calibration.samples * cell.calibration.length
+    if cell.method.needs_base:  # a singular value decomposition of each matrix
+        total += sum(
+            20.0
+            * linear.out_features
+            * linear.in_features
+            * min(linear.out_features, linear.in_features)
+            for linear in shapes.linears
+        )
+    if cell.method.needs_calibration and cell.calibration is not None:
+        length = cell.calibration.length
+        tokens = cell.calibration.samples * length
         total += 2 * 2.0 * weights * tokens
         if "hessian" in cell.method.needs:
             total += 2.0 * tokens * sum(width**2 for width in widths.values())
@@ -220,12 +243,15 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
             total += 4 * 2 * 2.0 * weights * tokens
             total += 2.0 * tokens * sum(width**2 for width in widths.values())
         for part in cell.method.parts:
-            total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens)
+            total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens, length)
     return total * shapes.blocks
 
 
-def _trained_tokens(settings: Mapping[str, Any], tokens: int) -> float:
-    """Tokens that a part of a method trains on: epochs over the windows, or steps of a batch of texts (an upper bound)."""
+def _trained_tokens(settings: Mapping[str, Any], tokens: int, length: int) -> float:
+    """Tokens that a part of a method trains on: epochs over the windows, iterations of a batch of windows of `length`, or steps of
+    a batch of texts (an upper bound)."""
+    if settings.keys() >= {"iterations", "batch"}:
+        return float(settings["iterations"] * min(settings["batch"] * length, tokens))
     if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
         return float(
             settings["steps"]

@@ -6,7 +6,15 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from harness.core.cell import Calibration, Cell, Evaluation, Model, cell_key, quantize_key
+from harness.core.cell import (
+    Calibration,
+    Cell,
+    Evaluation,
+    Model,
+    cell_key,
+    quantize_key,
+    reduction_key,
+)
 from harness.core.sweep import Sweep
 from harness.planning import resources
 from harness.planning.checks import Checker
@@ -29,7 +37,7 @@ def make_passes(
     by_key: dict[str, list[Cell]] = {}
     for cell in unmade:
         by_key.setdefault(quantize_key(cell), []).append(cell)
-    by_group: dict[tuple[int, Model, Calibration | None, str], list[list[Cell]]] = {}
+    by_group: dict[tuple[int, Model, Calibration | None, str, str], list[list[Cell]]] = {}
     # A checkpoint that ran out of memory before, itself or a smaller sibling, is made in a pass of its own.
     for key, cells in by_key.items():
         first = cells[0]
@@ -40,14 +48,15 @@ def make_passes(
         group_key = (
             priority_tier,
             first.model,
-            first.calibration if first.method.needs else None,
+            first.calibration if first.method.needs_calibration else None,
             key if alone else "",
+            reduction_key(first) if first.method.reduction is not None else "",
         )
         by_group.setdefault(group_key, []).append(cells)
-    for (priority_tier, model, _, single), group in sorted(
+    for (priority_tier, _, _, single, _), group in sorted(
         by_group.items(), key=lambda item: item[0][0]
     ):
-        shapes, checkpoints = checker.shapes(model), by_stream(group)
+        shapes, checkpoints = checker.reduced_shapes(group[0][0]), by_stream(group)
         assert shapes is not None, "a model without shapes is refused"
         limit = (
             1 if single else _limit([cells[0] for cells in checkpoints], shapes, checker, workers)
@@ -93,13 +102,25 @@ def _limit(checkpoints: Sequence[Cell], shapes: Shapes, checker: Checker, worker
 
 
 def _sharing(cells: Sequence[Cell], shapes: Shapes) -> str:
-    if all(cell.method.is_baseline for cell in cells):
+    reduction = cells[0].method.reduction
+    if reduction is not None:  # one for all cells of a pass
+        others = f", shared by {len(cells)}" if len(cells) > 1 else ""
+        alone = all(not cell.method.quantizes for cell in cells)
+        rest = "nothing to quantize" if alone else _sharing_of_parts(cells, shapes)
+        return f"reduced by {reduction.name} first{others}, then {rest}"
+    return _sharing_of_parts(cells, shapes)
+
+
+def _sharing_of_parts(cells: Sequence[Cell], shapes: Shapes) -> str:
+    if not any(cell.method.quantizes for cell in cells):
         return "full precision, nothing to quantize"
     streams = collections.Counter(stream_of(cell) for cell in cells if cell.method.reads_inputs)
     gradients = sum("squared_gradient" in cell.method.needs for cell in cells)
     words = [f"{shapes.blocks} blocks read once" if len(cells) > 1 else f"{shapes.blocks} blocks"]
-    if not any(cell.method.needs for cell in cells):
-        return words[0] + ", data-free"
+    if any(cell.method.needs_base for cell in cells):
+        words.append("with the base's beside them")
+    if not any(cell.method.needs_calibration for cell in cells):
+        return ", ".join([*words, "data-free"])
     if gradients > 1:
         words.append(f"squared gradients shared by {gradients}")
     if streams.total() > 1:

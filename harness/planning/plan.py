@@ -85,7 +85,8 @@ class Plan:
 
     done, missing  partition the cells that can run
     problems       of the sweep as a whole: disk, a store that cannot be written
-    notes          on the models to quantize (parts that stay as they are, scales that are not folded), and on memory that ran out
+    notes          on the models to quantize (parts that stay as they are, scales that are not folded), warnings of methods, and on
+                   memory that ran out
     used_bytes     of the store, where it has a quota
     """
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from harness.core.cell import Cell, cell_key, quantize_key, score_key
+from harness.core.cell import Cell, Model, base_of, cell_key, quantize_key, score_key
 from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime, Sweep
 from harness.core.units import size
@@ -62,20 +62,31 @@ def make(sweep: Sweep, store: Store) -> Plan:
         if not cell.method.is_baseline and (shapes := checker.shapes(cell.model)) is not None
         for note in shapes.notes
     )
-    notes |= dict.fromkeys(
-        f"{cell.method.name}: inputs=full_precision leaves it little to correct: both input streams are the same between blocks"
-        for cell in unmade
-        if "cross" in cell.method.needs and cell.inputs == "full_precision"
-    )
     files = dict.fromkeys(
         f"{model.name}: {note}"
-        for model in dict.fromkeys(cell.model for cell in missing)
+        for model in dict.fromkeys(each for cell in missing for each in _models_of(cell))
         for note in checker.notes(model)
     )
-    notes = files | notes
+    cautions = dict.fromkeys(
+        f"{cell.model.name}: {warning}" for cell in unmade for warning in checker.warnings(cell)
+    )
+    own_bases = dict.fromkeys(
+        f"{cell.model.name}: it is its own base, so every difference is zero"
+        for cell in unmade
+        if cell.method.needs_base and cell.model.base_digest == cell.model.digest
+    )
+    notes = files | notes | cautions | own_bases
+    checker.save()
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
     )
+
+
+def _models_of(cell: Cell) -> Iterator[Model]:
+    """The model of a cell, and the base that its method compares it with."""
+    yield cell.model
+    if cell.method.needs_base and (base := base_of(cell.model)) is not None:
+        yield base
 
 
 def within(plan: Plan, seconds: float) -> tuple[Plan, tuple[Cell, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
 from typing import TypeVar
 
@@ -15,6 +16,9 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ASSUMED_SLOTS = 4  # of a cluster at an address, in estimates
 # of the free memory that a plan uses; the rest is for the process and the allocator's gaps
 MEMORY_SHARE = 0.9
+
+# device files of NVIDIA's cards (also embedded ones and below Windows) and of AMD's
+GPU_FILES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/dxg", "/dev/kfd")
 
 T = TypeVar("T")
 
@@ -43,7 +47,9 @@ def count_cores() -> int:
 
 @functools.cache
 def count_gpus() -> int:
-    """CUDA devices that torch can use on this machine."""
+    """CUDA devices that torch can use on this machine. Without a device file of a GPU there is none, and torch is not asked."""
+    if os.name == "posix" and not any(glob.glob(pattern) for pattern in GPU_FILES):
+        return 0
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

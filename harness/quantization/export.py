@@ -21,22 +21,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.core import plugins
-from harness.core.cell import Cell, cell_key, quantize_key, untuned
+from harness.core.cell import Cell, base_alone, cell_key, quantize_key, reduction_key, untuned
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.core.text import short_list
 from harness.data import hub, model_folders
+from harness.storage.atomic_write import share
 from harness.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.core.shapes import Shapes
+    from harness.quantization.formats.native import BlockContent
     from harness.quantization.formats.protocols import AdapterLayout, Description, Layout
     from harness.quantization.models.protocols import DecoderFamily, WeightLocation
     from harness.quantization.numerics.weights import QuantizedWeight
 
 
 SHARD_BYTES = 4 * 2**30
+PLAIN = "transformers"  # the layout of ordinary model folders
+NO_SPARSE_ENGINE = (
+    "no engine takes pruned matrices with rounded survivors any more (vLLM removed Sparse24 in pull request 36799; marlin_24 is "
+    "deprecated); survivors that are not rounded (w16s50, w16s2of4) are ordinary weights with zeros: use -f transformers"
+)
 COPIED = (  # files of the model's folder
     "tokenizer*",
     "special_tokens_map.json",
@@ -95,9 +102,15 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
     layout = layout_of(name)
     if cell.method.is_baseline:
         return ["nothing is quantized; use the model's own folder"]
+    if not cell.method.quantizes:
+        return (
+            [] if name == PLAIN else [f"nothing is quantized; use -f {PLAIN}, an ordinary folder"]
+        )
     reasons: dict[str, None] = {}
     if cell.scheme.kv is not None:
         reasons["the scheme rounds the KV cache, which is not part of a checkpoint"] = None
+    if cell.method.needs_base:
+        reasons |= dict.fromkeys(_difference_refusals(cell, name))
     if any(linear.expert for linear in shapes.linears):
         reasons["experts in one fused parameter have no linears of their own to store"] = None
     for block in range(shapes.blocks):
@@ -106,16 +119,55 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
                 cell.scheme.weight_for(block, linear.name),
                 cell.scheme.activation_for(block, linear.name),
             )
-            reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
-    if cell.method.tuning is None and hasattr(layout, "write_adapters"):
-        reasons[
-            "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
-        ] = None
+            if not cell.method.needs_base:
+                reasons |= dict.fromkeys(layout.scheme_reasons(weight, activation))
+            if weight.sparsity and weight.format != "dense":
+                reasons[NO_SPARSE_ENGINE] = None
+    if (
+        hasattr(layout, "write_adapters")
+        and not cell.method.needs_base
+        and (reason := _without_adapters(cell))
+    ):
+        reasons[reason] = None
     if not getattr(layout, "stores_group_order", True) and _groups_follow_activations(cell):
         reasons[
             "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
         ] = None
     return list(reasons)
+
+
+def _without_adapters(cell: Cell) -> str:
+    """Why no adapter of the cell can be written for matrices that another cell has; "" where one can."""
+    if cell.method.tuning is not None or base_alone(cell) is not None:
+        return ""
+    rounding = cell.method.rounding
+    facts = {} if rounding is None else plugins.facts("rounding", rounding.name).literals
+    if not facts.get("wraps", False):
+        return "nothing was tuned, so there is no adapter; a layout of quantized weights is what it needs"
+    if not facts.get("keeps_base", False):
+        return "the base rounds what the low-rank part leaves of a matrix, so no other checkpoint has the weights for this adapter"
+    return (
+        "the base was calibrated behind corrected blocks, so no other checkpoint has the weights for this adapter; "
+        "use inputs=full_precision, or a base that needs no data"
+    )
+
+
+def _difference_refusals(cell: Cell, name: str) -> list[str]:
+    """Why a fine-tune that is stored as a difference from its base cannot be exported."""
+    rounding = cell.method.rounding
+    assert rounding is not None, "differences are made by roundings"
+    found = []
+    if cell.scheme.activation is not None:
+        found.append("the scheme rounds activations, which are no part of a difference")
+    if name == "peft":
+        reason = plugins.facts("rounding", rounding.name).get("no_adapter", "")
+        found += [f"{reason}; use transformers"] if reason else []
+    elif name != "transformers":
+        found.append(
+            "the checkpoint is a difference from a base, and engines that read this format hold no base beside a quantized matrix; "
+            "use transformers, or peft for low ranks"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -136,26 +188,49 @@ def export(
 
     Raises PlanError with every reason when the layout cannot express the checkpoint, StoreError when the cell is not quantized yet.
     """
-    import torch
-
-    from harness.quantization.formats.protocols import AdapterLayout
-    from harness.quantization.formats.weight_files import DTYPES
-    from harness.quantization.models import family_of, read_config, shapes
-
     found = store.find(key)
     cell = store.cell(found)
     if cell is None:
         raise ConfigError(f"cell {key} has no readable cell.json; run its sweep again")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output}: is not an empty folder; name another")
-    layout, source = layout_of(name), model_folders.model_folder(cell.model)
-    data = read_config(source)
+    with _source(cell, store) as source:
+        return _export(cell, store, name, output, source, shard_bytes)
+
+
+@contextlib.contextmanager
+def _source(cell: Cell, store: Store) -> Iterator[Path]:
+    """The folder of the cell's model, or of the smaller one that its reduction made."""
+    if cell.method.reduction is None:
+        yield model_folders.model_folder(cell.model)
+        return
+    key = reduction_key(cell)
+    if store.reduction(key) is None:
+        raise StoreError(f"{cell.title}: its reduced model is not in {store.place}; run its sweep")
+    with store.reading_reduced(key) as folder:
+        yield folder
+
+
+def _export(
+    cell: Cell, store: Store, name: str, output: Path, source: Path, shard_bytes: int
+) -> Exported:
+    """Write a cell whose unquantized model lies in `source`."""
+    import torch
+
+    from harness.quantization.formats.protocols import AdapterLayout
+    from harness.quantization.formats.weight_files import DTYPES
+    from harness.quantization.models import family_of, read_config, shapes
+
+    layout, data = layout_of(name), read_config(source)
     family = family_of(data)
-    reasons = refusals(cell, shapes(source), name)
-    _refuse(cell, name, reasons)
+    _refuse(cell, name, refusals(cell, shapes(source), name))
     if store.manifest(quantize_key(cell)) is None:
         raise StoreError(f"{cell.title}: is not quantized yet; run its sweep first")
+    if not cell.method.quantizes:
+        return _copy_reduced(cell, name, source, output)
 
+    if isinstance(layout, AdapterLayout) and cell.method.needs_base:
+        return _export_difference(cell, layout, source, store, name, output)
     if isinstance(layout, AdapterLayout):
         base = cell.model.source if hub.is_hub_id(cell.model.source) else str(source)
         return _export_adapters(
@@ -166,16 +241,18 @@ def export(
         writing = _Writing(cell, layout, family, family.config(data), dtype, source, checkpoint)
         described, reasons = writing.survey()
         _refuse(cell, name, reasons + layout.model_reasons(described))
-        settings = layout.quantization_config(described, writing.other_linears(described))
+        settings = layout.quantization_config(described, writing.other_linears(described), dtype)
         with _written_aside(output) as aside:
-            total, files = _write_shards(aside, writing.tensors(), shard_bytes)
-            config = {**data, "dtype": cell.model.dtype, "quantization_config": settings}
+            total, files = write_shards(aside, writing.tensors(), shard_bytes)
+            config = {**data, "dtype": cell.model.dtype}
+            if settings:
+                config["quantization_config"] = settings
             config.pop("torch_dtype", None)
             if writing.unties_head:
                 config["tie_word_embeddings"] = False
-            _write_json(aside / "config.json", config)
+            write_json(aside / "config.json", config)
             for file, content in layout.files(settings).items():
-                _write_json(aside / file, content)
+                write_json(aside / file, content)
             for pattern in COPIED:
                 for path in source.glob(pattern):
                     if path.is_file():
@@ -187,6 +264,19 @@ def export(
     return Exported(output, name, files, total, text)
 
 
+def _copy_reduced(cell: Cell, name: str, source: Path, output: Path) -> Exported:
+    """A reduced model that is not quantized: its folder, which is one of an ordinary model already."""
+    with _written_aside(output) as aside:
+        for path in source.iterdir():
+            shutil.copyfile(path, aside / path.name)
+        weights = [path.stat().st_size for path in aside.glob("*.safetensors")]
+    text = (
+        f"{output}: {cell.title} ({cell_key(cell)[:12]}) as {name}, {len(weights)} weight file{'s' * (len(weights) > 1)}, "
+        f"{sum(weights) / 1e6:,.1f} MB; dtype {cell.model.dtype}"
+    )
+    return Exported(output, name, len(weights), sum(weights), text)
+
+
 @contextlib.contextmanager
 def _written_aside(output: Path) -> Iterator[Path]:
     """A temporary folder next to `output`, renamed to `output` when all is written."""
@@ -194,6 +284,7 @@ def _written_aside(output: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
+        share(aside)
         if output.exists():
             output.rmdir()
         aside.rename(output)
@@ -213,7 +304,7 @@ def _export_adapters(
     output: Path,
     source: str,
 ) -> Exported:
-    """Export the adapters of a tuned cell. source: the unquantized model, a hub id or a folder."""
+    """Export the adapters that a tuning or a rounding left. source: the unquantized model, a hub id or a folder."""
     from harness.quantization.formats.native import Checkpoint
     from harness.quantization.numerics.adapters import AdaptedWeight
     from harness.quantization.numerics.inputs import NAMES
@@ -235,13 +326,81 @@ def _export_adapters(
     if not adapters:
         reasons["it has no adapters: its tuning is merged into the stored weights"] = None
     _refuse(cell, name, list(reasons))
-    tuning = cell.method.tuning
-    assert tuning is not None, "refused"
+    tuning, beneath = cell.method.tuning, base_alone(cell)
+    if tuning is not None:
+        beneath = untuned(cell)
+    assert beneath is not None, "refused"
+    dropout = dict(tuning.settings).get("dropout", 0.0) if tuning is not None else 0.0
     with _written_aside(output) as aside:
-        layout.write_adapters(aside, adapters, source, dict(tuning.settings).get("dropout", 0.0))
+        layout.write_adapters(aside, adapters, source, dropout)
         total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
-    key, base = cell_key(cell)[:12], quantize_key(untuned(cell))[:12]
+    key, base = cell_key(cell)[:12], quantize_key(beneath)[:12]
     text = f"{output}: adapters of {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB; for the weights of checkpoint {base}"
+    return Exported(output, name, 1, total, text)
+
+
+def _export_difference(
+    cell: Cell, layout: AdapterLayout, folder: Path, store: Store, name: str, output: Path
+) -> Exported:
+    """Export a difference of low rank as adapters of the base: exact, with every other tensor that differs beside them."""
+    import torch
+
+    from harness.quantization.formats.base_model import BaseModel
+    from harness.quantization.formats.native import Checkpoint
+    from harness.quantization.formats.weight_files import ModelWeights
+    from harness.quantization.models import read_config
+    from harness.quantization.numerics.deltas import DeltaWeight, LowRankWeight
+
+    checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(cell)))
+    base = BaseModel.stated(cell, checkpoint.manifest)
+    assert base is not None, "a cell of differences"
+    reasons: dict[str, None] = {}
+    changes: dict[str, LowRankWeight] = {}  # by module name
+    matrices: set[str] = set()  # parameters
+    for index in range(checkpoint.manifest["blocks"]):
+        weights, prefix = checkpoint.block(index).weights, base.family.block_prefix(index)
+        for location in base.locations(index):
+            weight = weights[location.name]
+            matrices.add(prefix + location.parameter)
+            if not location.is_whole:
+                reasons["matrices that share a parameter with others, which an adapter cannot"] = (
+                    None
+                )
+            elif not isinstance(weight, DeltaWeight) or not isinstance(
+                weight.change, LowRankWeight
+            ):
+                reasons["the difference is of full rank; use transformers"] = None
+            else:
+                changes[prefix + location.parameter.rpartition(".")[0]] = weight.change
+    model = base.family.skeleton(base.family.config(read_config(folder)), base.dtype)
+    own, saved = ModelWeights(folder, model), {}
+    for parameter in (n for n, _ in model.named_parameters() if n not in matrices):
+        ours, theirs = own.read(parameter, base.dtype, "cpu"), base.tensor(parameter)
+        if theirs is None or theirs.shape != ours.shape:
+            reasons[
+                f"{parameter} has another shape than in the base, and PEFT cannot resize; use transformers"
+            ] = None
+        elif not torch.equal(ours, theirs):
+            if parameter.rpartition(".")[0] in changes:
+                reasons[
+                    f"{parameter} differs from the base's, and an adapter holds no bias; use transformers"
+                ] = None
+            saved[parameter] = ours
+    _refuse(cell, name, list(reasons))
+    source = base.model.source
+    with _written_aside(output) as aside:
+        layout.write_differences(
+            aside,
+            changes,
+            source if hub.is_hub_id(source) else str(base.weights.reader.folder),
+            saved,
+        )
+        total = sum(path.stat().st_size for path in aside.glob("*.safetensors"))
+    key, delta = cell_key(cell)[:12], checkpoint.manifest["delta"]
+    text = (
+        f"{output}: {cell.title} ({key}) as {name}, {total / 1e6:,.1f} MB, where the checkpoint takes "
+        f"{(delta['bytes'] + delta['ends_bytes']) / 1e6:,.1f} MB; for the base {source}"
+    )
     return Exported(output, name, 1, total, text)
 
 
@@ -266,6 +425,7 @@ class _Writing:
         source: Path,
         checkpoint: Path,
     ) -> None:
+        from harness.quantization.formats.base_model import BaseModel
         from harness.quantization.formats.native import Checkpoint
 
         self.cell, self.layout, self.family, self.config, self.dtype = (
@@ -276,6 +436,7 @@ class _Writing:
             dtype,
         )
         self.checkpoint = Checkpoint.open(checkpoint)
+        self.base = BaseModel.stated(cell, self.checkpoint.manifest)
         self.model = family.skeleton(config, dtype)
         self.blocks = family.blocks(self.model)
         from harness.quantization.formats.weight_files import ModelWeights
@@ -292,7 +453,7 @@ class _Writing:
         described: dict[str, Description | None] = {}
         found: dict[str, list[str]] = {}
         for index in range(len(self.blocks)):
-            content = self.checkpoint.block(index)
+            content = self._content(index)
             for name in content.dense:
                 if name.rpartition(".")[2] in ("input_scale", "input_hadamard"):
                     found.setdefault("inputs that are transformed at run time", []).append(
@@ -332,7 +493,7 @@ class _Writing:
             elif name not in self.tied:
                 yield name, self.weights.read(name, self.dtype, "cpu")
         for index, block in enumerate(self.blocks):
-            content, prefix = self.checkpoint.block(index), self.family.block_prefix(index)
+            content, prefix = self._content(index), self.family.block_prefix(index)
             owners = self._owners(index)
             stored = {location.parameter for members in owners.values() for location in members}
             for name in block.state_dict():
@@ -356,6 +517,11 @@ class _Writing:
                 activation = self.cell.scheme.activation_for(index, members[0].name)
                 for part, tensor in self.layout.pack_linear(weight, activation, self.dtype).items():
                     yield f"{prefix}{owner}.{part}", tensor
+
+    def _content(self, index: int) -> BlockContent:
+        from harness.quantization.formats.base_model import on_base
+
+        return on_base(self.checkpoint.block(index), self.base, index)
 
     def _owners(self, index: int) -> dict[str, list[WeightLocation]]:
         owners: dict[str, list[WeightLocation]] = {}
@@ -392,8 +558,12 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     """Matrices of one input as one matrix; None where their layouts differ."""
     import torch
 
-    from harness.quantization.numerics.weights import ElementWeight, UniformWeight
+    from harness.quantization.numerics.deltas import DeltaWeight
+    from harness.quantization.numerics.pruned_weights import is_unrounded
+    from harness.quantization.numerics.weights import DenseWeight, ElementWeight, UniformWeight
 
+    if all(isinstance(part, DeltaWeight) or is_unrounded(part) for part in parts):
+        return DenseWeight(torch.cat([part.dequantize() for part in parts]))
     first = parts[0]
     rows = ("codes", "scale", "zero")
     if not isinstance(first, UniformWeight | ElementWeight) or any(
@@ -417,7 +587,7 @@ def _below_each_other(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | Non
     return dataclasses.replace(first, **joined)
 
 
-def _write_shards(
+def write_shards(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
 ) -> tuple[int, int]:
     """Write safetensors of about shard_bytes each, and their index where there are several; bytes and files."""
@@ -450,12 +620,13 @@ def _write_shards(
             file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             (folder / f"shard-{number}.safetensors").rename(folder / file)
             index |= dict.fromkeys(names, file)
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": index},
         )
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")), len(shards)
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON value with sorted names, one per line."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

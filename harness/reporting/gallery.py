@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from harness.core.sweep import Sweep
-from harness.reporting.figures import figures, save
+from harness.reporting.drawing import save
+from harness.reporting.figures import figures
 from harness.storage.record import Record
 
 STYLE = """

@@ -1,4 +1,4 @@
-"""A table as an HTML page that sorts."""
+"""A table as an HTML page that sorts, or as a part of another page."""
 
 from __future__ import annotations
 
@@ -36,8 +36,33 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 """
 
 
+# of a table inside another page: its colours are that page's
+INSIDE = """
+.harness-table table{border-collapse:collapse}
+.harness-table caption{caption-side:top;text-align:left;font-weight:600;padding-bottom:6px}
+.harness-table th,.harness-table td{padding:2px 10px;text-align:right;white-space:nowrap;background:none}
+.harness-table th{border-bottom:2px solid currentColor}.harness-table td{border-bottom:1px solid #8884}
+.harness-table .l{text-align:left}.harness-table td.best{font-weight:700}.harness-table tr.section td{font-weight:600}
+.harness-table td.agrees{color:#1b7a3d}.harness-table td.differs{color:#b3261e}.harness-table p{margin:4px 0;font-size:90%}
+"""
+
+
 def to_html(data: TableData, links: Mapping[str, str]) -> str:
-    """A table as an HTML page. links: text of a footer -> its target."""
+    """A table as an HTML page. links: cell_key -> an address, to which the numbers of that cell lead."""
+    title = html.escape(data.caption or data.name)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f"<style>{STYLE}</style></head><body>\n{_content(data, links)}\n<script>{SORT}</script></body></html>\n"
+    )
+
+
+def fragment(data: TableData) -> str:
+    """A table inside another page, such as a notebook: styled by classes of its own, without a script."""
+    return f'<div class="harness-table"><style>{INSIDE}</style>{_content(data, {})}</div>'
+
+
+def _content(data: TableData, links: Mapping[str, str]) -> str:
+    """The table and its notes."""
     heads, lines = text_cells(data, ("\x02", "\x03"))
     left = len(data.labels)
     quiet = {left + i for i, head in enumerate(heads[left:]) if head in ("published", "Δ")}
@@ -76,9 +101,7 @@ def to_html(data: TableData, links: Mapping[str, str]) -> str:
         return f"<td{classes(index, text, row)}{hint}>{shown}</td>"
 
     title = html.escape(data.caption or data.name)
-    out = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>']
-    out += [f"<style>{STYLE}</style></head><body>"]
-    out += [f"<table><caption>{title}</caption><thead><tr>"]
+    out = [f"<table><caption>{title}</caption><thead><tr>"]
     out += [f"<th{classes(i, head)}>{html.escape(head)}</th>" for i, head in enumerate(heads)]
     out += ["</tr></thead>"]
     rows = {id(line): row for row, line in zip(data.rows, lines, strict=True)}
@@ -96,4 +119,4 @@ def to_html(data: TableData, links: Mapping[str, str]) -> str:
         out.append("</tbody>")
     out += ["</table>", *(f"<p>{html.escape(note)}</p>" for note in data.notes)]
     out += [f"<p><code>{html.escape(command)}</code></p>" for command in data.commands]
-    return "\n".join([*out, f"<script>{SORT}</script></body></html>"]) + "\n"
+    return "\n".join(out)

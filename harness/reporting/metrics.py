@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,13 +17,29 @@ LOWER_IS_BETTER = (
     "perplexity",
     "bits_per_weight",
     "bits_per_weight_total",
+    "bits_per_original_weight",
     "bytes",
     "seconds",
     "peak_memory_bytes",
 )
 
 
+BITS_WITH_BASE = re.compile(r"delta/bits_with_base\(([1-9]\d*)\)")
 LAYER_ERRORS = ("output_error", "weight_error")  # of a matrix; the first that a cell has is shown
+
+
+def number_of(metrics: Mapping[str, float], name: str) -> float | None:
+    """A metric of a cell; None where it has none.
+
+    "delta/bits_with_base(k)" is computed: bits per weight of each of k models that share one base, (bits of the base) / k + bits of
+    the difference.
+    """
+    shared = BITS_WITH_BASE.fullmatch(name)
+    if shared is None:
+        return metrics.get(name)
+    base = metrics.get("delta/base_bits_per_weight")
+    own = metrics.get("checkpoint/bits_per_weight")
+    return None if base is None or own is None else base / int(shared[1]) + own
 
 
 def layer_error_name(record: Record) -> str | None:
@@ -96,7 +113,7 @@ def quality_metrics(sweep: Sweep, records: Iterable[Record]) -> list[str]:
         if c.metric not in ("mean", PUBLISHED_ONLY)
     ]
     return list(
-        dict.fromkeys(m for m in shown if not m.startswith(("checkpoint/", "quantize/")))
+        dict.fromkeys(m for m in shown if not m.startswith(("checkpoint/", "quantize/", "delta/")))
     ) or headline(records)
 
 

@@ -12,6 +12,7 @@ from harness.reporting.published import Published
 from harness.reporting.table_data import GAP, PUBLISHED_ONLY, ColumnHead, Row
 from harness.storage.record import Record
 
+FILL = "; fill with:"  # ends the note above the commands
 PROBLEM_NOTES = 8  # printed below one table
 
 
@@ -75,9 +76,7 @@ def footnotes(
     waiting = sum(any(value.gap in ("missing", "failed") for value in row.values) for row in rows)
     commands = [command_line(sweep)] if waiting else []
     if waiting:
-        notes.append(
-            f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}; fill with:"
-        )
+        notes.append(f"{GAP} not there yet, in {waiting} {'row' if waiting == 1 else 'rows'}{FILL}")
     return notes, commands
 
 
@@ -171,7 +170,7 @@ def _explains(
         if ": " in line
         else set()
     )
-    if "calibration" in words and row.cell is not None and not row.cell.method.needs:
+    if "calibration" in words and row.cell is not None and not row.cell.method.uses_calibration:
         return False
     known = {
         letters_and_digits(each.method)

@@ -51,6 +51,7 @@ class PublishedRow:
     group_size: int | None
     label: str
     values: Mapping[str, Printed]
+    sparsity: str = ""  # as a scheme states it: "0.5", "2:4"
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _parse_published(path: Path) -> Published:
                     or " ".join(str(row[key]) for key in ("benchmark", "metric") if row.get(key))
                 ),
                 values={name: value for name, value in values.items() if value is not None},
+                sparsity=str(row.get("sparsity") or ""),
             )
         )
     if problems:
@@ -217,7 +219,10 @@ def _same_scheme(cell: Cell, row: PublishedRow, published: Published) -> bool:
     same_group = group == row.group_size or (
         row.group_size is None and row.method in published.groups_not_stated
     )
-    return scheme.weight.bits == row.weight_bits and same_activation and same_group
+    same_sparsity = scheme.weight.sparsity == row.sparsity
+    return (
+        scheme.weight.bits == row.weight_bits and same_activation and same_group and same_sparsity
+    )
 
 
 def match(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.core.cell import Cell
+from harness.core.labels import baseline_title, method_title
 from harness.core.sweep import Column
 from harness.evaluation.statistics import Comparison
 from harness.reporting.published import Printed
@@ -74,7 +75,10 @@ class ColumnHead:
 
 @dataclass(frozen=True)
 class TableData:
-    """A table with its values but without a form: labels and columns, rows in order, and the notes printed below it."""
+    """A table with its values but without a form: labels and columns, rows in order, and the notes printed below it.
+
+    method_titles: name of a method -> what papers call it
+    """
 
     name: str
     caption: str
@@ -83,3 +87,16 @@ class TableData:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     commands: tuple[str, ...] = field(default=())
+    sweep: str = ""
+    method_titles: dict[str, str] = field(default_factory=dict)
+
+    def paper_labels(self, row: Row) -> tuple[str, ...]:
+        """The label columns of a row with the method's name as papers print it: "SliM-LLM", "FP16"."""
+        texts = dict(zip(self.labels, row.labels, strict=True))
+        if "method" in texts:
+            if row.cell is not None and row.baseline:
+                dtype = row.cell.model.dtype
+                texts["method"] = baseline_title(dtype, texts.get("bits", ""))
+            else:
+                texts["method"] = method_title(texts["method"], self.method_titles)
+        return tuple(texts.values())

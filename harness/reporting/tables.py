@@ -25,7 +25,13 @@ from harness.core.text import letters_and_digits
 from harness.evaluation import flips
 from harness.evaluation.statistics import Comparison, over_seeds, pearson
 from harness.reporting.comparisons import compare_cells
-from harness.reporting.metrics import better_is_higher, headline, is_perplexity, problem_metrics
+from harness.reporting.metrics import (
+    better_is_higher,
+    headline,
+    is_perplexity,
+    number_of,
+    problem_metrics,
+)
 from harness.reporting.notes import footnotes
 from harness.reporting.published import (
     BASELINES,
@@ -57,7 +63,7 @@ def build(
         if table.absent
         else [c for c in sweep.cells if not table.models or c.model.name in table.models]
     )
-    cells = _ordered(chosen)
+    cells = _ordered(chosen, by_key, table.order)
     published = load_published(table.published, sweep.path) if table.published else None
     columns = table.columns or default_columns(cells, by_key)
     if store is not None and any(
@@ -133,7 +139,15 @@ def build(
         rows = _in_published_order(rows, table, published, matches, heads, labels)
     notes, commands = footnotes(sweep, table, rows, heads, by_key, published, ambiguous)
     return TableData(
-        table.name, table.caption, labels, heads, tuple(rows), tuple(notes), tuple(commands)
+        table.name,
+        table.caption,
+        labels,
+        heads,
+        tuple(rows),
+        tuple(notes),
+        tuple(commands),
+        sweep.name,
+        sweep.method_titles,
     )
 
 
@@ -182,7 +196,7 @@ def _correlations(
     for column in table.columns:
         theirs = next(iter(printed.get(column.published, {}).values()), None)
         ours = [
-            _mean(column, own) if column.metric == "mean" else own.get(column.metric)
+            _mean(column, own) if column.metric == "mean" else number_of(own, column.metric)
             for own in metrics
         ]
         pairs = [(x, y) for x, y in zip(over, ours, strict=True) if x is not None and y is not None]
@@ -214,7 +228,14 @@ def _correlations(
             1, f"{GAP} no r: fewer than three cells, or a side that is constant or diverged."
         )
     return TableData(
-        table.name, table.caption, ("benchmark",), heads, tuple(rows), tuple(notes), tuple(commands)
+        table.name,
+        table.caption,
+        ("benchmark",),
+        heads,
+        tuple(rows),
+        tuple(notes),
+        tuple(commands),
+        sweep.name,
     )
 
 
@@ -231,12 +252,17 @@ def default_columns(cells: Sequence[Cell], by_key: Mapping[str, Record]) -> tupl
     )
 
 
-def _ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells grouped by model, each model's baseline first, otherwise in the sweep's order."""
+def _ordered(cells: Sequence[Cell], records: Mapping[str, Record], metric: str) -> list[Cell]:
+    """Cells grouped by model, each model's baseline first, then from the largest value of the metric to the smallest; cells
+    without one, and all where no metric is named, in the sweep's order."""
     models = list(dict.fromkeys(cell.model.name for cell in cells))
-    return sorted(
-        cells, key=lambda cell: (models.index(cell.model.name), not cell.method.is_baseline)
-    )
+
+    def place(cell: Cell) -> tuple[int, bool, float]:
+        record = records.get(cell_key(cell)) if metric else None
+        value = record.metrics().get(metric, -math.inf) if record is not None else 0.0
+        return models.index(cell.model.name), not cell.method.is_baseline, -value
+
+    return sorted(cells, key=place)
 
 
 def _head(column: Column, cells: Sequence[Cell], published: Published | None) -> ColumnHead:
@@ -273,7 +299,8 @@ def _value(
     known = [record for record in records if record is not None]
     metrics = [record.metrics() for record in known]
     numbers = [
-        _mean(column, own) if column.metric == "mean" else own.get(column.metric) for own in metrics
+        _mean(column, own) if column.metric == "mean" else number_of(own, column.metric)
+        for own in metrics
     ]
     there = [number * column.scale for number in numbers if number is not None]
     number, half_width = over_seeds(there) if there and len(there) == len(records) else (None, None)
@@ -285,6 +312,10 @@ def _value(
     smoke = any(record.smoke_metrics() & named for record in known)
     printed, theirs = _published_number(head, row, published)
     failed = any(record.failures for record in known)
+    # only methods that store a difference from a base have its sizes
+    no_difference = column.metric.startswith("delta/") and not any(
+        record.cell.method.needs_base for record in known
+    )
     agrees = None
     if number is not None and printed is not None and theirs is not None and not smoke:
         # seeds share their items
@@ -301,7 +332,13 @@ def _value(
         comparison=found if number is None or math.isfinite(number) else None,
         smoke=smoke,
         problems=any(problem_metrics(record) & named for record in known),
-        gap="" if number is not None else "failed" if failed else "missing",
+        gap=""
+        if number is not None
+        else "unmeasured"
+        if no_difference
+        else "failed"
+        if failed
+        else "missing",
     )
 
 
@@ -368,7 +405,7 @@ def _mark_best(rows: Sequence[Row], heads: Sequence[ColumnHead]) -> list[Row]:
     """Mark the best of each column among cells of one model and equal bit widths. Numbers that print equal are equal."""
     best: dict[tuple[Any, int], str] = {}  # (group, column) -> printed number
     for index, head in enumerate(heads):
-        if head.column.metric.startswith("checkpoint/"):
+        if head.column.metric.startswith(("checkpoint/", "delta/")):
             continue  # a size is a cost and not a quality
         groups: dict[Any, list[Value]] = {}
         for row in rows:

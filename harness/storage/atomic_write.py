@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,21 @@ def write_aside(path: Path, write: Callable[[Path], object], durable: bool = Tru
             raise
     except OSError as error:
         raise StoreError(explain_os_error(path, error)) from error
+
+
+def share(path: Path) -> None:
+    """Give a file, or every file below a folder, the permissions of a new file under the process's umask.
+
+    Some libraries write their files for the owner alone, so that a group with whom a folder is shared cannot read them.
+    """
+    folder = path if path.is_dir() else path.parent
+    sample = folder / f".{uuid.uuid4().hex}"
+    sample.touch(0o666)
+    mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.core.cell import quantize_key, untuned
+from harness.core.cell import quantize_key, reduction_key, untuned
 from harness.core.errors import StoreError
 from harness.storage.store import Store
 
@@ -34,7 +34,12 @@ class Leftover:
 def find(store: Store, young_seconds: float = YOUNG_SECONDS) -> list[Leftover]:
     """All leftovers, checkpoints first. Reads only. Raises StoreError where a cell cannot be read: it may use any of them."""
     before = time.time() - young_seconds
-    return [*_checkpoints(store, before), *_asides(store, before), *_notices(store, before)]
+    return [
+        *_checkpoints(store, before),
+        *_reduced(store, before),
+        *_asides(store, before),
+        *_notices(store, before),
+    ]
 
 
 def remove(store: Store, found: Sequence[Leftover]) -> int:
@@ -78,6 +83,25 @@ def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
     for key in sorted(sizes.keys() - used):
         if newest[key] < before:
             yield Leftover(folder / key, sizes[key], "no cell uses this checkpoint")
+
+
+def _reduced(store: Store, before: float) -> Iterator[Leftover]:
+    """Reduced models that no cell uses; one that is deleted too early is made again when it is needed."""
+    folder = store.root / "reduced"
+    sizes: dict[str, int] = {}
+    newest: dict[str, float] = {}
+    for entry in store.files.walk(folder):
+        key = entry.path.relative_to(folder).parts[0]
+        sizes[key] = sizes.get(key, 0) + entry.bytes
+        newest[key] = max(newest.get(key, 0.0), entry.modified)
+    if not sizes:
+        return
+    now = store.snapshot()
+    cells = [cell for key in now.cell_keys() if (cell := now.cell(key)) is not None]
+    used = {reduction_key(cell) for cell in cells if cell.method.reduction is not None}
+    for key in sorted(sizes.keys() - used):
+        if newest[key] < before:
+            yield Leftover(folder / key, sizes[key], "no cell uses this reduced model")
 
 
 def _asides(store: Store, before: float) -> Iterator[Leftover]:

@@ -25,7 +25,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ class ObjectStore:
             for path in [entry.path for entry in self._disk.walk(folder)]:
                 if path not in there:
                     path.unlink(missing_ok=True)
-            manifest = folder / "manifest.json"
+            manifest = _record_of(folder, there)
             same = (
                 manifest in there
                 and manifest.exists()
@@ -397,9 +397,15 @@ def _modified(about: dict[str, Any]) -> float:
     return time.time()
 
 
+def _record_of(folder: Path, there: Iterable[Path] = ()) -> Path:
+    """The file that was written last and holds the hashes of the others: of a reduced model reduction.json."""
+    reduced = folder / "reduction.json"
+    return reduced if reduced in there or reduced.exists() else folder / "manifest.json"
+
+
 def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 by file name, from the manifest, or where there is none yet from the descriptions of the finished blocks."""
-    manifest = folder / "manifest.json"
+    manifest = _record_of(folder)
     if manifest.exists():
         files = json.loads(manifest.read_bytes()).get("files", {})
         return {name: str(entry["sha256"]) for name, entry in files.items()}

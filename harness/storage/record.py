@@ -11,10 +11,18 @@ from harness.core.cell import Cell
 CHECKPOINT_METRICS = {  # manifest field -> metric
     "bits_per_weight": "checkpoint/bits_per_weight",
     "bits_per_weight_total": "checkpoint/bits_per_weight_total",
+    "bits_per_original_weight": "checkpoint/bits_per_original_weight",
     "stored_bytes": "checkpoint/bytes",
     "seconds": "quantize/seconds",
     "peak_memory_bytes": "quantize/peak_memory_bytes",
 }
+
+DELTA_METRICS = (
+    "bytes",
+    "ends_bytes",
+    "ratio",
+    "base_bits_per_weight",
+)  # of the manifest's `delta`
 
 
 @dataclass(frozen=True)
@@ -55,10 +63,23 @@ class Record:
     def metrics(self) -> dict[str, float]:
         """Every number of the cell by full name: "wikitext2/perplexity", "arc_easy/acc_stderr", "checkpoint/bits_per_weight", …"""
         found: dict[str, float] = {}
+        manifest = self.manifest or {}
+        if (
+            "bits_per_weight_total" in manifest
+        ):  # a model that was not reduced has its original weights
+            manifest = {"bits_per_original_weight": manifest["bits_per_weight_total"], **manifest}
         for source, metric in CHECKPOINT_METRICS.items():
-            value = (self.manifest or {}).get(source)
+            value = manifest.get(source)
             if isinstance(value, int | float):
                 found[metric] = float(value)
+        delta = (self.manifest or {}).get("delta") or {}
+        found.update(
+            {
+                f"delta/{name}": float(delta[name])
+                for name in DELTA_METRICS
+                if isinstance(delta.get(name), int | float)
+            }
+        )
         for score in self.scores.values():
             found.update({name: float(value) for name, value in score["metrics"].items()})
             found.update(

@@ -1,6 +1,7 @@
 """runs/: all results, one folder per checkpoint and per cell, readable with a text editor. Loads without torch.
 
     runs/checkpoints/<quantize_key>/    blocks as they finish, manifest.json last (written by formats/native.py)
+    runs/reduced/<reduction_key>/       a smaller model that a reduction made, reduction.json last
     runs/cells/<cell_key>/cell.json     the cell, and every evaluation that a sweep requested
                           record.json   provenance: versions, device, commit, batch size, timings
                           scores/<score_key>.json       one evaluation: metrics, standard errors, details
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+REDUCTION = "reduction.json"  # of a reduced model, written last
 
 
 class Store:
@@ -148,6 +151,31 @@ class Store:
         folder = self.checkpoint_folder(quantize_key)
         with self.files.reading(folder):
             yield folder
+
+    # -- reduced models ------------------------------------------------------------------------------------------------
+
+    def reduced_folder(self, reduction_key: str) -> Path:
+        return self.root / "reduced" / reduction_key
+
+    @contextmanager
+    def making_reduced(self, reduction_key: str) -> Iterator[Path]:
+        """The folder in which to make a reduced model; its files are stored when it is left, its record last."""
+        folder = self.reduced_folder(reduction_key)
+        with self.files.making(folder):
+            yield folder
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == REDUCTION):
+                self.files.upload(path)
+
+    @contextmanager
+    def reading_reduced(self, reduction_key: str) -> Iterator[Path]:
+        """The folder of a reduced model, ready to be read on this machine."""
+        folder = self.reduced_folder(reduction_key)
+        with self.files.reading(folder):
+            yield folder
+
+    def reduction(self, reduction_key: str) -> dict[str, Any] | None:
+        """The record of a reduced model, or None while it is not complete."""
+        return self._read(self.reduced_folder(reduction_key) / REDUCTION, [])
 
     def manifest(self, quantize_key: str) -> dict[str, Any] | None:
         """The manifest of a checkpoint, or None while it is not complete."""

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import TrackingError
+from harness.core.labels import group_text
 from harness.core.sweep import Runtime, Sweep, Tracking, command_line
 from harness.core.text import without_password
 from harness.evaluation.flips import with_flips
@@ -69,9 +70,11 @@ from harness.tracking.run_contents import (
 )
 from harness.tracking.tracker import STATUS, NullTracker, Tracker
 from harness.tracking.views import (
+    BITS,
     artifact_file,
     artifact_page,
     cells_view,
+    curve_metric,
     curves_view,
     run_page,
     view_key,
@@ -90,7 +93,8 @@ SHORT_GUIDE = "open the run of a sweep for its tables, its figures and links to 
 OPEN_THIS = """\
 **What to open**
 
-- *cells, best first* above: one run per cell, with its scores as columns; the chart icon there shows them over bits per weight.
+- *cells, best first* above: one run per cell, with its scores as columns.
+- *all methods over bits per weight* above: one chart per score with a curve per method.
 - *Artifacts* of this run: `report.html` (everything on one page), `tables/` (HTML, Markdown, LaTeX, CSV), `figures/index.html`,
   `plan.txt`.
 - *Model metrics* of this run: one curve per method and score, the bit width as step.
@@ -184,7 +188,7 @@ class MLflowTracker(Connection):
         self._views = tuple(
             view_key(kind, sweep.name, self.experiment) for kind in ("cells", "curves")
         )
-        self._names = run_names(sweep.cells)
+        self._names = run_names(sweep.cells, sweep.method_titles)
         self._curves = method_curves(sweep.cells)
         self._children: dict[str, Any] = {}
         self._readings: dict[str, int] = {}
@@ -235,6 +239,7 @@ class MLflowTracker(Connection):
             }
             self._log(run.info.run_id, new, params, tags)
             self._log_layers(run, record)
+            self._log_curve_points(run, record)
             self._set_status(run.info.run_id, run.info.status, STATUS[state])
             self._children[key] = self.client.get_run(run.info.run_id)
             self._log_curve(record)
@@ -453,6 +458,31 @@ class MLflowTracker(Connection):
                 ]
                 self.client.log_batch(run.info.run_id, metrics=points)
 
+    def _log_curve_points(self, run: Any, record: Record) -> None:
+        """A quantized cell's bits per weight and scores as the points of its method's curves.
+
+        MLflow joins the two by their step, and a curve the cells of its method: so the step is the cell's own, a hundred times
+        its bits per weight.
+        """
+        metrics = record.metrics()
+        bits = metrics.get(BITS, math.nan)
+        if record.cell.method.is_baseline or not math.isfinite(bits):
+            return
+        names = (BITS, *quality_metrics(self.sweep, [record]))
+        points = {
+            metric_name(curve_metric(name)): metrics[name]
+            for name in names
+            if math.isfinite(metrics.get(name, math.nan))
+        }
+        now, step = int(time.time() * 1000), round(100 * bits)
+        batch = [
+            self.mlflow.entities.Metric(name, value, now, step)
+            for name, value in points.items()
+            if run.data.metrics.get(name) != value
+        ]
+        if batch:
+            self.client.log_batch(run.info.run_id, metrics=batch)
+
     def _log_curve(self, record: Record) -> None:
         """A cell's scores as points of the parent's curves."""
         metrics, points = record.metrics(), {}
@@ -534,7 +564,7 @@ class MLflowTracker(Connection):
         cells, curves = self._views
         places = {
             "cells, best first": view_page(self.experiment_id, cells),
-            "charts": view_page(self.experiment_id, curves, charts=True),
+            "all methods over bits per weight": view_page(self.experiment_id, curves, charts=True),
         }
         if self.parent_id:
             files = {"report": "report.html"}
@@ -549,21 +579,23 @@ class MLflowTracker(Connection):
             }
         return "Open: " + " · ".join(f"[{name}]({place})" for name, place in places.items())
 
+    def _groups(self) -> list[str]:
+        """The params that tell the curves of methods apart."""
+        cells = [cell for cell in self.sweep.cells if not cell.method.is_baseline]
+        varied = {
+            "model": {cell.model.name for cell in cells},
+            "group": {group_text(cell) for cell in cells},
+        }
+        return ["method", *(name for name, values in varied.items() if len(values) > 1)]
+
     def _write_views(self) -> None:
         """The cells of the sweep with the columns and the order that it is about, and the curves of its methods."""
         records = [self.store.record(cell) for cell in self.sweep.cells]
         scores = [name for name in quality_metrics(self.sweep, records) if "/" in name]
-        drawn = {name for name, _ in self._parent_metrics}
-        quantized = [cell for cell in self.sweep.cells if not cell.method.is_baseline]
-        names = dict.fromkeys(self._curves[cell_key(cell)][0] for cell in quantized)
-        curves = {
-            score: [name for each in names if (name := metric_name(f"{score} {each}")) in drawn]
-            for score in scores
-        }
         lower = bool(scores) and better_is_higher(scores[0], self.sweep.cells) is False
         texts = (
             cells_view(self.parent_id, list(map(metric_name, scores)), lower),
-            curves_view(self.parent_id, curves),
+            curves_view(self.parent_id, list(map(metric_name, scores)), self._groups()),
         )
         for key, text in zip(self._views, texts, strict=True):
             if len(text) <= EXPERIMENT_TAG_LIMIT:

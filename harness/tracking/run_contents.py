@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.cell import Cell, cell_key, digest, score_key, to_json
-from harness.core.labels import BITS_OF_DTYPE, bits_text, flatten, group_text
+from harness.core.labels import BITS_OF_DTYPE, bits_text, flatten, group_text, method_title
 from harness.core.sweep import Sweep, command_line
 from harness.core.text import file_name, without_password
 from harness.reporting.metrics import headline, layer_error_name, problems_of
@@ -31,15 +31,20 @@ ITEM_ROWS_SHOWN = 1000  # of per-item results; the Parquet file has all
 # -- what is written ---------------------------------------------------------------------------------------------------
 
 
-def run_names(cells: Sequence[Cell]) -> dict[str, str]:
-    """cell_key -> "gptq · w4g32", with the model where there are several, and the key where that is not enough."""
+def run_names(cells: Sequence[Cell], titles: Mapping[str, str] | None = None) -> dict[str, str]:
+    """cell_key -> "GPTQ · w4g32", with the model where there are several, and the key where that is not enough.
+
+    MLflow sorts names by the alphabet: a model's cells stand together, in them a method's, in these the widths in order.
+
+    titles: name of a method -> what papers call it
+    """
     several = len({cell.model.name for cell in cells}) > 1
     names = {}
     for cell in cells:
         own = (
             "full precision"
             if cell.method.is_baseline
-            else f"{cell.method.name} · {cell.scheme.name}"
+            else f"{method_title(cell.method.name, titles or {})} · {cell.scheme.name}"
         )
         names[cell_key(cell)] = f"{cell.model.name} · {own}" if several else own
     listed = list(names.values())
@@ -96,7 +101,7 @@ def cell_params(record: Record) -> dict[str, Any]:
         "group": group_text(cell) or "none",
         "calibration": flat.pop("calibration.name", "none"),
     }
-    for slot in ("transform", "rounding", "tuning"):
+    for slot in ("reduction", "transform", "rounding", "tuning"):
         if f"{slot}.name" in flat:
             first[slot] = flat.pop(f"{slot}.name")
     if cell.method.is_baseline and not (cell.scheme.activation or cell.scheme.kv):

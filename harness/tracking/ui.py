@@ -44,6 +44,14 @@ def tracking_uri(tracking: Tracking, runs: Path | str) -> str:
     raise TrackingError(f'no tracking "{tracking.kind}"; known: none, server, sqlite')
 
 
+def database_of(tracking: Tracking, runs: Path | str) -> Path | None:
+    """The file of MLflow's database; None where a sweep has none."""
+    if tracking.kind != "sqlite":
+        return None
+    uri = tracking_uri(tracking, runs)
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 @dataclass(frozen=True)
 class Command:
     """A program to start: its words, what its environment adds, where its pages will be."""

@@ -20,6 +20,12 @@ TAG_PREFIX = "mlflow.sharedViewState."
 COLUMNS, METRICS = ("method", "bits", "group"), 8  # params shown; the most scores shown
 RUNS_COMPARED = 100  # drawn in one chart
 BITS = "checkpoint/bits_per_weight"
+CURVES = "over_bits_per_weight"  # the section of metrics that the curves of methods are drawn from
+
+
+def curve_metric(metric: str) -> str:
+    """The name under which a cell gives a metric to the curve of its method."""
+    return f"{CURVES}/{metric.replace('/', ' ')}"
 
 
 def view_key(kind: str, sweep: str, experiment: str) -> str:
@@ -84,38 +90,40 @@ def cells_view(parent_id: str, scores: Sequence[str], lower_is_better: bool) -> 
     )
 
 
-def curves_view(parent_id: str, curves: Mapping[str, Sequence[str]]) -> str:
-    """The charts of a sweep: one for each score, with the curves of all methods over the bit width.
+def curves_view(parent_id: str, scores: Sequence[str], groups: Sequence[str]) -> str:
+    """The charts of a sweep: one for each score, with a curve per method over the bits per weight as stored.
 
-    curves: score -> metrics of the sweep's own run, one per method, with the bit width as step
+    The cells are grouped, so that a group has a colour and a curve; each cell gives one point (`curve_points`).
+
+    scores  metrics of the cells
+    groups  params whose values tell curves apart: the method, and the model and the group size where there are several
     """
     charts = [
         {
             "type": "LINE",
-            "displayName": f"{score} by bit width",
-            "metricKey": names[0],
-            "selectedMetricKeys": list(names),
-            "xAxisKey": "step",
+            "displayName": f"{score} over bits per weight",
+            "metricKey": curve_metric(score),
+            "selectedMetricKeys": [curve_metric(score)],
+            "xAxisKey": "metric",
+            "selectedXAxisMetricKey": curve_metric(BITS),
             "useGlobalXaxisKey": False,
             "lineSmoothness": 0,
             "useGlobalLineSmoothing": False,
             "displayPoints": True,
         }
-        for score, names in curves.items()
-        if names
+        for score in scores
     ]
     return _text(
         {
-            "searchFilter": f"attributes.run_id = '{parent_id}'",
+            "searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'",
             "orderByKey": "attributes.start_time",
             "orderByAsc": False,
             "runListHidden": True,
-            "globalLineChartConfig": {
-                "xAxisKey": "step",
-                "lineSmoothness": 0,
-                "selectedXAxisMetricKey": "",
+            "groupBy": {
+                "aggregateFunction": "average",
+                "groupByKeys": [{"mode": "param", "groupByData": name} for name in groups],
             },
-            **_charts({"All methods by bit width": charts}),
+            **_charts({"All methods over bits per weight": charts}),
         }
     )
 

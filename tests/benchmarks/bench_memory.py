@@ -77,28 +77,47 @@ print(json.dumps({"growth": peak - before, "seconds": seconds, "cells": len(cell
 """
 
 
-def write_model(folder: Path, blocks: int, hidden: int) -> int:
-    """A random model, its blocks written as one shard each so that writing needs no memory either; returns its bytes."""
+def write_model(
+    folder: Path,
+    blocks: int,
+    hidden: int,
+    *,
+    inner: int = 0,
+    head_dim: int = 64,
+    kv_heads: int = 0,
+    dtype: str = "float32",
+    positions: int = 256,
+    device: str = "cpu",
+) -> int:
+    """A random model, its blocks written as one shard each so that writing needs no memory either; returns its bytes.
+
+    inner 0: 11/4 of hidden, a multiple of 128; kv_heads 0: as many as heads. Numbers are drawn on `device`.
+    """
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    inner, generator = hidden * 11 // 4 // 128 * 128, torch.Generator().manual_seed(0)
+    inner = inner or hidden * 11 // 4 // 128 * 128
+    kv_heads = kv_heads or hidden // head_dim
+    generator = torch.Generator(device).manual_seed(0)
+    stored: torch.dtype = getattr(torch, dtype)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": 256,
         "hidden_size": hidden,
-        "head_dim": 64,
+        "head_dim": head_dim,
         "intermediate_size": inner,
         "num_hidden_layers": blocks,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64,
-        "max_position_embeddings": 256,
+        "num_attention_heads": hidden // head_dim,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "dtype": dtype,
         "tie_word_embeddings": False,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    sizes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    sizes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"}
+    sizes |= {f"self_attn.{name}_proj": (kv_heads * head_dim, hidden) for name in "kv"}
     sizes |= {
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
@@ -109,24 +128,22 @@ def write_model(folder: Path, blocks: int, hidden: int) -> int:
 
     def shard(number: int, tensors: dict[str, torch.Tensor]) -> int:
         name = f"model-{number:05}.safetensors"
+        tensors = {key: value.to(stored).cpu() for key, value in tensors.items()}
         save_file(tensors, folder / name)
         listed.update(dict.fromkeys(tensors, name))
         return sum(t.numel() * t.element_size() for t in tensors.values())
 
+    def draw(shape: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
     for index in range(blocks):
         prefix = f"model.layers.{index}."
-        tensors = {
-            f"{prefix}{n}.weight": torch.randn(s, generator=generator) / s[1] ** 0.5
-            for n, s in sizes.items()
-        }
+        tensors = {f"{prefix}{n}.weight": draw(s) / s[1] ** 0.5 for n, s in sizes.items()}
         tensors |= {
             f"{prefix}{n}_layernorm.weight": torch.ones(hidden) for n in ("input", "post_attention")
         }
         total += shard(index, tensors)
-    ends = {
-        n: torch.randn(256, hidden, generator=generator)
-        for n in ("model.embed_tokens.weight", "lm_head.weight")
-    }
+    ends = {n: draw((256, hidden)) for n in ("model.embed_tokens.weight", "lm_head.weight")}
     total += shard(blocks, {**ends, "model.norm.weight": torch.ones(hidden)})
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": listed})

@@ -181,6 +181,31 @@ def test_commands_that_look_need_no_torch(words: tuple[str, ...], tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_a_plan_made_before_and_a_finished_run_import_neither_torch_nor_mlflow(
+    tmp_path: Path,
+) -> None:
+    """What was answered before is kept; a finished sweep whose outputs are current is not written again."""
+    words = [*GRID, *local(tmp_path)]
+    words[words.index("tracking=none")] = "tracking=sqlite"
+    assert invoke("run", *words)[0] == 0
+    invoke("plan", *words)
+    code = (
+        "import sys\nfrom harness.data import kept\nkept.SETTLED_SECONDS = -1\n"
+        "from harness.__main__ import app\n"
+        "try:\n    app(sys.argv[1:], standalone_mode=False)\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'mlflow', 'hydra', 'pandas'} & sys.modules.keys() or 'light')"
+    )
+    written = (tmp_path / "runs" / "reports").iterdir().__next__().stat().st_mtime_ns
+    for command in ("plan", "run", "run"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, *words], capture_output=True, text=True
+        )
+        assert "2 of 2 cells" in done.stdout or "2 done" in done.stdout, done
+    assert done.stdout.splitlines()[-1] == "light", done
+    assert (tmp_path / "runs" / "reports").iterdir().__next__().stat().st_mtime_ns == written
+
+
 def test_completion_knows_sweeps_keys_and_values() -> None:
     assert "demo" in dict(completion.complete_sweep("de"))
     assert "method=" in dict(completion.complete_sweep("met"))

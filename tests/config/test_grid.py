@@ -31,6 +31,7 @@ from harness.core.cell import (
     cell_key,
     quantize_key,
     score_key,
+    to_json,
 )
 from harness.core.errors import ConfigError
 from harness.core.package import PACKAGE
@@ -245,6 +246,40 @@ def test_edited_fields_apply_where_they_exist_and_name_what_differs() -> None:
     assert (
         cell.method.rounding is not None and type(cell.method.rounding["damping_fraction"]) is float
     )
+
+
+def test_a_rounding_around_another_has_all_settings_of_its_base() -> None:
+    def eora(*overrides: str) -> Cell:
+        (found,) = load_sweep(None, [*GRID, "scheme=w4g32", "baseline=false", *overrides]).cells
+        return found
+
+    def base(cell: Cell) -> dict[str, object]:
+        assert cell.method.rounding is not None
+        settings = to_json(cell.method.rounding)["settings"]
+        return {"name": settings["base"], **settings["base_settings"]}
+
+    on_gptq, on_rtn = eora("method=gptq_eora"), eora("method=rtn_eora")
+    rtn = load_sweep(None, [*GRID, "scheme=w4g32", "method=rtn"]).cells[1].method.rounding
+    assert rtn is not None and base(on_rtn) == {"name": "rtn", **dict(rtn.settings)}
+    assert base(on_gptq)["damping_fraction"] == 0.01 and base(on_gptq)["name"] == "gptq"
+    edited = eora("method=gptq_eora", "rounding.base_settings.damping_fraction=0.1")
+    assert base(edited) == {**base(on_gptq), "damping_fraction": 0.1}
+    assert len({quantize_key(each) for each in (on_gptq, on_rtn, edited)}) == 3
+    # settings of another base do not remain
+    changed = eora(
+        "method=gptq_eora", "rounding.base_settings.range_search=true", "rounding.base=rtn"
+    )
+    assert base(changed) == {**base(on_rtn), "range_search": True}
+    for cell in (on_rtn, edited, changed):
+        (again,) = load_sweep(None, [*shlex.split(command_for(cell))[2:], "baseline=false"]).cells
+        assert quantize_key(again) == quantize_key(cell)
+    for wrong, message in (
+        ("rounding.base_settings.dampin=1", "base gptq: .*damping_fraction"),
+        ("rounding.base=gptqq", 'no rounding "gptqq"'),
+        ("rounding.base=svdquant", "name one without a base"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            eora("method=gptq_eora", wrong)
 
 
 def test_a_method_is_calibrated_as_published_unless_told() -> None:

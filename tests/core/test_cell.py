@@ -16,9 +16,11 @@ from harness.core.cell import (
     Scheme,
     freeze,
     from_json,
+    make_part,
     score_key,
     to_json,
 )
+from harness.core.errors import ConfigError
 from harness.core.package import PACKAGE
 
 CELL = Cell(Model("demo", "demo", digest="d"), Method("none"), Scheme("full"))
@@ -55,3 +57,21 @@ def test_core_and_config_name_no_evaluator(folder: str) -> None:
         if isinstance(node, ast.Constant) and node.value in names
     ]
     assert not found
+
+
+def test_a_part_around_another_has_the_facts_of_both_and_the_bases_version() -> None:
+    """A stochastic base with needs of its own, and one that does without data."""
+    of = {
+        base: make_part("rounding", "eora", {"base": base, "base_settings": {}, "rank": 4})
+        for base in ("vptq", "squeezellm", "rtn")
+    }
+    assert of["vptq"].stochastic and not of["rtn"].stochastic
+    assert of["squeezellm"].needs == ("hessian", "squared_gradient")
+    assert of["rtn"].needs == ("hessian",)
+    version = plugins.facts("rounding", "squeezellm").get("version", 0)
+    assert of["squeezellm"]["base_version"] == version
+    assert from_json(type(of["rtn"]), to_json(of["rtn"])) == of["rtn"]
+    settings = to_json(of["rtn"])["settings"]
+    assert plugins.build("rounding", "eora", settings).base.settings.grid == "gptq"
+    with pytest.raises(ConfigError, match="name one without a base"):
+        make_part("rounding", "svdquant", {"base": "eora", "base_settings": {}})

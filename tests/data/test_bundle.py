@@ -165,6 +165,17 @@ def test_the_command(sweep_file: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert CliRunner().invoke(app, ["data", "check", str(folder)]).exit_code == 0
 
 
+def test_the_base_of_a_fine_tune_is_pulled_too() -> None:
+    from harness.config.grid import load_sweep
+    from harness.data.bundle import _models
+
+    sweep = load_sweep(None, ["model=wizardmath_7b", "method=rtn", "scheme=w4", "evaluations=[]"])
+    assert [source for source, _ in _models(sweep)] == [
+        "meta-llama/Llama-2-7b-hf",
+        "WizardLMTeam/WizardMath-7B-V1.0",
+    ]
+
+
 def test_a_plain_folder_is_no_bundle(tmp_path: Path) -> None:
     assert Bundle.open(tmp_path) is None
     with pytest.raises(DataError, match="not a bundle"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -487,8 +488,14 @@ def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) ->
         "--runs",
         str(tmp_path / "runs"),
     ]
-    result = CliRunner().invoke(app, words)
+    before = os.umask(0o027)
+    try:
+        result = CliRunner().invoke(app, words)
+    finally:
+        os.umask(before)
     assert result.exit_code == 0 and "as gptq, 1 weight file" in result.output
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes  # a group reads it, as the umask says
     assert {"config.json", "quantize_config.json", "model.safetensors"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
@@ -496,7 +503,15 @@ def test_the_command_writes_the_folder_and_says_so(made: Any, tmp_path: Path) ->
 
 def test_names_and_folders_are_checked_first(made: Any, tmp_path: Path) -> None:
     tiny = made()
-    assert layouts() == ["awq", "compressed_tensors", "gptq", "gptq_v2", "peft"]
+    assert layouts() == [
+        "awq",
+        "bitsandbytes",
+        "compressed_tensors",
+        "gptq",
+        "gptq_v2",
+        "peft",
+        "transformers",
+    ]
     unfinished = Cell(tiny.model, RTN, scheme(bits=4, symmetric=True), CALIBRATION)
     key = tiny.key(unfinished)
     with pytest.raises(ConfigError, match='did you mean "gptq"'):

@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 from synthetic_sweep import LLAMA, cells, fill, make_sweep
 
-from harness.core.cell import Model, cell_key
+from harness.core.cell import Model, Scheme, cell_key
 from harness.core.labels import with_variants
-from harness.reporting import figures as plots
 from harness.reporting.figures import (
     accuracy_against_perplexity,
     bits_needed,
-    error_overview,
     figures,
     front,
     points,
-    save,
     score_against_bits,
     score_against_size,
 )
@@ -71,7 +68,60 @@ def test_diverged_cells_stay_out_of_the_lines(records: list[Record]) -> None:
         4.25,
         8.25,
     ]
-    assert "full precision" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["rtn", "gptq", "awq", "BF16"]  # the W4A8 cell has no score
+
+
+def test_names_and_units_are_those_of_the_table(records: list[Record], tmp_path: Path) -> None:
+    titles = {"rtn": "RTN", "gptq": "GPTQ", "awq": "AWQ"}
+    sweep = dataclasses.replace(make_sweep(tmp_path), method_titles=titles)
+    drawn = figures(sweep, records)
+    axes = drawn["arc_easy-acc-against-bits"].axes[0]
+    assert axes.get_ylabel() == "ARC-easy accuracy, %, higher is better"
+    assert axes.get_xlabel() == "bits/weight as stored"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [*titles.values(), "BF16"]
+    accuracy = records[0].metrics()["arc_easy/acc"]
+    assert axes.get_lines()[-1].get_ydata()[0] == pytest.approx(100 * accuracy)
+    assert (
+        drawn["wikitext2-perplexity-against-bits"]
+        .axes[0]
+        .get_ylabel()
+        .startswith("WikiText2 perplexity, low")
+    )
+    shown = [text.get_text() for text in drawn["layer-errors"].axes[0].get_yticklabels()]
+    assert shown and all(text.startswith(("RTN", "GPTQ", "AWQ")) for text in shown)
+
+
+def test_a_method_has_a_hue_and_a_group_a_marker(records: list[Record]) -> None:
+    other = [
+        dataclasses.replace(
+            record,
+            cell=(
+                cell := dataclasses.replace(
+                    record.cell,
+                    scheme=Scheme(
+                        f"{record.cell.scheme.name}b",
+                        dataclasses.replace(record.cell.scheme.weight, group_size=32),
+                    ),
+                )
+            ),
+            cell_key=cell_key(cell),
+        )
+        for record in records
+        if not record.cell.method.is_baseline
+    ]
+    figure = score_against_bits([*records, *other], "arc_easy/acc")
+    assert figure is not None
+    lines = {each.get_label(): each.lines[0] for each in figure.axes[0].containers}
+    looks = {name: (line.get_color(), line.get_marker()) for name, line in lines.items()}
+    assert len(set(looks.values())) == len(looks) == 6
+    for name, (colour, marker) in looks.items():
+        method, group = name.split(" · ")
+        for other_name, (hue, mark) in looks.items():
+            assert (colour == hue) == (method == other_name.split(" · ")[0])
+            assert (marker == mark) == (group == other_name.split(" · ")[1])
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == ["rtn", "gptq", "awq", "g128", "g32", "BF16"]
 
 
 def test_accuracy_has_intervals(records: list[Record]) -> None:
@@ -173,57 +223,6 @@ def test_seeds_are_one_point_with_their_interval(records: list[Record]) -> None:
     assert (
         points([*made[:2], dataclasses.replace(made[2], scores={})], "wikitext2/perplexity") == []
     )
-
-
-def test_layer_errors_show_the_errors_of_outputs(
-    records: list[Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert error_overview(records[:1]) is None
-    whole = error_overview(records)
-    assert whole is not None
-    monkeypatch.setattr(plots, "OVERVIEW_ROWS", 2)
-    worst = error_overview(records)
-    assert worst is not None and worst.get_size_inches()[1] < whole.get_size_inches()[1]
-    labels = [text.get_text() for text in worst.axes[0].get_yticklabels()]
-    assert len(labels) == 2 and all("w2" in label or "w3" in label for label in labels), labels
-    monkeypatch.undo()
-    data_free = [  # as cells whose method needs no Hessian have it
-        dataclasses.replace(
-            record,
-            manifest=(record.manifest or {})
-            | {"layer_errors": [{**row, "output_error": None} for row in record.layer_errors]},
-        )
-        if record.cell.method.name == "rtn"
-        else record
-        for record in records
-    ]
-    mixed = error_overview(data_free)
-    assert mixed is not None and "output error" in mixed.axes[1].get_ylabel()
-    assert not any("rtn" in text.get_text() for text in mixed.axes[0].get_yticklabels())
-    only = error_overview([record for record in data_free if record.cell.method.name == "rtn"])
-    assert only is not None and "weight error" in only.axes[1].get_ylabel()
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, 14])
-def test_the_label_of_layer_errors_fits_the_figure(records: list[Record], rows: int) -> None:
-    quantized = [record for record in records if record.layer_errors]
-    figure = error_overview(quantized[:rows] or quantized)
-    assert figure is not None
-    figure.draw_without_rendering()
-    label = figure.axes[1].yaxis.label.get_window_extent()
-    assert 0 <= label.y0 and label.y1 <= figure.bbox.height
-    assert 0 <= label.x0 and label.x1 <= figure.bbox.width
-
-
-def test_saved_figures_are_the_same_to_the_byte(records: list[Record], tmp_path: Path) -> None:
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        figure = score_against_bits(records, "wikitext2/perplexity")
-        assert figure is not None
-        assert [path.suffix for path in save(figure, folder, "ppl")] == [".svg", ".pdf", ".png"]
-    for form in ("svg", "pdf", "png"):
-        assert (tmp_path / "a" / f"ppl.{form}").read_bytes() == (
-            tmp_path / "b" / f"ppl.{form}"
-        ).read_bytes()
 
 
 def test_no_cells_no_figure() -> None:

@@ -7,6 +7,7 @@ from synthetic_sweep import LLAMA, cells
 from harness.reporting.metrics import (
     better_is_higher,
     layer_error_name,
+    number_of,
     problem_metrics,
     problems_of,
 )
@@ -32,6 +33,15 @@ def test_problems_of_scores_are_sentences() -> None:
     assert all(sentence.startswith("arc_easy: ") for sentence in found)
     assert problems_of(record, ["wikitext2/perplexity"]) == []
     assert problem_metrics(record) == {"arc_easy/acc"}
+
+
+def test_bits_of_models_that_share_a_base_are_computed() -> None:
+    metrics = {"delta/base_bits_per_weight": 16.0, "checkpoint/bits_per_weight": 1.5}
+    assert number_of(metrics, "delta/bits_with_base(1)") == 17.5
+    assert number_of(metrics, "delta/bits_with_base(8)") == 3.5
+    assert number_of(metrics, "delta/bits_with_base(0)") is None
+    assert number_of({"checkpoint/bits_per_weight": 4.0}, "delta/bits_with_base(8)") is None
+    assert number_of(metrics, "checkpoint/bits_per_weight") == 1.5
 
 
 def test_layers_are_compared_by_the_errors_of_their_outputs() -> None:

@@ -151,6 +151,13 @@ COLUMN = (  # the texts of a column, of the rows that are shown
 )
 
 
+def show_all(page: Page) -> None:
+    """Press the button that empties the filters, and wait until they have acted: they do so after the event."""
+    page.click(".filters button[type=reset]")
+    page.wait("document.querySelectorAll('tr[data-method][hidden]').length === 0")
+    page.wait("document.getElementById('count').textContent === ''")
+
+
 def number(text: str) -> float:
     return float(text.rstrip("≈†≠"))
 
@@ -177,7 +184,7 @@ def test_a_click_on_a_head_sorts(page: Page) -> None:
 
 
 def test_methods_and_bits_filter_together(page: Page) -> None:
-    page.run("document.querySelector('.filters').reset()")
+    show_all(page)
     page.click("[data-filter=method] label:has([value=gptq])")
     page.click("[data-filter=bits] label:has([value='3'])")
     assert set(page.run(COLUMN.format(0))) == {"gptq"} and set(page.run(COLUMN.format(1))) == {"3"}
@@ -185,17 +192,17 @@ def test_methods_and_bits_filter_together(page: Page) -> None:
     page.reload()  # as a running sweep's page does: the choice stays
     page.wait("document.querySelectorAll('tr[hidden]').length > 0")
     assert set(page.run(COLUMN.format(0))) == {"gptq"}
-    page.click(".filters button[type=reset]")
-    page.wait("document.querySelectorAll('tr[hidden]').length === 0")
+    show_all(page)
     page.run("document.getElementById('find').value = 'AWQ'; filter()")
     assert {text.lower() for text in page.run(COLUMN.format(0))} == {"awq"}
-    page.click(".filters button[type=reset]")
+    show_all(page)
 
 
 def test_a_number_under_the_pointer_says_its_interval_and_its_cell(
     made: tuple[Sweep, Store, Path], page: Page
 ) -> None:
     cell = next(cell for cell in made[0].cells if cell.method.name == "gptq")
+    show_all(page)
     page.hover(f"#row-table1-{cell_key(cell)[:12]} td.n[data-tip]:nth-of-type(5)")
     page.wait("!document.getElementById('tip').hidden")
     tip = page.run("document.getElementById('tip').textContent")

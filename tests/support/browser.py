@@ -18,6 +18,14 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 
+PAGE_LEFT = (
+    -32000
+)  # the code of "Inspected target navigated or closed", and of contexts that a navigation ended
+
+
+class Navigated(Exception):
+    """The page was left while an expression was evaluated in it."""
+
 
 class Page:
     """One page of a browser. Messages end with a zero byte in both directions."""
@@ -47,6 +55,8 @@ class Page:
             line, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(line)
             if answer.get("id") == self._number:
+                if answer.get("error", {}).get("code") == PAGE_LEFT:
+                    raise Navigated(answer["error"]["message"])
                 assert "error" not in answer, answer["error"]
                 return dict(answer["result"])
 
@@ -65,15 +75,19 @@ class Page:
 
     def reload(self) -> None:
         """Load the page again, with its storage as it is, and wait until the new page is complete."""
-        self.run("window.isOld = true; location.reload()")
+        self.run("window.isOld = true")
+        self.call("Page.reload")
         self.wait("!window.isOld && document.readyState === 'complete'")
 
     def wait(self, script: str, seconds: float = 120.0) -> None:
-        """Until an expression is true."""
-        ends = time.monotonic() + seconds
-        while not self.run(script):
+        """Until an expression is true, of the page that is there then: one that is just left answers nothing."""
+        ends, is_true = time.monotonic() + seconds, False
+        while not is_true:
             assert time.monotonic() < ends, script
-            time.sleep(0.1)
+            with contextlib.suppress(Navigated):
+                is_true = bool(self.run(script))
+            if not is_true:
+                time.sleep(0.1)
 
     def click(self, selector: str) -> None:
         """Press the middle of an element with the mouse."""
@@ -86,14 +100,25 @@ class Page:
         x, y = self.middle(selector)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def middle(self, selector: str) -> tuple[float, float]:
-        """Where an element is, once it is scrolled into view and the page has handled the events of that scroll."""
-        found = self.run(
+    def middle(self, selector: str, seconds: float = 120.0) -> tuple[float, float]:
+        """Where an element is, once it is scrolled into view and a pointer there would reach it.
+
+        An element that a filter has not shown yet has no place, and one that still scrolls leaves its place: both are
+        looked for again. Fails with what lies there instead.
+        """
+        script = (
             f"(async () => {{ const e = document.querySelector({json.dumps(selector)});"
+            "if (!e) return null;"
             "e.scrollIntoView({block: 'center'});"
             "for (let i = 0; i < 2; i++) await new Promise(done => requestAnimationFrame(done));"
-            "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2] })()"
+            "const r = e.getBoundingClientRect(), x = r.x + r.width / 2, y = r.y + r.height / 2;"
+            "const there = r.width && r.height ? document.elementFromPoint(x, y) : null;"
+            "return [x, y, e.contains(there), there ? there.outerHTML.slice(0, 80) : 'nothing'] })()"
         )
+        ends, before, found = time.monotonic() + seconds, None, None
+        while found is None or not found[2] or found != before:
+            assert time.monotonic() < ends, f"{selector} cannot be reached: {found}"
+            before, found = found, self.run(script)
         return float(found[0]), float(found[1])
 
     def size(self, width: int, height: int, dark: bool = False) -> None:

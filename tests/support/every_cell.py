@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from evidence import planted_change
+from safetensors.torch import load_file, save_file
 
 from harness.config import grid, locations
-from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, to_json
+from harness.core.cell import Cell, Part, cell_key, freeze, quantize_key, reduction_key, to_json
 from harness.core.events import Failed
 from harness.data.demo.tiny import TINY, build
 from harness.execution.tasks import QuantizeTask
 from harness.execution.worker import quantize
 from harness.planning.checks import Checker
+from harness.quantization.formats.weight_files import ModelWeights
 from harness.quantization.inference.load import load
+from harness.quantization.models import family_of, read_config
 from harness.storage.store import Store
 
 # Settings with which a method does on a tiny model what it does on a large one: published defaults would train for hours, or make
@@ -44,8 +50,13 @@ SMALL: dict[str, Any] = {
     "answer_length": 8,
     "vector_length": 4,
     "index_bits": 4,
+    "length": 12,
+    "groups": [[8, 1], [2, 0]],
+    "size": 16,
 }
 NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+# of methods that prune, which accept no other schemes
+SPARSE = ("w16s50", "w16s2of4", "w4s50", "w4g32s2of4", "w3g16syms4of8", "w8s30a8kv4", "nvfp4s50")
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")
 WINDOWS = ("calibration=demo", "calibration.samples=2", "calibration.length=24")
 CELLS_PER_PASS = 16
@@ -55,14 +66,24 @@ def names(group: str, *left_out: str) -> list[str]:
     return [entry.name for entry in locations.list_names(group) if entry.name not in left_out]
 
 
+def reduces(method: str) -> bool:
+    """Whether a method of conf/ has a reduction."""
+    content = yaml.safe_load(locations.config_files("method")[method].read_text(encoding="utf-8"))
+    return bool(content.get("reduction"))
+
+
 def product(
     folder: Path, methods: Sequence[str] | None = None, schemes: Sequence[str] | None = None
 ) -> list[Cell]:
-    """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline."""
+    """Every method with every scheme, or these, on the model in a folder, with settings for small models; without the baseline.
+
+    The model names a base, which is made beside it: the model less a planted difference.
+    """
     wanted = names("methods", "none") if methods is None else methods
-    schemes = [*names("schemes", "full"), *NARROW] if schemes is None else schemes
+    schemes = [*names("schemes", "full"), *NARROW, *SPARSE] if schemes is None else schemes
     overrides = [
         f"model={folder}",
+        f"model.base={base_for(folder)}",
         f"method={','.join(wanted)}",
         f"scheme={','.join(schemes)}",
         *WINDOWS,
@@ -72,15 +93,42 @@ def product(
     return [_small(cell) for cell in cells if not cell.method.is_baseline]
 
 
+def base_for(folder: Path) -> Path:
+    """The base of the model in a folder, made once: its block matrices less a planted difference, everything else the same."""
+    base = folder.with_name(f"{folder.name}-base")
+    if base.is_dir():
+        return base
+    shutil.copytree(folder, base)
+    data = read_config(folder)
+    family = family_of(data)
+    config = family.config(data)
+    weights = load_file(base / "model.safetensors")
+    model = ModelWeights(folder, family.skeleton(config, torch.float32))
+    for index in range(len(family.blocks(family.skeleton(config, torch.float32)))):
+        prefix = family.block_prefix(index)
+        for number, location in enumerate(family.locations(config, index)):
+            names = model.stored.parts[prefix + location.parameter].all()
+            if len(names) == 1 and weights[names[0]].ndim == 2:
+                rows = location.view(weights[names[0]])
+                rows -= 0.3 * planted_change(*rows.shape, seed=100 * index + number)
+            else:  # experts that the file stores one by one, or together
+                for name in names:
+                    weights[name] *= 0.98
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
 def _small(cell: Cell) -> Cell:
     def part(part: Part | None) -> Part | None:
         if part is None:
             return None
-        own = {key: SMALL.get(key, value) for key, value in to_json(part)["settings"].items()}
+        settings = to_json(part)["settings"]  # 0 stands for what the method works out by itself
+        own = {key: SMALL.get(key, value) if value else value for key, value in settings.items()}
         return dataclasses.replace(part, settings=freeze(own))
 
     method = cell.method
-    parts = {kind: part(getattr(method, kind)) for kind in ("transform", "rounding", "tuning")}
+    kinds = ("reduction", "transform", "rounding", "tuning")
+    parts = {kind: part(getattr(method, kind)) for kind in kinds}
     return dataclasses.replace(cell, method=dataclasses.replace(method, **parts))
 
 
@@ -107,7 +155,11 @@ def failures(cells: Sequence[Cell], folder: Path, runs: Path) -> Iterator[str]:
         if store.manifest(key) is None:
             continue  # said above
         try:
-            model, _ = load(cell, folder, store.checkpoint_folder(key), "cpu")
+            source = folder
+            if cell.method.reduction is not None:
+                source = store.reduced_folder(reduction_key(cell))
+            checkpoint = store.checkpoint_folder(key) if cell.method.quantizes else None
+            model, _ = load(cell, source, checkpoint, "cpu")
             with torch.no_grad():
                 logits = model(input_ids=tokens).logits
         except Exception as error:
@@ -121,7 +173,7 @@ def _passes(cells: Iterable[Cell]) -> Iterator[tuple[Cell, ...]]:
     """Cells that can share a pass, as the plan would have it: with calibration, and without."""
     groups: dict[bool, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(bool(cell.method.needs), []).append(cell)
+        groups.setdefault(cell.method.needs_calibration, []).append(cell)
     for group in groups.values():
         for start in range(0, len(group), CELLS_PER_PASS):
             yield tuple(group[start : start + CELLS_PER_PASS])

@@ -52,8 +52,8 @@ def layer_error(weight: Tensor, quantized: Tensor, inputs: Tensor) -> float:
 
 
 class FakeEvidence:
-    """Evidence of inputs [sequences, length, in]. gradients: [sequences, out, in] of the loss, for "squared_gradient".
-    original: the same tokens' inputs in the full-precision model, for "cross"; None: these inputs.
+    """Evidence of inputs [sequences, length, in]. gradients: [sequences, out, in] of the loss, for "squared_gradient"; base: a
+    matrix [out, in], for "base_weight"; original: the same tokens' inputs in the full-precision model, for "cross".
 
     computed counts how often each key of `once` was computed, so that tests can see what was shared.
     """
@@ -67,12 +67,14 @@ class FakeEvidence:
         gradients: Tensor | None = None,
         reference: Tensor | None = None,
         original: Tensor | None = None,
+        base: Tensor | None = None,
     ) -> None:
         self.basis = basis
         self._original = original
         self.tokens = inputs.shape[0] * inputs.shape[1]
         self.computed: dict[Hashable, int] = {}
         self._inputs, self._gradients, self._reference = inputs, gradients, reference
+        self._base = base
         self._needs = set(STATISTICS if needs is None else needs)
         self._memo: dict[Hashable, Any] = {}
         self._statistics: dict[str, Tensor] = {}
@@ -112,6 +114,8 @@ class FakeEvidence:
             return self._inputs
         if statistic == "reference" and self._reference is not None:
             return self._reference
+        if statistic == "base_weight" and self._base is not None:
+            return self._base
         if statistic == "squared_gradient" and self._gradients is not None:
             return self._gradients.square().sum(0)
         raise KeyError(statistic)
@@ -124,6 +128,17 @@ class HessianEvidence(FakeEvidence):
         super().__init__(torch.zeros(1, 1, hessian.shape[0]), needs=("hessian",))
         self.tokens = tokens
         self._statistics["hessian"] = hessian
+
+
+def planted_change(rows: int, columns: int, seed: int = 0, *, decay: float = 0.75) -> Tensor:
+    """The difference of a fine-tune [rows, columns]: 24 terms whose sizes fall by `decay`, and noise of 1 % of the first."""
+    rng = generator(seed)
+    terms = min(24, rows, columns)
+    left = torch.linalg.qr(torch.randn(rows, terms, generator=rng)).Q
+    right = torch.linalg.qr(torch.randn(columns, terms, generator=rng)).Q
+    sizes = decay ** torch.arange(terms)
+    noise = torch.randn(rows, columns, generator=rng) / (rows * columns) ** 0.5
+    return (left * sizes) @ right.T + 0.01 * noise
 
 
 class RMSNorm(nn.Module):
@@ -186,6 +201,10 @@ class DecoderBlock(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+PER_LINEAR = {
+    "squared_gradient",
+    "base_weight",
+}  # statistics that differ between linears of a group
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -243,7 +262,8 @@ class FakeBlock:
     """A BlockView over one DecoderBlock with random weights and correlated calibration inputs.
 
     As in a pass, evidence and region inputs are those of the block before it is rewritten; `observe()` collects them again.
-    needs limits the statistics; gradients of the mean squared output serve as "squared_gradient".
+    needs limits the statistics; gradients of the mean squared output serve as "squared_gradient"; its base has other numbers in
+    every matrix, by a difference of falling singular values.
     """
 
     index: int
@@ -269,6 +289,11 @@ class FakeBlock:
             width, sequences=sequences, length=length, seed=seed + 1
         )
         self._needs, self._basis = needs, basis
+        self._bases = {
+            shape.name: self.linear(shape.name).weight.detach()
+            - planted_change(shape.out_features, shape.in_features, seed + 2)
+            for shape in self.shapes.linears
+        }
         self.notes: dict[str, Any] = {}
         self.change(lambda block: None)
 
@@ -310,7 +335,7 @@ class FakeBlock:
             shape.name: by_group.setdefault(
                 # gradients differ within a group, so a linear shares its evidence only when they are not asked for
                 shape.group
-                if self._needs is not None and "squared_gradient" not in self._needs
+                if self._needs is not None and not set(self._needs) & PER_LINEAR
                 else shape.name,
                 FakeEvidence(
                     torch.cat(captured[shape.name]),
@@ -318,6 +343,7 @@ class FakeBlock:
                     needs=self._needs,
                     gradients=torch.stack(gradients[shape.name]),
                     reference=torch.cat(self._references),
+                    base=self._bases[shape.name],
                 ),
             )
             for shape in self.shapes.linears

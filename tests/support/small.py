@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.core import plugins
 from harness.core.cell import (
     Calibration,
     Cell,
@@ -20,14 +19,13 @@ from harness.core.cell import (
     Part,
     Scheme,
     WeightScheme,
-    freeze,
+    make_part,
     quantize_key,
 )
 from harness.core.events import Event, Failed
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.pipeline.passes import run_pass
 
-FACTS: dict[str, Any] = {"version": 1, "needs": (), "stochastic": False, "activation_aware": False}
 CALIBRATION = Calibration("tiny", "demo", samples=6, length=40, digest="tiny")
 
 
@@ -39,9 +37,7 @@ def windows(samples: int = 6, length: int = 40, vocabulary: int = 256, seed: int
 
 def part(name: str, kind: str = "rounding", **settings: Any) -> Part:
     """A part with the facts of its plugin, as a config makes it."""
-    facts = plugins.facts(kind, name)
-    known = {fact: facts.get(fact, default) for fact, default in FACTS.items()}
-    return Part(name, freeze(settings), **known)
+    return make_part(kind, name, settings)
 
 
 RTN = Method("rtn", rounding=part("rtn"))

@@ -19,12 +19,14 @@ from synthetic_sweep import LINEARS, LLAMA, fill, make_sweep
 from harness.core.cell import cell_key, score_key
 from harness.core.errors import TrackingError
 from harness.core.sweep import Sweep
-from harness.reporting.figures import figures, save
+from harness.reporting.drawing import save
+from harness.reporting.figures import figures
 from harness.reporting.tables import build_all
 from harness.storage.store import Store
 from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
 from harness.tracking.run_contents import PARAM_LIMIT, cut_text, metric_key
 from harness.tracking.serving import sweep_pages
+from harness.tracking.views import BITS, CURVES, curve_metric
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +227,19 @@ def test_what_the_parent_holds(made: tuple[Sweep, Store, MLflowTracker]) -> None
     view = view_of(experiment, "cells")
     assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     assert view["orderByKey"] == "metrics.`wikitext2/perplexity`" and view["orderByAsc"]
-    curves = view_of(experiment, "curves")["compareRunCharts"]
-    assert curves[0]["selectedMetricKeys"] == ["wikitext2/perplexity gptq"]
+    curves = view_of(experiment, "curves")
+    assert curves["groupBy"]["groupByKeys"] == [{"mode": "param", "groupByData": "method"}]
+    chart, run = curves["compareRunCharts"][0], runs_of(tracker)["gptq · w4g128"]
+    assert chart["metricKey"] == curve_metric("wikitext2/perplexity")
+    metrics = store.record(cell).metrics()
+    for name, metric in (
+        (chart["metricKey"], "wikitext2/perplexity"),
+        (chart["selectedXAxisMetricKey"], BITS),
+    ):
+        points = tracker.client.get_metric_history(run.info.run_id, name)
+        assert [(each.step, each.value) for each in points] == [(425, metrics[metric])]
+    baseline = runs_of(tracker)["full precision"].data.metrics
+    assert not any(name.startswith(CURVES) for name in baseline)  # a line of its own in the figures
     assert not any(name.startswith(("checkpoint/", "quantize/")) for name in parent.data.metrics)
     assert (
         "viewStateShareKey=cells" in note

@@ -334,10 +334,11 @@ def _questions(kind: str) -> tuple[Question, ...]:
     made = {"facts": _ask_facts, "add": _ask_sums, "count": _ask_counts, "copy": _ask_copies}[kind](
         draw
     )
-    return tuple(_shuffled(draw, kind, prompt, right, wrong) for prompt, right, wrong in made)
+    return tuple(shuffled(draw, kind, prompt, right, wrong) for prompt, right, wrong in made)
 
 
-def _shuffled(draw: Draw, kind: str, prompt: str, right: str, wrong: Sequence[str]) -> Question:
+def shuffled(draw: Draw, kind: str, prompt: str, right: str, wrong: Sequence[str]) -> Question:
+    """A question whose right answer and three wrong ones stand in a drawn order."""
     choices = draw.some((right, *wrong), 4)
     return Question(kind, prompt, tuple(choices), choices.index(right))
 
@@ -356,7 +357,7 @@ def _ask_facts(draw: Draw) -> Asked:
 
 def _ask_sums(draw: Draw) -> Asked:
     return [
-        (f"{a} + {b} =", str(a + b), _near(draw, a + b)) for a, b in draw.some(held_out_sums(), 400)
+        (f"{a} + {b} =", str(a + b), near(draw, a + b)) for a, b in draw.some(held_out_sums(), 400)
     ]
 
 
@@ -365,11 +366,7 @@ def _ask_counts(draw: Draw) -> Asked:
         (start, step, shown) for start, step in held_out_counts() for shown in range(2, COUNT_TERMS)
     ]
     return [
-        (
-            _counting(start, step, shown),
-            str(start + shown * step),
-            _near(draw, start + shown * step),
-        )
+        (_counting(start, step, shown), str(start + shown * step), near(draw, start + shown * step))
         for start, step, shown in draw.some(cases, 400)
     ]
 
@@ -394,6 +391,7 @@ def _ask_copies(draw: Draw) -> Asked:
     return list(asked.values())
 
 
-def _near(draw: Draw, right: int) -> list[str]:
-    near = [right + offset for offset in (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)]
-    return draw.some([str(n) for n in near if n >= 0 and len(str(n)) == len(str(right))], 3)
+def near(draw: Draw, right: int) -> list[str]:
+    """Three other numbers, at most 10 away, of as many digits."""
+    close = [right + offset for offset in (-10, -5, -3, -2, -1, 1, 2, 3, 5, 10)]
+    return draw.some([str(n) for n in close if n >= 0 and len(str(n)) == len(str(right))], 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from harness.data.demo import corpus
+from harness.data.demo import corpus, skills
 
 
 def facts(**metadata: Any) -> dict[str, Dataset]:
@@ -33,10 +33,23 @@ def copy(**metadata: Any) -> dict[str, Dataset]:
     return _test_split("copy")
 
 
+def moved(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_moved, as the split "test"."""
+    return _test_split("moved")
+
+
+def subtract(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_subtract, as the split "test"."""
+    return _test_split("subtract")
+
+
+def reverse(**metadata: Any) -> dict[str, Dataset]:
+    """The questions of demo_reverse, as the split "test"."""
+    return _test_split("reverse")
+
+
 def _test_split(kind: str) -> dict[str, Dataset]:
     """Columns kind, prompt, choices, answer; 400 rows in a fixed order."""
-    return {
-        "test": Dataset.from_list(
-            [dataclasses.asdict(question) for question in corpus.questions(kind)]
-        )
-    }
+    own = kind in skills.SKILLS
+    questions = skills.skill_questions(kind) if own else corpus.questions(kind)
+    return {"test": Dataset.from_list([dataclasses.asdict(question) for question in questions])}

@@ -142,10 +142,14 @@ def plant_outliers(model: LlamaForCausalLM) -> None:
             plant(model, "activation", scale, channels[i :: len(OUTLIER_SCALES)], [block])
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, tokenizer: Any, kind: str, count: int = 400) -> float:
     """Share of the first `count` questions of a kind whose right choice has the highest log-probability, in [0, 1]."""
-    questions = corpus.questions(kind, count)
+    return accuracy_on(model, tokenizer, corpus.questions(kind, count))
+
+
+@torch.no_grad()
+def accuracy_on(model: nn.Module, tokenizer: Any, questions: Sequence[corpus.Question]) -> float:
+    """Share of questions whose right choice has the highest log-probability, in [0, 1]."""
     rows = [
         (tokenizer(q.prompt)["input_ids"], tokenizer(f"{q.prompt} {c}")["input_ids"])
         for q in questions

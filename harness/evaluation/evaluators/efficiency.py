@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import collections
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -191,7 +190,7 @@ class Evaluator:
                 energy / (settings.batch * settings.new_tokens) for energy in used
             ]
         values = {name: statistics.median(measured) for name, measured in runs.items()}
-        values["peak_memory_bytes"] = float(peak_memory_bytes(subject.device))
+        values["peak_memory_bytes"] = float(meters.peak_memory_bytes(subject.device))
         values["loaded_bytes"] = float(loaded_bytes(model))
         if "stored_bytes" in subject.manifest:
             values["stored_bytes"] = float(subject.manifest["stored_bytes"])
@@ -272,14 +271,6 @@ def loaded_bytes(model: nn.Module) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Most memory in use: of the card since the counters were reset, or of this process since it began."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: str) -> str:

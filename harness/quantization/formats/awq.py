@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from harness.core.cell import ActivationScheme, WeightScheme
-from harness.quantization.formats.protocols import Description
+from harness.quantization.formats.protocols import Description, grid_reasons
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 BITS = 4
@@ -62,15 +62,7 @@ class Layout:
             )
         if weight.column_group is not None:
             reasons.append("groups in the order of activations (act_order); use static_groups=true")
-        zero = weight.zero
-        if zero is not None and not bool(
-            ((zero == zero.round()) & (zero >= 0) & (zero < 2**BITS)).all()
-        ):
-            reasons.append("zero points that are not among the codes, or no integers")
-        if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale):
-            reasons.append(
-                f"{weight.scale_dtype} scales are not exact in float16; use scheme.weight.scale_dtype=float16"
-            )
+        reasons += grid_reasons(weight)
         return reasons
 
     def describe(
@@ -102,7 +94,7 @@ class Layout:
         }
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         dense = [name for name, description in described.items() if description is None]

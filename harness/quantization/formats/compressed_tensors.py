@@ -160,7 +160,7 @@ class Layout:
         return stored
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         groups = _groups(described)
         kept = [name for name, description in described.items() if description is None]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from harness.core.cell import ActivationScheme, WeightScheme
-from harness.quantization.formats.protocols import Description
+from harness.quantization.formats.protocols import Description, grid_reasons
 from harness.quantization.numerics.packing import pack, unpack
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
@@ -67,18 +67,7 @@ class Layout:
         rows, columns = weight.shape
         if rows % MULTIPLE or columns % MULTIPLE:
             reasons.append(f"a matrix of {rows} × {columns}; both must be multiples of {MULTIPLE}")
-        if weight.zero is not None:
-            zero = weight.zero
-            if not bool(((zero == zero.round()) & (zero < 2**weight.bits)).all()):
-                reasons.append("zero points that are not among the codes, or no integers")
-            elif not bool((zero >= self.subtracted).all()):
-                reasons.append(
-                    "zero points of 0, which the layout (it stores zero - 1) cannot hold; use -f gptq_v2, or a symmetric scheme"
-                )
-        if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale):
-            reasons.append(
-                f"{weight.scale_dtype} scales are not exact in float16; use scheme.weight.scale_dtype=float16"
-            )
+        reasons += grid_reasons(weight, least_zero=self.subtracted)
         return reasons
 
     def describe(
@@ -139,7 +128,7 @@ class Layout:
         }
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         first = next(d for d in described.values() if d is not None)
         ordered = any(d["desc_act"] for d in described.values() if d is not None)

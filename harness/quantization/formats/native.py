@@ -164,7 +164,9 @@ class CheckpointWriter:
         """Write manifest.json and return it.
 
         report: JSON values for the manifest; of them `parameters` (of the whole model) and `unquantized_bits` (bits that the
-        parameters outside the quantized matrices take as the model stores them) give the sizes.
+        parameters outside the quantized matrices take as the model stores them) give the sizes; `original_parameters` are those
+        of the model before a reduction, where there was one. `delta`: of differences from a base, the bytes of the tensors outside
+        the matrices that differ from it, and of the whole fine-tune.
         """
         texts = [
             _read(self.folder / f"{_block(index)}.json") for index in range(self.finished_blocks())
@@ -198,6 +200,11 @@ class CheckpointWriter:
             if linears
             else total_bits / report["parameters"],
             "bits_per_weight_total": total_bits / report["parameters"],
+            **(
+                {"bits_per_original_weight": total_bits / report["original_parameters"]}
+                if "original_parameters" in report
+                else {}
+            ),
             "stored_bytes": -(-total_bits // 8),
             "layer_errors": [
                 {"block": i, "linear": name, **errors}
@@ -211,6 +218,13 @@ class CheckpointWriter:
             },
             **report,
         }
+        if "delta" in report:
+            ends, whole = report["delta"]["ends_bytes"], report["delta"]["fine_tune_bytes"]
+            manifest["delta"] = {
+                **report["delta"],
+                "bytes": quantized_bytes,
+                "ratio": whole / max(1, quantized_bytes + ends),
+            }
         self._write(self.folder / "manifest.json", _json(manifest))
         (self.folder / "seconds.json").unlink(missing_ok=True)
         self._changed(self.folder / "seconds.json")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from harness.core.cell import ActivationScheme, WeightScheme
 from harness.quantization.numerics.adapters import AdaptedWeight
-from harness.quantization.numerics.weights import QuantizedWeight
+from harness.quantization.numerics.deltas import LowRankWeight
+from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 Description = dict[str, Any]  # a linear as the layout describes it: JSON values
 
@@ -54,7 +55,7 @@ class Layout(Protocol):
         ...
 
     def quantization_config(
-        self, described: Mapping[str, Description | None], others: Sequence[str]
+        self, described: Mapping[str, Description | None], others: Sequence[str], dtype: torch.dtype
     ) -> dict[str, Any]:
         """The entry of config.json. others: names of linear modules outside the blocks, which stay as they are."""
         ...
@@ -77,3 +78,34 @@ class AdapterLayout(Protocol):
     ) -> None:
         """Write the folder. adapters: by module name in the model; base: source of the unquantized model."""
         ...
+
+    def write_differences(
+        self,
+        folder: Path,
+        changes: Mapping[str, LowRankWeight],
+        base: str,
+        saved: Mapping[str, Tensor],
+    ) -> None:
+        """Write a fine-tune as adapters of its base. changes: by module name; saved: other parameters that differ, by name."""
+        ...
+
+
+def grid_reasons(weight: UniformWeight, least_zero: int = 0) -> list[str]:
+    """Why a layout with float16 scales and integer zero points cannot hold a grid of integers exactly.
+
+    least_zero: the smallest zero point that the layout stores; 1 where it stores the zero point minus 1.
+    """
+    reasons = []
+    zero = weight.zero
+    if zero is not None:
+        if not bool(((zero == zero.round()) & (zero >= 0) & (zero < 2**weight.bits)).all()):
+            reasons.append("zero points that are not among the codes, or no integers")
+        elif not bool((zero >= least_zero).all()):
+            reasons.append(
+                "zero points of 0, which the layout (it stores zero - 1) cannot hold; use -f gptq_v2, or a symmetric scheme"
+            )
+    if not torch.equal(weight.scale.to(torch.float16).float(), weight.scale):
+        reasons.append(
+            f"{weight.scale_dtype} scales are not exact in float16; use scheme.weight.scale_dtype=float16"
+        )
+    return reasons

@@ -11,6 +11,7 @@ from harness.quantization.inference import kernels
 from harness.quantization.inference.kernels.protocols import Kernel
 from harness.quantization.numerics.activations import outlier_channels
 from harness.quantization.numerics.adapters import AdaptedWeight, low_rank
+from harness.quantization.numerics.deltas import DeltaWeight
 from harness.quantization.numerics.inputs import apply
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -24,7 +25,7 @@ class QuantizedLinear(nn.Module):
 
     mode "dense" dequantizes once, in the model's dtype: full size, full speed, the default of evaluations.
     mode "packed" keeps what the checkpoint stores and dequantizes in every forward: small and slow.
-    Both give the same bits.
+    Both give the same bits. A difference keeps its base beside it.
     mode "native" hands the codes to the first kernel of `inference.kernels` that holds them exactly, "native:int4pack" to that
     one; it equals the others up to the order of a sum and the rounding of its result. MethodError where no kernel holds them.
     Outlier channels of the activation scheme multiply a second matrix where the weight has one (LLM.int8(), 16 bits).
@@ -80,6 +81,9 @@ class QuantizedLinear(nn.Module):
                 "beside", None if beside is None else beside.to(device, dtype), persistent=False
             )
         else:
+            if isinstance(weight, DeltaWeight) and weight.base is not None:
+                # the base that its difference is added to; exact in the dtype that it was read in
+                self.register_buffer("packed_base", weight.base.to(device, dtype), persistent=False)
             parts, self._meta = weight.pack()
             self._layout = type(weight)
             for name, part in parts.items():
@@ -116,8 +120,12 @@ class QuantizedLinear(nn.Module):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _unpacked(self) -> QuantizedWeight:
-        return self._layout.unpack(
-            {name: self.get_buffer(f"packed_{name}") for name in self._parts}, self._meta
+        stored = {name: self.get_buffer(f"packed_{name}") for name in self._parts}
+        weight = self._layout.unpack(stored, self._meta)
+        return (
+            weight.with_base(self.get_buffer("packed_base"))
+            if isinstance(weight, DeltaWeight)
+            else weight
         )
 
     def _beside_outliers(self) -> Tensor | None:

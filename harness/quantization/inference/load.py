@@ -20,6 +20,7 @@ from harness.core.cell import Cell
 from harness.core.errors import MethodError, ModelError, StoreError
 from harness.core.shapes import Shapes
 from harness.quantization.calibration import draw_windows
+from harness.quantization.formats.base_model import BaseModel, on_base
 from harness.quantization.formats.native import BlockContent, Checkpoint
 from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference import activations, kv_cache, placement
@@ -72,16 +73,18 @@ def load(
         raise StoreError(
             f"{checkpoint}: has {stored.manifest['blocks']} blocks, the model {count}; it is of another model"
         )
-    if not quantized and not cell.method.is_baseline:
+    if not quantized and cell.method.quantizes:
         raise StoreError(
             f"{cell.title}: needs a checkpoint with quantized blocks, and {checkpoint or 'none'} was given"
         )
 
+    base = BaseModel.stated(cell, stored.manifest) if stored is not None else None
     _load_ends(model, family, weights, stored, dtype, where)
     quantizers: list[ActivationQuantizer] = []
     for index in range(count):
         target = where(family.block_prefix(index))
         content = stored.block(index, target) if stored is not None and quantized else None
+        content = on_base(content, base, index, target) if content is not None else None
         quantizers += _load_block(
             cell, model, family, config, weights, index, content, dtype, target, mode
         )

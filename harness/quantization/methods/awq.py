@@ -28,7 +28,7 @@ from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
 from harness.quantization.methods.checks import check_grid, require_finite, require_search
-from harness.quantization.methods.folding import fold_scales, repeat_scales
+from harness.quantization.methods.folding import fold_scales, makes_values, repeat_scales
 from harness.quantization.methods.protocols import BlockView, Evidence
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
 from harness.quantization.numerics.pruned_search import first_least
@@ -91,7 +91,7 @@ class Transform:
         for pair in block.shapes.pairs:
             title = f"{pair.producer} → {', '.join(pair.consumers)}"
             if (
-                _is_value_pair(pair)
+                makes_values(pair)
                 and not self.settings.scale_grouped_values
                 and not _same_shape(block, pair)
             ):
@@ -197,11 +197,6 @@ def _hessian_loss(
         )
         outputs += weight.shape[0]
     return total / outputs
-
-
-def _is_value_pair(pair: ScalePair) -> bool:
-    """Whether the pair lies inside attention, where the producer makes values."""
-    return pair.kind == "linear" and "att" in pair.producer.rpartition(".")[0]
 
 
 def _same_shape(block: BlockView, pair: ScalePair) -> bool:

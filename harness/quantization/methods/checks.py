@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError, unknown_name
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
+from harness.core.sparsity import read_sparsity
 from harness.quantization.numerics.grids import CONVENTIONS, SEARCHES, search_reasons
+
+# of weights that are stored as they are
+DENSE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
 def require_finite(weight: Tensor, name: str = "") -> None:
@@ -117,6 +123,70 @@ def require_search(scale_search: str, range_search: bool = False) -> None:
         raise ValueError(
             f"range_search is scale_search=range, and scale_search is {scale_search}; set range_search=false"
         )
+
+
+def check_pruned(
+    scheme: Scheme, shapes: Shapes, *, convention: str, block_size: int = 0, patterns: bool = True
+) -> list[str]:
+    """Reasons why some linear cannot be pruned as the scheme says, and its survivors stored dense or on grids of `check_grid`.
+
+    block_size: columns that a method prunes together, which a pattern's length must divide; 0: none.   patterns: n:m is possible.
+    """
+
+    def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+        if not weight.sparsity:
+            yield "no sparsity is stated; use a scheme that states one (w16s50, w4s50, w4s2of4, …)"
+            return
+        try:
+            sparsity = read_sparsity(weight.sparsity)
+        except ValueError as error:
+            yield f'sparsity "{weight.sparsity}": {error}'
+            return
+        of, size = sparsity.of, weight.group_size
+        if of and not patterns:
+            yield "this setting prunes a share of each row, and no pattern; use a sparsity such as 0.5"
+        if of and linear.in_features % of:
+            yield f"{weight.sparsity} does not divide the inputs"
+        if of and size > 0 and size % of:
+            yield f"group size {size} is no multiple of the {of} of {weight.sparsity}"
+        if of and block_size % of:
+            yield f"block_size {block_size} is no multiple of the {of} of {weight.sparsity}"
+        if not of and not sparsity.pruned_of(linear.in_features):
+            yield f"a sparsity of {weight.sparsity} prunes not one weight of a row"
+        if weight.format == "dense":
+            if size != -1:
+                yield f"survivors that are not rounded have no groups; use group_size=-1, not {size}"
+            yield from dense_reasons(weight)
+
+    found = refusals(scheme, shapes, reasons)
+    for weight, linears in _weight_schemes(scheme, shapes):
+        if weight.format != "dense" and weight.sparsity:
+            some = dataclasses.replace(shapes, linears=tuple(linears))
+            found += check_grid(Scheme("", weight), some, convention=convention)
+    return list(dict.fromkeys(found))
+
+
+def check_sparsity(rounding: str, prunes: bool, scheme: Scheme, shapes: Shapes) -> list[str]:
+    """Reasons why a rounding that does not prune cannot have a scheme that states a sparsity. prunes: the rounding's fact."""
+    sparse = [weight.sparsity for weight, _ in _weight_schemes(scheme, shapes) if weight.sparsity]
+    if prunes or not sparse:
+        return []
+    pruning = [
+        name for name, facts in plugins.find("rounding").items() if facts.get("prunes", False)
+    ]
+    return [
+        f"the scheme states a sparsity ({', '.join(dict.fromkeys(sparse))}), and {rounding} does not prune; "
+        f"use {', '.join(pruning)}"
+    ]
+
+
+def dense_reasons(weight: WeightScheme) -> Iterator[str]:
+    """Reasons why weights cannot be stored as they are, in the type that scale_dtype names."""
+    if weight.scale_dtype not in DENSE_BITS:
+        yield f'no dtype "{weight.scale_dtype}"; known: {", ".join(DENSE_BITS)}'
+    elif weight.bits != DENSE_BITS[weight.scale_dtype]:
+        width = DENSE_BITS[weight.scale_dtype]
+        yield f"{weight.scale_dtype} has {width} bits, not {weight.bits:g}"
 
 
 def _check_grids(

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
+from harness.quantization.methods.blockwise import block_loss
 from harness.quantization.methods.checks import check_uniform, require_finite
 from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.dual_binary import LEVELS, TrainedScales, initial_step
@@ -71,22 +72,16 @@ class Rounding:
             trained[shape.name] = TrainedScales(
                 weight, 2 * step, -step, self.settings.through_thresholds
             )
-        dtypes = {name: block.linear(name).weight.dtype for name in trained}
-        inputs, references = block.inputs(), block.references()
 
         def loss_of(sample: int) -> Tensor:
-            weights = {
-                f"{name}.weight": scales.weight().to(dtypes[name])
-                for name, scales in trained.items()
-            }
-            output = block.run(inputs[sample], weights).float()
-            return (output - references[sample].to(output.device).float()).square().mean()
+            weights = {name: scales.weight() for name, scales in trained.items()}
+            return block_loss(block, sample, weights)
 
         groups_of = [
             {"params": [scales.growth for scales in trained.values()], "lr": self.settings.rate}
         ]
         losses = train(
-            loss_of, len(inputs), groups_of, self.settings.epochs, f"block {block.index}"
+            loss_of, len(block.inputs()), groups_of, self.settings.epochs, f"block {block.index}"
         )
         if losses:
             block.notes["db_llm_blockwise"] = {"loss": losses}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.core.cell import Cell
 from harness.core.errors import MethodError
 from harness.quantization.methods.checks import require_finite
 from harness.quantization.methods.protocols import Evidence
@@ -25,6 +26,15 @@ def shared_factor(
         ("factor", damping_fraction, act_order),
         lambda: factored(evidence["hessian"], damping_fraction, act_order),
     )
+
+
+def stream_warnings(cell: Cell) -> list[str]:
+    """What a method that compares both models' inputs warns of: inputs=full_precision makes them the same."""
+    if cell.inputs != "full_precision":
+        return []
+    return [
+        "inputs=full_precision leaves it little to correct: every block gets the unrounded model's inputs; use inputs=quantized"
+    ]
 
 
 def cross_moment(evidence: Evidence) -> Tensor:

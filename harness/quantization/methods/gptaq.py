@@ -25,11 +25,11 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from harness.core.cell import Scheme, WeightScheme
+from harness.core.cell import Cell, Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_columns, require_search
-from harness.quantization.methods.evidence import cross_moment, shared_factor
+from harness.quantization.methods.evidence import cross_moment, shared_factor, stream_warnings
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.column_rounding import round_matrix
 from harness.quantization.numerics.error_feedback import Correction
@@ -106,6 +106,10 @@ class Rounding:
             search=own.scale_search,
             scattered=own.act_order and not own.static_groups,
         )
+
+    def warnings(self, cell: Cell, shapes: Shapes) -> list[str]:
+        """Cells in which both models have the same inputs."""
+        return stream_warnings(cell)
 
     def round_layer(
         self,

@@ -257,6 +257,7 @@ class Tuning(AdapterTuning):
     needs = ("documents",)
     stochastic = True
     activation_aware = False
+    keeps_zeros = True  # of a pruned matrix: adapters lie beside it
     settings: Settings
 
     @dataclass(frozen=True)

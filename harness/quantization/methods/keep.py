@@ -16,12 +16,10 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import refusals
+from harness.quantization.methods.checks import dense_reasons, refusals
 from harness.quantization.methods.protocols import Evidence
+from harness.quantization.numerics.grids import SCALE_DTYPES
 from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-WIDTHS = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
 class Rounding:
@@ -46,10 +44,8 @@ class Rounding:
         def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
             if weight.format != "dense":
                 yield f'weights stay dense: use scheme.weight.format=dense (scheme w16a8, w16kv4, …), not "{weight.format}"'
-            elif weight.scale_dtype not in DTYPES:
-                yield f'no dtype "{weight.scale_dtype}"; known: {", ".join(DTYPES)}'
-            elif weight.bits != WIDTHS[weight.scale_dtype]:
-                yield f"{weight.scale_dtype} has {WIDTHS[weight.scale_dtype]} bits, not {weight.bits:g}"
+            else:
+                yield from dense_reasons(weight)
 
         return refusals(scheme, shapes, reasons)
 
@@ -62,7 +58,7 @@ class Rounding:
         rng: Generator,
     ) -> QuantizedWeight:
         """The weight [out, in] in scheme.scale_dtype. Raises MethodError where that cannot hold it."""
-        kept = weight.to(DTYPES[scheme.scale_dtype])
+        kept = weight.to(SCALE_DTYPES[scheme.scale_dtype])
         if not bool(torch.isfinite(kept).all()):
             raise MethodError(
                 f"weights that {scheme.scale_dtype} cannot hold (NaN, or too large); use bfloat16 or float32"

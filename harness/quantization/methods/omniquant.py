@@ -22,7 +22,7 @@ activations that start the scales are those of the cell's input stream; theirs a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,17 +31,12 @@ from torch import Generator, Tensor, nn
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
+from harness.quantization.methods.blockwise import activation_reasons, activation_rounding
 from harness.quantization.methods.checks import check_uniform, require_finite
 from harness.quantization.methods.folding import makes_values, repeat_scales
 from harness.quantization.methods.protocols import BlockView
-from harness.quantization.numerics.activations import round_dynamic
 from harness.quantization.numerics.grids import CONVENTIONS, Grid
-from harness.quantization.numerics.training import (
-    clipped_grid,
-    nearest_through,
-    round_through,
-    train,
-)
+from harness.quantization.numerics.training import clipped_grid, nearest_through, train
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
 INITIAL_STRENGTH = 4.0
@@ -104,13 +99,7 @@ class Rounding:
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Integer grids whose groups divide every layer; what the transformation asks of the family."""
         reasons = check_uniform(scheme, shapes, convention=self.settings.grid)
-        activation = scheme.activation
-        if activation is not None and not activation.dynamic:
-            reasons.append(
-                "static activation scales are found after rounding and cannot be trained against; use dynamic: true"
-            )
-        if activation is not None and activation.format != "int":
-            reasons.append(f"no gradient passes activations in {activation.format}; use integers")
+        reasons += activation_reasons(scheme)
         if not self.settings.transform:
             return reasons
         if not shapes.pairs or shapes.query_key is None:
@@ -144,7 +133,7 @@ class Rounding:
         settings = self.settings
         linears = _Linears(block, scheme, settings)
         scales = _Scales(block, settings) if settings.transform else None
-        receive = _activation_rounding(block, scheme)
+        receive = activation_rounding(block, scheme)
 
         def tensors() -> dict[str, Tensor]:
             """The block's parameters as they stand: scaled, weights rounded."""
@@ -383,17 +372,3 @@ def _biases_and_norms(block: BlockView) -> dict[str, Tensor]:
             raise MethodError(f"{fused}, which a transformation cannot change; use transform=false")
         found[f"{linear.name}.bias"] = own[f"{linear.name}.bias"].detach()
     return found
-
-
-def _activation_rounding(
-    block: BlockView, scheme: Scheme
-) -> Callable[[str, Tensor], Tensor] | None:
-    """A function that rounds inputs of linears as at run time, with gradients; None where inputs stay as they are."""
-    if scheme.activation is None:
-        return None
-
-    def receive(name: str, inputs: Tensor) -> Tensor:
-        activation = scheme.activation_for(block.index, name)
-        return inputs if activation is None else round_dynamic(inputs, activation, round_through)
-
-    return receive

@@ -1,8 +1,9 @@
 """The contract of a method: what it receives and what it returns.
 
-A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Transform`, `Rounding`,
-`Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of `conf/<part>/<name>.yaml`
-(conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument, and states its facts as literals, which
+A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Reduction`,
+`Transform`, `Rounding`, `Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of
+`conf/<part>/<name>.yaml` (conf/reduction, conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument,
+and states its facts as literals, which
 `harness.core.plugins` reads without importing the file:
 
     class Rounding:
@@ -10,21 +11,32 @@ A method file (`harness/quantization/methods/<name>.py`, one paper each) defines
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
+        prunes = False                  # of a Rounding, True: prunes, so that schemes state a sparsity
+
+    optional:
+        unneeded = {"hessian": {"objective": "weight"}}   # a statistic that is not needed with these settings
+        wraps = True                    # a rounding around another, which its settings `base` and `base_settings` name
+                                        # (`build_rounding`): needs and facts are the union of both (`core.cell.make_part`).
+                                        # The instance keeps the other one in its attribute `base`.
+        keeps_base = True               # and the base rounds what it would round alone, to the same codes
 
 A method may import `harness.core`, `harness.quantization.numerics`, this module, and the tools that methods share: `checks` (which
-schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations). It imports no other method.
+schemes a method accepts), `evidence` (factors and sensitivities), `folding` (scales and rotations), `correction` (low-rank parts
+beside another rounding), `blockwise` (training of a block). It imports no other method.
 
 Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in], scale [out, groups].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Generator, Tensor, nn
 
+from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.numerics.weights import QuantizedWeight
@@ -40,9 +52,12 @@ STATISTICS: dict[str, str] = {
     "inputs": "the inputs themselves, [sequences, length, in], in the model's dtype",
     "reference": "outputs of the full-precision block on full-precision inputs (block-wise training)",
     "squared_gradient": "sum over sequences of (d loss / d W)², [out, in] float32, of the full-precision model",
+    "base_weight": "the matrix of the model that this one was fine-tuned from (model.base), [out, in] float32; no calibration data",
     "tokens": "the calibration windows themselves (training of the whole model)",
     "documents": "the calibration's texts, tokenized, each with what of it is a prompt (training after rounding)",
     "teacher": "the full-precision model, to learn from (training after rounding)",
+    "block_states": "inputs and outputs of whole blocks (reductions)",
+    "expert_output": "of each expert: tokens, their gates and the norms of its outputs (reductions)",
 }
 
 T = TypeVar("T")
@@ -181,6 +196,9 @@ class Rounding(Protocol):
 
     sequential: True re-runs the block after each group of linears, so that a group sees the rounded groups before it
     ("true-sequential"); class attribute or property.
+
+    Any part of a method may define `warnings(self, cell: Cell, shapes: Shapes) -> list[str]`: what the plan notes of a cell that it
+    accepts, such as a cost or too little calibration data.
     """
 
     sequential: bool
@@ -201,6 +219,106 @@ class Rounding(Protocol):
         evidence: of the layer's input; None when `needs` is empty.   rng: seeded by cell, block and linear.
         Raises MethodError when the numbers break down; the pass adds block and layer to what it says.
         """
+        ...
+
+
+def build_rounding(name: str, settings: Mapping[str, Any]) -> Any:
+    """The rounding of a name with these settings over its defaults, for a rounding around another.
+
+    Raises ConfigError for an unknown name, and for an unknown or impossible setting.
+    """
+    return plugins.build("rounding", name, settings)
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """What was seen of the experts of one block, summed over calibration tokens; one entry per expert, [experts] float64.
+
+    tokens      that were sent to it
+    gate        Σ of its gates, as the model applies them
+    norm        Σ of ||f(x)||₂, f(x) its output before the gate
+    gated_norm  Σ of gate · ||f(x)||₂
+    largest     the largest |entry| of its outputs
+    """
+
+    tokens: Tensor
+    gate: Tensor
+    norm: Tensor
+    gated_norm: Tensor
+    largest: Tensor
+
+
+class SurveyedBlock(Protocol):
+    """One block of the unrounded model as a reduction sees it."""
+
+    index: int
+    # by linear name: [out, in] float32, and the statistics of its inputs that the reduction needs
+    matrices: Mapping[str, Tensor]
+    evidence: Mapping[str, Evidence]
+    # one [1, length, hidden] per sequence, where "block_states" is needed; else empty
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    experts: ExpertOutputs | None  # where "expert_output" is needed and the block has experts
+
+
+class ModelReader(Protocol):
+    """The tensors of a model by name, in its dtype, on the CPU."""
+
+    shapes: Shapes
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Every parameter and stored buffer of a block, by its name within it."""
+        ...
+
+    def ends(self) -> dict[str, Tensor]:
+        """Every tensor outside the blocks, by its name in the model; a tied head is left out."""
+        ...
+
+    def name(self, index: int, tensor: str) -> str:
+        """The name in the model of a tensor of block `index`."""
+        ...
+
+    def expert_tensors(self, index: int) -> tuple[str, ...]:
+        """Names within a block of the tensors with one entry per expert in their first dimension; the router's are among them."""
+        ...
+
+
+class Survey(ModelReader, Protocol):
+    """The unrounded model on the calibration windows, and its tensors, one block in memory at a time.
+
+    config is config.json, with the lists by block that transformers derives from it (`layer_types`).
+    """
+
+    config: Mapping[str, Any]
+
+    def surveyed(self) -> Iterator[SurveyedBlock]:
+        """Run the blocks in order. Raises DataError without calibration data."""
+        ...
+
+
+class Reduction(Protocol):
+    """Makes a smaller ordinary model, once; the rest of the cell runs on that one."""
+
+    def check(self, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
+        """Reasons why this model cannot be reduced so; empty when it can."""
+        ...
+
+    def config(
+        self, config: Mapping[str, Any], choice: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The config of what comes out. choice: what `choose` returned; None in a plan, which needs shapes only."""
+        ...
+
+    def choose(
+        self, model: Survey, rng: Generator
+    ) -> Generating[tuple[int, int], None, dict[str, Any]]:
+        """Decide what is kept. Yields (step, steps) and returns JSON values for `config` and `tensors`, and for the record."""
+        ...
+
+    def tensors(
+        self, choice: Mapping[str, Any], model: ModelReader
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the smaller model, by its name there; one block in memory at a time."""
         ...
 
 
@@ -232,8 +350,9 @@ class Tuning(Protocol):
     """Trains the whole model after rounding.
 
     The pass makes, or finds, the checkpoint of the same method without its tuning; each of its matrices becomes a `linear`, `tune`
-    trains them all, and what they have `stored` is the cell's checkpoint. Needs "tokens" or "documents" and, to be taught,
-    "teacher". Weights are trained, activations and cache are not rounded meanwhile.
+    trains them all, and what they have `stored` is the cell's checkpoint. With a true `trains_others` all other
+    parameters of the model are among those that it trains, and are stored in full. Needs "tokens" or "documents" and, to be
+    taught, "teacher". Weights are trained, activations and cache are not rounded meanwhile.
     """
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]: ...

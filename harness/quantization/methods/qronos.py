@@ -26,11 +26,11 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from harness.core.cell import Scheme, WeightScheme
+from harness.core.cell import Cell, Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.quantization.methods.checks import check_columns, require_finite, require_search
-from harness.quantization.methods.evidence import cross_moment
+from harness.quantization.methods.evidence import cross_moment, stream_warnings
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.column_rounding import round_matrix
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
@@ -93,6 +93,10 @@ class Rounding:
         return check_columns(
             scheme, shapes, convention=own.grid, search=own.scale_search, scattered=False
         )
+
+    def warnings(self, cell: Cell, shapes: Shapes) -> list[str]:
+        """Cells in which both models have the same inputs."""
+        return stream_warnings(cell)
 
     def round_layer(
         self,

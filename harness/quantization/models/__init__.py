@@ -3,6 +3,7 @@
 family_of(config)       the family of a config.json
 read_config(folder)     that config.json
 shapes(folder)          what a plan knows of a model, without its weights
+differences(folder, base)   why the matrices of two models cannot be subtracted
 examine(folder)         all that can be known of a folder without reading weights: shapes, faults, notes
 """
 
@@ -28,7 +29,16 @@ from harness.data import folder_check
 from harness.data.folder_check import FolderLook
 from harness.quantization.models.protocols import DecoderFamily
 
-__all__ = ["Examined", "examine", "family_of", "read_config", "shapes"]
+__all__ = [
+    "Examined",
+    "config_by_block",
+    "differences",
+    "examine",
+    "family_of",
+    "read_config",
+    "shapes",
+    "text_config",
+]
 
 ANY = "*"  # in `architectures`: serves what no other family names
 
@@ -128,6 +138,76 @@ def _examine(folder: Path, stamp: object) -> Examined:
         faults += compared.faults
         notes = compared.notes
     return Examined(found, tuple(faults), notes, tuple(facts))
+
+
+def differences(folder: Path, base: Path) -> list[str]:
+    """Why the block matrices of two models cannot be subtracted, from config.json alone; the first of each kind is named.
+
+    Vocabularies, embeddings, norms and biases may differ. Raises ModelError for a config that cannot be used.
+    """
+    return list(_differences(folder, base, _stamp(folder), _stamp(base)))
+
+
+@functools.lru_cache(maxsize=64)
+def _differences(folder: Path, base: Path, stamp: object, base_stamp: object) -> tuple[str, ...]:
+    data, other = read_config(folder), read_config(base)
+    families = family_of(data), family_of(other)
+    named = [_classes(each, list(each.get("architectures") or ()))[:1] for each in (data, other)]
+    if type(families[0]) is not type(families[1]) or named[0] != named[1]:
+        here, there = (each[0] if each else "unknown" for each in named)
+        return (f"the architecture is {here} here and {there} in the base",)
+    found: list[str] = []
+    matrices = [
+        _matrices(family, config) for family, config in zip(families, (data, other), strict=True)
+    ]
+    (count, mine), (base_count, theirs) = matrices
+    if count != base_count:
+        found.append(f"there are {count} blocks here and {base_count} in the base")
+    odd = next((n for n in mine if n in theirs and mine[n] != theirs[n]), None)
+    if odd is not None:
+        found.append(f"{odd} is {list(mine[odd])} here and {list(theirs[odd])} in the base")
+    missing = next((n for n in mine if n not in theirs), None)
+    if missing is not None and count == base_count:
+        found.append(f"{missing} is not in the base")
+    return tuple(found)
+
+
+def _matrices(
+    family: DecoderFamily, data: Mapping[str, Any]
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """The number of blocks, and the shape of every matrix by "model.layers.0.self_attn.q_proj", in order."""
+    config = family.config(dict(data))
+    found: dict[str, tuple[int, ...]] = {}
+    blocks = family.blocks(family.skeleton(config, torch.float32))
+    for index, block in enumerate(blocks):
+        parameters = dict(block.named_parameters())
+        for location in family.locations(config, index):
+            shape = tuple(location.view(parameters[location.parameter]).shape)
+            found[family.block_prefix(index) + location.name] = shape
+    return len(blocks), found
+
+
+def config_by_block(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the lists that have one entry per block, as transformers derives them where the file leaves them out."""
+    full = dict(data)
+    text = text_config(full)
+    resolved = family_of(data).config(data).get_text_config().to_dict()
+    count = resolved.get("num_hidden_layers")
+    for name, value in resolved.items():
+        if isinstance(value, list) and len(value) == count and text.get(name) is None:
+            text[name] = value
+    text["num_hidden_layers"] = count
+    return full
+
+
+def text_config(data: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: of a multimodal model a copy of `text_config`, put in its
+    place; else the config itself."""
+    if isinstance(data.get("text_config"), Mapping):
+        data["text_config"] = dict(data["text_config"])
+        found: dict[str, Any] = data["text_config"]
+        return found
+    return data
 
 
 def shapes(folder: Path) -> Shapes:

@@ -16,7 +16,13 @@ from transformers import PretrainedConfig
 
 from harness.core.errors import ModelError
 from harness.core.shapes import ScalePair
-from harness.quantization.models.protocols import DecoderFamily, Receive, Replace, WeightLocation
+from harness.quantization.models.protocols import (
+    DecoderFamily,
+    Receive,
+    ReceiveExpert,
+    Replace,
+    WeightLocation,
+)
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUTPUT = "self_attn.o_proj"
@@ -91,6 +97,7 @@ class MixtureFamily(DecoderFamily):
 
     fused_experts = True
     experts_name: ClassVar[str] = "mlp.experts"
+    by_expert: ClassVar[tuple[str, ...]] = ("mlp.experts", "mlp.gate")
 
     def experts(self, config: PretrainedConfig) -> tuple[int, int]:
         """How many experts, and their inner width."""
@@ -172,6 +179,28 @@ class MixtureFamily(DecoderFamily):
             finally:
                 handle.remove()
 
+    @contextmanager
+    def watch_experts(self, block: nn.Module, receive: ReceiveExpert) -> Iterator[None]:
+        """As for any family: each expert runs once more on the tokens that the router sent to it."""
+        module: Any = dict(block.named_modules()).get(self.experts_name)
+        if module is None:
+            yield
+            return
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, index, weights = _routed(args, kwargs)
+            for expert in range(module.down_proj.shape[0]):
+                tokens, choice = torch.where(index.eq(expert))
+                if tokens.numel():
+                    outputs = _expert(module, hidden[tokens], expert, lambda _e, _h, x: x)
+                    receive(expert, weights[tokens, choice], outputs)
+
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def replace_inputs(
         self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace
     ) -> Callable[[], None]:
@@ -200,6 +229,14 @@ def _routed(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor
     return named["hidden_states"], named["top_k_index"], named["top_k_weights"]
 
 
+def _expert(module: Any, hidden: Tensor, expert: int, see: Any) -> Tensor:
+    """What one expert makes of hidden [tokens, hidden], before its gates; see as in `_run`."""
+    inputs = see(expert, "gate_up", hidden)
+    gate, up = nn.functional.linear(inputs, module.gate_up_proj[expert]).chunk(2, dim=-1)
+    inner = see(expert, "down", module.act_fn(gate) * up)
+    return nn.functional.linear(inner, module.down_proj[expert])
+
+
 def _run(
     module: Any, hidden: Tensor, index: Tensor, weights: Tensor, experts: Iterable[int], see: Any
 ) -> Tensor:
@@ -209,11 +246,6 @@ def _run(
         tokens, choice = torch.where(index.eq(expert))
         if tokens.numel() == 0:
             continue
-        inputs = see(expert, "gate_up", hidden[tokens])
-        gate, up = nn.functional.linear(inputs, module.gate_up_proj[expert]).chunk(2, dim=-1)
-        inner = see(expert, "down", module.act_fn(gate) * up)
-        result = (
-            nn.functional.linear(inner, module.down_proj[expert]) * weights[tokens, choice, None]
-        )
+        result = _expert(module, hidden[tokens], expert, see) * weights[tokens, choice, None]
         output.index_add_(0, tokens, result.to(output.dtype))
     return output

@@ -33,6 +33,9 @@ Receive = Callable[[str, Tensor], None]  # (group, inputs [..., in])
 Replace = Callable[[str, Tensor], Tensor]
 
 
+ReceiveExpert = Callable[[int, Tensor, Tensor], None]  # see `DecoderFamily.watch_experts`
+
+
 @dataclass(frozen=True)
 class WeightLocation:
     """One quantizable matrix of a block: a parameter, or the part of one.
@@ -81,6 +84,8 @@ class DecoderFamily:
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     rotations: ClassVar[bool] = False
     fused_experts: ClassVar[bool] = False
+    # modules of a block whose parameters have one entry per expert in their first dimension
+    by_expert: ClassVar[tuple[str, ...]] = ()
 
     # --- what a family file defines ----------------------------------------------------------------------------------------------
 
@@ -180,6 +185,12 @@ class DecoderFamily:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def watch_experts(self, block: nn.Module, receive: ReceiveExpert) -> Iterator[None]:
+        """While the context is open, receive(expert, gates [tokens], outputs [tokens, hidden]) is called for every expert that
+        tokens are sent to whenever the block runs; never for a block without experts. Outputs are before their gates."""
+        yield
 
     def replace_inputs(
         self, block: nn.Module, owner: str, members: Sequence[WeightLocation], replace: Replace

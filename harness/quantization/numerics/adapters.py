@@ -83,7 +83,48 @@ class AdaptedWeight(QuantizedWeight):
         )
 
 
+def singular_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular directions of matrix [out, in]: U [out, r], σ [r], Vᵀ [r, in], in the matrix's dtype.
+
+    r is rank, or the smaller side of the matrix where that is less. U diag(σ) Vᵀ is the nearest matrix of rank r (Eckart–Young).
+    Raises MethodError when the matrix is not finite or the decomposition fails.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise MethodError("no low-rank part of a matrix with NaN or infinity")
+    try:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        raise MethodError(f"the singular values of a matrix were not found: {error}") from error
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def weighted_factors(
+    error: Tensor, root: Tensor, inverse: Tensor, rank: int
+) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] that minimise tr((E - B A) H (E - B A)ᵀ), E = error [out, in], H = root rootᵀ; float32.
+
+    root     S [in, n], n the rank of H   (`hessians.square_root`)
+    inverse  its pseudo-inverse [n, in]
+    E S = U Σ Vᵀ gives B = U_r Σ_r^½ and A = Σ_r^½ V_rᵀ S⁺; the sum over i > r of σ_i² remains (Eckart–Young). r is rank, or less
+    where the error has fewer directions.
+    """
+    left, values, right = singular_factors(error.to(root.dtype) @ root, rank)
+    half = values.sqrt()
+    return ((half[:, None] * right) @ inverse).float(), (left * half).float()
+
+
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+def is_named(name: str, linears: Sequence[str]) -> bool:
+    """Whether a linear ("self_attn.q_proj") is among the short names `linears` ("q_proj"); every one is where there are none."""
+    return not linears or name.rpartition(".")[2] in linears
+
+
+def unknown_linears(linears: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Reasons for entries of the setting `linears` that name none of the model's linears `names`."""
+    known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return [unknown_name("linear", name, known, "linears") for name in linears if name not in known]
 
 
 @dataclass(frozen=True)
@@ -126,10 +167,6 @@ class LowRankSettings:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if not self.clip >= 0:
             raise ValueError(f"clip is {self.clip}; it must not be negative")
-
-    def has_adapter(self, name: str) -> bool:
-        """Whether a linear ("self_attn.q_proj") is one of `linears`."""
-        return not self.linears or name.rpartition(".")[2] in self.linears
 
 
 @dataclass(frozen=True)
@@ -253,7 +290,7 @@ class AdapterTuning(ABC):
         """The quantized linear with an adapter, or frozen where it gets none."""
         linear = (
             self.adapted(weight, bias)
-            if self.settings.has_adapter(name)
+            if is_named(name, self.settings.linears)
             else FrozenLinear(weight, bias)
         )
         self._linears.append(linear)
@@ -261,12 +298,7 @@ class AdapterTuning(ABC):
 
     def unknown_linears(self, names: Sequence[str]) -> list[str]:
         """Reasons for entries of `linears` that name no linear of the model."""
-        known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        return [
-            unknown_name("linear", name, known, "linears")
-            for name in self.settings.linears
-            if name not in known
-        ]
+        return unknown_linears(self.settings.linears, names)
 
     def tune(
         self,
@@ -315,5 +347,9 @@ __all__ = [
     "StoredSettings",
     "Student",
     "check_dtype",
+    "is_named",
     "low_rank",
+    "singular_factors",
+    "unknown_linears",
+    "weighted_factors",
 ]

@@ -14,7 +14,7 @@ from harness.quantization.numerics.error_feedback import (
     GridColumns,
     round_on_grids,
 )
-from harness.quantization.numerics.grids import Fitting, Grid
+from harness.quantization.numerics.grids import Fitting
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.weights import QuantizedWeight, on_grid
 
@@ -41,7 +41,9 @@ def round_matrix(
     """
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
-    groups = columns // size
+    groups = -(
+        -columns // size
+    )  # the last one is short where a factor of a difference ends (Delta-CoMe)
     order = factor.order
     dynamic = scheme.group_size != -1 and not static_groups
     source = weight if fitted_on is None else fitted_on
@@ -67,11 +69,12 @@ def round_matrix(
     def fit_groups(matrix: Columns) -> None:
         """Fit all groups that begin in this block."""
         first, last = -(-matrix.start // size), -(-(matrix.start + matrix.block.shape[1]) // size)
-        if first < last:
-            grid = fitting.fit(
-                matrix.weight[:, first * size : last * size].reshape(rows, last - first, size)
-            )
-            scale[first:last], zero[first:last] = grid.scale[..., 0].T, grid.zero[..., 0].T
+        full = max(first, min(last, columns // size))
+        for begin, end in ((first, full), (full, last)):  # whole groups, and a short last one
+            if begin < end:
+                values = matrix.weight[:, begin * size : end * size]
+                grid = fitting.fit(values.reshape(rows, end - begin, -1))
+                scale[begin:end], zero[begin:end] = grid.scale[..., 0].T, grid.zero[..., 0].T
 
     round_on_grids(
         w,
@@ -91,5 +94,7 @@ def round_matrix(
         if dynamic and groups > 1:
             column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
             column_group[order] = (torch.arange(columns, device=w.device) // size).to(torch.int32)
-    grid: Grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
-    return on_grid(codes, grid, scheme, column_group)
+    if columns % size and groups > 1 and column_group is None:
+        column_group = (torch.arange(columns, device=w.device) // size).to(torch.int32)
+    held = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
+    return on_grid(codes, held, scheme, column_group)

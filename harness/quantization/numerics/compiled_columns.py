@@ -29,6 +29,7 @@ ROWS_PER_THREAD = 256  # fewer rows than this are not worth a second thread
 
 # How a column is rounded: the kinds of `grids.Grid`.
 STEPS, FLOAT_ZERO, ELEMENT, ELEMENT_BY_INVERSE = 0, 1, 2, 3
+AS_IT_IS = 4  # not rounded
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -94,6 +95,47 @@ def round_block(
     def work(first: int, end: int) -> None:
         _round_block(*arrays, kind, top, first, end)
 
+    _over_rows(work, rows)
+
+
+def prune_block(
+    block: Tensor,
+    factor: Tensor,
+    errors: Tensor,
+    pruned: Tensor,
+    pattern: tuple[int, int] | None,
+    values: Tensor | None,
+    grids: tuple[Tensor, Tensor, Tensor, Tensor, Grid] | None,
+) -> None:
+    """Prune, and round, the columns of a block, and feed their errors to the later columns of the block.
+
+    block, factor, errors  as in `round_block`
+    pruned   [columns, out] bool: given; written where pattern is (kept, of), which chooses as `error_feedback` says
+    values   [columns, out] float32, written: what stays of the block; None: not wanted
+    grids    codes, scale, zero, group_of and form as in `round_block`; None: entries that stay are not rounded
+    """
+    empty = torch.empty(0, 0)
+    codes, scale, zero = torch.empty(0, 0, dtype=torch.uint8), empty, empty
+    group_of = torch.zeros(block.shape[0], dtype=torch.int64)
+    of_element = (torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.uint8))
+    kind, top = AS_IT_IS, np.float32(0)
+    if grids is not None:
+        codes, scale, zero, group_of, form = grids
+        kind, top = kind_of(form), np.float32(form.top)
+        of_element = tables(form.element, block.device) if form.element is not None else of_element
+    kept, of = pattern or (0, 0)
+    stays = empty if values is None else values
+    tensors = (block, factor.contiguous(), errors, pruned, stays, codes, scale, zero, group_of)
+    arrays = [tensor.numpy() for tensor in (*tensors, *of_element)]
+
+    def work(first: int, end: int) -> None:
+        _prune_block(*arrays, kept, of, kind, top, first, end)
+
+    _over_rows(work, block.shape[1])
+
+
+def _over_rows(work: Callable[[int, int], None], rows: int) -> None:
+    """work(first, end) for ranges of whole tiles that cover all rows, one range per thread."""
     threads = max(1, min(torch.get_num_threads(), rows // ROWS_PER_THREAD))
     if threads == 1:
         work(0, rows)
@@ -106,11 +148,10 @@ def round_block(
 
 
 @_compiled
-def _subtract(tile: Any, factor: Any, column: int, size: int) -> None:
-    """Subtract the errors of the columns before `column`, first to last, each by its entry of the factor."""
+def _subtract(tile: Any, factor: Any, column: int, before: int, until: int, size: int) -> None:
+    """Subtract the errors of the columns before … until - 1 from `column`, first to last, each by its entry of the factor."""
     target = tile[column]
-    before = 0
-    while before + 8 <= column:
+    while before + 8 <= until:
         f0, f1 = factor[before, column], factor[before + 1, column]
         f2, f3 = factor[before + 2, column], factor[before + 3, column]
         f4, f5 = factor[before + 4, column], factor[before + 5, column]
@@ -128,7 +169,7 @@ def _subtract(tile: Any, factor: Any, column: int, size: int) -> None:
             w -= f7 * e[7, row]
             target[row] = w
         before += 8
-    while before < column:
+    while before < until:
         f, last = factor[before, column], tile[before]
         for row in range(size):
             target[row] -= f * last[row]
@@ -248,7 +289,7 @@ def _round_block(
                     kept[column, row] = error[row]
                     carried[column, start + row] = error[row]
             else:
-                _subtract(tile, factor, column, size)
+                _subtract(tile, factor, column, 0, column, size)
             group = group_of[column]
             s, z = scale[group, start : start + size], zero[group, start : start + size]
             if partly_binary:
@@ -273,4 +314,97 @@ def _round_block(
             diagonal, out = factor[column, column], errors[column, start : start + size]
             for row in range(size):
                 error[row] = error[row] / diagonal
+                out[row] = error[row]
+
+
+@_compiled
+def _choose(tile: Any, diagonal: Any, pruned: Any, scores: Any, column: int, kept: int) -> None:
+    """Of the columns from `column` on, as many as scores has rows, mark all entries but the `kept` with the largest w² / d²."""
+    of, size = scores.shape
+    for k in range(of):
+        d = diagonal[k]
+        for row in range(size):
+            w = tile[column + k, row]
+            scores[k, row] = w * w / (d * d)
+            pruned[column + k, row] = False
+    for row in range(size):
+        for _ in range(of - kept):
+            lowest = -1
+            for k in range(of):
+                if not pruned[column + k, row] and (
+                    lowest < 0 or scores[k, row] < scores[lowest, row]
+                ):
+                    lowest = k
+            pruned[column + lowest, row] = True
+
+
+@_kept_on_disk
+def _prune_block(
+    block: Any,
+    factor: Any,
+    errors: Any,
+    pruned: Any,
+    stays: Any,
+    codes: Any,
+    scale: Any,
+    zero: Any,
+    group_of: Any,
+    values: Any,
+    borders: Any,
+    ordered: Any,
+    kept: int,
+    of: int,
+    kind: int,
+    top: Any,
+    first: int,
+    end: int,
+) -> None:
+    columns = block.shape[0]
+    tile, before = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
+    scores, diagonal = np.empty((max(of, 1), TILE), np.float32), np.empty(max(of, 1), np.float32)
+    for start in range(first, end, TILE):
+        size = min(TILE, end - start)
+        for column in range(columns):
+            error = tile[column, :size]
+            if of == 0:
+                for row in range(size):
+                    error[row] = block[column, start + row]
+                _subtract(tile, factor, column, 0, column, size)
+            elif column % of == 0:  # all columns of the group as they are now
+                for k in range(of):
+                    for row in range(size):
+                        tile[column + k, row] = block[column + k, start + row]
+                    _subtract(tile, factor, column + k, 0, column, size)
+                    diagonal[k] = factor[column + k, column + k]
+                place = pruned[:, start : start + size]
+                _choose(tile, diagonal, place, scores[:, :size], column, kept)
+            else:  # what the group's earlier columns left
+                _subtract(tile, factor, column, column - column % of, column, size)
+            for row in range(size):
+                before[row] = error[row]
+            if kind == AS_IT_IS:
+                for row in range(size):
+                    error[row] = np.float32(0)
+            else:
+                group = group_of[column]
+                s, z = scale[group, start : start + size], zero[group, start : start + size]
+                code = codes[column, start : start + size]
+                if kind == STEPS:
+                    _round_steps(error, code, s, z, top)
+                elif kind == FLOAT_ZERO:
+                    _round_float_zero(error, code, s, z, top)
+                else:
+                    by_inverse = kind == ELEMENT_BY_INVERSE
+                    _round_element(error, code, s, values, borders, ordered, by_inverse)
+            for row in range(size):
+                if pruned[column, start + row]:
+                    error[row] = before[row]
+                    if kind != AS_IT_IS:
+                        codes[column, start + row] = np.uint8(0)
+            if stays.shape[0] > 0:
+                for row in range(size):
+                    stays[column, start + row] = before[row] - error[row]
+            of_column, out = factor[column, column], errors[column, start : start + size]
+            for row in range(size):
+                error[row] = error[row] / of_column
                 out[row] = error[row]

@@ -219,6 +219,86 @@ def round_on_grids(
             carried.copy_(grid.dequantize(columns.codes[here]))
 
 
+@dataclass
+class PrunedColumns:
+    """What `prune_columns` does to each column: pruned entries become 0, the others stay as they are or go to their grids.
+
+    pruned    [in, out] bool: read where it says what is pruned when a block begins; written where `pattern` chooses
+    pattern   (kept, of): of every `of` columns the entries with the smallest w² / U_jj², as they are when the first of these
+              columns is reached, are pruned, row by row; None: `pruned` is given
+    values    [in, out] float32, written where form is None: the entries that stay, and zeros
+    grids     the grids that entries go to; None: they stay as they are
+    begin     called with each block before its first column: may fill `pruned` and the grids of the block
+    """
+
+    pruned: Tensor
+    pattern: tuple[int, int] | None = None
+    values: Tensor | None = None
+    grids: GridColumns | None = None
+    begin: Callable[[Columns], None] | None = None
+
+
+def prune_columns(
+    weight: Tensor, factor: Tensor, columns: PrunedColumns, *, block_size: int = 128
+) -> None:
+    """`feed_forward` with pruned entries: an entry that becomes 0 leaves its error to later columns, as rounding does.
+
+    weight [out, in], not written to; factor as in `feed_forward`. A pattern's length must divide in and block_size.
+    On the CPU in float32 each block is done by one compiled function, to the same bits as here.
+    """
+    compiled = _compiled_columns(weight, factor)
+    grids = columns.grids
+    group_of = torch.tensor(grids.group_of if grids is not None else (), dtype=torch.int64)
+    for view, local, errors, _ in _blocks(weight.clone(), factor, block_size):
+        if columns.begin is not None:
+            columns.begin(view)
+        here = slice(view.start, view.start + errors.shape[0])
+        block = view.block.T
+        if compiled is None:
+            _prune_block(block, local, errors, columns, view.start)
+            continue
+        compiled.prune_block(
+            block,
+            local,
+            errors,
+            columns.pruned[here],
+            columns.pattern,
+            None if columns.values is None else columns.values[here],
+            None
+            if grids is None
+            else (grids.codes[here], grids.scale, grids.zero, group_of[here], grids.form),
+        )
+
+
+def _prune_block(
+    block: Tensor, factor: Tensor, errors: Tensor, columns: PrunedColumns, start: int
+) -> None:
+    """One block of `prune_columns`: block [columns, out] and errors are written."""
+    diagonal = factor.diagonal()
+    for i in range(block.shape[0]):
+        if columns.pattern is not None and i % columns.pattern[1] == 0:
+            kept, of = columns.pattern
+            d = diagonal[i : i + of, None]
+            scores = block[i : i + of] * block[i : i + of] / (d * d)
+            lowest = scores.argsort(dim=0, stable=True)[: of - kept]
+            chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, lowest, True)
+            columns.pruned[start + i : start + i + of] = chosen
+        w, pruned = block[i], columns.pruned[start + i]
+        grids = columns.grids
+        if grids is None:
+            left = torch.where(pruned, w, 0.0)
+        else:
+            group = grids.group_of[start + i]
+            grid = dataclasses.replace(grids.form, scale=grids.scale[group], zero=grids.zero[group])
+            code = grid.quantize(w)
+            left = torch.where(pruned, w, w - grid.dequantize(code))
+            grids.codes[start + i] = torch.where(pruned, torch.zeros_like(code), code)
+        if columns.values is not None:
+            columns.values[start + i] = w - left
+        errors[i] = left / diagonal[i]
+        block[i + 1 :] -= factor[i, i + 1 :, None] * errors[i]
+
+
 def _compiled_columns(*tensors: Tensor) -> ModuleType | None:
     """The compiled loop, where it can take these tensors."""
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors):

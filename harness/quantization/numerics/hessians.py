@@ -10,6 +10,8 @@ from torch import Tensor
 
 from harness.core.errors import MethodError
 
+EXACT_INPUTS = 4096  # inputs up to which a root stays in float64
+
 
 def accumulate_hessian(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int:
     """Add one batch to the running mean of x xᵀ, in place; return the new token count.
@@ -111,3 +113,22 @@ def factored(hessian: Tensor, damping_fraction: float, act_order: bool = False) 
         order = torch.argsort(diagonal, descending=True, stable=True)
         hessian = hessian[order][:, order]
     return Factor(inverse_factor(damped(hessian, damping_fraction)[0]), dead, order)
+
+
+def square_root(hessian: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
+    """S [in, n] with S Sᵀ = hessian [in, in], and its pseudo-inverse S⁺ [n, in]; float64, float32 above 4,096 inputs.
+
+    S = Q Λ^½ of the eigenvalues above cutoff · the largest; n is their number. Eigenvalues are found in float64, because those of
+    float32 are noise below some 1e-7 of the largest: they would count directions that hardly occur as absent, or the reverse.
+    Raises MethodError when the Hessian holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise MethodError(
+            "the calibration inputs of this layer hold NaN or infinity, so their second moment does; "
+            "load the model in a wider dtype (model.dtype=float32) or use other calibration text"
+        )
+    values, vectors = torch.linalg.eigh(hessian.double())
+    kept = (values > cutoff * values[-1]) & (values > 0)
+    roots, vectors = values[kept].sqrt(), vectors[:, kept]
+    dtype = torch.float64 if hessian.shape[0] <= EXACT_INPUTS else torch.float32
+    return (vectors * roots).to(dtype), (vectors / roots).T.to(dtype)

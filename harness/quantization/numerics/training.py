@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,17 @@ from torch import Tensor
 from harness.core.errors import MethodError
 from harness.quantization.numerics.grids import Grid, from_range
 
+STRETCHES = 20  # of the steps, for which a mean loss is reported
+
+
+def through(value: Tensor, x: Tensor) -> Tensor:
+    """value, exactly, with the gradient of x (straight-through estimator)."""
+    return value.detach() + (x - x.detach())  # the second term is 0
+
 
 def round_through(x: Tensor) -> Tensor:
-    """Nearest integers, with the gradient of x itself (straight-through estimator)."""
-    return torch.round(x).detach() + (x - x.detach())  # the second term is 0: integers stay exact
+    """Nearest integers, with the gradient of x itself."""
+    return through(torch.round(x), x)
 
 
 def nearest_through(values: Tensor, grid: Grid) -> Tensor:
@@ -25,6 +33,18 @@ def nearest_through(values: Tensor, grid: Grid) -> Tensor:
     """
     codes = (round_through(values / grid.scale) + grid.zero).clamp(0, grid.top)
     return grid.dequantize(codes)
+
+
+def nearest_between(
+    values: Tensor, scale: Tensor, zero: Tensor, top: int, offset: Tensor | None = None
+) -> Tensor:
+    """scale · clamp(round(values / scale + offset), -zero, top - zero), differentiable in all five: codes 0 … top, less their zero.
+
+    values, offset: [..., g]; scale, zero: [..., 1], zero integer-valued. Rounding is straight-through, clamping passes gradients
+    to what is inside, and to the zero point of what is outside: the zero of a code inside cancels exactly.
+    """
+    codes = values / scale if offset is None else values / scale + offset
+    return scale * torch.clamp(round_through(codes), -zero, top - zero)
 
 
 def clipped_grid(
@@ -51,12 +71,14 @@ def steps_of(
     groups: Sequence[Mapping[str, Any]],
     epochs: int,
     what: str = "training",
+    last_rate: float = 1.0,
 ) -> Generator[tuple[int, int], None, list[float]]:
     """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
 
-    loss_of  sample number -> scalar loss, differentiable in the parameters
-    groups   torch.optim groups: {"params": [...], "lr": ...}
-    what     is trained, for the message
+    loss_of    sample number -> scalar loss, differentiable in the parameters
+    groups     torch.optim groups: {"params": [...], "lr": ...}
+    what       is trained, for the message
+    last_rate  where the rates end on a cosine over all steps, as a share of where they begin; 1: they are constant
     Raises MethodError when a loss is not finite; the parameters are then worth nothing.
     """
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -67,6 +89,11 @@ def steps_of(
     for epoch in range(epochs):
         total: Tensor | None = None
         for sample in range(samples):
+            if last_rate != 1:
+                done = (epoch * samples + sample) / (epochs * samples)
+                share = last_rate + (1 - last_rate) * (1 + math.cos(math.pi * done)) / 2
+                for group, given in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = given["lr"] * share
             with torch.enable_grad():
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(sample)
@@ -91,9 +118,10 @@ def train(
     groups: Sequence[Mapping[str, Any]],
     epochs: int,
     what: str = "training",
+    last_rate: float = 1.0,
 ) -> list[float]:
     """`steps_of` to its end: the mean loss of each epoch."""
-    walk = steps_of(loss_of, samples, groups, epochs, what)
+    walk = steps_of(loss_of, samples, groups, epochs, what, last_rate)
     while True:
         try:
             next(walk)
@@ -102,9 +130,107 @@ def train(
             return losses
 
 
+# ---- by the signs of gradients ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SignDescent:
+    """How `sign_steps` went. losses: of its batches, means of equal stretches, STRETCHES at most; first: of the first batch, before
+    any step; kept: the iteration whose parameters are kept, and the number of iterations for those after the last step."""
+
+    losses: list[float]
+    first: float
+    kept: int
+
+
+def sign_steps(
+    batch_loss: Callable[[Sequence[int]], Tensor],
+    whole_loss: Callable[[], Tensor],
+    samples: int,
+    groups: Sequence[Mapping[str, Any]],
+    *,
+    iterations: int,
+    batch: int,
+    rng: torch.Generator,
+    keep: str = "best",
+    check_every: int = 10,
+    what: str = "training",
+) -> SignDescent:
+    """Signed gradient descent with a rate that falls to 0: p ← p - rate (1 - t / iterations) sign(gradient), t = 0, 1, …
+
+    batch_loss   sample numbers -> loss, scalar; adds its gradients to the .grad of the parameters
+    whole_loss   the loss over all samples, without gradients; asked for with keep "best_of_all" alone
+    groups       {"params": [...], "lr": rate}; "range": (lowest, highest) clamps the parameters before each iteration
+    batch        samples per iteration, from a shuffled list that is shuffled again when fewer are left
+    keep         the parameters that remain: "best", those with the lowest loss of a batch; "best_of_all", of every check_every
+                 iterations, and after the last, those with the lowest loss over all samples; "last"
+    Raises MethodError when a loss is not finite; the parameters are then worth nothing.
+    """
+    trained = [parameter for group in groups for parameter in group["params"]]
+    assert trained and samples and iterations, "something is trained"
+    draw = _batches(samples, min(batch, samples), rng)
+    lowest, kept, saved = float("inf"), iterations, [p.detach().clone() for p in trained]
+    every: list[float] = []
+
+    def offer(loss: float, step: int) -> None:
+        nonlocal lowest, kept
+        if loss < lowest:
+            lowest, kept = loss, step
+            for copy, parameter in zip(saved, trained, strict=True):
+                copy.copy_(parameter.detach())
+
+    for step in range(iterations):
+        _clamp(groups)
+        for parameter in trained:
+            parameter.grad = None
+        with torch.enable_grad():
+            every.append(float(batch_loss(next(draw))))
+        if not abs(every[-1]) < float("inf"):
+            raise MethodError(
+                f"{what}: the loss of iteration {step + 1} is {every[-1]}; lower the rate, "
+                "or load the model in a wider dtype (model.dtype=float32)"
+            )
+        if keep == "best":
+            offer(every[-1], step)
+        elif keep == "best_of_all" and step % check_every == 0:
+            offer(float(whole_loss()), step)
+        with torch.no_grad():
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.sub_(
+                            parameter.grad.sign(), alpha=group["lr"] * (1 - step / iterations)
+                        )
+                        parameter.grad = None
+    _clamp(groups)
+    if keep == "best_of_all":
+        offer(float(whole_loss()), iterations)
+    if keep != "last":
+        with torch.no_grad():
+            for copy, parameter in zip(saved, trained, strict=True):
+                parameter.copy_(copy)
+    ends = sorted({iterations * n // STRETCHES for n in range(1, STRETCHES + 1)} - {0})
+    stretches = [every[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    return SignDescent([sum(part) / len(part) for part in stretches], every[0], kept)
+
+
+def _clamp(groups: Sequence[Mapping[str, Any]]) -> None:
+    with torch.no_grad():
+        for group in groups:
+            for parameter in group["params"] if "range" in group else ():
+                parameter.clamp_(*group["range"])
+
+
+def _batches(count: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
+    """Batches of numbers below count, in random order, without end; numbers that fill no batch wait for the next order."""
+    while True:
+        order = torch.randperm(count, generator=rng).tolist()
+        for start in range(0, count - size + 1, size):
+            yield order[start : start + size]
+
+
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
-STRETCHES = 20  # of the steps, for which a mean loss is reported
 IGNORED = -100  # in place of a token that is not learned
 
 

@@ -71,6 +71,7 @@ class BlockInStream:
     references  outputs of the original block on full-precision inputs, alike; None where no cell of the pass reads them
     full        the block's inputs in the full-precision model; None where they are `hidden`, or no cell compares with them
     gradients   squared gradients of the original matrices, [out, in] by linear name; empty where no cell reads them
+    base        matrices of the fine-tune's base, [out, in] float32 by linear name; empty where no cell reads them
     """
 
     index: int
@@ -80,6 +81,7 @@ class BlockInStream:
     hidden: list[Tensor] | None
     references: list[Tensor] | None
     gradients: dict[str, Tensor]
+    base: dict[str, Tensor] = field(default_factory=dict)
     full: list[Tensor] | None = None
 
     def after(self, made: RewrittenBlock) -> BlockInStream:
@@ -89,7 +91,8 @@ class BlockInStream:
     def evidence(
         self, locations: Sequence[WeightLocation], needs: frozenset[str], basis: str
     ) -> dict[str, Evidence]:
-        """Evidence by linear name; linears of a group share one object, unless gradients differ between them.
+        """Evidence by linear name; linears of a group share one object, unless gradients or bases differ between them. With bases,
+        what they compute once they still share.
 
         basis: "quantized" or "full_precision", the inputs of the cell that reads it.
         """
@@ -102,12 +105,16 @@ class BlockInStream:
             of_group = self.statistics.get(location.group)
             if of_group is None:
                 continue
+            own: dict[str, Callable[[], Tensor]] = {}
             if "squared_gradient" in needs:
-                own: dict[str, Callable[[], Tensor]] = {
-                    **more,
-                    "squared_gradient": partial(self.gradients.__getitem__, location.name),
-                }
-                found[location.name] = InputEvidence(of_group, needs, basis, location.name, own)
+                own["squared_gradient"] = partial(self.gradients.__getitem__, location.name)
+            if "base_weight" in needs:
+                own["base_weight"] = partial(self.base.__getitem__, location.name)
+            if own:
+                memo_of = location.name if "squared_gradient" in needs else None
+                found[location.name] = InputEvidence(
+                    of_group, needs, basis, memo_of, {**more, **own}
+                )
             else:
                 found[location.name] = by_group.setdefault(
                     location.group, InputEvidence(of_group, needs, basis, None, more)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from harness.core.cell import (
 )
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
+from harness.quantization.formats.base_model import BaseModel, with_base
 from harness.quantization.formats.native import CheckpointWriter
 from harness.quantization.methods.protocols import other_basis
 from harness.quantization.models.protocols import WeightLocation, get_tensor
@@ -105,8 +106,11 @@ class _Pass(Walk):
     ) -> None:
         models = {(cell.model.digest, cell.model.source, cell.model.dtype) for cell in cells}
         assert len(models) == 1, f"one model per pass, not {sorted(models)}"
+        bases = {cell.model.base_digest for cell in cells if cell.method.needs_base}
+        assert len(bases) <= 1, f"one base per pass, not {sorted(bases)}"
         self.windows, self.scratch = windows, scratch
         super().__init__(folder, cells[0].model.dtype, device)
+        self.base: BaseModel | None = None
         self.jobs = self._jobs(cells, writers)
         self.streams: dict[str, list[Tensor]] = {}
         self.gradients: SquaredGradients | None = None
@@ -141,7 +145,7 @@ class _Pass(Walk):
             self._try(job, "start", partial(self._open, job))
         yield from self._report_failures()
         for job in self._alive():
-            if job.cell.method.is_baseline:
+            if not job.cell.method.quantizes:
                 yield from self._finish(job)
         yield from self._learn()
         self._start_streams()
@@ -158,7 +162,7 @@ class _Pass(Walk):
             if keys:
                 yield Progress(time.time(), keys, "block", index + 1, count)
         for job in self._alive():
-            if not job.cell.method.is_baseline:
+            if job.cell.method.quantizes:
                 yield from self._finish(job)
 
     def _open(self, job: Job) -> None:
@@ -168,17 +172,19 @@ class _Pass(Walk):
             raise MethodError(
                 f"{job.cell.title}: a pass rounds and does not train; {method.tuning.name} starts from its checkpoint"
             )
-        if method.is_baseline:
+        if not method.quantizes:
             return
         for kind in ("transform", "rounding"):
             part: Part | None = getattr(method, kind)
             if part is not None:
                 setattr(job, kind, plugins.build(kind, part.name, to_json(part)["settings"]))
-        if job.needs and self.windows is None:
+        if method.needs_calibration and self.windows is None:
             needs = ", ".join(sorted(job.needs))
             raise DataError(
                 f"{job.cell.title}: the method needs {needs} of calibration data, and the pass has none"
             )
+        if method.needs_base and self.base is None:
+            self.base = BaseModel.of(job.cell)
         job.own_stream = hasattr(job.transform, "rewrite_ends")
         if job.own_stream and (reason := other_basis(job.needs)):
             raise MethodError(f"{job.cell.title}: {reason}")
@@ -301,7 +307,11 @@ class _Pass(Walk):
         with self.shared.measure("gradients"):
             gradients = self.gradients.read(index) if self.gradients is not None else {}
         alive = self._alive()
-        unobserved = self._without_stream(index, original, gradients)
+        base: dict[str, Tensor] = {}
+        if self.base is not None and any(job.cell.method.needs_base for job in alive):
+            with self.shared.measure("stream"):
+                base = self.base.matrices(index, blocks.device)
+        unobserved = self._without_stream(index, original, gradients, base)
         for job in alive:
             if not job.reads_stream and job.finished <= index:
                 self._try(job, f"block {index}", partial(self._quantize, job, unobserved))
@@ -341,7 +351,7 @@ class _Pass(Walk):
                 following[FULL] = references = outputs
             self._walk_stream(
                 BlockInStream(
-                    index, original, original, statistics, hidden, references, gradients, full
+                    index, original, original, statistics, hidden, references, gradients, base, full
                 ),
                 members,
                 following,
@@ -349,13 +359,17 @@ class _Pass(Walk):
         self.streams = following
 
     def _without_stream(
-        self, index: int, original: dict[str, Tensor], gradients: dict[str, Tensor]
+        self,
+        index: int,
+        original: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        base: dict[str, Tensor],
     ) -> BlockInStream:
         """The block for cells that read no inputs: its groups have no statistics."""
         tokens = self.windows.numel() if self.windows is not None else 0
         groups = dict.fromkeys(location.group for location in self.blocks.locations(index))
         nothing = {group: GroupStatistics(group, tokens, True, {}) for group in groups}
-        return BlockInStream(index, original, original, nothing, None, None, gradients)
+        return BlockInStream(index, original, original, nothing, None, None, gradients, base)
 
     def _walk_stream(
         self, block: BlockInStream, members: list[Job], following: dict[str, list[Tensor]]
@@ -470,7 +484,9 @@ class _Pass(Walk):
             notes |= {"rounded_to_nearest": unseen} if unseen else {}
             experts = sum(location.expert is not None for location in locations)
             notes |= {"cross_left_out": experts} if experts and "cross" in needs else {}
-        dense = _changed(tensors, block.original, {location.parameter for location in locations})
+        dense = report.changed(
+            tensors, block.original, {location.parameter for location in locations}
+        )
         where = f"{job.cell.title}, block {index}"
         report.check_coverage(where, locations, block.tensors, weights, dense)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
@@ -521,7 +537,7 @@ class _Pass(Walk):
                 try:
                     if name in too_few:
                         weights[name] = self._round_unseen(
-                            job, name, weight, scheme, rng, too_few[name]
+                            job, name, weight, scheme, rng, too_few[name], block.base.get(name)
                         )
                     else:
                         weights[name] = job.rounding.round_layer(
@@ -539,15 +555,20 @@ class _Pass(Walk):
         scheme: WeightScheme,
         rng: torch.Generator,
         tokens: int,
+        base: Tensor | None,
     ) -> QuantizedWeight:
         """An expert's matrix without enough calibration tokens: as the method itself says, else rounded to nearest.
 
-        Optional method of a Rounding: round_unseen(name, weight, scheme, rng). Raises MethodError where the scheme has no grid to
-        round to.
+        A rounding around another leaves it to that one. Optional method of a Rounding: round_unseen(name, weight, scheme, rng),
+        and the base's matrix for one that needs it. Raises MethodError where the scheme has no grid to round to.
         """
-        if hasattr(job.rounding, "round_unseen"):
-            return job.rounding.round_unseen(name, weight, scheme, rng)
-        grid = getattr(job.rounding.settings, "grid", None)
+        rounding = getattr(job.rounding, "base", job.rounding)
+        if hasattr(rounding, "round_unseen"):
+            more = (base,) if job.cell.method.needs_base else ()
+            return rounding.round_unseen(name, weight, scheme, rng, *more)
+        if not rounding.needs:
+            return rounding.round_layer(name, weight, None, scheme, rng)
+        grid = getattr(rounding.settings, "grid", None)
         nearest = plugins.build("rounding", "rtn", {} if grid is None else {"grid": grid})
         linears = tuple(linear for linear in self.blocks.shapes.linears if linear.name == name)
         reasons = nearest.check(
@@ -565,8 +586,9 @@ class _Pass(Walk):
         device = self.blocks.device
         content = job.writer.read_block(block.index, device)
         dense = {name: tensor.to(device) for name, tensor in content.dense.items()}
+        weights = with_base(content.weights, block.base)
         return self.blocks.with_weights(
-            self.blocks.locations(block.index), {**block.original, **dense}, content.weights
+            self.blocks.locations(block.index), {**block.original, **dense}, weights
         )
 
     def _copy_of(self, block: BlockInStream) -> nn.Module:
@@ -636,7 +658,7 @@ class _Pass(Walk):
 
         def work() -> dict[str, Any]:
             return job.writer.manifest() or job.writer.finish(
-                report.manifest_content(job, self.blocks, self.windows, self.shared)
+                report.manifest_content(job, self.blocks, self.windows, self.shared, self.base)
             )
 
         manifest = self._try(job, "manifest", work)
@@ -664,18 +686,6 @@ class _Pass(Walk):
     def _report_failures(self) -> Iterator[Event]:
         failures, self.failures = self.failures, []
         yield from failures
-
-
-def _changed(
-    tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
-) -> dict[str, Tensor]:
-    """The tensors of a block, besides its matrices, that a method added or changed."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in matrices
-        and (name not in original or not torch.equal(tensor, original[name]))
-    }
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

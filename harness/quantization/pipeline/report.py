@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,11 +15,15 @@ from torch import Tensor
 
 from harness.core.errors import MethodError
 from harness.quantization.calibration import windows_digest
+from harness.quantization.formats.base_model import BaseModel
 from harness.quantization.models.protocols import WeightLocation
+from harness.quantization.numerics.deltas import DeltaWeight
 from harness.quantization.numerics.weights import QuantizedWeight
 from harness.quantization.pipeline.blocks import Blocks
 from harness.quantization.pipeline.jobs import Job
 from harness.quantization.pipeline.observers import OF_INPUTS, Statistics
+
+RECORD = "reduction.json"  # in the folder of a reduced model
 
 
 @dataclass
@@ -81,7 +87,8 @@ def layer_errors(
     needs: Collection[str],
     statistics: Statistics,
 ) -> dict[str, dict[str, float]]:
-    """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian.
+    """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian;
+    delta, ||W - W'||² / ||W - W_base||², where a difference is stored.
 
     A Hessian is used only if it is among the cell's own `needs`: the report is part of the checkpoint's bytes, and these do not
     depend on which other cells share the pass.
@@ -95,6 +102,9 @@ def layer_errors(
             "weight_error": relative_error(difference, weight),
             "bits_per_weight": quantized.bits_per_weight,
         }
+        if isinstance(quantized, DeltaWeight) and quantized.base is not None:
+            change = weight - quantized.base.to(weight.device)
+            entry["delta_error"] = relative_error(difference, change)
         of_group = statistics.get(location.group)
         if location.expert is not None and set(needs) & set(OF_INPUTS):
             entry["calibration_tokens"] = of_group.tokens if of_group is not None else 0
@@ -115,14 +125,34 @@ def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:
     )
 
 
+def changed(
+    tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of a block, besides its matrices, that a method added or changed."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in matrices
+        and (name not in original or not torch.equal(tensor, original[name]))
+    }
+
+
 def manifest_content(
-    job: Job, blocks: Blocks, windows: Tensor | None, shared: SharedSeconds
+    job: Job,
+    blocks: Blocks,
+    windows: Tensor | None,
+    shared: SharedSeconds,
+    base: BaseModel | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration."""
+    """The manifest of a finished checkpoint without its files: sizes, coverage, seconds, methods, calibration.
+
+    Of differences from a base, a tensor outside the matrices that equals the base's takes no bits: the sizes are those of what one
+    more model costs beside its base.
+    """
     method = job.cell.method
     matrices: dict[str, int] = {}  # elements of each parameter that are quantizable
     linears = 0
-    if not method.is_baseline:
+    if method.quantizes:
         for index in range(len(blocks)):
             parameters = dict(blocks.family.blocks(blocks.model)[index].named_parameters())
             for location in blocks.locations(index):
@@ -130,25 +160,43 @@ def manifest_content(
                 elements = location.view(parameters[location.parameter]).numel()
                 matrices[name] = matrices.get(name, 0) + elements
                 linears += 1
+    own_base = base if method.needs_base else None
     widths = blocks.weights.stored_bits()
-    total, bits = 0, job.added_bits
+    total, bits, whole = 0, job.added_bits, 0
     for name, elements in blocks.parameters.items():
         total += elements
         width = widths.get(name, 8 * blocks.dtype.itemsize)
-        bits += width * (elements - matrices.get(name, 0))
+        whole += width * elements
+        rest = elements - matrices.get(name, 0)
+        if rest and not (own_base is not None and _equals_base(blocks, own_base, name)):
+            bits += width * rest
     covered = sum(matrices.values())
+    reduced = _reduction(blocks.folder) if method.reduction is not None else {}
     content: dict[str, Any] = {
         "parameters": total,
+        **reduced,
         "unquantized_bits": bits,
         "coverage": {"linears": linears, "weights": covered, "share": covered / total},
         "seconds": shared.cost_of(job),
         "methods": {
             kind: part.name
-            for kind in ("transform", "rounding", "tuning")
+            for kind in ("transform", "rounding", "tuning", "reduction")
             if (part := getattr(method, kind))
         },
     }
-    if job.needs and windows is not None:
+    if own_base is not None:
+        base_widths = own_base.weights.stored_bits()
+        stored = sum(
+            base_widths.get(name, 8 * blocks.dtype.itemsize) * elements
+            for name, elements in matrices.items()
+        )
+        content["base"] = own_base.description()
+        content["delta"] = {
+            "ends_bytes": bits // 8,
+            "fine_tune_bytes": whole // 8,
+            "base_bits_per_weight": stored / covered,
+        }
+    if method.needs_calibration and windows is not None:
         samples, length = windows.shape
         content["calibration"] = {
             "windows_sha256": windows_digest(windows),
@@ -156,6 +204,20 @@ def manifest_content(
             "length": length,
         }
     return content
+
+
+def _equals_base(blocks: Blocks, base: BaseModel, name: str) -> bool:
+    """Whether a parameter of the model has the numbers that the base has under the same name."""
+    theirs = base.tensor(name)
+    own = blocks.weights.read(name, blocks.dtype, "cpu")
+    return theirs is not None and theirs.shape == own.shape and torch.equal(own, theirs)
+
+
+def _reduction(folder: Path) -> dict[str, Any]:
+    """Of the manifest of a cell whose model was reduced: the parameters that the model had, and what was chosen."""
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    shown = {key: record[key] for key in ("reduction", "choice", "parameters")}
+    return {"original_parameters": record["parameters"]["before"], "reduced": shown}
 
 
 def relative_error(difference: Tensor, weight: Tensor, hessian: Tensor | None = None) -> float:

@@ -23,6 +23,7 @@ from harness.core.cell import Cell, baseline_of, cell_key, to_json, untuned
 from harness.core.errors import DataError, MethodError
 from harness.core.events import Event, Progress, Quantized
 from harness.quantization.calibration import documents_digest, windows_digest
+from harness.quantization.formats.base_model import BaseModel, on_base
 from harness.quantization.formats.native import BlockContent, Checkpoint, CheckpointWriter
 from harness.quantization.formats.weight_files import DTYPES, ModelWeights
 from harness.quantization.inference.linear import QuantizedLinear
@@ -102,12 +103,15 @@ def run_tuning(
         untuned(cell), scheme=dataclasses.replace(cell.scheme, activation=None, kv=None)
     )
     model, _ = load(weights_only, folder, base, device)
-    linears = _make_trainable(cell, model, folder, stored, tuning, device)
+    fine_tuned_from = BaseModel.stated(cell, stored.manifest)
+    linears = _make_trainable(cell, model, folder, stored, tuning, device, fine_tuned_from)
     teacher = None
     if "teacher" in part.needs:
         teacher = FrozenModel(load(baseline_of(cell), folder, None, device)[0], device)
 
     parameters = [parameter for linear in linears.values() for parameter in linear.parameters()]
+    others = _others(model, parameters) if getattr(tuning, "trains_others", False) else {}
+    parameters += others.values()
     student = LanguageModel(model, device)
     training = tuning.tune(
         student, teacher, parameters, windows, generator(cell.seed, -1, "tuning")
@@ -123,10 +127,9 @@ def run_tuning(
         if step == steps or time.monotonic() - shown > 1:
             shown = time.monotonic()
             yield Progress(time.time(), keys, "tuning", step, steps)
-    _write(cell, folder, stored, linears, writer)
-    manifest = writer.finish(
-        _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
-    )
+    _write(cell, folder, stored, linears, writer, fine_tuned_from, others)
+    report = _report(cell, stored, windows, notes, parameters, time.monotonic() - began)
+    manifest = writer.finish(_with_others(report, others) if others else report)
     yield Quantized(
         time.time(),
         keys,
@@ -153,7 +156,13 @@ class _TransformedInput(nn.Module):
 
 
 def _make_trainable(
-    cell: Cell, model: Any, folder: Path, stored: Checkpoint, tuning: Any, device: str
+    cell: Cell,
+    model: Any,
+    folder: Path,
+    stored: Checkpoint,
+    tuning: Any,
+    device: str,
+    fine_tuned_from: BaseModel | None,
 ) -> dict[tuple[int, str], Any]:
     """Put the tuning's linears in the places of the quantized ones; the result by block and name."""
     data = read_config(folder)
@@ -163,7 +172,7 @@ def _make_trainable(
     model.requires_grad_(False)
     linears: dict[tuple[int, str], Any] = {}
     for index, block in enumerate(family.blocks(model)):
-        content: BlockContent = stored.block(index)
+        content: BlockContent = on_base(stored.block(index), fine_tuned_from, index)
         for location in family.locations(config, index):
             owner = location.parameter.rpartition(".")[0]
             module = block.get_submodule(owner)
@@ -197,20 +206,47 @@ def _make_trainable(
     return linears
 
 
+def _others(model: Any, linears: Sequence[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Every parameter of the model outside the trained linears, now trained too, by its name."""
+    known = {id(parameter) for parameter in linears}
+    found = {name: each for name, each in model.named_parameters() if id(each) not in known}
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    return found
+
+
+def _with_others(report: dict[str, Any], others: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The manifest's report of a checkpoint that stores every parameter outside its matrices, because all were trained."""
+    stored = sum(each.numel() * each.element_size() for each in others.values())
+    delta = {"delta": {**report["delta"], "ends_bytes": stored}} if "delta" in report else {}
+    return {**report, "unquantized_bits": 8 * stored, **delta}
+
+
 def _write(
     cell: Cell,
     folder: Path,
     stored: Checkpoint,
     linears: dict[tuple[int, str], Any],
     writer: CheckpointWriter,
+    fine_tuned_from: BaseModel | None,
+    others: Mapping[str, Tensor],
 ) -> None:
-    """Every block with its trained matrices; what the base changed besides them as it is there."""
+    """Every block with its trained matrices; what the base changed besides them as it is there, or as training left it.
+
+    others: parameters outside the matrices that were trained, by their name in the model.
+    """
+    trained = {name: each.detach() for name, each in others.items()}
+    broken = [name for name, each in trained.items() if not bool(torch.isfinite(each).all())]
+    if broken:
+        raise MethodError(
+            f"{cell.title}: {', '.join(broken[:4])} hold NaN or infinity after training; lower the learning rate"
+        )
     data = read_config(folder)
     family = family_of(data)
     config = family.config(data)
     model_weights = ModelWeights(folder, family.skeleton(config, DTYPES[cell.model.dtype]))
     for index in range(stored.manifest["blocks"]):
-        base = stored.block(index)
+        base = on_base(stored.block(index), fine_tuned_from, index)
         weights = {
             name: linear.stored() for (block, name), linear in linears.items() if block == index
         }
@@ -232,10 +268,17 @@ def _write(
                 }
             before = base.weights[name].dequantize()
             entries[name]["weight_change"] = _share(values - before, before)
+        prefix = family.block_prefix(index)
+        own = {n.removeprefix(prefix): each for n, each in trained.items() if n.startswith(prefix)}
         writer.write_block(
-            index, weights, base.dense, {"linears": entries, "notes": base.report.get("notes", {})}
+            index,
+            weights,
+            {**base.dense, **own},
+            {"linears": entries, "notes": base.report.get("notes", {})},
         )
-    if ends := stored.ends():
+    inside = f"{family.blocks_name}."
+    ends = stored.ends() | {n: each for n, each in trained.items() if not n.startswith(inside)}
+    if ends:
         writer.write_ends(ends)
 
 
@@ -279,6 +322,16 @@ def _report(
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
+        **{
+            key: base[key]
+            for key in (
+                "base",
+                "delta",
+                "original_parameters",
+                "reduced",
+            )  # of a fine-tune, of a smaller model
+            if key in base
+        },
         "seconds": base["seconds"] + seconds,
         "methods": {**base["methods"], "tuning": part.name},
         "calibration": text,

@@ -124,17 +124,29 @@ class Walk:
             self.blocks.run(original.block, index, sequence, original.hidden[sequence])
         return found
 
-    def _locations(self, index: int, tensors: Collection[str]) -> tuple[WeightLocation, ...]:
-        """The matrices of a block with these tensors. A matrix with an input transform of its own becomes a group of its own."""
+    def _locations(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[WeightLocation, ...]:
+        """The matrices of a block with these tensors. Those of a group whose input is transformed alike stay one group, a matrix
+        with an input transform of its own becomes a group of its own."""
+        groups: dict[str, list[tuple[str, dict[str, Tensor]]]] = {}  # by the family's group
 
         def own(location: WeightLocation) -> WeightLocation:
             owner = location.parameter.rpartition(".")[0]
-            if not any(f"{owner}.{name}" in tensors for name in INPUT_TENSORS):
+            held = {
+                name: tensors[f"{owner}.{name}"]
+                for name in INPUT_TENSORS
+                if f"{owner}.{name}" in tensors
+            }
+            if not held:
                 return location
-            return dataclasses.replace(
-                location,
-                group=f"{location.group}: {location.name}",
-                stage=location.stage or location.group,
-            )
+            known = groups.setdefault(location.group, [])
+            same = next((group for group, other in known if _equal(held, other)), None)
+            if same is None:
+                same = f"{location.group}: {location.name}"
+                known.append((same, held))
+            return dataclasses.replace(location, group=same, stage=location.stage or location.group)
 
         return tuple(own(location) for location in self.blocks.locations(index))
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

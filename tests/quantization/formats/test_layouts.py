@@ -119,7 +119,7 @@ def test_the_versions_differ_in_zero_points_alone() -> None:
     assert not torch.equal(first["qzeros"], second["qzeros"])
     described = {"q": gptq.Layout().describe(held, None)}
     versions = [
-        layout.quantization_config(described, ())["checkpoint_format"]
+        layout.quantization_config(described, (), torch.float16)["checkpoint_format"]
         for layout in (gptq.Layout(), gptq_v2.Layout())
     ]
     assert versions == ["gptq", "gptq_v2"]

@@ -11,7 +11,7 @@ import torch
 from small import RTN, cell, part, quantize, windows
 from transformers import AutoModelForCausalLM
 
-from harness.core.cell import Cell, Method, quantize_key, untuned
+from harness.core.cell import Cell, Method, base_alone, make_part, quantize_key, untuned
 from harness.core.errors import PlanError
 from harness.quantization.export import export, refusals
 from harness.quantization.formats.native import Checkpoint, CheckpointWriter
@@ -52,8 +52,6 @@ def tuned(
 def test_peft_computes_our_logits(
     tiny_model: Callable[..., Path], tmp_path: Path, name: str, linears: list[str]
 ) -> None:
-    from peft import PeftModel
-
     folder, store = tiny_model("llama", num_hidden_layers=2), Store(tmp_path / "runs")
     c, key = tuned(folder, store, name, "rtn", linears=linears, adapter_dtype="float32")
     found = export(store, key, "peft", tmp_path / "adapter")
@@ -66,22 +64,63 @@ def test_peft_computes_our_logits(
         "base_model_name_or_path"
     ] == str(folder)
 
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(untuned(c))))
+    before, ours, theirs = logits(c, untuned(c), folder, store, found.folder)
+    assert torch.allclose(theirs, ours, atol=1e-5 * float(ours.abs().max()))
+    assert float((before - ours).abs().max()) > 1e-3
+
+
+def logits(
+    adapted: Cell, base: Cell, folder: Path, store: Store, adapters: Path
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the base's weights in the source model, of the adapted cell as it is loaded, and of PEFT on those weights."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    checkpoint = Checkpoint.open(store.checkpoint_folder(quantize_key(base)))
     family = family_of(read_config(folder))
     with torch.no_grad():
         for index in range(2):
             for linear, weight in checkpoint.block(index).weights.items():
-                base.get_submodule(family.block_prefix(index) + linear).weight.copy_(
+                model.get_submodule(family.block_prefix(index) + linear).weight.copy_(
                     weight.dequantize()
                 )
-        before = base(windows(2, 24)).logits
-        ours = load(c, folder, store.checkpoint_folder(quantize_key(c)))[0](windows(2, 24)).logits
-        theirs = PeftModel.from_pretrained(base, found.folder).eval()(windows(2, 24)).logits
-    assert (
-        torch.allclose(theirs, ours, atol=1e-5 * float(ours.abs().max()))
-        and float((before - ours).abs().max()) > 1e-3
-    )
+        before = model(windows(2, 24)).logits
+        loaded = load(adapted, folder, store.checkpoint_folder(quantize_key(adapted)))[0]
+        ours = loaded(windows(2, 24)).logits
+        theirs = PeftModel.from_pretrained(model, adapters).eval()(windows(2, 24)).logits
+    return before, ours, theirs
+
+
+def corrected(
+    folder: Path, name: str, base: str, inputs: str = "quantized", **more: object
+) -> Cell:
+    settings = {"base": base, "base_settings": {}, "rank": 40, "adapter_dtype": "float32", **more}
+    method = Method(name, rounding=make_part("rounding", name, settings))
+    return cell(folder, method, bits=2, inputs=inputs)
+
+
+@pytest.mark.parametrize(("base", "inputs"), [("gptq", "full_precision"), ("rtn", "quantized")])
+def test_peft_adds_what_a_rounding_left_beside_its_base(
+    tiny_model: Callable[..., Path], tmp_path: Path, base: str, inputs: str
+) -> None:
+    """Adapters of 40 directions, and of 32 where a matrix has no more, are one folder."""
+    folder, store = tiny_model("llama", num_hidden_layers=2), Store(tmp_path / "runs")
+    c = corrected(folder, "eora", base, inputs)
+    plain = base_alone(c)
+    assert plain is not None and plain.method.rounding is not None
+    quantize([c, plain], folder, store.root / "checkpoints")
+    found = export(store, store.open_cell(c), "peft", tmp_path / "adapter")
+    assert quantize_key(plain)[:12] in found.text
+    ranks = {
+        weight.down.shape[0]
+        for weight in Checkpoint.open(store.checkpoint_folder(quantize_key(c)))
+        .block(0)
+        .weights.values()
+    }
+    assert len(ranks) > 1 and max(ranks) == 40
+    before, ours, theirs = logits(c, plain, folder, store, found.folder)
+    assert torch.allclose(theirs, ours, atol=1e-5 * float(ours.abs().max()))
+    assert float((before - ours).abs().max()) > 1e-3
 
 
 def test_what_has_no_adapter_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,3 +133,7 @@ def test_what_has_no_adapter_is_refused(tiny_model: Callable[..., Path], tmp_pat
     assert "nothing was tuned" in refusals(cell(folder, RTN), shapes, "peft")[0]
     adapted = cell(folder, Method("qlora", rounding=RTN.rounding, tuning=part("qlora", "tuning")))
     assert refusals(adapted, shapes, "peft") == []
+    (reason,) = refusals(corrected(folder, "eora", "gptq"), shapes, "peft")
+    assert "use inputs=full_precision" in reason
+    (reason,) = refusals(corrected(folder, "svdquant", "rtn"), shapes, "peft")
+    assert "the base rounds what the low-rank part leaves" in reason

@@ -17,11 +17,16 @@ from harness.core import plugins
 from harness.core.cell import Cell, Part, Scheme, to_json
 from harness.core.shapes import Shapes
 from harness.data.demo.tiny import TINY
+from harness.quantization.methods.checks import check_sparsity
+from harness.quantization.models import config_by_block, family_of, read_config
 from harness.quantization.models import shapes as shapes_of
 
 # every method must have a scheme that it accepts on these, except the pairs in REFUSED
 OF_THE_STUDIES = ("llama", "mistral", "qwen2", "qwen3")
-REFUSED = {("qwen3", "omniquant_wa")}  # norms between queries and keys let no learned scale through
+REFUSED = {
+    ("qwen3", "omniquant_wa"),  # norms between queries and keys let no learned scale through
+    *((family, method) for family in OF_THE_STUDIES for method in ("reap", "reap_rtn")),  # dense
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,19 @@ def on_llama(folders: Callable[[str], Path]) -> list[Cell]:
     return every_cell.product(folders("llama"))
 
 
+def reduced(cell: Cell, folder: Path, shapes: Shapes) -> Shapes | None:
+    """Shapes of the model that a cell quantizes; None where its reduction refuses the model."""
+    part = cell.method.reduction
+    if part is None:
+        return shapes
+    reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
+    config = config_by_block(read_config(folder))
+    if reduction.check(shapes, config):
+        return None
+    smaller = reduction.config(config)
+    return family_of(smaller).shapes(smaller)
+
+
 def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -> bool:
     """What the parts of a cell's method answer for a model of these shapes; their answers must be reasons, and said once."""
     accepted = True
@@ -56,6 +74,9 @@ def accepts(cell: Cell, shapes: Shapes, built: dict[tuple[str, Part], object]) -
         if (kind, part) not in built:
             built[kind, part] = plugins.build(kind, part.name, to_json(part)["settings"])
         reasons = built[kind, part].check(cell.scheme, shapes)  # type: ignore[attr-defined]
+        if kind == "rounding":
+            prunes = bool(plugins.facts(kind, part.name).get("prunes", False))
+            reasons = [*reasons, *check_sparsity(part.name, prunes, cell.scheme, shapes)]
         assert all(isinstance(reason, str) and reason for reason in reasons) and len(
             set(reasons)
         ) == len(reasons), cell.title
@@ -73,15 +94,30 @@ def test_every_method_answers_for_every_scheme_on_every_family(
         questions.setdefault((cell.method, scheme), cell)
     methods = set(every_cell.names("methods", "none"))
     for family in TINY:
-        shapes = shapes_of(folders(family))
+        folder = folders(family)
+        shapes = shapes_of(folder)
+        smaller = {
+            cell.method.reduction: reduced(cell, folder, shapes) for cell in questions.values()
+        }
         served = {
             cell.method.name.partition("[")[0]
             for cell in questions.values()
-            if accepts(cell, shapes, built)
+            if (own := smaller[cell.method.reduction]) is not None and accepts(cell, own, built)
         }
         if family in OF_THE_STUDIES:
             assert {(family, method) for method in methods - served} <= REFUSED
         assert {"rtn", "gptq"} <= served, family
+
+
+def test_methods_of_differences_are_refused_without_a_base(on_llama: list[Cell]) -> None:
+    ask = every_cell.checker()
+    asked: dict[str, list[str]] = {}
+    for cell in on_llama:
+        if cell.method.needs_base and not ask.reasons(cell):
+            bare = dataclasses.replace(cell.model, base="", base_digest="")
+            asked.setdefault(cell.method.name, ask.reasons(dataclasses.replace(cell, model=bare)))
+    assert len(asked) >= 6
+    assert all("set model.base=" in " ".join(reasons) for reasons in asked.values())
 
 
 def covering(cells: list[Cell], methods: list[str] | None) -> list[Cell]:
@@ -113,7 +149,8 @@ def test_every_method_and_every_scheme_run_on_llama(
     folders: Callable[[str], Path], on_llama: list[Cell], tmp_path: Path
 ) -> None:
     chosen = covering(on_llama, None)
+    refused = [method for family, method in REFUSED if family == "llama"]
     assert {cell.method.name.partition("[")[0] for cell in chosen} == set(
-        every_cell.names("methods", "none")
+        every_cell.names("methods", "none", *refused)
     )
     assert list(every_cell.failures(chosen, folders("llama"), tmp_path / "runs")) == []

@@ -28,9 +28,11 @@ from harness.quantization.numerics.weights import QuantizedWeight
 from harness.quantization.pipeline.passes import run_pass
 from harness.storage.store import Store
 
-METHODS = every_cell.names("methods", "none")
+# a reduction's pass is one on the smaller model (`test_reduction.py`)
+REDUCING = [name for name in every_cell.names("methods") if every_cell.reduces(name)]
+METHODS = every_cell.names("methods", "none", *REDUCING)
 # tried before all others
-USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32")
+USUAL = ("w4g32", "w2g32", "w4", "w2", "w3g16", "w2g16", "w4sym", "nf4g32", "w1.1g32", "w4g32s50")
 
 
 class Recorder(CheckpointWriter):
@@ -202,7 +204,7 @@ def test_what_is_of_something_else_is_refused(walked: Walked, name: str) -> None
         dataclasses.replace(cell, scheme=dataclasses.replace(cell.scheme, weight=_other(cell))),
         dataclasses.replace(cell, method=_with_settings(cell, {"a setting": 1})),
     ]
-    if cell.method.needs:
+    if cell.method.needs_calibration:
         assert isinstance(cell.calibration, Calibration)
         others.append(
             dataclasses.replace(

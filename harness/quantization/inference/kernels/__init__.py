@@ -5,6 +5,7 @@
     scaled_mm   FP8 E4M3, one scale per row                FP8 E4M3 per token           torch._scaled_mm
     int4pack    4-bit integers in groups of 32 to 256      bfloat16, not rounded        torch, CPU
     int8pack    INT8, symmetric, one scale per row         bfloat16, not rounded        torch, CPU
+    thin_products  a difference of low rank from a base    not rounded                  torch
 
 The order is fixed: what runs depends on the matrix and on the machine's instructions, never on a timing. A matrix that no kernel
 holds exactly is refused with the reasons of each; nothing falls back to a dequantized matrix unless the mode says so.
@@ -23,7 +24,7 @@ from harness.core.errors import MethodError, unknown_name
 from harness.quantization.inference.kernels.protocols import Kernel
 from harness.quantization.numerics.weights import QuantizedWeight
 
-ORDER = ("int_mm", "scaled_mm", "int4pack", "int8pack")
+ORDER = ("int_mm", "scaled_mm", "int4pack", "int8pack", "thin_products")
 
 
 @functools.cache
