@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from harness.quantization.methods.protocols import Survey as Survey
     from harness.quantization.methods.protocols import TrainedLinear as TrainedLinear
     from harness.quantization.methods.protocols import WholeModel as WholeModel
+    from harness.quantization.methods.protocols import build_rounding as build_rounding
     from harness.quantization.methods.reducing import check_blocks as check_blocks
     from harness.quantization.methods.reducing import without_blocks as without_blocks
     from harness.quantization.models.parts import ATTENTION as ATTENTION
@@ -158,6 +159,7 @@ FOR_PLUGINS = {  # module -> the names that plugins import from here
         "Survey",
         "TrainedLinear",
         "WholeModel",
+        "build_rounding",
     ),
     "harness.quantization.methods.reducing": ("check_blocks", "without_blocks"),
     "harness.quantization.methods.checks": (
@@ -352,7 +354,7 @@ def findings(sweep: str, *overrides: str) -> pandas.DataFrame:
     checked = check(loaded, [known.record(cell) for cell in loaded.cells], known)
     rows = []
     for each in checked:
-        row = {"finding": each.finding.text, "source": each.finding.source}
+        row: dict[str, Any] = {"finding": each.finding.text, "source": each.finding.source}
         for side in SIDES:
             answer = getattr(each, side)
             row[side] = None if answer is None else answer.verdict

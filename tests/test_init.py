@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,14 +60,12 @@ def test_plan_run_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""
     shown = harness.table(*GRID, *local(tmp_path))
     assert "FP16 & 16" in shown.latex() and "RTN & 4" in shown.latex()
-    assert shown.figure().axes[0].get_ylabel().startswith("demo_perplexity perplexity")
+    assert shown.figure().axes[0].get_ylabel().startswith("demo_perplexity, lower")
     with pytest.raises(ConfigError, match="demo_perplexity-perplexity-against-bits"):
         shown.figure("demo_perplexity-perplexity-against-bit")
-    key = records["cell_key"].iloc[-1]
+    key = records["key"].iloc[-1]
     assert "2 of 2 cells done" in harness.status(*GRID, *local(tmp_path))
     assert key in repr(harness.show(key[:8], str(tmp_path / "runs")))
-    report = Path(harness.report(*GRID, *local(tmp_path)))
-    assert report.is_file() and key in report.read_text(encoding="utf-8")
 
 
 def test_table(tmp_path: Path) -> None:
@@ -86,6 +85,8 @@ def test_findings(tmp_path: Path) -> None:
     frame = harness.findings("demo", *local(tmp_path))
     assert len(frame) == 4 and set(frame["ours"]) == {"cannot tell yet"}
     assert frame["finding"][0] in frame.attrs["text"]
+    report = Path(harness.report("demo", *local(tmp_path)))
+    assert frame["finding"][0] in report.read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="states no findings"):
         harness.findings("families_tiny", *local(tmp_path))
 
@@ -101,7 +102,7 @@ def test_an_interrupt_ends_the_script_too(
     with pytest.raises(KeyboardInterrupt, match="resume"):
         harness.run(*GRID, *local(tmp_path))
     out = capsys.readouterr().out
-    assert "stopped 0 of 2 cells" in out and "resume  harness run" in out
+    assert re.search(r"stopped +[01] of 2 cells", out) and "resume  harness run" in out
 
 
 def test_refusals_are_exceptions_of_run_and_rows_of_plan(tmp_path: Path) -> None:

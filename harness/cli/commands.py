@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.arguments import RunsCommand, with_runs
 from harness.cli.completion import (
     GROUPS,
     complete_group,
@@ -15,7 +19,7 @@ from harness.cli.completion import (
     complete_override,
     complete_sweep,
 )
-from harness.core.errors import ConfigError, unknown_name
+from harness.core.errors import ConfigError, PlanError, unknown_name
 
 if TYPE_CHECKING:
     from harness.core.sweep import Sweep
@@ -89,11 +93,14 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
-Runs = Annotated[str, typer.Option("--runs", help="The folder or URL of the results.")]
+Runs = Annotated[str, typer.Option("--runs", help="The folder or URL of the results (or runs=).")]
+Json = Annotated[bool, typer.Option("--json", help="Print facts as JSON, for programs.")]
 
 
 @app.command()
-def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+def plan(
+    sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "", as_json: Json = False
+) -> None:
     """Show what a sweep would do: cells that are done, missing or refused (with all reasons), passes, time, memory, disk.
 
     \b
@@ -104,11 +111,16 @@ def plan(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     from harness.planning.planner import make
     from harness.planning.render import render, require
 
-    loaded, store = _load(sweep, overrides)
+    loaded, store = _load(sweep, overrides, runs)
     made = make(loaded, store)
+    if as_json:
+        _print_json(made.facts())
+        raise typer.Exit(PlanError.exit_code if made.refused or made.problems else 0)
     print(render(made))
     if not made.refused and not made.problems:
-        print(f"next    {_again('run' if made.missing else 'table', sweep, overrides)}")
+        print(
+            f"next    {_again('run' if made.missing else 'table', sweep, with_runs(overrides, runs))}"
+        )
     require(made)
 
 
@@ -122,8 +134,14 @@ def run(
             help="Wall time, e.g. 90min or 8h: runs the cheapest cells first and starts nothing afterwards."
         ),
     ] = "",
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Start a large sweep without a question.")
+    ] = False,
+    runs: Runs = "",
 ) -> None:
     """Run a sweep, or finish it; completed work is not repeated.
+
+    A sweep ends with its terminal. Over ssh start it inside tmux or screen, or with nohup; `harness status` shows it from anywhere.
 
     \b
     Examples:
@@ -132,29 +150,65 @@ def run(
       harness run demo evaluations.limit=20
       harness run llama3_8b_ptq cluster=ray --budget 8h
     """
-    from harness.cli.progress import show_events
+    from harness.cli.progress import asks_for_large, asks_nothing, show_events, ssh_advice
     from harness.core.units import seconds_of
     from harness.execution.driver import run as run_sweep
 
     limit = seconds_of(budget) if budget else None
-    loaded, _ = _load(sweep, overrides)
-    summary = run_sweep(loaded, show_events(), budget_seconds=limit)
+    loaded, _ = _load(sweep, overrides, runs)
+    confirm = asks_nothing if yes else asks_for_large
+    if advice := ssh_advice(os.environ):
+        print(advice)
+    summary = run_sweep(loaded, show_events(), budget_seconds=limit, confirm=confirm)
     print(summary.text)
     raise typer.Exit(summary.exit_code)
 
 
 @app.command()
-def status(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
-    """Show the progress of a sweep, whichever process runs it.
+def status(
+    sweep: SweepArgument = None,
+    overrides: Overrides = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it again every two seconds while it runs.")
+    ] = False,
+    runs: Runs = "",
+    as_json: Json = False,
+) -> None:
+    """Show the progress of a sweep, or without a name of every sweep of --runs, whichever process runs it.
 
     \b
     Examples:
-      harness status demo
+      harness status
+      harness status demo --watch
     """
-    from harness.cli.status import status as status_text
+    from harness.cli import status as progress
 
-    loaded, store = _load(sweep, overrides)
-    print(status_text(store.snapshot(loaded.cells), loaded.name, loaded.cells))
+    if sweep is not None and sweep.startswith("runs=") and not overrides:
+        runs, sweep = sweep.partition("=")[2], None
+    from harness.config.locations import config_files
+    from harness.storage.store import Store
+
+    # a grid without a file is known to its store alone
+    store = Store(runs or "runs")
+    if sweep is None or (sweep not in config_files("sweeps") and sweep in store.sweep_names()):
+        place = str(store.place)
+
+        def look() -> tuple[str, bool]:
+            found = [e for e in progress.store_facts(store) if sweep in (None, e["sweep"])]
+            shown = _json(found) if as_json else progress.store_text(place, found)
+            return shown, any(each["state"] == "running" for each in found)
+
+    else:
+        loaded, store = _load(sweep, overrides, runs)
+
+        def look() -> tuple[str, bool]:
+            facts = progress.sweep_facts(store.snapshot(loaded.cells), loaded.name, loaded.cells)
+            return _json(facts) if as_json else progress.status_text(facts), bool(facts["running"])
+
+    if watch:
+        progress.watch(look, clear=sys.stdout.isatty() and not as_json)
+    else:
+        print(look()[0])
 
 
 @app.command()
@@ -168,6 +222,8 @@ def table(
             "--table", "-t", help="The name of one table; without it all tables are printed."
         ),
     ] = "",
+    runs: Runs = "",
+    as_json: Json = False,
 ) -> None:
     """Print the tables of a sweep, with published numbers beside ours; for each gap, the command that fills it.
 
@@ -181,15 +237,16 @@ def table(
 
     if form not in FORMATS:
         raise ConfigError(unknown_name("table format", form, FORMATS))
-    loaded, store = _load(sweep, overrides)
+    loaded, store = _load(sweep, overrides, runs)
     names = [each.name for each in loaded.shown_tables]
     if name and name not in names:
         raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
+    form = "json" if as_json else form
     print(table_text(loaded, store, [name] if name else names, form), end="")
 
 
 @app.command()
-def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+def report(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "") -> None:
     """Write a sweep's report: one page with its tables, figures, findings, and how each number was made.
 
     \b
@@ -198,12 +255,15 @@ def report(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     """
     from harness.reporting.files import refresh
 
-    loaded, store = _load(sweep, overrides)
+    loaded, store = _load(sweep, overrides, runs)
+    store.check_exists()
     print(f"report  {store.where(refresh(loaded, store))}")
 
 
 @app.command()
-def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
+def findings(
+    sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "", as_json: Json = False
+) -> None:
     """Check each finding of the study against our results and against its own published numbers.
 
     \b
@@ -212,37 +272,97 @@ def findings(sweep: SweepArgument = None, overrides: Overrides = None) -> None:
     """
     from harness.reporting.findings import check, render
 
-    loaded, store = _load(sweep, overrides)
+    loaded, store = _load(sweep, overrides, runs)
     if not loaded.findings:
         raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
     store = store.snapshot(loaded.cells)
-    print(render(check(loaded, [store.record(cell) for cell in loaded.cells], store)), end="")
+    checked = check(loaded, [store.record(cell) for cell in loaded.cells], store)
+    if as_json:
+        _print_json([dataclasses.asdict(each) for each in checked])
+    else:
+        print(render(checked), end="")
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def show(
-    key: Annotated[
-        str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)
-    ],
-    runs: Runs = "runs",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY | SWEEP [PART]...]",
+            help="The first digits of a cell's key; or a sweep and names of the cell's parts.",
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    runs: Runs = "",
+    as_json: Json = False,
 ) -> None:
     """Show one cell: configuration, scores, layer errors, failures, provenance, and the command that reproduces it.
 
+    Without a word, or where several cells fit, it lists the cells.
+
     \b
     Examples:
+      harness show
       harness show 2ddd94ff
+      harness show demo gptq w4
     """
-    from harness.cli.show import cell_text
-    from harness.storage.store import Store
+    from harness.cli.cells import find_cells, list_facts, list_text
+    from harness.cli.show import cell_facts, cell_text
 
-    store = Store(runs)
-    cell = store.cell(store.find(key))
+    store, found = find_cells(words or [], runs)
+    if not found:
+        print("[]" if as_json else f"no cells in {store.place} yet; start with: harness run demo")
+        return
+    if not words or len(found) > 1:
+        if as_json:
+            _print_json(list_facts(found, store))
+        else:
+            print(list_text(found, store))
+        return
+    key, _, cell = found[0]
     if cell is None:
-        raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
-    print(cell_text(cell, store))
+        raise ConfigError(
+            f"cell {key[:12]} in {store.place} has no readable cell.json; run its sweep"
+        )
+    if as_json:
+        _print_json(cell_facts(cell, store))
+    else:
+        print(cell_text(cell, store))
 
 
-@app.command()
+@app.command(cls=RunsCommand)
+def diff(
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A sweep, or the folder or URL of results.",
+            autocompletion=complete_sweep,
+        ),
+    ],
+    second: Annotated[
+        str, typer.Argument(metavar="B", help="Another one.", autocompletion=complete_sweep)
+    ],
+    runs: Runs = "",
+    as_json: Json = False,
+) -> None:
+    """Compare two sweeps or two stores: cells that only one has, and differences in configuration and scores.
+
+    \b
+    Examples:
+      harness diff demo demo_methods
+      harness diff runs /mnt/other/runs
+    """
+    from harness.cli.diff import compare, diff_text, records_of
+
+    found = compare(records_of(first, runs), records_of(second, runs))
+    if as_json:
+        _print_json(found)
+    else:
+        print(diff_text(first, second, found))
+
+
+@app.command(cls=RunsCommand)
 def cancel(
     target: Annotated[
         str,
@@ -261,8 +381,12 @@ def cancel(
 
     store = Store(runs)
     if target in store.sweep_names():
+        from harness.cli.status import resume_command
+
         store.cancel(target)
-        print(f"sweep {target} ends within seconds; harness run {target} goes on with it")
+        command = resume_command(target, store.sweep_state(target) or {})
+        goes_on = f"; {command} goes on with it" if command else ""
+        print(f"sweep {target} ends within seconds{goes_on}")
         return
     key = store.find(target)
     store.cancel(key)
@@ -271,7 +395,7 @@ def cancel(
     )
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def prioritize(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="A running sweep.")],
     priority: Annotated[
@@ -303,7 +427,7 @@ def prioritize(
     )
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list what would be deleted.")
@@ -331,7 +455,7 @@ def gc(
     )
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def export(
     key: Annotated[
         str, typer.Argument(help="The first digits of a cell's key.", autocompletion=complete_key)
@@ -361,7 +485,7 @@ def export(
 
 
 @app.command()
-def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "runs") -> None:
+def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs = "") -> None:
     """Send the results of a sweep, or without a name everything in --runs, to MLflow; updates existing runs, no duplicates.
 
     \b
@@ -372,7 +496,10 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
     from harness.storage.store import Store
     from harness.tracking.mlflow_runs import publish as publish_results
 
-    loaded, store = _load(sweep, overrides) if sweep else (None, Store(runs))
+    if sweep is not None and sweep.startswith("runs=") and not overrides:
+        runs, sweep = sweep.partition("=")[2], None
+    loaded, store = _load(sweep, overrides, runs) if sweep else (None, Store(runs or "runs"))
+    store.check_exists()
     print(publish_results(store, loaded))
 
 
@@ -400,10 +527,12 @@ def diagnose(
     print(diagnose_model(model, overrides or [], bits, group_size))
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def ui(
     runs: Runs = "runs",
-    port: Annotated[int, typer.Option(help="The port on the loopback interface.")] = 5000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="The port on the loopback interface.")
+    ] = 5000,
 ) -> None:
     """Show the results beside a runs folder in MLflow's web pages, until Ctrl-C.
 
@@ -469,6 +598,7 @@ def list_command(
     group: Annotated[
         str, typer.Argument(help=", ".join(GROUPS), autocompletion=complete_group)
     ] = "sweeps",
+    as_json: Json = False,
 ) -> None:
     """List the available sweeps, models, methods, schemes, evaluations, …
 
@@ -480,18 +610,22 @@ def list_command(
     from harness.config.locations import list_names
 
     entries = list_names(group)
+    if as_json:
+        _print_json([dataclasses.asdict(entry) for entry in entries])
+        return
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
         print(f"{entry.name:<{width}}  {entry.title}".rstrip())
 
 
-@app.command()
+@app.command(cls=RunsCommand)
 def doctor(
     model: Annotated[
         str | None,
         typer.Argument(help="check only this model: a name, a folder or a hub id", metavar="MODEL"),
     ] = None,
     runs: Runs = "runs",
+    as_json: Json = False,
 ) -> None:
     """Check this machine (packages, cores, memory, disk, GPUs, Ray, permissions) or a model; exit code 1 if anything is wrong.
 
@@ -502,16 +636,26 @@ def doctor(
     """
     from harness.cli.doctor import examine, examine_model, render
 
-    if model is not None:
-        found = examine_model(model)
-        print(render(found, f"ready   harness plan model={model} method=rtn scheme=w4"))
+    found = examine(runs) if model is None else examine_model(model)
+    next_command = "run demo" if model is None else f"plan model={model} method=rtn scheme=w4"
+    if as_json:
+        _print_json([dataclasses.asdict(each) for each in found])
     else:
-        found = examine(runs)
-        print(render(found))
+        print(render(found, f"ready   harness {next_command}"))
     raise typer.Exit(int(any(each.level == "wrong" for each in found)))
 
 
-def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]:
+def _json(value: Any) -> str:
+    from harness.storage.json_files import json_text
+
+    return json_text(value).rstrip()
+
+
+def _print_json(value: Any) -> None:
+    print(_json(value))
+
+
+def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tuple[Sweep, Store]:
     from harness.config.kept_sweeps import load_sweep
     from harness.config.overrides import split_arguments
     from harness.storage.store import Store
@@ -521,7 +665,7 @@ def _load(sweep: str | None, overrides: list[str] | None) -> tuple[Sweep, Store]
         raise ConfigError(
             "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
         )
-    loaded = load_sweep(name, changes)
+    loaded = load_sweep(name, with_runs(changes, runs))
     return loaded, Store(loaded.runtime.runs)
 
 

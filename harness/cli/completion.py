@@ -129,8 +129,13 @@ def complete_group(incomplete: str) -> list[str]:
 
 
 def complete_key(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Cells in ./runs, by the first digits of their keys."""
+    """Cells in ./runs, by the first digits of their keys, and names of sweeps."""
+    from harness.config.locations import list_names
     from harness.storage.store import Store
+
+    for entry in list_names("sweeps"):
+        if entry.name.startswith(incomplete):
+            yield entry.name, entry.title
 
     store = Store("runs")
     for key in store.cell_keys():

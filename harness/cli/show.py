@@ -37,6 +37,29 @@ def cell_text(cell: Cell, store: Store) -> str:
     )
 
 
+def cell_facts(cell: Cell, store: Store) -> dict[str, Any]:
+    """What is known of a cell as JSON: keys, configuration, scores with their problems, failures, provenance, the command."""
+    from harness.config.reproduce import command_for
+    from harness.evaluation.flips import with_flips
+    from harness.reporting.metrics import problems_of
+
+    record = with_flips(store.record(cell), store)
+    return {
+        "key": record.cell_key,
+        "checkpoint": quantize_key(cell),
+        "title": cell.title,
+        "config": to_json(cell),
+        "metrics": record.metrics(),
+        "missing": list(record.missing),
+        "problems": list(problems_of(record)),
+        "layer_errors": list(record.layer_errors),
+        "failures": [dict(failure) for failure in record.failures],
+        "provenance": dict(record.provenance),
+        "log": store.where(store.log_path(record.cell_key)),
+        "command": command_for(cell),
+    }
+
+
 def record_text(record: Record, store: Store, command: str) -> str:
     """Everything known of a cell: what it is, what it scored, how its layers fared, how it was made and how to make it again."""
     import yaml

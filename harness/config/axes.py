@@ -26,6 +26,7 @@ RUNTIME = (
     "batch_size",
     "fail_fast",
     "export",
+    "notify",
     "data",
     "cluster",
     "tracking",

@@ -30,14 +30,19 @@ from harness.data import digests, hub, task_files, texts
 from harness.data.bundle import Bundle
 from harness.data.task_files import TaskFile
 
-# evaluations that need no YAML: prefix -> (evaluator, the setting that the text behind the colon is, further settings)
-BY_PREFIX: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "lm_eval": ("lm_eval_tasks", "task", {}),
-    "text": ("perplexity", "source", {"length": 0}),
-}
-
-
 WITHOUT_YAML = "lm_eval:TASK is any task of lm-eval (lm_eval:copa), text:FILE the perplexity of a text (text:notes.txt)."
+
+
+def by_prefix() -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Evaluations that need no YAML: prefix -> (evaluator, the setting that the text behind the colon is, further settings).
+
+    They are stated by the literal `without_yaml` of an evaluator's class: {prefix: (setting, further settings)}.
+    """
+    return {
+        prefix: (name, setting, dict(more))
+        for name, facts in plugins.find("evaluator").items()
+        for prefix, (setting, more) in facts.get("without_yaml", {}).items()
+    }
 
 
 def parts_of(evaluation: Evaluation) -> frozenset[str]:
@@ -130,7 +135,7 @@ def read_evaluations(context: Context) -> tuple[Evaluation, ...]:
             name, own = evaluation_entry(entry, context.file.where)
             for evaluation in _expand(context, name, own, ()):
                 other = found.setdefault(evaluation.name, evaluation)
-                if name.partition(":")[0] in BY_PREFIX and other != evaluation:
+                if name.partition(":")[0] in by_prefix() and other != evaluation:
                     raise ConfigError(
                         f"{context.file.where}: evaluations: {name} has the name of another one, {other.name}; "
                         "leave one out, or request them in two sweeps"
@@ -185,7 +190,7 @@ def _expand(
     context.evaluation_names.add(name)
     if name not in config_files("evaluation"):
         asked_by = asker or context.file.where
-        raise ConfigError(f"{unknown_config('evaluation', name, asked_by)}\n{WITHOUT_YAML}")
+        raise ConfigError(f"{unknown_config('evaluation', name, asked_by)} {WITHOUT_YAML}")
     content = composed(context, "evaluation", name, asker or context.file.where)
     where = str(config_files("evaluation")[name])
     if "suite" not in content:
@@ -201,11 +206,12 @@ def _expand(
 def _without_yaml(name: str) -> tuple[str, dict[str, Any]] | None:
     """The short name and the content of an evaluation without a YAML: "lm_eval:copa" -> copa, "text:notes.txt" -> notes."""
     prefix, _, rest = name.partition(":")
-    if prefix not in BY_PREFIX:
+    known = by_prefix()
+    if prefix not in known:
         return None
     if not rest:
         raise ConfigError(f'evaluation "{name}": nothing follows the colon. {WITHOUT_YAML}')
-    evaluator, setting, more = BY_PREFIX[prefix]
+    evaluator, setting, more = known[prefix]
     content: dict[str, Any] = {"evaluator": evaluator, "settings": {setting: rest, **more}}
     if prefix == "text":
         return file_name(Path(rest).name.partition(".")[0] or "text"), content

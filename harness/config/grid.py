@@ -56,7 +56,7 @@ from harness.core.cell import (
     baseline_of,
     cell_key,
     digest,
-    has_static_activations,
+    has_static_scales,
     make_part,
     to_json,
 )
@@ -110,6 +110,7 @@ def _sweep(context: Context, overrides: tuple[str, ...]) -> Sweep:
     named = {str(point["model"][0]) for point in points if "model" in point}
     check_models(context, tables, named | {cell.model.name for cell in cells})
     findings = read_findings(context, tables)
+    context.problems.found = dict.fromkeys(map(context.edits.blamed, context.problems.found))
     context.problems.check()
     file = context.file
     title = file.title or _ad_hoc_title(cells)
@@ -268,7 +269,7 @@ def _quantizing_scheme(
 
 
 def _calibrated(method: Method | None, scheme: Scheme | None) -> bool:
-    static = scheme is not None and has_static_activations(scheme)
+    static = scheme is not None and has_static_scales(scheme)
     return static or (method is not None and method.uses_calibration)
 
 
@@ -281,7 +282,7 @@ def _calibration_of(
         who = (
             f"method {method.name}{needs}"
             if method is not None and needs
-            else "a static activation scheme"
+            else "a scheme with static scales"
         )
         context.problems.add(
             f"{context.file.where}: {who} needs calibration data; add calibration=<name> (`{listing('calibration')}` lists all)"
@@ -511,7 +512,8 @@ def _edited(known: Mapping[str, Any], own: Mapping[str, Any], fields: Fields) ->
     given = copy.deepcopy(dict(own))
     for key, value, _ in sorted(fields, key=lambda each: (each[0] != "base", "." in each[0])):
         head = key.partition(".")[0]
-        if key == "base" and value != given.get("base", known["base"]):
+        changed = key == "base" and value != given.get("base", known["base"])
+        if changed and "base_settings" in known:
             given["base_settings"] = {}
         elif key != head and isinstance(known[head], dict):
             given.setdefault(head, copy.deepcopy(known[head]))

@@ -144,7 +144,7 @@ def unpacked(content: Mapping[str, Any]) -> Sweep:
     ]
     cells = []
     for *numbers, evaluations, inputs, seed, variant in content["cells"]:
-        parts = {
+        parts: dict[str, Any] = {
             name: None if number is None else pools[name][number]
             for name, number in zip(PARTS, numbers, strict=True)
         }
@@ -170,6 +170,7 @@ def unpacked(content: Mapping[str, Any]) -> Sweep:
         path=_unpacked_path(content["path"]),
         overrides=tuple(content["overrides"]),
         findings=tuple(from_json(Finding, each) for each in content["findings"]),
+        method_titles=dict(content["method_titles"]),
         first=tuple(First(text, frozenset(keys)) for text, keys in content["first"]),
     )
 
@@ -192,7 +193,7 @@ def _sources(sweep: Sweep) -> Iterator[Path]:
         yield sweep.runtime.data_root
     places: dict[str, None] = {}
     for cell in sweep.cells:
-        places[cell.model.source] = None
+        places |= {cell.model.source: None, cell.model.base: None}
         if cell.calibration is not None:
             places[cell.calibration.source] = None
     for evaluation in dict.fromkeys(each for cell in sweep.cells[:1] for each in cell.evaluations):

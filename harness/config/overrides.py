@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.config.axes import AXES, EDITABLE, GROUPS, RUNTIME
-from harness.config.locations import config_files
+from harness.config.locations import config_files, listing
 from harness.config.renamed import current_key, current_names
 from harness.config.typed import Problems
 from harness.config.yaml_files import one_line
@@ -45,6 +45,29 @@ class Edits:
     evaluation_settings: dict[str, Any] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     baseline: bool | None = None
+    typed: list[tuple[str, str, list[Any]]] = field(default_factory=list)  # key, text, values
+
+    def blamed(self, problem: str) -> str:
+        """A problem with the override that was typed as its place, where one set the value that the problem names."""
+        for key, text, values in self.typed:
+            head, _, rest = key.partition(".")
+            last = rest.rpartition(".")[2] or head
+            kinds = "|".join(map(re.escape, {head, last, head.removesuffix("s")}))
+            field_name = rf'no (?:field|setting|key)[\w ]* "(?:{re.escape(key)}|{re.escape(last)})"'
+            absent = re.search(rf"(?:^|: )({field_name}.*)", problem, re.DOTALL)
+            if absent and rest:
+                return f"override {text}: {absent[1]}"
+            for value in values:
+                shown = re.escape(str(value))
+                unknown = re.match(rf'(.*?: )?(no ({kinds}) "{shown}".*)', problem, re.DOTALL)
+                if unknown:
+                    return f"override {text}: {unknown[2]}"
+                wanted = f"not {re.escape(repr(value))}|{shown} is (?:below|above) .*"
+                named = rf"(^|: )({re.escape(key)}|{re.escape(last)}): (.*(?:{wanted}))$"
+                wrong = re.search(named, problem, re.DOTALL)
+                if wrong:
+                    return f"override {text}: {last}: {wrong[3]}"
+        return problem
 
 
 def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
@@ -58,22 +81,29 @@ def parse_overrides(overrides: Sequence[str], problems: Problems) -> Edits:
         try:
             parsed = parser.parse_override(text)
         except HydraException as error:
-            problems.add(f"override {text!r}: {_unreadable(text, error, parser)}")
+            problems.add(f"override {text}: {_unreadable(text, error, parser)}")
             continue
         if parsed.type == OverrideType.DEL:
             problems.add(
-                f"override {text!r}: nothing can be deleted; set the key to the value that you want"
+                f"override {text}: nothing can be deleted; set the key to the value that you want"
             )
             continue
         with problems.collect():
-            _apply(
-                edits,
-                parsed.key_or_group,
-                override_values(parsed),
-                parsed.type == OverrideType.ADD,
-                f"override {text!r}",
-            )
+            values = override_values(parsed)
+            key = current_key(str(parsed.key_or_group))
+            if (key in AXES or key in GROUPS.values() or key == "evaluations") and "" in values:
+                raise ConfigError(f"override {text}: no value; {_example(key)}")
+            edits.typed.append((key, text, _flat(values)))
+            _apply(edits, key, values, parsed.type == OverrideType.ADD, f"override {text}")
     return edits
+
+
+def _example(key: str) -> str:
+    """What to write where a key has no value."""
+    group = "evaluation" if key == "evaluations" else key
+    if group not in GROUPS.values():
+        return f"write {key}=VALUE, or leave it out"
+    return f"`{listing(group)}` lists what {key}= takes"
 
 
 def _unreadable(text: str, error: Exception, parser: Any) -> str:

@@ -12,7 +12,7 @@ from harness.config.locations import config_files, unknown_config
 from harness.config.schemes import DELTA_NAME, FORMAT_NAME, SCHEME_NAME
 from harness.config.sweep_file import is_axis
 from harness.config.typed import field_names
-from harness.core.cell import Calibration, Cell, Model, Part, Scheme, baseline_of, cell_key
+from harness.core.cell import Calibration, Cell, Model, Part, Scheme, baseline_of, cell_key, to_json
 from harness.core.errors import unknown_name
 from harness.core.labels import without_settings
 from harness.core.sweep import First
@@ -31,8 +31,12 @@ def matches(cell: Cell, key: str, wanted: Any) -> bool:
     value: Any = cell
     for attribute in key.split("."):
         owner = cell.method if value is cell and attribute in SLOTS else value
-        settings = dict(owner.settings) if isinstance(owner, Part) and attribute != "name" else None
-        value = settings.get(attribute) if settings is not None else getattr(owner, attribute, None)
+        if isinstance(owner, Part) and attribute != "name":
+            value = to_json(owner)["settings"].get(attribute)
+        elif isinstance(owner, dict):  # an entry of a setting that is a mapping
+            value = owner.get(attribute)
+        else:
+            value = getattr(owner, attribute, None)
     value = getattr(value, "name", value)
     for choice in wanted if isinstance(wanted, list) else [wanted]:
         if isinstance(choice, str) and isinstance(value, str):

@@ -16,11 +16,9 @@ Library versions, cards, commits and batch sizes are provenance; they live in th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,27 +28,17 @@ from annotated_types import Ge
 
 from harness.core import plugins
 from harness.core.errors import ConfigError
+from harness.core.json_values import Settings as Settings
+from harness.core.json_values import freeze as freeze
+from harness.core.json_values import from_json as from_json
+from harness.core.json_values import to_json as to_json
 from harness.core.sparsity import read_sparsity
 
 ScaleType = Literal["float16", "bfloat16", "float32", "float8_e4m3", "double_quantized", "e8m0"]
-Settings = tuple[tuple[str, Any], ...]  # sorted (name, JSON value) pairs; lists become tuples
 T = TypeVar("T")
 PLACES = ("source", "include", "data_root", "revisions")  # see Evaluation.settings
 BASE_WEIGHT = "base_weight"  # a statistic of another model, not of calibration data
 OF_THE_FINE_TUNE = ("base", "base_digest")  # fields of a Model that name where it comes from
-
-
-def freeze(settings: dict[str, Any]) -> Settings:
-    """Sorted, hashable form of a settings mapping whose values are JSON values."""
-    return tuple((name, _freeze_value(value)) for name, value in sorted(settings.items()))
-
-
-def _freeze_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return freeze(value)
-    if isinstance(value, list | tuple):
-        return tuple(_freeze_value(item) for item in value)
-    return value
 
 
 @dataclass(frozen=True)
@@ -272,7 +260,15 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class KVScheme:
-    """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI)."""
+    """How keys and values are rounded: keys per channel over group_size tokens, values per token (KIVI), or to 8-bit floats.
+
+    format       int; fp8_e4m3 or fp8_e5m2 have 8 bits and no groups, so bits, group_size and both axes are left as they are
+    granularity  of fp8 scales: tensor (one for the keys and one for the values of a block), head (one per key-value head) or
+                 token_head (one per token and head)
+    scales       of fp8: static (largest magnitudes of the calibration windows), one (1: larger values saturate), or dynamic
+                 (token_head only)
+    queries      of fp8: queries are rounded too, with a scale of their own
+    """
 
     bits: Annotated[int, Ge(1)] = 4
     group_size: Annotated[int, Ge(1)] = 32
@@ -280,6 +276,20 @@ class KVScheme:
     key_axis: str = "channel"
     value_axis: str = "token"
     hadamard: bool = False  # queries and keys of each head times a Hadamard matrix before keys are rounded (QuaRot)
+    format: Literal["int", "fp8_e4m3", "fp8_e5m2"] = "int"
+    granularity: Literal["group", "tensor", "head", "token_head"] = "group"
+    scales: Literal["dynamic", "static", "one"] = "dynamic"
+    queries: bool = False
+
+    @property
+    def width(self) -> int:
+        """Bits of one code, without scales."""
+        return self.bits if self.format == "int" else 8
+
+    @property
+    def text(self) -> str:
+        """What labels call it: "KV4", "KVfp8", "KVfp8_e5m2"."""
+        return f"KV{self.bits if self.format == 'int' else self.format.removesuffix('_e4m3')}"
 
 
 @dataclass(frozen=True)
@@ -422,10 +432,7 @@ def _quantize_key(cell: Cell) -> str:
     if method.reduction is not None:
         identity["reduction"] = reduction_key(cell)
     if method.quantizes:
-        identity["weight"] = weight_identity(cell.scheme.weight)
-        identity["overrides"] = [
-            _identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight
-        ]
+        identity["weight"], identity["overrides"] = stored_scheme(cell)
     if method.needs_calibration:
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
         identity["inputs"] = cell.inputs
@@ -436,6 +443,34 @@ def _quantize_key(cell: Cell) -> str:
     if any(part.activation_aware for part in method.parts):
         identity["execution"] = _execution(cell.scheme)
     return digest(identity)
+
+
+def holds_all_widths(method: Method) -> bool:
+    """Whether a method's checkpoint holds several widths at once, and the bits of a scheme only say which of them is read.
+
+    So says a literal `holds_all_widths` of the rounding's class: the setting, a number, that is not 0 where it does. A tuning
+    starts from one width.
+    """
+    rounding = method.rounding
+    if rounding is None or method.tuning is not None:
+        return False
+    facts = plugins.find("rounding").get(rounding.name)
+    setting = "" if facts is None else facts.get("holds_all_widths", "")
+    return bool(setting) and bool(dict(rounding.settings).get(setting))
+
+
+def stored_scheme(cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the weight scheme and its overrides say of the checkpoint; without bits where it holds all widths."""
+    weight = weight_identity(cell.scheme.weight)
+    overrides = [_identity(o, drop=("activation",)) for o in cell.scheme.overrides if o.weight]
+    if holds_all_widths(cell.method):
+        del weight["bits"]
+        overrides = [{**o, "weight": _without_bits(o["weight"])} for o in overrides]
+    return weight, [override for override in overrides if override["weight"]]
+
+
+def _without_bits(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "bits"}
 
 
 def parts_identity(method: Method) -> list[dict[str, Any]]:
@@ -499,40 +534,28 @@ def untuned(cell: Cell) -> Cell:
     return dataclasses.replace(cell, method=dataclasses.replace(cell.method, tuning=None))
 
 
-def base_alone(cell: Cell) -> Cell | None:
-    """The cell with the base of a rounding around another in its place, where the base rounds the same matrices to the same codes.
-
-    None for other roundings, for those whose base rounds something else (a literal `keeps_base = True` of the plugin's class says
-    that it does not), and where the base read inputs behind blocks that the other one had changed.
-    """
-    rounding = cell.method.rounding
-    if rounding is None or "base_version" not in dict(rounding.settings):
-        return None
-    if not plugins.facts("rounding", rounding.name).get("keeps_base", False):
-        return None
-    settings = dict(to_json(rounding)["settings"]["base_settings"])
-    base = make_part("rounding", rounding["base"], settings)
-    if base.needs and cell.inputs != "full_precision":
-        return None
-    base = dataclasses.replace(base, version=rounding["base_version"])
-    method = dataclasses.replace(cell.method, name=base.name, rounding=base, tuning=None)
-    return dataclasses.replace(cell, method=method)
-
-
 def cell_key(cell: Cell) -> str:
-    """Identity of a cell: its checkpoint and how activations and KV cache are executed; 64 hexadecimal digits."""
+    """Identity of a cell: its checkpoint, how activations and KV cache are executed, and which width is read where the checkpoint
+    holds several; 64 hexadecimal digits."""
     return _remembered(cell, "_cell_key", lambda: _cell_key(cell))
 
 
 def _cell_key(cell: Cell) -> str:
     identity = {"checkpoint": quantize_key(cell), "execution": _execution(cell.scheme)}
-    if has_static_activations(cell.scheme):
+    if has_static_scales(cell.scheme):
         identity["calibration"] = _identity(cell.calibration, drop=("name", "source"))
+    if holds_all_widths(cell.method):
+        identity["widths"] = [
+            cell.scheme.weight.bits,
+            [to_json(o) for o in cell.scheme.overrides if o.weight],
+        ]
     return digest(identity)
 
 
-def has_static_activations(scheme: Scheme) -> bool:
-    """Some activations have scales fixed from calibration data, which a cell then needs whatever its method."""
+def has_static_scales(scheme: Scheme) -> bool:
+    """Some activations, or the KV cache, have scales fixed from calibration data, which a cell then needs whatever its method."""
+    if scheme.kv is not None and scheme.kv.scales == "static":
+        return True
     if scheme.activation is None:
         return False
     return not scheme.activation.dynamic or any(
@@ -628,11 +651,18 @@ def _activation_identity(scheme: Scheme) -> Any:
     return {**_identity(own), "outlier_rule": 2} if changed else _identity(own)
 
 
+# fields of a KV scheme that are younger than the keys, which leave them out at their defaults
+YOUNGER_KV_FIELDS = ("format", "granularity", "scales", "queries")
+
+
 def _kv_identity(kv: KVScheme | None) -> Any:
     """The residual's rule is 2 since a token attends before the cache is rounded; without a residual nothing changed."""
-    return (
-        _identity(kv) if kv is None or kv.residual == 0 else {**_identity(kv), "residual_rule": 2}
-    )
+    if kv is None:
+        return None
+    defaults = KVScheme()
+    drop = tuple(f for f in YOUNGER_KV_FIELDS if getattr(kv, f) == getattr(defaults, f))
+    identity = _identity(kv, drop)
+    return identity if kv.residual == 0 else {**identity, "residual_rule": 2}
 
 
 def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
@@ -643,68 +673,3 @@ def _identity(value: Any, drop: tuple[str, ...] = ()) -> Any:
     if drop not in known:
         known[drop] = {name: item for name, item in to_json(value).items() if name not in drop}
     return known[drop]
-
-
-@functools.cache
-def _fields(kind: type) -> tuple[tuple[str, bool], ...] | None:
-    """(name, whether it holds settings) of the fields of a dataclass; None for any other type."""
-    if not dataclasses.is_dataclass(kind):
-        return None
-    hints = _hints(kind)
-    return tuple((each.name, hints[each.name] == Settings) for each in dataclasses.fields(kind))
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    # 0.1 ms each time, and a sweep computes tens of thousands of keys
-    return typing.get_type_hints(kind)
-
-
-def to_json(value: Any) -> Any:
-    """A cell, or any part of one, as JSON values; settings become objects."""
-    fields = _fields(type(value))
-    if fields is not None:
-        return {
-            name: _thaw(getattr(value, name)) if holds_settings else to_json(getattr(value, name))
-            for name, holds_settings in fields
-        }
-    if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
-    return value
-
-
-def _thaw(settings: Settings) -> dict[str, Any]:
-    return {name: _thaw_value(value) for name, value in settings}
-
-
-def _thaw_value(value: Any) -> Any:
-    if isinstance(value, tuple):
-        is_mapping = bool(value) and all(
-            isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value
-        )
-        return _thaw(value) if is_mapping else [_thaw_value(item) for item in value]
-    return value
-
-
-def from_json(kind: type[T], data: Any) -> T:
-    """The inverse of `to_json` for a dataclass of this module: from_json(Cell, to_json(cell)) == cell."""
-    return typing.cast(T, _build(kind, data))
-
-
-def _build(kind: Any, data: Any) -> Any:
-    if kind == Settings:
-        return freeze(data)
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if data is None:
-            return None
-        (inner,) = (arg for arg in typing.get_args(kind) if arg is not type(None))
-        return _build(inner, data)
-    if origin is tuple:
-        return tuple(_build(typing.get_args(kind)[0], item) for item in data)
-    if dataclasses.is_dataclass(kind):
-        hints = _hints(typing.cast(type, kind))
-        return typing.cast(type, kind)(
-            **{name: _build(hints[name], item) for name, item in data.items()}
-        )
-    return data

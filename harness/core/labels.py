@@ -112,7 +112,7 @@ def bits_text(cell: Cell) -> str:
         else f" {scheme.weight.format}"
     )
     activation = f"A{scheme.activation.bits}" if scheme.activation else ""
-    kv = f"KV{scheme.kv.bits}" if scheme.kv else ""
+    kv = scheme.kv.text if scheme.kv else ""
     if scheme.weight.sparsity and cell.method.quantizes:  # "16 2:4": dense says nothing then
         family = f"{family.removesuffix(' dense')} {sparsity_text(scheme.weight.sparsity)}"
     return f"W{bits}{activation}{kv}{family}" if activation or kv else f"{bits}{family}"

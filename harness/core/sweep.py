@@ -190,6 +190,7 @@ class Runtime:
     batch_size: int = 0  # 0: chosen by the evaluator
     fail_fast: bool = False
     export: str = ""  # a format that every checkpoint must fit; cells that do not are refused
+    notify: str = ""  # a web address or a command that gets a message when a run ends
 
 
 @dataclass(frozen=True)

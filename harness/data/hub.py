@@ -17,6 +17,9 @@ from harness.data.digests import cache_folder, write_cache
 
 UNRESOLVED = "unresolved:"  # digest of a hub id whose commit could not be asked for
 TRUE = ("1", "true", "yes", "on")  # of a switch in the environment
+OFF = "the hub is switched off (HF_HUB_OFFLINE)"
+SILENT = "the hub cannot be reached"
+NETWORK_WORDS = (OFF, SILENT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -48,7 +51,7 @@ def hub_commit(repository: str, kind: str, revision: str | None = None) -> str |
 def unresolved_reason(repository: str, kind: str, revision: str | None = None) -> str:
     """Why `hub_commit` returned None."""
     if _is_offline():
-        return "the hub is switched off (HF_HUB_OFFLINE), and nothing in its local cache says it"
+        return f"{OFF}, and nothing in its local cache says it"
     return (
         _refusals.get((repository, kind, revision or "main"))
         or _silent.get(_endpoint())
@@ -88,7 +91,7 @@ def _asked_commit(repository: str, kind: str, revision: str) -> str | None:
         )
         _refusals[repository, kind, revision] = f"the hub answered {status}{hint}"
     except Exception as error:  # httpx's errors, of a hub that cannot be reached
-        _silent[_endpoint()] = f"the hub cannot be reached: {first_line(error)}"
+        _silent[_endpoint()] = f"{SILENT}: {first_line(error)}"
     return None
 
 
@@ -153,6 +156,11 @@ def caches_stamp() -> list[int]:
     return found
 
 
+def needs_network(reason: str) -> bool:
+    """Whether a sentence of this module, or one that quotes it, says that only access to the hub is missing."""
+    return any(words in reason for words in NETWORK_WORDS)
+
+
 def missing_data_set(repository: str, revision: str | None) -> str | None:
     """Why a data set of the hub cannot be read here: not in the local cache and the hub not reachable, or its commit is not known.
 
@@ -164,9 +172,9 @@ def missing_data_set(repository: str, revision: str | None) -> str | None:
         and not prepared.is_dir()
     ):
         if _is_offline() or os.environ.get("HF_DATASETS_OFFLINE", "").lower() in TRUE:
-            return f"the data set {repository} is not in the local cache, and the hub is switched off (HF_HUB_OFFLINE)"
+            return f"the data set {repository} is not in the local cache, and {OFF}"
         if not _reachable(_endpoint()):
-            return f"the data set {repository} is not in the local cache, and the hub cannot be reached"
+            return f"the data set {repository} is not in the local cache, and {SILENT}"
     if revision is None or not COMMIT.fullmatch(revision):
         why = unresolved_reason(repository, "dataset", revision)
         return f"the commit of the data set {repository} is not known ({why}), so results would have no identity"

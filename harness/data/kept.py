@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,7 @@ class Book:
     _answers: dict[str, Any] | None = field(default=None, repr=False)
     _is_new: bool = False
 
-    def ask(
-        self, question: Hashable, find_out: Callable[[], Any], keeps: Callable[[Any], bool]
-    ) -> Any:
+    def ask(self, question: Any, find_out: Callable[[], Any], keeps: Callable[[Any], bool]) -> Any:
         """The answer to a question (a JSON value), from the book or from find_out(). keeps: whether an answer may be kept."""
         if self._answers is None:
             self._answers = find("checks", self._identity()) or {}

@@ -188,6 +188,15 @@ def corpus_digest(source: str, split: str) -> str:
     return digest([file_digest(path) for path in corpus_files(source, split)])
 
 
+def plain_bytes(source: str, split: str) -> int | None:
+    """Bytes of a local text in plain files, of which no token has less than one; None for texts of other kinds."""
+    if source in (DEMO, RANDOM_ASCII, RANDOM_TOKENS) or source.startswith("hub:"):
+        return None
+    files = corpus_files(source, split)
+    plain = all(path.name.endswith((".txt", ".json", ".jsonl")) for path in files)
+    return sum(path.stat().st_size for path in files) if plain else None
+
+
 def corpus_files(source: str, split: str) -> list[Path]:
     """The files of a local text: the file itself, or <folder>/<split>.<suffix>, or <folder>/<split>-*.parquet in order."""
     path = Path(source).expanduser()

@@ -125,7 +125,12 @@ def depends_on_company(cell: Cell) -> bool:
     for override in cell.scheme.overrides:
         schemes |= {dataclasses.replace(scheme, **dict(override.activation)) for scheme in schemes}
     return any(
-        scheme.dynamic and (scheme.granularity == "tensor" or scheme.outlier_threshold > 0)
+        scheme.dynamic
+        and (
+            scheme.granularity == "tensor"
+            or scheme.outlier_threshold > 0
+            or scheme.format == "nvfp4"  # one of its scales is the sequence's
+        )
         for scheme in schemes
     )
 

@@ -102,7 +102,7 @@ def check_windows(settings: WindowSettings, model: Model) -> list[str]:
     if context is not None and settings.length > context:
         reasons.append(
             f"windows of {settings.length} tokens, but {model.name} was made for at most {context}; "
-            f"set the evaluation's length to {context}, or to 0 for each model's own context (other lengths give other numbers)"
+            f"use length={context}, or length=0 for each model's own context (other lengths give other numbers)"
         )
     return [*reasons, *texts.missing_text(settings.source, settings.split)]
 

@@ -35,7 +35,7 @@ from harness.core.sweep import Sweep, command_line
 from harness.core.text import first_line, without_password
 from harness.core.units import duration
 from harness.evaluation.flips import with_flips
-from harness.execution import dispatch, outputs
+from harness.execution import dispatch, notify, outputs
 from harness.execution.progress import Display, Silent, Tally
 from harness.planning.plan import Plan
 from harness.planning.planner import make, within
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHOWN_LEFT_OUT = 20  # cells without room in the budget that are listed
 # between two reports of a running sweep; of its time at most
 REPORT_SECONDS, REPORT_SHARE = (10.0, 0.02)
 
@@ -125,12 +126,15 @@ def run(
     display: Display | None = None,
     command: str = "",
     budget_seconds: float | None = None,
+    confirm: Callable[[Plan], bool] = lambda plan: True,
 ) -> Summary:
     """Run a sweep. Raises PlanError with all refusals before anything starts, ScheduleError when no worker can run its tasks.
 
     A KeyboardInterrupt, `harness cancel` and the end of the budget end all tasks and are named in the summary; complete results
     stay in the store. So do a store that cannot be written any more, because every other cell would fail too, and a cluster whose
     head does not come back.
+
+    confirm: asked once, with the plan, before anything starts; where it returns False nothing does.
     """
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
@@ -141,9 +145,11 @@ def run(
         plan, left_out = within(plan, budget_seconds)
     text = render(plan)
     if left_out:
-        text += "\n" + "\n".join(
-            f"left    {cell.title}: no room in {duration(budget_seconds)[2:]}" for cell in left_out
-        )
+        room = f"no room in {duration(budget_seconds)[2:]}"
+        shown = [f"left    {cell.title}: {room}" for cell in left_out[:SHOWN_LEFT_OUT]]
+        more = len(left_out) - SHOWN_LEFT_OUT
+        shown += [f"left    {more} more cells: {room}"] if more > 0 else []
+        text = "\n".join([text, *shown])
     display.line(text)
     other = store.sweep_state(sweep.name)
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
@@ -151,6 +157,9 @@ def run(
         if outputs.is_untouched(other, now) or _is_tracked(sweep):
             display.close()
             return _finished(plan, store, other, now, began)
+    if not confirm(plan):
+        display.close()
+        return Summary(plan, (), {}, 0.0, stopped="not confirmed; nothing was started")
     if plan.missing and other and is_running(other):
         display.line(
             f"note    process {other['owner']['pid']} runs this sweep too; the two processes share the work"
@@ -161,7 +170,7 @@ def run(
     interrupted, stopped, begun = False, "", False
     try:
         with ExitStack() as stack:
-            stop = stack.enter_context(_interrupts())
+            stop = stack.enter_context(_interrupts(getattr(display, "interrupted", lambda: None)))
             limit = (
                 {}
                 if budget_seconds is None
@@ -197,9 +206,40 @@ def run(
         and recorder.tally.fraction < 1
     ):
         stopped = stopped or f"the budget of {duration(budget_seconds)[2:]} is used up"
-    return dataclasses.replace(
+    summary = dataclasses.replace(
         recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out)
     )
+    return _notified(summary)
+
+
+def _notified(summary: Summary) -> Summary:
+    """The summary, of which `notify` was told; what it cannot be told becomes a warning."""
+    sweep, target = summary.plan.sweep, summary.plan.sweep.runtime.notify
+    if not target:
+        return summary
+    done = sum(record.complete for record in summary.records)
+    state = (
+        "stopped"
+        if summary.interrupted or summary.stopped
+        else "failed"
+        if summary.failed
+        else "done"
+    )
+    facts = {
+        "text": f"harness: sweep {sweep.name} {state}: {done} of {len(summary.records)} cells done, {len(summary.failed)} failed",
+        "sweep": sweep.name,
+        "state": state,
+        "cells": len(summary.records),
+        "done": done,
+        "failed": len(summary.failed),
+        "seconds": round(summary.seconds),
+        "resume": "" if state == "done" else command_line(sweep),
+    }
+    try:
+        notify.send(target, facts)
+    except notify.NotifyError as error:
+        return dataclasses.replace(summary, warnings=(*summary.warnings, str(error)))
+    return summary
 
 
 def _finished(
@@ -209,7 +249,10 @@ def _finished(
     sweep = plan.sweep
     records = _records(store, sweep)
     page = str(state.get("page", ""))
-    if not (outputs.is_current(state, now) and store.files.exists(report_path(sweep, store))):
+    folder = store.root / "tables" / sweep.name
+    files = [folder / f"{table.name}.md" for table in sweep.shown_tables]
+    are_there = all(map(store.files.exists, [*files, report_path(sweep, store)]))
+    if not (outputs.is_current(state, now) and are_there):
         made = build_all(sweep, records, store)
         write_tables(sweep, made, store)
         write_report(sweep, records, made, store)
@@ -220,11 +263,16 @@ def _finished(
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM (of batch systems) raise KeyboardInterrupt and set the event, because a `__del__` swallows exceptions."""
+def _interrupts(answer: Callable[[], None]) -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM (of batch systems) raise KeyboardInterrupt and set the event, because a `__del__` swallows exceptions.
+
+    answer: called at once, in the handler, so that a person sees that the signal arrived.
+    """
     stop = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
+        if not stop.is_set():
+            answer()
         stop.set()
         raise KeyboardInterrupt
 
@@ -264,7 +312,9 @@ class _Recorder:
         waiting = {cell_key(cell) for cell in plan.missing}
         store.open_cells([self.cells[key] for key in sorted(waiting)])
         titles = {key: cell.title for key, cell in self.cells.items()}
-        self.state = SweepState(store, plan.sweep.name, titles, plan.sweep.title)
+        self.state = SweepState(
+            store, plan.sweep.name, titles, plan.sweep.title, command=command_line(plan.sweep)
+        )
         self.tracker = BackgroundTracker(
             lambda: mlflow_runs.open_tracker(plan.sweep, plan_text),
             self._send_cell,
@@ -286,6 +336,7 @@ class _Recorder:
     def event(self, event: Event) -> None:
         """Record one event."""
         finished = self.tally.add(event)
+        self.state.content["seconds_left"] = self.tally.seconds_left
         match event:
             case TaskStarted():
                 for key in event.cell_keys:
@@ -351,6 +402,7 @@ class _Recorder:
         ):
             self.tracker.note(key, "unfinished")
         failed = {key: event.reason for key, event in self.tally.failed.items()}
+        self.display.line("write   tables, figures and the report")
         made = self._guard(lambda: build_all(sweep, records, self.store)) or {}
         paths = self._guard(lambda: write_tables(sweep, made, self.store)) or ()
         figures = self._guard(lambda: write_figures(sweep, records, self.store)) or ()
@@ -361,6 +413,8 @@ class _Recorder:
         report = "" if written is None else self.store.where(written)
         files = (*figures, *(() if written is None else (written,)))
         sent: list[str] = []
+        if sweep.runtime.tracking.kind != "none":
+            self.display.line("send    the last results to MLflow")
         if not self.tracker.end(
             lambda tracker: sent.append(tracker.finish(made, files, summary.text))
         ):

@@ -87,7 +87,11 @@ class Tally:
 
 
 class Display(Protocol):
-    """Shows a running sweep. event: called after the tally has counted the event; finished: keys of the cells that it completed."""
+    """Shows a running sweep. event: called after the tally has counted the event; finished: keys of the cells that it completed.
+
+    A display may have a method `interrupted()`: Ctrl-C arrived. It is called in the handler of the signal, while anything else
+    may be printing.
+    """
 
     def line(self, text: str) -> None: ...
 

@@ -26,14 +26,15 @@ from harness.core import plugins
 from harness.core.cell import (
     Cell,
     Evaluation,
+    KVScheme,
     cell_key,
     parts_identity,
     quantize_key,
     reduction_key,
     score_key,
+    stored_scheme,
     to_json,
     untuned,
-    weight_identity,
 )
 from harness.core.errors import HarnessError
 from harness.core.events import (
@@ -281,7 +282,7 @@ def fingerprint(cell: Cell) -> dict[str, Any]:
         # folders that exist hold this field at its default too
         "weight": None
         if not cell.method.quantizes
-        else {**weight_identity(own), "zero_point": own.zero_point},
+        else {**stored_scheme(cell)[0], "zero_point": own.zero_point},
     }
 
 
@@ -383,7 +384,10 @@ def _evaluate_cell(
         cache,
         lambda mode: load_as(mode)[0],
     )
-    store.write_provenance(key, {"evaluate": dict(facts)})
+    made_by: dict[str, Any] = {"evaluate": dict(facts)}
+    if cell.scheme.kv is not None:
+        made_by["cache"] = _cache_facts(cell.scheme.kv, model, folder)
+    store.write_provenance(key, made_by)
     for evaluation in evaluations:
         try:
             yield from _score(subject, evaluation, store, facts)
@@ -410,6 +414,15 @@ def _evaluate_cell(
             if failed.kind is FailureKind.OUT_OF_MEMORY:
                 note(1)
             yield failed
+    if cell.scheme.kv is not None:  # now with what the evaluations have put into the cache
+        store.write_provenance(key, {"cache": _cache_facts(cell.scheme.kv, model, folder)})
+
+
+def _cache_facts(scheme: KVScheme, model: Any, folder: Path) -> dict[str, Any]:
+    from harness.quantization import models
+    from harness.quantization.inference import kv_cache
+
+    return kv_cache.facts(model, scheme, models.shapes(folder).head_dim)
 
 
 def _ran_out(store: Store, key: str, task: EvaluateTask, device: str, batch_size: int) -> None:

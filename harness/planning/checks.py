@@ -23,6 +23,7 @@ from harness.core.cell import (
     Scheme,
     base_of,
     from_json,
+    has_static_scales,
     to_json,
 )
 from harness.core.errors import HarnessError
@@ -62,9 +63,9 @@ class Checker:
                 cell.method.tuning,
             )
             found += self._once(question, lambda: self._base_reasons(cell))
-        if cell.method.uses_calibration:
+        if cell.method.uses_calibration or has_static_scales(cell.scheme):
             found += self._once(
-                ("calibration", cell.calibration, cell.method.all_needs),
+                ("calibration", cell.calibration, cell.method.name, cell.method.all_needs),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -337,17 +338,24 @@ class Checker:
         ]
 
     def _calibration_reasons(self, cell: Cell) -> list[str]:
-        needs = ", ".join(cell.method.all_needs)
         if cell.calibration is None:
-            return [
-                f'method "{cell.method.name}" needs calibration data ({needs}); set `calibration:`'
-            ]
+            who = f'method "{cell.method.name}"'
+            needs = ", ".join(cell.method.all_needs)
+            if not cell.method.uses_calibration:
+                who, needs = f'scheme "{cell.scheme.name}"', "static scales"
+            return [f"{who} needs calibration data ({needs}); set `calibration:`"]
         calibration = cell.calibration
         reasons = []
         if calibration.samples < 1 or calibration.length < 2:
             windows = f"{calibration.samples} windows of {calibration.length} tokens"
             reasons.append(f"calibration {calibration.name}: {windows} are empty")
         missing = texts.missing_text(calibration.source, calibration.split)
+        size = None if missing else texts.plain_bytes(calibration.source, calibration.split)
+        if size is not None and size < calibration.length:
+            reasons.append(
+                f"calibration {calibration.name}: the text {calibration.source} has {size} bytes, too few for one window of "
+                f"{calibration.length} tokens; set a smaller calibration.length= or use more text"
+            )
         return [*reasons, *(f"calibration {calibration.name}: {reason}" for reason in missing)]
 
     def _length_reasons(self, cell: Cell) -> list[str]:
@@ -359,7 +367,7 @@ class Checker:
         if calibration.length > context:
             reasons.append(
                 f"calibration {calibration.name}: windows of {calibration.length} tokens, but {model} was made for at most "
-                f"{context}; set calibration.length to {context} or less"
+                f"{context}; calibration.length={context} is the longest"
             )
         tuning = cell.method.tuning
         settings = dict(tuning.settings) if tuning is not None else {}
@@ -470,7 +478,11 @@ class Checker:
         reasons = self._kept(model, question, ask, keeps=lambda answer: not answer)
         if self.devices(model) != 1 and measures_device(evaluation):
             reasons = [*reasons, "it measures one GPU, and the model takes several"]
-        return [f"evaluation {evaluation.name}: {reason}" for reason in reasons]
+        override = f" evaluations.{evaluation.name}.length="
+        return [
+            f"evaluation {evaluation.name}: {reason.replace(' length=', override)}"
+            for reason in reasons
+        ]
 
 
 def _read_by(evaluation: Evaluation) -> list[Any]:

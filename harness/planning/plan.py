@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.core.cell import Cell, Evaluation, cell_key, quantize_key
 from harness.core.sweep import Sweep
@@ -127,6 +127,47 @@ class Plan:
         """One row per cell: model, method, scheme, state, missing evaluations, reasons, key."""
         import pandas
 
+        names = ["model", "method", "scheme", "state", "missing", "reasons", "key"]
+        return pandas.DataFrame(self.rows(), columns=names)
+
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON values: cells, passes, evaluations, problems, notes, costs."""
+        return {
+            "sweep": self.sweep.name,
+            "cells": self.rows(),
+            "done": len(self.done),
+            "missing": len(self.missing),
+            "refused": len(self.refused),
+            "passes": [
+                {
+                    "model": each.cells[0].model.name,
+                    "cells": [cell_key(cell) for cell in each.cells],
+                    "sharing": each.sharing,
+                    "seconds": each.seconds,
+                    "peak_memory_bytes": each.peak_memory_bytes,
+                    "disk_bytes": each.disk_bytes,
+                }
+                for each in self.passes
+            ],
+            "scorings": [
+                {
+                    "model": each.cells[0].model.name,
+                    "evaluations": each.count,
+                    "seconds": each.seconds,
+                    "peak_memory_bytes": each.peak_memory_bytes,
+                }
+                for each in self.scorings
+            ],
+            "skipped": {skip.reason: list(skip.titles) for skip in self.sweep.skips},
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "workers": self.workers,
+            "seconds": self.seconds,
+            "disk_bytes": self.disk_bytes,
+        }
+
+    def rows(self) -> list[dict[str, str]]:
+        """One mapping per cell, as in `frame`."""
         scores = {
             cell_key(cell): tuple(evaluation.name for evaluation in wanted)
             for scoring in self.scorings
@@ -157,6 +198,4 @@ class Plan:
                     "key": key[:12],
                 }
             )
-        return pandas.DataFrame(
-            rows, columns=["model", "method", "scheme", "state", "missing", "reasons", "key"]
-        )
+        return rows

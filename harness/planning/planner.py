@@ -14,9 +14,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from harness.core.cell import Cell, Model, base_of, cell_key, quantize_key, score_key
-from harness.core.errors import HarnessError
 from harness.core.sweep import Runtime, Sweep
 from harness.core.units import size
+from harness.data import hub
+from harness.planning import surroundings
 from harness.planning.checks import Checker
 from harness.planning.estimates import History
 from harness.planning.passes import make_passes, make_scorings
@@ -26,34 +27,50 @@ from harness.storage.store import Store
 
 
 def make(sweep: Sweep, store: Store) -> Plan:
-    """Plan a sweep against what the store already holds. Starts nothing, reads no weights."""
+    """Plan a sweep against what the store already holds. Starts nothing, reads no weights.
+
+    Raises StoreError where the store can hold nothing: a file stands in its place, or it cannot be written.
+    """
+    store.check_place()
     checker = Checker(sweep.runtime)
     refused = tuple(
         Refusal(cell, reasons) for cell in sweep.cells if (reasons := tuple(checker.reasons(cell)))
     )
     stopped = {id(refusal.cell) for refusal in refused}
-    able = [cell for cell in sweep.cells if id(cell) not in stopped]
+    # what lacks data of the hub alone is costed too: `harness data pull` on another machine makes it run
+    stopped -= {
+        id(refusal.cell)
+        for refusal in refused
+        if all(map(hub.needs_network, refusal.reasons))
+        and checker.shapes(refusal.cell.model) is not None
+    }
+    considered = [cell for cell in sweep.cells if id(cell) not in stopped]
+    able = [cell for cell in considered if id(cell) not in {id(each.cell) for each in refused}]
 
-    live, store = store, store.snapshot(able)
-    manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, able))}
-    unmade = [cell for cell in able if manifests[quantize_key(cell)] is None]
+    live, store = store, store.snapshot(considered)
+    manifests = {key: store.manifest(key) for key in dict.fromkeys(map(quantize_key, considered))}
+    unmade = [cell for cell in considered if manifests[quantize_key(cell)] is None]
     unscored = {
         id(cell): tuple(
             e for e in cell.evaluations if store.score(cell_key(cell), score_key(cell, e)) is None
         )
-        for cell in able
+        for cell in considered
     }
-    missing = tuple(
-        cell for cell in able if manifests[quantize_key(cell)] is None or unscored[id(cell)]
+    to_do = tuple(
+        cell for cell in considered if manifests[quantize_key(cell)] is None or unscored[id(cell)]
     )
-    pending = {id(cell) for cell in missing}
+    pending = {id(cell) for cell in to_do}
+    missing = tuple(cell for cell in able if id(cell) in pending)
 
     workers = count_workers(sweep.runtime)
-    history = History(store if store is live else live.snapshot()) if missing else None
+    history = History(store if store is live else live.snapshot()) if to_do else None
     passes = tuple(make_passes(unmade, sweep, checker, history, workers)) if history else ()
-    scorings = tuple(make_scorings(missing, unscored, sweep, checker, history)) if history else ()
+    scorings = tuple(make_scorings(to_do, unscored, sweep, checker, history)) if history else ()
     used = store.used_bytes() if sweep.runtime.store.quota and passes else 0
-    problems = _problems(sweep.runtime, store, passes, scorings, used)
+    problems = (
+        *_problems(sweep.runtime, store, passes, scorings, used),
+        *(surroundings.problems(sweep.runtime) if missing else ()),
+    )
     done = tuple(cell for cell in able if id(cell) not in pending)
     warned = history.warnings(unmade, scorings, checker) if history else []
     notes = dict.fromkeys(
@@ -64,7 +81,7 @@ def make(sweep: Sweep, store: Store) -> Plan:
     )
     files = dict.fromkeys(
         f"{model.name}: {note}"
-        for model in dict.fromkeys(each for cell in missing for each in _models_of(cell))
+        for model in dict.fromkeys(each for cell in to_do for each in _models_of(cell))
         for note in checker.notes(model)
     )
     cautions = dict.fromkeys(
@@ -75,7 +92,8 @@ def make(sweep: Sweep, store: Store) -> Plan:
         for cell in unmade
         if cell.method.needs_base and cell.model.base_digest == cell.model.digest
     )
-    notes = files | notes | cautions | own_bases
+    around = surroundings.notes(sweep.runtime, passes) if missing else ()
+    notes = files | notes | cautions | own_bases | dict.fromkeys(around)
     checker.save()
     return Plan(
         sweep, done, missing, refused, passes, scorings, problems, workers, (*notes, *warned), used
@@ -153,10 +171,6 @@ def _problems(
     if not passes and not scorings:
         return ()
     found = []
-    try:
-        store.check_writable()
-    except HarnessError as error:
-        found.append(str(error))
     need, free = sum(each.disk_bytes for each in passes), store.files.free_bytes(store.root)
     if passes and (sentence := over_quota(runtime, used, need)):
         found.append(sentence)

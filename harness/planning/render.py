@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import collections
+import re
+import shlex
+from collections.abc import Sequence
 
-from harness.core.cell import cell_key
+from harness.core.cell import Cell, cell_key
 from harness.core.errors import PlanError
-from harness.core.sweep import Runtime
+from harness.core.sweep import Runtime, command_line
+from harness.core.text import short_list
 from harness.core.units import counted, duration, size
-from harness.planning.plan import Plan
+from harness.data import hub
+from harness.planning.plan import Pass, Plan, Refusal
 from harness.planning.resources import quota_bytes
+
+PART = re.compile(r"(transform|rounding|tuning) (\S+): (.*)")  # a reason of one part of a method
+SHOWN_CELLS = 8  # titles in a line of refusals
+SHOWN_PASSES = 12  # of a plan; more are summed up by model
 
 
 def require(plan: Plan) -> None:
@@ -28,10 +37,7 @@ def render(plan: Plan) -> str:
     if sweep.skips:
         head.append(f"{sum(len(skip.titles) for skip in sweep.skips)} skipped")
     lines = [f"plan    {' · '.join(head)}"]
-    for number, each in enumerate(plan.passes, start=1):
-        cost = f"{duration(each.seconds)} · {size(each.peak_memory_bytes)} of memory · {size(each.disk_bytes)} of disk"
-        made = f"{counted(len(each.checkpoints), 'checkpoint')}: {each.sharing}"
-        lines.append(f"pass {number:<3}{each.cells[0].model.name}   {made}   {cost}")
+    lines += _pass_lines(plan.passes)
     for scoring in plan.scorings:
         cost = f"{duration(scoring.seconds)} · {size(scoring.peak_memory_bytes)} of memory"
         cells = counted(len(scoring.cells), "cell")
@@ -43,7 +49,8 @@ def render(plan: Plan) -> str:
     shared = sum(len(each.cells) - len(each.checkpoints) for each in plan.passes)
     if shared:
         lines.append(
-            f"        {counted(shared, 'cell')} use the checkpoint of another cell (they differ only in activation or KV bits)"
+            f"        {counted(shared, 'cell')} use the checkpoint of another cell "
+            "(they differ only in activation or KV bits, or in the width that they read)"
         )
     tiers = collections.Counter(sweep.priority_tier(cell_key(cell)) for cell in plan.missing)
     for priority_tier, entry in enumerate(sweep.first):
@@ -64,31 +71,115 @@ def render(plan: Plan) -> str:
         lines.append(
             f"        about {size(plan.disk_bytes)} to write · {size(left)} left of the quota of {size(quota)}"
         )
-    if plan.missing and plan.seconds is not None:
+    if (plan.passes or plan.scorings) and plan.seconds is not None:
         lines.append(
             f"        about {duration(plan.seconds)[2:]} on these workers, start-up excluded"
         )
     return "\n".join(lines)
 
 
-def render_refusals(plan: Plan) -> str:
-    """Every refusal at once, then the ways out."""
-    lines = []
-    if plan.refused:
-        lines += [
-            f"{len(plan.refused)} of {counted(len(plan.sweep.cells), 'cell')} cannot run. Nothing was started.",
-            "",
+def _pass_lines(passes: Sequence[Pass]) -> list[str]:
+    """One line per pass; where there are many, one per model."""
+    if len(passes) <= SHOWN_PASSES:
+        return [
+            f"pass {number:<3}{each.cells[0].model.name}   "
+            f"{counted(len(each.checkpoints), 'checkpoint')}: {each.sharing}   "
+            f"{_cost(each.seconds, each.peak_memory_bytes)} · {size(each.disk_bytes)} of disk"
+            for number, each in enumerate(passes, start=1)
         ]
-        width = max(len(refusal.cell.title) for refusal in plan.refused)
-        for refusal in plan.refused:
-            for index, reason in enumerate(refusal.reasons):
-                lines.append(f"  {refusal.cell.title if index == 0 else '':<{width}}  {reason}")
-        where = plan.sweep.path or "the overrides"
-        lines += ["", f"Change these in {where}, or add the cells to its `skip:` list."]
+    by_model: dict[str, list[Pass]] = {}
+    for each in passes:
+        by_model.setdefault(each.cells[0].model.name, []).append(each)
+    lines = []
+    for model, several in by_model.items():
+        checkpoints = sum(len(each.checkpoints) for each in several)
+        known = [each.seconds for each in several]
+        seconds = None if None in known else sum(filter(None, known))
+        memory = max(each.peak_memory_bytes for each in several)
+        disk = size(sum(each.disk_bytes for each in several))
+        lines.append(
+            f"passes  {model}   {len(several)} with {counted(checkpoints, 'checkpoint')}   "
+            f"{_cost(seconds, memory)} · {disk} of disk"
+        )
+    return lines
+
+
+def _cost(seconds: float | None, memory: int) -> str:
+    return f"{duration(seconds)} · {size(memory)} of memory"
+
+
+def render_refusals(plan: Plan) -> str:
+    """Every refusal at once, each reason with the cells that it concerns, then the ways out."""
+    lines = []
+    sweep = plan.sweep
+    if plan.refused:
+        count = f"{len(plan.refused)} of {counted(len(sweep.cells), 'cell')}"
+        lines += [f"{count} cannot run. Nothing was started.", ""]
+        for cells, reasons in _grouped(plan.refused):
+            lines.append(f"  {_cells_in_words(cells, sweep.cells)}:")
+            lines += [f"    {reason}" for reason in reasons]
+        lines += ["", *_ways_out(plan)]
     if plan.problems:
         lines += ["" if plan.refused else "The sweep cannot run. Nothing was started."]
         lines += [f"  {problem}" for problem in plan.problems]
     return "\n".join(lines)
+
+
+def _grouped(refused: Sequence[Refusal]) -> list[tuple[list[Cell], list[str]]]:
+    """Reasons with the cells that they concern; reasons of the same cells together, and parts with one reason as one."""
+    cells: dict[tuple[str, str], dict[int, Cell]] = {}  # (kind of part, reason) -> cells
+    parts: dict[tuple[str, str], dict[str, None]] = {}
+    for refusal in refused:
+        for reason in refusal.reasons:
+            found = PART.fullmatch(reason)
+            kind, name, text = found.groups() if found else ("", "", reason)
+            cells.setdefault((kind, text), {})[id(refusal.cell)] = refusal.cell
+            parts.setdefault((kind, text), {})[name] = None
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for (kind, text), concerned in cells.items():
+        names = ", ".join(parts[kind, text])
+        groups.setdefault(tuple(concerned), []).append(f"{kind} {names}: {text}" if kind else text)
+    known = {id(refusal.cell): refusal.cell for refusal in refused}
+    return [([known[each] for each in ids], reasons) for ids, reasons in groups.items()]
+
+
+def _cells_in_words(cells: Sequence[Cell], all_cells: Sequence[Cell]) -> str:
+    """Which cells these are: all, all of one model, method, scheme or calibration, or by their titles."""
+    if len(cells) == 1:
+        return cells[0].title
+    if len(cells) == len(all_cells):
+        return f"all {len(cells)} cells"
+    quantized = [cell for cell in all_cells if not cell.method.is_baseline]
+    if {id(cell) for cell in cells} == {id(cell) for cell in quantized}:
+        return f"all {len(cells)} quantized cells"
+    for axis in ("model", "scheme", "method", "calibration"):
+        values = list(dict.fromkeys(getattr(getattr(cell, axis), "name", "") for cell in cells))
+        concerned = [c for c in all_cells if getattr(getattr(c, axis), "name", "") in values]
+        if len(concerned) == len(cells) and all(values) and len(values) <= 4:
+            return f"all {len(cells)} cells of {axis} {', '.join(values)}"
+    return f"{len(cells)} cells ({short_list([cell.title for cell in cells], SHOWN_CELLS)})"
+
+
+def _ways_out(plan: Plan) -> list[str]:
+    """What to do about refused cells, with commands to copy."""
+    sweep = plan.sweep
+    offline = [all(map(hub.needs_network, refusal.reasons)) for refusal in plan.refused]
+    lines = []
+    if any(offline):
+        pull = command_line(sweep, "data pull").replace("'data pull'", "data pull")
+        lines += [
+            f"{'Only data' if all(offline) else 'Data'} of the hub are missing. On a machine with network access:",
+            f"  {pull} --output bundle",
+            "then, with the folder copied here:",
+            f"  {command_line(sweep)} data.root=bundle",
+        ]
+    if not all(offline):
+        typed = " ".join(shlex.quote(word) for word in sweep.overrides)
+        change = [f"the overrides ({typed})"] if typed else []
+        change += [str(sweep.path)] if sweep.path is not None else []
+        leave = ", or add the cells to the file's `skip:` list" if sweep.path is not None else ""
+        lines.append(f"Change {' or '.join(change)}{leave}.")
+    return lines
 
 
 def _tracking(runtime: Runtime) -> str:

@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.core import plugins
-from harness.core.cell import Cell, base_alone, cell_key, quantize_key, reduction_key, untuned
+from harness.core.cell import (
+    Cell,
+    cell_key,
+    make_part,
+    quantize_key,
+    reduction_key,
+    to_json,
+    untuned,
+)
 from harness.core.errors import ConfigError, PlanError, StoreError, unknown_name
 from harness.core.text import short_list
 from harness.data import hub, model_folders
@@ -134,6 +142,26 @@ def refusals(cell: Cell, shapes: Shapes, name: str) -> list[str]:
             "groups in the order of activations (act_order) are no longer supported; use static_groups=true"
         ] = None
     return list(reasons)
+
+
+def base_alone(cell: Cell) -> Cell | None:
+    """The cell with the base of a rounding around another in its place, where the base rounds the same matrices to the same codes.
+
+    None for other roundings, for those whose base rounds something else (a literal `keeps_base = True` of the plugin's class says
+    that it does not), and where the base read inputs behind blocks that the other one had changed.
+    """
+    rounding = cell.method.rounding
+    if rounding is None or "base_version" not in dict(rounding.settings):
+        return None
+    if not plugins.facts("rounding", rounding.name).get("keeps_base", False):
+        return None
+    settings = dict(to_json(rounding)["settings"]["base_settings"])
+    base = make_part("rounding", rounding["base"], settings)
+    if base.needs and cell.inputs != "full_precision":
+        return None
+    base = dataclasses.replace(base, version=rounding["base_version"])
+    method = dataclasses.replace(cell.method, name=base.name, rounding=base, tuning=None)
+    return dataclasses.replace(cell, method=method)
 
 
 def _without_adapters(cell: Cell) -> str:

@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.storage.atomic_write import write_aside
 
@@ -37,6 +37,17 @@ DASHES = ("-", "--", ":", "-.")  # of the first to the fourth use of a colour
 GREY = "#777777"
 LEGEND_INSIDE = 8  # entries that have room beside the lines
 LEGEND_ROWS = 20  # that a figure of 4.2 inches holds
+MARKER_POINTS = 6  # width of a point
+# of a name beside its point: how far in points, and which of its corners lies there
+PLACES: tuple[tuple[tuple[int, int], Literal["left", "right"], Literal["bottom", "top"]], ...] = (
+    ((6, 5), "left", "bottom"),
+    ((6, -5), "left", "top"),
+    ((-6, 5), "right", "bottom"),
+    ((-6, -5), "right", "top"),
+    ((6, 16), "left", "bottom"),
+    ((6, -16), "left", "top"),
+    ((-6, 16), "right", "bottom"),
+)
 # fonts are embedded in a PDF as TrueType: publishers refuse Matplotlib's default, Type 3
 SAVING = {"svg.fonttype": "none", "pdf.fonttype": 42}
 
@@ -68,7 +79,11 @@ def style(hue: int, marker: int = 0) -> dict[str, Any]:
 
 
 def legend(
-    axes: Axes, hues: Mapping[str, int], markers: Mapping[str, int], lines: Collection[str]
+    figure: Figure,
+    axes: Axes,
+    hues: Mapping[str, int],
+    markers: Mapping[str, int],
+    lines: Collection[str],
 ) -> None:
     """A line per hue, a grey mark per marker where there are several, then the artists whose labels are not in `lines`.
 
@@ -96,7 +111,6 @@ def legend(
     if len(handles) <= LEGEND_INSIDE:
         axes.legend(handles=handles, frameon=False, fontsize=9)
         return
-    figure = axes.figure
     shown = axes.legend(
         handles=handles,
         frameon=False,
@@ -111,20 +125,27 @@ def legend(
 
 
 def annotate(
-    figure: Figure, axes: Axes, corners: Sequence[tuple[float, float]], names: Sequence[str]
+    figure: Figure,
+    axes: Axes,
+    corners: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    points: Sequence[tuple[float, float]],
 ) -> None:
-    """Names beside points, each at the first of four sides where it meets no other name; left out where there is none."""
+    """Names beside their corners, each at the first of several places where it meets no other name and no point.
+
+    A name that has no such place is left out. All places are in the data's units.
+    """
+    from matplotlib.transforms import Bbox
+
     figure.draw_without_rendering()
     box = axes.get_window_extent()
     legend = axes.get_legend()
     taken = [] if legend is None else [legend.get_window_extent()]
+    radius = MARKER_POINTS / 2 * figure.dpi / 72
+    for x, y in axes.transData.transform(list(points)):
+        taken.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
     for name, corner in zip(names, corners, strict=True):
-        for shift, across, up in (
-            ((6, 5), "left", "bottom"),
-            ((6, -5), "left", "top"),
-            ((-6, 5), "right", "bottom"),
-            ((-6, -5), "right", "top"),
-        ):
+        for shift, across, up in PLACES:
             text = axes.annotate(
                 name,
                 corner,
@@ -136,12 +157,8 @@ def annotate(
                 color="#333333",
             )
             own = text.get_window_extent()
-            if (
-                not any(own.overlaps(other) for other in taken)
-                and box.x0 <= own.x0
-                and own.x1 <= box.x1
-                and own.y1 <= box.y1
-            ):
+            inside = box.x0 <= own.x0 and own.x1 <= box.x1 and box.y0 <= own.y0 <= own.y1 <= box.y1
+            if inside and not any(own.overlaps(other) for other in taken):
                 taken.append(own)
                 break
             text.remove()

@@ -13,6 +13,7 @@ named as the sweep's tables in LaTeX name them; a method has a hue, a group a ma
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,15 @@ from harness.core.labels import baseline_title, group_text, method_title, replic
 from harness.core.sweep import Column, Sweep
 from harness.core.text import file_name
 from harness.evaluation.statistics import over_seeds, pearson
-from harness.reporting.drawing import GREY, annotate, legend, log_axis, new_figure, style
+from harness.reporting.drawing import (
+    GREY,
+    MARKER_POINTS,
+    annotate,
+    legend,
+    log_axis,
+    new_figure,
+    style,
+)
 from harness.reporting.heat_maps import error_overview
 from harness.reporting.metrics import better_is_higher, quality_metrics
 from harness.storage.record import Record
@@ -167,34 +176,39 @@ def figures(sweep: Sweep, records: Iterable[Record]) -> dict[str, Figure]:
 
     Cells whose score is not finite stay out of the figures; the tables name them.
     """
+    drawn = {name: draw() for name, draw in recipes(sweep, records).items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def recipes(sweep: Sweep, records: Iterable[Record]) -> dict[str, Callable[[], Figure | None]]:
+    """Name -> what draws the figure of that name, or returns None where the records have too little for it."""
     known = list(records)
     words = words_of(sweep)
-    made: dict[str, Figure] = {}
+    made: dict[str, Callable[[], Figure | None]] = {}
     models = list(dict.fromkeys(record.cell.model.name for record in known))
     for model in models:
         own = [record for record in known if record.cell.model.name == model]
         suffix = f"-{model}" if len(models) > 1 else ""
         metrics = quality_metrics(sweep, own)
-        drawn: dict[str, Figure | None] = {
-            f"{metric}-against-{name}": make(own, metric, words)
+        perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
+        accuracies = [metric for metric in metrics if _in_points(metric)]
+        drawn: dict[str, Callable[[], Figure | None]] = {
+            f"{metric}-against-{name}": functools.partial(make, own, metric, words)
             for metric in metrics
             for name, make in (("bits", score_against_bits), ("size", score_against_size))
         }
-        drawn |= {f"{metric}-bits-needed": bits_needed(own, metric, words) for metric in metrics}
-        perplexities = [metric for metric in metrics if metric.endswith("/perplexity")]
-        accuracies = [metric for metric in metrics if _in_points(metric)]
         drawn |= {
-            f"accuracy-against-{metric}": accuracy_against_perplexity(
-                own, metric, accuracies, words
+            f"{metric}-bits-needed": functools.partial(bits_needed, own, metric, words)
+            for metric in metrics
+        }
+        drawn |= {
+            f"accuracy-against-{metric}": functools.partial(
+                accuracy_against_perplexity, own, metric, accuracies, words
             )
             for metric in perplexities
         }
-        drawn["layer-errors"] = error_overview(own, words.methods)
-        made |= {
-            file_name(f"{name}{suffix}"): figure
-            for name, figure in drawn.items()
-            if figure is not None
-        }
+        drawn["layer-errors"] = functools.partial(error_overview, own, words.methods)
+        made |= {file_name(f"{name}{suffix}"): draw for name, draw in drawn.items()}
     return made
 
 
@@ -224,7 +238,7 @@ def score_against_bits(
         )
     _score_axis(axes, found, metric, words)
     axes.set_xlabel(bits_axis(records, words)[1])
-    _legend(axes, found)
+    _legend(figure, axes, found)
     return figure
 
 
@@ -244,9 +258,13 @@ def score_against_size(
         for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
         if largest >= f or f == 1.0
     )
-    _scatter(axes, found, lambda point: (point.size / factor, scale * point.score))
+
+    def place(point: Point) -> tuple[float, float]:
+        return point.size / factor, scale * point.score
+
+    _scatter(axes, found, place)
     best = front(found, higher)
-    corners = [(point.size / factor, scale * point.score) for point in best]
+    corners = [place(point) for point in best]
     axes.step(
         *zip(*corners, strict=True),
         where="post",
@@ -257,8 +275,8 @@ def score_against_size(
     )
     _score_axis(axes, found, metric, words)
     axes.set_xlabel(f"size of the checkpoint, {unit}")
-    _legend(axes, found)
-    annotate(figure, axes, corners, [point.title for point in best])
+    _legend(figure, axes, found)
+    annotate(figure, axes, corners, [point.title for point in best], list(map(place, found)))
     return figure
 
 
@@ -380,7 +398,7 @@ def accuracy_against_perplexity(
     axes.set_xlabel(f"{words.score(perplexity)}, lower is better")
     several = f"mean accuracy of {len(accuracies)} tasks{', %' if scale == 100 else ''}"
     axes.set_ylabel(words.score(accuracies[0]) if len(accuracies) == 1 else several)
-    _legend(axes, found)
+    _legend(figure, axes, found)
     return figure
 
 
@@ -395,14 +413,17 @@ def _scatter(
     baseline = _baseline(found)
     for label, group in _by_line(found).items():
         looks = {name: value for name, value in _style(group[0]).items() if name != "linestyle"}
-        axes.scatter(*zip(*map(place, group), strict=True), s=36, zorder=3, label=label, **looks)
+        across, up = zip(*map(place, group), strict=True)
+        axes.scatter(across, up, s=MARKER_POINTS**2, zorder=3, label=label, **looks)
     if baseline is not None:
-        axes.scatter(*place(baseline), s=36, color=GREY, marker="s", label=baseline.title)
+        x, y = place(baseline)
+        axes.scatter(x, y, s=MARKER_POINTS**2, color=GREY, marker="p", label=baseline.title)
 
 
-def _legend(axes: Axes, found: Sequence[Point]) -> None:
+def _legend(figure: Figure, axes: Axes, found: Sequence[Point]) -> None:
     quantized = [point for point in found if point.method]
     legend(
+        figure,
         axes,
         {point.method: point.hue for point in quantized},
         {point.group: point.marker for point in quantized},
@@ -420,7 +441,7 @@ def _labels(cells: Sequence[Cell], words: Words) -> dict[str, tuple[str, str]]:
         group = group_text(cell)
         parts = [f"g{group}" if group != "row" else "per row"] if len(groups) > 1 else []
         parts += [f"A{cell.scheme.activation.bits}"] if cell.scheme.activation else []
-        parts += [f"KV{cell.scheme.kv.bits}"] if cell.scheme.kv else []
+        parts += [cell.scheme.kv.text] if cell.scheme.kv else []
         parts.append(told.get(cell_key(cell), ""))
         name = method_title(cell.method.name, words.methods)
         labels[cell_key(cell)] = (name, " · ".join(filter(None, parts)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from harness.core.errors import ConfigError, unknown_name
 from harness.core.sweep import Sweep
-from harness.reporting.figures import figures
+from harness.reporting.figures import figures, recipes
 from harness.reporting.html import fragment
 from harness.reporting.render import frame, render
 from harness.reporting.table_data import TableData
@@ -55,19 +55,21 @@ class ShownTable:
         return list(figures(self._sweep, self._records))
 
     def figure(self, name: str = "") -> Figure:
-        """A figure of the sweep by name; without one, the table's first score against bits per weight.
+        """A figure of the sweep by name; without one, the first: the first score against bits per weight.
 
         Raises ConfigError for a name that the sweep's results do not make, and where nothing is done yet.
         """
-        drawn = figures(self._sweep, self._records)
-        if not drawn:
+        drawing = recipes(self._sweep, self._records)
+        for draw in [drawing[name]] if name in drawing else [] if name else drawing.values():
+            figure = draw()
+            if figure is not None:
+                return figure
+        known = self.figure_names
+        if not known:
             raise ConfigError(
                 f"sweep {self._sweep.name} has no figure yet: none of its cells has a score; run it first"
             )
-        chosen = name or next(iter(drawn))
-        if chosen not in drawn:
-            raise ConfigError(unknown_name("figure", chosen, drawn, f"sweep {self._sweep.name}"))
-        return drawn[chosen]
+        raise ConfigError(unknown_name("figure", name, known, f"sweep {self._sweep.name}"))
 
     def __len__(self) -> int:
         return len(self.data.rows)

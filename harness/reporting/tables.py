@@ -451,7 +451,7 @@ def _bits_group(cell: Cell) -> tuple[Any, ...]:
         cell.model.name,
         scheme.weight.bits,
         scheme.activation and scheme.activation.bits,
-        scheme.kv and scheme.kv.bits,
+        scheme.kv and scheme.kv.width,
     )
 
 

@@ -57,13 +57,38 @@ class Record:
 
     @property
     def layer_errors(self) -> list[dict[str, Any]]:
-        """One row per quantized matrix, as the manifest has them: {"block", "linear", …}."""
-        return list((self.manifest or {}).get("layer_errors", []))
+        """One row per quantized matrix: {"block", "linear", …}; at the cell's width where the checkpoint holds several."""
+        rows = []
+        for row in (self.manifest or {}).get("layer_errors", []):
+            others = {name: value for name, value in row.items() if name != "at"}
+            rows.append({**others, **row.get("at", {}).get(self._width(row), {})})
+        return rows
+
+    def _width(self, row: Mapping[str, Any]) -> str:
+        """The bits of one matrix of the manifest in this cell."""
+        return str(int(self.cell.scheme.weight_for(row["block"], row["linear"]).bits))
+
+    def _sizes(self) -> dict[str, Any]:
+        """Sizes of the cell as it is read, where its checkpoint holds several widths; {} where it holds one."""
+        manifest = self.manifest or {}
+        linears = manifest.get("linears", [])
+        if not any("widths" in entry for entry in linears):
+            return {}
+        size = sum(
+            entry.get("widths", {}).get(self._width(entry), entry["bytes"]) for entry in linears
+        )
+        weights = sum(entry["shape"][0] * entry["shape"][1] for entry in linears)
+        total = 8 * size + manifest["unquantized_bits"]
+        return {
+            "bits_per_weight": 8 * size / weights,
+            "bits_per_weight_total": total / manifest["parameters"],
+            "stored_bytes": -(-total // 8),
+        }
 
     def metrics(self) -> dict[str, float]:
         """Every number of the cell by full name: "wikitext2/perplexity", "arc_easy/acc_stderr", "checkpoint/bits_per_weight", …"""
         found: dict[str, float] = {}
-        manifest = self.manifest or {}
+        manifest = {**(self.manifest or {}), **self._sizes()}
         if (
             "bits_per_weight_total" in manifest
         ):  # a model that was not reduced has its original weights
@@ -80,6 +105,9 @@ class Record:
                 if isinstance(delta.get(name), int | float)
             }
         )
+        cached = self.provenance.get("cache", {}).get("bits")
+        if isinstance(cached, int | float):
+            found["checkpoint/cache_bits"] = float(cached)
         for score in self.scores.values():
             found.update({name: float(value) for name, value in score["metrics"].items()})
             found.update(

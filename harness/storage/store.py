@@ -29,6 +29,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -438,6 +439,28 @@ class Store:
         return self.root / "sweeps" / f"{name}.json"
 
     # -- whole store ---------------------------------------------------------------------------------------------------
+
+    def check_exists(self) -> None:
+        """Raise StoreError for a folder that is not there, so that a misspelt place is neither shown as empty nor made."""
+        if not is_url(self.place) and not self.root.is_dir():
+            raise StoreError(f"runs={self.place}: no such folder; no sweep has run there")
+
+    def check_place(self) -> None:
+        """Raise StoreError where the store can hold nothing. Writes nothing: a folder that does not exist yet is not made."""
+        if is_url(self.place):
+            self.check_writable()
+            return
+        place = next(
+            path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists()
+        )
+        if not place.is_dir():
+            raise StoreError(f"runs={self.place}: {place} is a file; name a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise StoreError(
+                f"runs={self.place}: {place} cannot be written; ask for the right to write it, or name another folder"
+            )
+        if self.root.is_dir():
+            self.check_writable()
 
     def check_writable(self, needed_bytes: int = 0) -> None:
         """Raise StoreError where the store cannot take `needed_bytes` more: no permission, read-only or full."""

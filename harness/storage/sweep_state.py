@@ -27,8 +27,9 @@ class SweepState:
         titles: Mapping[str, str],
         title: str = "",
         interval_seconds: float | None = None,
+        command: str = "",
     ) -> None:
-        """titles: cell_key -> title, in the sweep's order."""
+        """titles: cell_key -> title, in the sweep's order; command: what goes on with the sweep."""
         self.store, self.name = store, name
         self.interval_seconds = (
             store.files.state_seconds if interval_seconds is None else interval_seconds
@@ -36,6 +37,7 @@ class SweepState:
         self.content: dict[str, Any] = {
             "name": name,
             "title": title,
+            "command": command,
             "owner": dataclasses.asdict(Owner.current()),
             "started": time.time(),
             "updated": time.time(),

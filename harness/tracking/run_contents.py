@@ -76,7 +76,7 @@ def method_curves(cells: Sequence[Cell]) -> dict[str, tuple[str, int]]:
         if not cell.method.is_baseline:
             words += [f"g{group_text(cell)}".replace("grow", "row")] if len(groups) > 1 else []
             words += [f"A{scheme.activation.bits}"] if scheme.activation else []
-            words += [f"KV{scheme.kv.bits}"] if scheme.kv else []
+            words += [scheme.kv.text] if scheme.kv else []
             words += [f"{bits:g}bit"] if bits != int(bits) else []
         name = " ".join(words if len(models) == 1 else [cell.model.name, *words])
         if (name, round(bits)) in taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from harness.tracking.connection import Connection
 from harness.tracking.ui import PORT, pages, tracking_uri, ui_command
 from harness.tracking.views import run_page
 
+END_SECONDS = 5.0  # for the server to end
 LINKS = 10  # sweeps that are listed
 
 
@@ -27,17 +29,29 @@ def serve(runtime: Runtime, port: int = PORT) -> int:
     command = ui_command(runtime.tracking, runtime.runs, port)
     _print_links(runtime, command.url.partition("/#")[0])
     print("Ctrl-C ends the server.", flush=True)
-    process = subprocess.Popen(command.words, env={**os.environ, **command.environment})
+    # in a session of its own, so that Ctrl-C reaches this process alone and the server prints no traceback
+    process = subprocess.Popen(
+        command.words, env={**os.environ, **command.environment}, start_new_session=True
+    )
     # a terminated command takes its server with it
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
+        _end(process)
         return 0
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server and the processes that it started, which are of its session."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+            return
 
 
 def _print_links(runtime: Runtime, server: str) -> None:

@@ -21,6 +21,7 @@ from harness.core.sweep import Sweep
 from harness.execution.coordination import Coordination
 from harness.execution.driver import run as run_sweep
 from harness.storage.store import Store
+from harness.storage.sweep_state import SweepState
 
 RUNNER = CliRunner()
 GRID = (
@@ -204,6 +205,32 @@ def test_a_plan_made_before_and_a_finished_run_import_neither_torch_nor_mlflow(
         assert "2 of 2 cells" in done.stdout or "2 done" in done.stdout, done
     assert done.stdout.splitlines()[-1] == "light", done
     assert (tmp_path / "runs" / "reports").iterdir().__next__().stat().st_mtime_ns == written
+
+
+def test_a_wrong_place_exits_with_1_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for words in (
+        ("plan", *GRID, f"runs={tmp_path / 'file'}"),
+        ("plan", *GRID, "--runs", str(tmp_path / "file" / "below")),
+        ("report", "demo", f"runs={tmp_path / 'typo'}"),
+        ("publish", "--runs", str(tmp_path / "typo")),
+        ("publish", f"runs={tmp_path / 'typo'}"),
+    ):
+        code, out = invoke(*words)
+        assert code == 1 and "runs=" in out, (words, out)
+    assert invoke("ui", "--port", "80000")[0] == 2
+    assert invoke("plan", *GRID, f"runs={tmp_path / 'new'}")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cancelled_grid_goes_on_with_the_command_that_began_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    command = "harness run model=demo method=rtn scheme=w4"
+    SweepState(store, "grid-1", {"0" * 64: "demo · rtn · w4"}, command=command).end()
+    code, out = invoke("cancel", "grid-1", f"runs={tmp_path / 'runs'}")
+    assert code == 0 and f"{command} goes on with it" in out and "run grid-1" not in out
+    code, out = invoke("status", "grid-1", "--runs", str(tmp_path / "runs"))
+    assert code == 0 and command in out and out.startswith("stopped grid-1")
 
 
 def test_completion_knows_sweeps_keys_and_values() -> None:

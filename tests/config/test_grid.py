@@ -623,7 +623,8 @@ def test_all_offenders_at_once_with_the_nearest_name() -> None:
         ("evaluations.limit=0", "limit: a whole number from 1"),
         ("evaluations.demo_perplexity.lenght=3", 'did you mean "length"'),
         ("evaluations.demo_facts.task=x", 'no evaluation "demo_facts"'),
-        ("model=[", "override 'model=['"),
+        ("model=[", "override model=[: unbalanced bracket"),
+        ("method=", "no value; `harness list methods`"),
         ("~model", "nothing can be deleted"),
     ],
 )
@@ -631,6 +632,33 @@ def test_a_wrong_override_is_answered(override: str, expected: str) -> None:
     key = override.split("=")[0]
     grid = [*GRID, "method=gptq", "scheme=w4", "evaluations=demo_perplexity"]
     assert expected in problem(*(entry for entry in grid if entry.split("=")[0] != key), override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method=gtpq",
+        "scheme=w99x",
+        "calibration.samples=0",
+        "cluster.workers=two",
+        "rounding.damping_fraction=abc",
+        "tracking.uir=x",
+        "evaluations=[demo_perplexty]",
+        "device=gpu",
+    ],
+)
+def test_what_was_typed_is_blamed_and_not_the_file(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_sweep("demo", ["method=gptq", override] if "method" not in override else [override])
+    text = str(caught.value)
+    assert f"override {override}: " in text and "demo.yaml" not in text, text
+
+
+def test_what_stands_in_the_file_is_blamed_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: demo\nmethod: gtpq\nscheme: w4\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: no method \"gtpq\""):
+        load_sweep(str(file), ["scheme=w3"])
 
 
 def test_a_setting_that_may_be_null_takes_null_and_no_other_type() -> None:
@@ -790,7 +818,7 @@ def test_static_scales_of_named_layers_need_calibration(tmp_path: Path) -> None:
     )
     (cell,) = quantized(load_sweep(None, [*GRID, "method=rtn", "scheme=down_static"]))
     assert cell.calibration is not None
-    assert "static activation scheme needs calibration" in problem(
+    assert "a scheme with static scales needs calibration" in problem(
         "model=demo", "method=rtn", "scheme=down_static"
     )
 

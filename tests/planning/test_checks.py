@@ -32,7 +32,10 @@ def test_all_reasons_are_given_at_once(demo_sweep: Make) -> None:
         "group size 96",
         "group size 40",
         "q_proj",
-        "skip:",
+        "16 and 32 divide all widths",
+        "all 2 cells of scheme w4g96:",
+        "rounding rtn, gptq: group size 96",
+        "Change the overrides",
     ):
         assert words in text
     assert caught.value.exit_code == 3

@@ -49,7 +49,7 @@ def test_a_legend_lies_in_its_figure_beside_the_axes(methods: int) -> None:
     figure, axes = new_figure("model")
     hues = {f"a method of some length {index}": index for index in range(methods)}
     axes.plot([0, 1], [0, 1], label="FP16")
-    legend(axes, hues, {"g32": 0, "per row": 1}, ())
+    legend(figure, axes, hues, {"g32": 0, "per row": 1}, ())
     figure.draw_without_rendering()
     shown = axes.get_legend()
     names = [text.get_text() for text in shown.get_texts()]

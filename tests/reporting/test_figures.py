@@ -141,8 +141,12 @@ def test_nothing_beats_the_front(records: list[Record]) -> None:
 def test_names_on_the_front_do_not_overlap(records: list[Record]) -> None:
     figure = score_against_size(records, "arc_easy/acc")
     assert figure is not None and figure.axes[0].texts
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    axes = figure.axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for drawn in axes.collections:
+        for x, y in axes.transData.transform(drawn.get_offsets()):
+            assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes)
 
 
 def test_bits_needed_is_the_smallest_from_which_all_larger_are_near_enough(

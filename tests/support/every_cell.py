@@ -54,7 +54,8 @@ SMALL: dict[str, Any] = {
     "groups": [[8, 1], [2, 0]],
     "size": 16,
 }
-NARROW = ("w2g16", "w3g16")  # four groups in a row of 64, which SliM-LLM asks for
+# four groups in a row of 64, which SliM-LLM asks for; symmetric rows for HIGGS
+NARROW = ("w2g16", "w3g16", "w4sym")
 # of methods that prune, which accept no other schemes
 SPARSE = ("w16s50", "w16s2of4", "w4s50", "w4g32s2of4", "w3g16syms4of8", "w8s30a8kv4", "nvfp4s50")
 RUNTIME = ("model=demo", "method=rtn", "scheme=w4", "evaluations=[]", "device=cpu", "tracking=none")

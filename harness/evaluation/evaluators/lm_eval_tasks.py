@@ -53,6 +53,7 @@ class Evaluator:
     """One task, or one group of tasks, of lm-eval."""
 
     version = 1
+    without_yaml: ClassVar[dict[str, Any]] = {"lm_eval": ("task", {})}  # lm_eval:copa is that task
     settings_added_later = ("apply_chat_template",)  # keys leave it out while it is off
     # its `task` may be a group, whose members report metrics under their own names
     groups_tasks = True
@@ -203,7 +204,7 @@ def _scorer(settings: Evaluator.Settings, subject: Subject) -> str:
         return "lm_eval"
     reason = prefix_scoring.unsupported(subject.model)
     if subject.cell.scheme.kv is not None:
-        reason = "its keys and values are rounded in groups of neighbouring tokens"
+        reason = "its keys and values are rounded as the cache is read"
     if depends_on_company(subject.cell):
         reason = "its activations are rounded by the range of the whole batch"
     if reason is None:
@@ -563,6 +564,7 @@ def _language_model(subject: Subject, settings: Evaluator.Settings) -> Any:
     )
     if (
         kv is not None
+        and kv.format == "int"
         and "channel" in (kv.key_axis, kv.value_axis)
         and task_files.generates(settings.task, settings.include)
     ):

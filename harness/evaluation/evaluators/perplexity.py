@@ -37,6 +37,8 @@ class Evaluator:
     """Perplexity of one text."""
 
     version = 2
+    # text:notes.txt is the perplexity of a file, in windows of the model's length
+    without_yaml: ClassVar[dict[str, Any]] = {"text": ("source", {"length": 0})}
     metrics: ClassVar[dict[str, dict[str, Any]]] = {
         "perplexity": {"higher_is_better": False, "unit": "per token"}
     }

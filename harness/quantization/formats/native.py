@@ -115,6 +115,10 @@ class CheckpointWriter:
                 "bytes": size,
                 "meta": meta,
             }
+            if weight.widths:
+                entries[name]["widths"] = {
+                    str(bits): weight.at(bits).stored_bytes for bits in weight.widths
+                }
             if weight.contained:
                 entries[name]["contains"] = [
                     [inner.kind, _home(inner)] for inner in weight.contained
@@ -192,7 +196,11 @@ class CheckpointWriter:
             "fingerprint": self.fingerprint,
             "blocks": len(blocks),
             "linears": [
-                {key: entry[key] for key in ("block", "linear", "kind", "shape", "bytes")}
+                {
+                    key: entry[key]
+                    for key in ("block", "linear", "kind", "shape", "bytes", "widths")
+                    if key in entry
+                }
                 for entry in linears
             ],
             "files": files,

@@ -2,7 +2,8 @@
 
 The grids are those of `numerics.activations`. Dynamic scales are computed from the tensor that is rounded; a "tensor" scale
 is computed for each sequence of a batch, so that an item scores the same in every batch. Static scales are one number per linear,
-the largest |x| over the calibration windows (smallest and largest value when asymmetric), and codes are clamped.
+the largest |x| over the calibration windows (smallest and largest value when asymmetric), and codes are clamped; in nvfp4 that
+number is the scale of the whole input, beside dynamic ones of its blocks.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from harness.core.cell import ActivationScheme, Scheme
 from harness.core.errors import MethodError, unknown_name
+from harness.core.number_formats import FORMATS
 from harness.core.shapes import Shapes
 from harness.core.text import short_list
 from harness.quantization.numerics.activations import (
+    BLOCK_FLOATS,
     FLOATS,
     GRANULARITIES,
     GRIDS,
@@ -34,7 +37,8 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
             if activation is None:
                 continue
             problems += _problems(activation)
-            if linear.expert and (not activation.dynamic or activation.granularity == "tensor"):
+            whole = activation.granularity == "tensor" or activation.format == "nvfp4"
+            if linear.expert and (not activation.dynamic or whole):
                 experts[linear.name] = None
             if activation.granularity == "group" and (
                 activation.group_size < 1 or linear.in_features % activation.group_size
@@ -58,8 +62,11 @@ def check(scheme: Scheme, shapes: Shapes) -> list[str]:
 
 def _problems(scheme: ActivationScheme) -> list[str]:
     problems = []
+    if scheme.format in BLOCK_FLOATS:
+        return _block_problems(scheme)
     if scheme.format != "int" and scheme.format not in FLOATS:
-        problems.append(unknown_name("activation format", scheme.format, ("int", *FLOATS)))
+        known = ("int", *FLOATS, *BLOCK_FLOATS)
+        problems.append(unknown_name("activation format", scheme.format, known))
     if scheme.format == "int" and scheme.grid not in GRIDS:
         problems.append(unknown_name("activation grid", scheme.grid, GRIDS))
     if scheme.format == "int" and scheme.grid == "omniquant" and scheme.symmetric:
@@ -81,6 +88,27 @@ def _problems(scheme: ActivationScheme) -> list[str]:
     if not scheme.dynamic and scheme.granularity != "tensor":
         problems.append(
             f"static activation scales are one number per linear; granularity {scheme.granularity} needs dynamic: true"
+        )
+    return problems
+
+
+def _block_problems(scheme: ActivationScheme) -> list[str]:
+    """What contradicts a format with scales in blocks of channels."""
+    name, block, problems = scheme.format, FORMATS[scheme.format].block, []
+    for field, value in (("bits", 4), ("granularity", "group"), ("group_size", block)):
+        if getattr(scheme, field) != value:
+            problems.append(
+                f"activations in {name} have {field} {value}, not {getattr(scheme, field)}; set activation.{field}={value}"
+            )
+    if not scheme.symmetric:
+        problems.append(
+            f"activations in {name} have no zero points; leave activation.symmetric=true"
+        )
+    if scheme.outlier_threshold:
+        problems.append("activation outliers (LLM.int8()) need dynamic integer scales per token")
+    if not scheme.dynamic and name == "mxfp4":
+        problems.append(
+            "activations in mxfp4 have no scale that calibration could fix; use activation.dynamic=true"
         )
     return problems
 

@@ -7,6 +7,7 @@ too large for one device is spread over several as it is read, or its blocks sta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from harness.core.cell import Cell
+from harness.core.cell import Cell, KVScheme
 from harness.core.errors import MethodError, ModelError, StoreError
 from harness.core.shapes import Shapes
 from harness.quantization.calibration import draw_windows
@@ -110,11 +111,13 @@ def load(
             f"{model_folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())}; copy the files of the same "
             "model's tokenizer into the folder"
         ) from error
-    if cell.scheme.kv is not None:
-        kv_cache.simulate(model, cell.scheme.kv)
+    cache = cell.scheme.kv
+    static_cache = cache if cache is not None and cache.scales == "static" else None
+    if cache is not None and static_cache is None:
+        kv_cache.simulate(model, cache)
     static = [quantizer for quantizer in quantizers if not quantizer.scheme.dynamic]
-    if static:
-        _calibrate(cell, model, tokenizer, quantizers, static)
+    if static or static_cache:
+        _calibrate(cell, model, tokenizer, quantizers, static, static_cache)
     return model.eval(), tokenizer
 
 
@@ -169,6 +172,12 @@ def _load_block(
     mode: str,
 ) -> list[ActivationQuantizer]:
     """Fill one block; return the quantizers that round its inputs."""
+    if content is not None:  # matrices that hold several widths are read at the scheme's
+        at = {
+            name: weight.at(cell.scheme.weight_for(index, name).bits)
+            for name, weight in content.weights.items()
+        }
+        content = dataclasses.replace(content, weights=at)
     block = family.blocks(model)[index]
     prefix = family.block_prefix(index)
     locations = family.locations(config, index)
@@ -266,12 +275,17 @@ def _calibrate(
     tokenizer: Any,
     quantizers: list[ActivationQuantizer],
     static: list[ActivationQuantizer],
+    cache: KVScheme | None,
 ) -> None:
-    """Run the calibration windows through the quantized model with no activation rounded, and keep each input's range."""
+    """Run the calibration windows through the quantized model with no activation rounded, and keep each input's range; with a
+    cache of static scales, given here, the cache is not rounded either, and its magnitudes are kept too."""
     if cell.calibration is None:
+        dynamic = "use dynamic: true" if static else "use kv.granularity=token_head"
         raise MethodError(
-            f"{cell.title}: static activation scales need calibration data; name a calibration, or use dynamic: true"
+            f"{cell.title}: static scales need calibration data; name a calibration, or {dynamic}"
         )
+    if cache is not None:
+        kv_cache.observe(model, cache)
     windows = draw_windows(cell.calibration, tokenizer)
     for quantizer in quantizers:
         quantizer.observing = True
@@ -281,3 +295,8 @@ def _calibrate(
         quantizer.observing = False
         if quantizer not in static:
             quantizer.lo = quantizer.hi = None
+    if cache is not None:
+        try:
+            kv_cache.simulate(model, cache)
+        except MethodError as error:
+            raise MethodError(f"{cell.title}: {error}") from error

@@ -10,8 +10,8 @@ runs of k = `size` input channels:
 Nothing is folded into a producer, since a norm's gain stands between: the product with x runs online, before the activation is
 rounded. q, k and v (gate and up) keep one input and so one Hessian. Three numbers of 32 bits per linear are stored and counted.
 
-Where we differ from the authors' code, of which no licence is stated and which was neither read nor run: block scales follow OCP
-MX and NVFP4 as everywhere here, so MXFP4's may saturate; theirs are 4/3 of a power of two and never do.
+Where we differ from the authors' code (no licence is stated; it was neither read nor run): block scales follow OCP MX and NVFP4 as
+everywhere here, so MXFP4's may saturate; theirs are 4/3 of a power of two and never do.
 """
 
 from __future__ import annotations

@@ -250,10 +250,19 @@ def _check_grids(
                 if linear.in_features % size:
                     undivided.setdefault(size, {})[f"{linear.name} ({linear.in_features})"] = None
     reasons += [
-        f"group size {size} does not divide in_features of {', '.join(layers)}"
+        f"group size {size} does not divide in_features of {', '.join(layers)}{_dividing(shapes)}"
         for size, layers in undivided.items()
     ]
     return list(dict.fromkeys(reasons))
+
+
+def _dividing(shapes: Shapes) -> str:
+    """Which usual group sizes fit every matrix of a model, as the end of a sentence."""
+    widths = {linear.in_features for linear in shapes.linears}
+    fitting = [size for size in (16, 32, 64, 128) if not any(width % size for width in widths)]
+    named = " and ".join(map(str, fitting))
+    verb = "divides" if len(fitting) == 1 else "divide"
+    return f"; {named} {verb} all widths" if fitting else "; scale per row: a scheme without g"
 
 
 def _check_format(weight: WeightScheme, scales: Collection[str]) -> Iterator[str]:

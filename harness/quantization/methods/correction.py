@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from harness.core.cell import Cell, Scheme, WeightScheme
+from harness.core.cell import BASE_WEIGHT, Cell, Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.protocols import Evidence, build_rounding
 from harness.quantization.numerics.adapters import (
@@ -67,11 +67,16 @@ class LowRankCorrection(ABC):
         return bool(getattr(self.base, "sequential", False))
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """What the base refuses; bases that work on whole blocks; fused matrices whose inputs are rounded."""
+        """What the base refuses; bases of whole blocks or of differences between models; fused matrices with rounded inputs."""
         settings = self.settings
         if not hasattr(self.base, "round_layer"):
             return [
                 f"base {settings.base} works on whole blocks; use one that rounds matrix by matrix, such as gptq or rtn"
+            ]
+        if BASE_WEIGHT in self.base.needs:
+            return [
+                f"base {settings.base} rounds the difference from another model, and the low-rank part corrects a whole matrix; "
+                "use another base"
             ]
         reasons = [f"base {settings.base}: {each}" for each in self.base.check(scheme, shapes)]
         reasons += unknown_linears(settings.linears, [linear.name for linear in shapes.linears])

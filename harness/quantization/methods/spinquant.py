@@ -134,6 +134,10 @@ class Transform:
             reasons.append(
                 "no gradient passes activations in other formats than integers; use activation.format=int, or quarot"
             )
+        if scheme.kv is not None and scheme.kv.format != "int":
+            reasons.append(
+                f"no gradient passes a KV cache in {scheme.kv.format}; use kv.format=int, or quarot"
+            )
         if self.settings.round_weights and scheme.weight.format != "dense":
             reasons += check_uniform(scheme, shapes, convention=self.settings.grid)
         return reasons

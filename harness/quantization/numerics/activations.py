@@ -13,6 +13,10 @@ With b bits, m = 2^(b-1) - 1, and lo, hi, |x| taken over a token, a sequence ("t
 The formats fp8_e4m3 and fp8_e5m2 scale |x| to the largest number of the format and round to it. Scales are computed in the
 activation's own dtype, as the references do.
 
+The formats mxfp4 and nvfp4 (granularity group, blocks of 32 and 16 channels) have the elements and scales of the weights' formats,
+found anew in each block, in float32: 2^(floor(log2 max|x|) - 2), and E4M3(max|x| / 6 / t) · t with t = max|X| / (6 · 448). X is the
+sequence where scales are dynamic, and the calibration windows where they are static: then only t is fixed.
+
 outlier_threshold t > 0 is LLM.int8()'s decomposition (arXiv 2208.07339): channels with some |x| >= t stay as they are; the others
 are rounded with a scale over the values below t, which include the small values of outlier channels. Outlier channels are found in
 each sequence by itself, so that a batch scores as its items do. On the symmetric "smoothquant" grid the codes are those of
@@ -29,10 +33,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.core.cell import ActivationScheme
+from harness.core.cell import ActivationScheme, WeightScheme
+from harness.core.number_formats import FORMATS
+from harness.quantization.numerics.grids import FLOAT8_MAX, Fitting
 
 GRIDS = ("smoothquant", "compressed", "llama_quant", "omniquant")
 GRANULARITIES = ("token", "tensor", "group")
+BLOCK_FLOATS = ("mxfp4", "nvfp4")  # with scales in blocks of channels
 FLOATS = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 VANISHING = 1e-30  # the least maximum that float32 can divide 2^15 by
@@ -55,11 +62,29 @@ def round_dynamic(x: Tensor, scheme: ActivationScheme, to_integers: Round = torc
             return torch.where(kept, x, _vector_wise(small, scheme.bits, to_integers))
         plain = dataclasses.replace(scheme, outlier_threshold=0.0)
         return torch.where(kept, x, round_dynamic(small, plain, to_integers))
+    if scheme.format in BLOCK_FLOATS:
+        axes = tuple(range(1 if x.ndim > 2 else 0, x.ndim))
+        return round_blocks(x, x.float().abs().amax(axes, keepdim=True), scheme)
     if scheme.granularity == "group":
         groups = x.unflatten(-1, (-1, scheme.group_size))
         return round_to_range(groups, *_range(groups, (-1,)), scheme, to_integers).flatten(-2)
     axes = (-1,) if scheme.granularity == "token" else tuple(range(1 if x.ndim > 2 else 0, x.ndim))
     return round_to_range(x, *_range(x, axes), scheme, to_integers)
+
+
+def round_blocks(x: Tensor, largest: Tensor, scheme: ActivationScheme) -> Tensor:
+    """x [..., in] in mxfp4 or nvfp4, in x's dtype. largest: the magnitude that fixes nvfp4's t, which broadcasts against x."""
+    fixed = FORMATS[scheme.format]
+    assert fixed.block is not None and fixed.scale_dtype is not None
+    groups = x.float().unflatten(-1, (-1, fixed.block))
+    whole = largest.float() / fixed.element.reach / FLOAT8_MAX  # in the order of weights
+    whole = torch.where(whole > 0, whole, 1.0)
+    layout = WeightScheme(scheme.format, 4, fixed.block, scale_dtype=fixed.scale_dtype)
+    fitting = Fitting(layout, tensor_scale=whole.unsqueeze(-1) if whole.ndim else whole)
+    magnitude = groups.abs().amax(-1, keepdim=True)
+    nearest = fitting.from_range(-magnitude, magnitude).nearest(groups)
+    nearest = torch.where(groups.isfinite(), nearest, groups)  # NaN has no code and stays NaN
+    return nearest.flatten(-2).to(x.dtype)
 
 
 def _vector_wise(x: Tensor, bits: int, to_integers: Round) -> Tensor:
@@ -86,6 +111,8 @@ def round_to_range(
 ) -> Tensor:
     """x on the grid of the range [lo, hi], which broadcasts against x."""
     magnitude = torch.maximum(lo.abs(), hi.abs())
+    if scheme.format in BLOCK_FLOATS:
+        return round_blocks(x, magnitude, scheme)
     if scheme.format != "int":
         target = FLOATS[scheme.format]
         top = torch.finfo(target).max

@@ -122,6 +122,56 @@ class LookupWeight(QuantizedWeight):
 
 
 @dataclass(frozen=True)
+class NestedWeight(QuantizedWeight):
+    """Tables per row of several widths, each splitting the entries of the one before: `LookupWeight`s stored once.
+
+    codes   [out, in] uint8 of the largest width; the first b bits of a code are the code at b bits
+    tables  by width in bits, ascending: [out, 2^bits] float32, exact in scale_dtype
+    Dequantized as a whole it is the matrix at the largest width.
+    """
+
+    kind = "nested"
+    codes: Tensor
+    tables: dict[int, Tensor]
+    scale_dtype: str = "float16"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.tables)
+
+    def at(self, bits: float) -> LookupWeight:
+        """The matrix at a width. Raises KeyError for one that is not stored."""
+        width = int(bits)
+        codes = self.codes >> (self.widths[-1] - width)
+        return LookupWeight(codes, self.tables[width], width, self.scale_dtype)
+
+    def dequantize(self) -> Tensor:
+        return self.at(self.widths[-1]).dequantize()
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        target = SCALE_DTYPES[self.scale_dtype]
+        tensors = {"codes": pack(self.codes, self.widths[-1])}
+        for bits, table in self.tables.items():
+            tensors[f"table_{bits}"] = table.to(target).contiguous()
+        return tensors, {
+            "shape": list(self.shape),
+            "widths": list(self.widths),
+            "scale_dtype": self.scale_dtype,
+        }
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
+        rows, columns = meta["shape"]
+        codes = unpack(tensors["codes"], meta["widths"][-1], rows * columns).reshape(rows, columns)
+        tables = {bits: tensors[f"table_{bits}"].float() for bits in meta["widths"]}
+        return cls(codes, tables, meta["scale_dtype"])
+
+
+@dataclass(frozen=True)
 class SortedRows:
     """Rows in ascending order with prefix sums, so that the weighted mean of any run costs two look-ups.
 
@@ -235,6 +285,15 @@ class NestedTables:
         return LookupWeight(
             codes, as_stored(self.tables[bits], scale_dtype), bits, scale_dtype, outliers
         )
+
+    def stored(self, bits: int, scale_dtype: str) -> NestedWeight:
+        """All widths up to `bits` in one layout."""
+        tables = {
+            width: as_stored(table, scale_dtype)
+            for width, table in self.tables.items()
+            if width <= bits
+        }
+        return NestedWeight(self.codes >> (max(self.tables) - bits), tables, scale_dtype)
 
 
 def nested_tables(

@@ -35,13 +35,17 @@ def matrix(size: int) -> Tensor:
 
 
 def random_hadamard(size: int, seed: int) -> Tensor:
-    """diag(±1) H, float64: signs from a generator of the seed, the same with every library version."""
+    """diag(±1) H, float64: signs from a generator of the seed."""
+    return random_signs(size, seed)[:, None] * matrix(size)
+
+
+def random_signs(size: int, seed: int) -> Tensor:
+    """±1 [size], float64, from a generator of the seed, the same with every library version."""
     key = int.from_bytes(
         hashlib.sha256(f"hadamard signs {size} {seed}".encode()).digest()[:16], "little"
     )
     raw = np.asarray(np.random.Philox(key=key).random_raw(size), dtype=np.uint64)
-    signs = torch.from_numpy((raw >> np.uint64(63)).astype(np.float64)) * 2 - 1
-    return signs[:, None] * matrix(size)
+    return torch.from_numpy((raw >> np.uint64(63)).astype(np.float64)) * 2 - 1
 
 
 def transform(x: Tensor, axis: int = -1) -> Tensor:

@@ -62,6 +62,15 @@ class QuantizedWeight(ABC):
         """The inverse of `pack`, exact: unpack(*pack()).dequantize() has the same bits."""
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths in bits at which this layout can be read; empty for a layout of one width."""
+        return ()
+
+    def at(self, bits: float) -> QuantizedWeight:
+        """The matrix at one of its widths; itself where it has one width only."""
+        return self
+
+    @property
     def contained(self) -> tuple[QuantizedWeight, ...]:
         """Matrices in layouts of their own that this one holds."""
         return ()

@@ -86,22 +86,26 @@ def layer_errors(
     weights: Mapping[str, QuantizedWeight],
     needs: Collection[str],
     statistics: Statistics,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Relative squared errors by linear: weight, ||W - W'||² / ||W||²; output, ||(W - W')X||² / ||WX||², where there is a Hessian;
     delta, ||W - W'||² / ||W - W_base||², where a difference is stored.
 
     A Hessian is used only if it is among the cell's own `needs`: the report is part of the checkpoint's bytes, and these do not
     depend on which other cells share the pass.
     """
-    errors: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, Any]] = {}
     for location in locations:
         weight = location.view(tensors[location.parameter]).float()
         quantized = weights[location.name]
         difference = quantized.dequantize().to(weight.device) - weight
-        entry = {
+        entry: dict[str, Any] = {
             "weight_error": relative_error(difference, weight),
             "bits_per_weight": quantized.bits_per_weight,
         }
+        if quantized.widths:
+            entry["at"] = {
+                str(bits): _errors(quantized.at(bits), weight) for bits in quantized.widths
+            }
         if isinstance(quantized, DeltaWeight) and quantized.base is not None:
             change = weight - quantized.base.to(weight.device)
             entry["delta_error"] = relative_error(difference, change)
@@ -113,6 +117,15 @@ def layer_errors(
             entry["output_error"] = relative_error(difference, weight, hessian)
         errors[location.name] = entry
     return errors
+
+
+def _errors(quantized: QuantizedWeight, weight: Tensor) -> dict[str, float]:
+    """What the record says of a matrix that is read at one of several widths."""
+    difference = quantized.dequantize().to(weight.device) - weight
+    return {
+        "weight_error": relative_error(difference, weight),
+        "bits_per_weight": quantized.bits_per_weight,
+    }
 
 
 def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:

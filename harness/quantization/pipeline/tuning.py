@@ -186,8 +186,9 @@ def _make_trainable(
                 None if content.dense else _original(family, weights, config, index, location)
             )
             try:
+                bits = cell.scheme.weight_for(index, location.name).bits
                 linear = tuning.linear(
-                    location.name, content.weights[location.name], bias, original
+                    location.name, content.weights[location.name].at(bits), bias, original
                 )
             except MethodError as error:
                 raise MethodError(

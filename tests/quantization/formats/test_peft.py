@@ -11,9 +11,9 @@ import torch
 from small import RTN, cell, part, quantize, windows
 from transformers import AutoModelForCausalLM
 
-from harness.core.cell import Cell, Method, base_alone, make_part, quantize_key, untuned
+from harness.core.cell import Cell, Method, make_part, quantize_key, untuned
 from harness.core.errors import PlanError
-from harness.quantization.export import export, refusals
+from harness.quantization.export import base_alone, export, refusals
 from harness.quantization.formats.native import Checkpoint, CheckpointWriter
 from harness.quantization.inference.load import load
 from harness.quantization.models import family_of, read_config

@@ -222,7 +222,10 @@ def test_what_is_of_something_else_is_refused(walked: Walked, name: str) -> None
 
 
 def _other(cell: Cell) -> Any:
-    return dataclasses.replace(cell.scheme.weight, bits=cell.scheme.weight.bits + 1)
+    """Other bits, and another type of scales for checkpoints that hold all widths."""
+    own = cell.scheme.weight
+    other = "float32" if own.scale_dtype != "float32" else "bfloat16"
+    return dataclasses.replace(own, bits=own.bits + 1, scale_dtype=other)
 
 
 def _with_settings(cell: Cell, more: Mapping[str, Any]) -> Any:
