@@ -110,7 +110,7 @@ class Checker:
         for slot, part in _slots(cell):
             found += self._asked(
                 cell.model,
-                ("warnings", slot, part, cell.scheme, cell.calibration),
+                ("warnings", slot, part, cell.scheme, cell.calibration, cell.inputs),
                 functools.partial(self._part_warnings, slot, part, cell),
             )
         return found
@@ -443,6 +443,17 @@ class Checker:
                 f"rounding {part.name}: squared gradients belong to the original weights of the model, which transform "
                 f"{cell.method.transform.name} changes; use no transform"
             )
+        transform = cell.method.transform
+        if (
+            slot == "rounding"
+            and transform is not None
+            and transform.name in plugins.find("transform")
+        ):
+            from harness.quantization.methods.protocols import other_basis
+
+            rotates = hasattr(plugins.load("transform", transform.name), "rewrite_ends")
+            if rotates and (reason := other_basis(part.needs)):
+                reasons.append(f"rounding {part.name} after transform {transform.name}: {reason}")
         fused = [linear.name for linear in shapes.linears if linear.fused]
         if slot == "tuning" and fused:
             reasons.append(

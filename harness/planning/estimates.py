@@ -94,11 +94,9 @@ def pass_memory(cells: Sequence[Cell], shapes: Shapes) -> tuple[int, int]:
     calibration, dtype = calibrated[0].calibration, calibrated[0].model.dtype
     assert calibration is not None, "a cell that needs calibration and has none is refused"
     widths = {linear.group: linear.in_features for linear in shapes.linears}
-    statistics = (
-        4 * 3 * sum(width**2 for width in widths.values())
-        if any("hessian" in c.method.needs for c in calibrated)
-        else 0
-    )
+    squares = 4 * sum(width**2 for width in widths.values())
+    statistics = 3 * squares if any("hessian" in c.method.needs for c in calibrated) else 0
+    statistics += 3 * squares if any("cross" in c.method.needs for c in calibrated) else 0
     tokens = calibration.samples * calibration.length
     stream = tokens * shapes.hidden_size * DTYPE_BYTES[dtype]
     kept = (
@@ -256,6 +254,9 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
                 2.0 * linear.out_features * linear.in_features**2 for linear in shapes.linears
             )
             total += sum(float(width) ** 3 for width in widths.values())
+        if "cross" in cell.method.needs:  # both models, in each of four stages
+            total += 4 * 2 * 2.0 * weights * tokens
+            total += 2.0 * tokens * sum(width**2 for width in widths.values())
         for part in cell.method.parts:
             total += 6.0 * weights * _trained_tokens(dict(part.settings), tokens, length)
     return total * shapes.blocks

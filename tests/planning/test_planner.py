@@ -112,3 +112,17 @@ def test_a_plan_notes_what_methods_warn_of(demo_sweep: Callable[..., Sweep]) -> 
     text = render(make(sweep, Store(sweep.runtime.runs)))
     assert text.count("published with 8.4 million") == 1
     assert "note    demo: rounding block_ap: trains all weights on " in text
+
+
+def test_a_plan_notes_that_equal_streams_leave_nothing_to_correct(
+    demo_sweep: Callable[..., Sweep],
+) -> None:
+    own = ("method=gptaq,gptq", "scheme=w4g32", "calibration=demo", "evaluations=[]")
+    for inputs, expected in (
+        ("quantized", 0),
+        ("full_precision", 1),
+        ("quantized,full_precision", 1),
+    ):
+        sweep = demo_sweep(*own, f"inputs={inputs}")
+        text = render(make(sweep, Store(sweep.runtime.runs)))
+        assert text.count("leaves it little to correct") == expected

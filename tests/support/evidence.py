@@ -53,7 +53,7 @@ def layer_error(weight: Tensor, quantized: Tensor, inputs: Tensor) -> float:
 
 class FakeEvidence:
     """Evidence of inputs [sequences, length, in]. gradients: [sequences, out, in] of the loss, for "squared_gradient"; base: a
-    matrix [out, in], for "base_weight".
+    matrix [out, in], for "base_weight"; original: the same tokens' inputs in the full-precision model, for "cross".
 
     computed counts how often each key of `once` was computed, so that tests can see what was shared.
     """
@@ -66,9 +66,11 @@ class FakeEvidence:
         needs: Sequence[str] | None = None,
         gradients: Tensor | None = None,
         reference: Tensor | None = None,
+        original: Tensor | None = None,
         base: Tensor | None = None,
     ) -> None:
         self.basis = basis
+        self._original = original
         self.tokens = inputs.shape[0] * inputs.shape[1]
         self.computed: dict[Hashable, int] = {}
         self._inputs, self._gradients, self._reference = inputs, gradients, reference
@@ -95,6 +97,9 @@ class FakeEvidence:
         tokens = x.reshape(-1, x.shape[-1])
         if statistic == "hessian":
             return tokens.T @ tokens / tokens.shape[0]
+        if statistic == "cross":
+            original = tokens if self._original is None else self._original.reshape(tokens.shape)
+            return original.float().T @ tokens / tokens.shape[0]
         if statistic == "mean":
             return tokens.mean(0)
         if statistic == "square_mean":

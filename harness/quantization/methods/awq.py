@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import ScalePair, Shapes
-from harness.quantization.methods.checks import check_grid, require_finite
+from harness.quantization.methods.checks import check_grid, require_finite, require_search
 from harness.quantization.methods.folding import fold_scales, makes_values, repeat_scales
 from harness.quantization.methods.protocols import BlockView, Evidence
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
@@ -214,6 +214,7 @@ class Rounding:
     stochastic = False
     activation_aware = False
     sequential = False
+    settings_added_later: ClassVar[dict[str, str]] = {"scale_search": "none"}
 
     @dataclass(frozen=True)
     class Settings:
@@ -222,16 +223,19 @@ class Rounding:
         clip_tokens  tokens of the search, taken at equal distances
         clip_steps   ranges tried: 1, 1 - 1/20, … in steps of 1/20 of max|w|; 1 to 20
         grid         gptq, awq, omniquant or compressed
+        scale_search  choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         clip: bool = True
         clip_tokens: int = 512
         clip_steps: int = 10
         grid: str = "awq"
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search)
             if self.clip_tokens < 1:
                 raise ValueError(f"clip_tokens is {self.clip_tokens}; it must be at least 1")
             if not 1 <= self.clip_steps <= 20:
@@ -242,7 +246,9 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
-        return check_grid(scheme, shapes, convention=self.settings.grid)
+        return check_grid(
+            scheme, shapes, convention=self.settings.grid, search=self.settings.scale_search
+        )
 
     def round_layer(
         self,
@@ -258,7 +264,7 @@ class Rounding:
         settings = self.settings
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)  # [out, groups, g]
-        fitting = Fitting.of(weight, scheme, settings.grid)
+        fitting = Fitting.of(weight, scheme, settings.grid, settings.scale_search)
         is_query_or_key = any(part in name.rpartition(".")[2] for part in QUERY_AND_KEY)
         if settings.clip and scheme.group_size != -1 and not is_query_or_key:
             moments = evidence.once(

@@ -11,10 +11,10 @@ from torch import Tensor
 from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError, unknown_name
-from harness.core.number_formats import FORMATS, PLAIN_SCALES, SCALE_TYPES
+from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
 from harness.core.sparsity import read_sparsity
-from harness.quantization.numerics.grids import CONVENTIONS
+from harness.quantization.numerics.grids import CONVENTIONS, SEARCHES, search_reasons
 
 # of weights that are stored as they are
 DENSE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
@@ -85,11 +85,44 @@ def check_grid(
     *,
     convention: str | None = None,
     signed: Collection[bool] = (False, True),
+    search: str = "none",
 ) -> list[str]:
-    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`."""
-    return _check_grids(
+    """The same for methods that take their grids from `grids.Fitting`: integers of 2 to 8 bits and all of `number_formats`.
+
+    search: also that these grids can be searched so (`grids.SEARCHES`).
+    """
+    reasons = _check_grids(
         scheme, shapes, range(2, 9), convention, formats=FORMATS, scales=SCALE_TYPES, signed=signed
     )
+    for weight, _ in _weight_schemes(scheme, shapes) if not reasons else ():
+        reasons += search_reasons(search, weight)
+    return list(dict.fromkeys(reasons))
+
+
+def check_columns(
+    scheme: Scheme, shapes: Shapes, *, convention: str, search: str, scattered: bool
+) -> list[str]:
+    """`check_grid` for methods that round column by column. scattered: groups are columns that are not neighbours."""
+
+    def reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
+        if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
+            yield (
+                "act_order scatters the columns of a group, and double_quantized scales need neighbouring columns; "
+                "use static_groups=true"
+            )
+
+    found = check_grid(scheme, shapes, convention=convention, search=search)
+    return found + (refusals(scheme, shapes, reasons) if scattered else [])
+
+
+def require_search(scale_search: str, range_search: bool = False) -> None:
+    """Raise ValueError unless the settings scale_search and range_search, which is older and means "range", name one search."""
+    if scale_search not in SEARCHES:
+        raise ValueError(f'no scale_search "{scale_search}"; known: {", ".join(SEARCHES)}')
+    if range_search and scale_search not in ("none", "range"):
+        raise ValueError(
+            f"range_search is scale_search=range, and scale_search is {scale_search}; set range_search=false"
+        )
 
 
 def check_pruned(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.core.cell import Cell
 from harness.core.errors import MethodError
 from harness.quantization.methods.checks import require_finite
 from harness.quantization.methods.protocols import Evidence
@@ -25,6 +26,27 @@ def shared_factor(
         ("factor", damping_fraction, act_order),
         lambda: factored(evidence["hessian"], damping_fraction, act_order),
     )
+
+
+def stream_warnings(cell: Cell) -> list[str]:
+    """What a method that compares both models' inputs warns of: inputs=full_precision makes them the same."""
+    if cell.inputs != "full_precision":
+        return []
+    return [
+        "inputs=full_precision leaves it little to correct: every block gets the unrounded model's inputs; use inputs=quantized"
+    ]
+
+
+def cross_moment(evidence: Evidence) -> Tensor:
+    """E[x x̃ᵀ] [in, in] float32 of the inputs in the full-precision model and behind rounded blocks. Raises MethodError when it is
+    not finite."""
+    cross = evidence["cross"]
+    if not bool(torch.isfinite(cross).all()):
+        raise MethodError(
+            "the products of the two models' inputs hold NaN or infinity; load the model with model.dtype=float32, "
+            "or use more bits in the blocks before"
+        )
+    return cross
 
 
 def sensitivity_of(weight: Tensor, evidence: Evidence | None) -> Tensor:

@@ -20,24 +20,19 @@ is not positive definite fails the cell; columns of equal diagonal keep their or
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor
 
 from harness.core.cell import Scheme, WeightScheme
-from harness.core.number_formats import DOUBLE_QUANTIZED
-from harness.core.shapes import LinearShape, Shapes
-from harness.quantization.methods.checks import check_grid, refusals
+from harness.core.shapes import Shapes
+from harness.quantization.methods.checks import check_columns, require_search
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
-from harness.quantization.numerics.error_feedback import Columns, GridColumns, round_on_grids
+from harness.quantization.numerics.column_rounding import round_matrix
 from harness.quantization.numerics.grids import CONVENTIONS, Fitting
-from harness.quantization.numerics.hessians import Factor
-from harness.quantization.numerics.weights import QuantizedWeight, on_grid
+from harness.quantization.numerics.weights import QuantizedWeight
 
 
 class Rounding:
@@ -47,6 +42,7 @@ class Rounding:
     needs = ("hessian",)
     stochastic = False
     activation_aware = False
+    settings_added_later: ClassVar[dict[str, str]] = {"scale_search": "none"}
     reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True, "static_groups": False}
 
     @dataclass(frozen=True)
@@ -59,7 +55,8 @@ class Rounding:
                           consecutive and need no index per column
         sequential        rounds a block's linears in four steps, each seeing the rounded ones before it
         grid              gptq, awq, omniquant or compressed
-        range_search      shrink each range to its least error before rounding
+        range_search      the older name of scale_search=range
+        scale_search      choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         damping_fraction: float = 0.01
@@ -69,10 +66,17 @@ class Rounding:
         sequential: bool = False
         grid: str = "gptq"
         range_search: bool = False
+        scale_search: str = "none"
+
+        @property
+        def search(self) -> str:
+            """One of `grids.SEARCHES`."""
+            return "range" if self.range_search else self.scale_search
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search, self.range_search)
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
             if self.block_size < 1:
@@ -87,10 +91,14 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every format with a grid, integers of 2 to 8 bits among them, whose groups divide every layer."""
-        reasons = check_grid(scheme, shapes, convention=self.settings.grid)
-        if self.settings.act_order and not self.settings.static_groups:
-            reasons += refusals(scheme, shapes, _scattered)
-        return reasons
+        own = self.settings
+        return check_columns(
+            scheme,
+            shapes,
+            convention=own.grid,
+            search=own.search,
+            scattered=own.act_order and not own.static_groups,
+        )
 
     def round_layer(
         self,
@@ -101,81 +109,12 @@ class Rounding:
         rng: Generator,
     ) -> QuantizedWeight:
         """Quantize weight [out, in] float32. Peak memory: five copies of weight, or four [in, in] while H is factored."""
-        settings = self.settings
-        return self._round(
+        own = self.settings
+        return round_matrix(
             weight,
-            shared_factor(weight, evidence, settings.damping_fraction, settings.act_order),
+            shared_factor(weight, evidence, own.damping_fraction, own.act_order),
             scheme,
-        )
-
-    def _round(self, weight: Tensor, factor: Factor, scheme: WeightScheme) -> QuantizedWeight:
-        rows, columns = weight.shape
-        size = columns if scheme.group_size == -1 else scheme.group_size
-        # the last group is short where a factor of a difference ends (Delta-CoMe)
-        groups = -(-columns // size)
-        order = factor.order
-        dynamic = scheme.group_size != -1 and not self.settings.static_groups
-
-        fitting = Fitting.of(weight, scheme, self.settings.grid, self.settings.range_search)
-        # holds all grids; one per channel: the grid itself
-        form = fitting.fit(weight if scheme.group_size == -1 else weight[:, :size])
-        w = weight.masked_fill(factor.dead, 0)
-        scale = torch.empty(groups, rows, dtype=torch.float32, device=w.device)
-        zero = torch.empty_like(scale)
-        if scheme.group_size == -1:
-            scale[0], zero[0] = form.scale[:, 0], form.zero[:, 0]
-        elif not dynamic:
-            grid = fitting.fit(w.reshape(rows, groups, size))
-            scale.copy_(grid.scale[..., 0].T)
-            zero.copy_(grid.zero[..., 0].T)
-        if order is not None:
-            w = w[:, order]
-        # The group of each column, in the order of rounding; a list, so that no column waits for the device.
-        positions = torch.arange(columns, device=w.device) if order is None or dynamic else order
-        group_of = (positions // size).tolist()
-        codes = torch.empty(columns, rows, dtype=torch.uint8, device=w.device)
-
-        def fit_groups(matrix: Columns) -> None:
-            """Fit all groups that begin in this block."""
-            first, last = (
-                -(-matrix.start // size),
-                -(-(matrix.start + matrix.block.shape[1]) // size),
-            )
-            full = max(first, min(last, columns // size))
-            for begin, end in ((first, full), (full, last)):  # whole groups, and a short last one
-                if begin < end:
-                    values = matrix.weight[:, begin * size : end * size]
-                    grid = fitting.fit(values.reshape(rows, end - begin, -1))
-                    scale[begin:end], zero[begin:end] = grid.scale[..., 0].T, grid.zero[..., 0].T
-
-        round_on_grids(
-            w,
-            factor.upper,
-            GridColumns(form, scale, zero, group_of, codes, fit_groups if dynamic else None),
-            block_size=self.settings.block_size,
-        )
-
-        column_group = None
-        if order is None:
-            codes = codes.T.contiguous()
-        else:
-            restored = torch.empty_like(codes)
-            restored[order] = codes
-            codes = restored.T.contiguous()
-            if dynamic and groups > 1:
-                column_group = torch.empty(columns, dtype=torch.int32, device=w.device)
-                column_group[order] = (torch.arange(columns, device=w.device) // size).to(
-                    torch.int32
-                )
-        if columns % size and groups > 1 and column_group is None:
-            column_group = (torch.arange(columns, device=w.device) // size).to(torch.int32)
-        grid = dataclasses.replace(form, scale=scale.T.contiguous(), zero=zero.T.contiguous())
-        return on_grid(codes, grid, scheme, column_group)
-
-
-def _scattered(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
-    if weight.scale_dtype == DOUBLE_QUANTIZED and weight.group_size != -1:
-        yield (
-            "act_order scatters the columns of a group, and double_quantized scales need neighbouring columns; "
-            "use static_groups=true"
+            Fitting.of(weight, scheme, own.grid, own.search),
+            block_size=own.block_size,
+            static_groups=own.static_groups,
         )

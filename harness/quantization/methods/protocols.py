@@ -31,7 +31,7 @@ Shapes in one notation: weight [out, in], hessian [in, in], inputs [tokens, in],
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Generating
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -45,6 +45,7 @@ from harness.quantization.numerics.weights import QuantizedWeight
 
 STATISTICS: dict[str, str] = {
     "hessian": "mean over tokens of x xᵀ, [in, in] float32",
+    "cross": "mean over tokens of x x̃ᵀ, [in, in] float32: x in the full-precision model, x̃ this input (experts: as the Hessian)",
     "mean": "mean over tokens of x, [in] float32",
     "square_mean": "mean over tokens of x², [in] float32; the diagonal of the Hessian without the Hessian",
     "abs_mean": "mean over tokens of |x|, [in] float32",
@@ -62,6 +63,17 @@ STATISTICS: dict[str, str] = {
 }
 
 T = TypeVar("T")
+
+
+def other_basis(needs: Iterable[str]) -> str | None:
+    """Why statistics of the unrounded model do not go with a transform that rotates the residual stream (`rewrite_ends`)."""
+    named = sorted({"cross", "reference"}.intersection(needs))
+    if not named:
+        return None
+    return (
+        f"{' and '.join(named)} statistics need the original basis, and the transform rotates the residual stream; "
+        "use a transform without rotations of the residual stream"
+    )
 
 
 @runtime_checkable

@@ -170,7 +170,9 @@ class Rounding:
         rows, width = weight.shape
         size = width if scheme.group_size == -1 else scheme.group_size
         groups = width // size
-        fitting = Fitting.of(fitted_on, scheme, self.settings.grid, self.settings.range_search)
+        fitting = Fitting.of(
+            fitted_on, scheme, self.settings.grid, "range" if self.settings.range_search else "none"
+        )
         form = fitting.fit(fitted_on[:, :size])
         scale = torch.empty(groups, rows, dtype=torch.float32, device=weight.device)
         zero = torch.empty_like(scale)

@@ -276,9 +276,9 @@ class _Rounded:
         size = wide.shape[1] if scheme.group_size == -1 else scheme.group_size
         groups = wide.reshape(wide.shape[0], -1, size)
         with torch.no_grad():
-            grid = Fitting.of(wide, scheme, self.settings.grid, self.settings.range_search).fit(
-                groups
-            )
+            grid = Fitting.of(
+                wide, scheme, self.settings.grid, "range" if self.settings.range_search else "none"
+            ).fit(groups)
         return nearest_through(groups, grid).reshape(wide.shape).to(weight.dtype)
 
     def _receive(self, index: int, down: set[str]) -> Callable[[str, Tensor], Tensor]:

@@ -12,18 +12,22 @@ Bits follow from the sizes: (index bits + residual index bits) / vector_length. 
 vector_length index bits, up to `index_bits` of them for the codebook, the rest for the residual one. So 2, 3 and 4 bits with
 vectors of 8 are the paper's codebook of 65536 with none, 256 and 65536 residuals; 1.5 is 4096; 2.33 with vectors of 12 is 65536
 and 4096.
+With outlier_share, that share of the columns, those with the largest H_jj, has one codebook of its own, of outlier_index_bits for
+vectors of outlier_vector_length; the other columns have what is described above.
 Codebooks, column scales and offsets are counted by `bits_per_weight`; `nominal_bits` is what papers quote.
 
 As in the authors' released code (branch "algorithm"): normalisation per input column to 0 … 1, dead columns zeroed after it, zero
 padding of the last vector takes part in the clustering. Where we differ: k-means is ours, seeded by the cell (cuML's has no
 reproducible result on a GPU); the residual k-means has one weight per vector, H_jj, as the first (there it gets the unreduced
 matrix); codebook, scales and offsets are rounded to scale_dtype before they are used; indices are stored in the columns' own
-order, so no permutation is. The codebook of outlier columns and several codebooks per matrix are not offered; the paper's
-fine-tuning is not in the released code and not here. Published Hessians are of the full-precision model: inputs=full_precision.
+order, so no permutation is; outlier columns are those with the largest H_jj also without act_order (there: the first columns).
+Several codebooks per matrix are not offered; the paper's fine-tuning is not in the released code and not here. Published Hessians
+are of the full-precision model: inputs=full_precision.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -65,7 +69,9 @@ class Codebook:
 class VectorWeight(QuantizedWeight):
     """codebook (+ residual codebook), times a scale and plus an offset per input column.
 
+    codebooks      of all columns but outliers, in their order
     scale, offset  [in] float32, exact in scale_dtype; None without normalisation
+    outliers       the codebook of outlier columns, and which columns they are, [n] int64 ascending; None where there are none
     """
 
     kind = "vector"
@@ -74,20 +80,28 @@ class VectorWeight(QuantizedWeight):
     scale: Tensor | None
     offset: Tensor | None
     scale_dtype: str = "float16"
+    outliers: tuple[Codebook, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.rows, self.codebooks[0].indices.shape[1]
+        columns = self.codebooks[0].indices.shape[1]
+        return self.rows, columns + (len(self.outliers[1]) if self.outliers is not None else 0)
 
     @property
     def nominal_bits(self) -> float:
-        """As papers count: index bits over vector length."""
+        """As papers count: index bits over vector length, of all columns but outliers."""
         return sum(book.bits for book in self.codebooks) / self.codebooks[0].entries.shape[1]
 
     def dequantize(self) -> Tensor:
         values = sum((book.read() for book in self.codebooks[1:]), self.codebooks[0].read())[
             : self.rows
         ]
+        if self.outliers is not None:
+            book, places = self.outliers
+            merged = values.new_empty(self.shape)
+            merged[:, places] = book.read()[: self.rows]
+            merged[:, _others(places, self.shape[1])] = values
+            values = merged
         return (
             values
             if self.scale is None or self.offset is None
@@ -100,6 +114,13 @@ class VectorWeight(QuantizedWeight):
         for number, book in enumerate(self.codebooks):
             tensors[f"entries_{number}"] = book.entries.to(target).contiguous()
             tensors[f"indices_{number}"] = pack(book.indices, book.bits)
+        if self.outliers is not None:
+            book, places = self.outliers
+            tensors |= {
+                "outlier_entries": book.entries.to(target).contiguous(),
+                "outlier_indices": pack(book.indices, book.bits),
+                "outlier_columns": places.to(torch.int32),
+            }
         if self.scale is not None and self.offset is not None:
             tensors |= {
                 "scale": self.scale.to(target).contiguous(),
@@ -114,20 +135,45 @@ class VectorWeight(QuantizedWeight):
     @classmethod
     def unpack(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Self:
         rows, columns = meta["shape"]
-        books = []
-        for number in range(meta["codebooks"]):
-            entries = tensors[f"entries_{number}"].float()
+
+        def book(stored: Tensor, packed: Tensor, columns: int) -> Codebook:
+            entries = stored.float()
             bits, per_column = (entries.shape[0] - 1).bit_length(), -(-rows // entries.shape[1])
-            indices = (
-                unpack(tensors[f"indices_{number}"], bits, per_column * columns)
-                .long()
-                .reshape(per_column, columns)
-            )
-            books.append(Codebook(entries, indices))
+            indices = unpack(packed, bits, per_column * columns).long()
+            return Codebook(entries, indices.reshape(per_column, columns))
+
+        outliers = None
+        if "outlier_columns" in tensors:
+            places = tensors["outlier_columns"].long()
+            own = book(tensors["outlier_entries"], tensors["outlier_indices"], len(places))
+            outliers, columns = (own, places), columns - len(places)
+        books = [
+            book(tensors[f"entries_{number}"], tensors[f"indices_{number}"], columns)
+            for number in range(meta["codebooks"])
+        ]
         scale, offset = (
             tensors[name].float() if name in tensors else None for name in ("scale", "offset")
         )
-        return cls(tuple(books), rows, scale, offset, meta["scale_dtype"])
+        return cls(tuple(books), rows, scale, offset, meta["scale_dtype"], outliers)
+
+
+def _others(places: Tensor, columns: int) -> Tensor:
+    """The columns that are not in places, ascending."""
+    mask = torch.ones(columns, dtype=torch.bool, device=places.device)
+    mask[places] = False
+    return mask.nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class OutlierColumns:
+    """Columns with a codebook of their own while a matrix is rounded, in the order of rounding.
+
+    entries  [k, v] float32   mask  [in] bool   indices  [out / v, in] int64, written
+    """
+
+    entries: Tensor
+    mask: list[bool]
+    indices: Tensor
 
 
 class Rounding:
@@ -139,6 +185,11 @@ class Rounding:
     activation_aware = False
     reordered_groups: ClassVar[dict[str, bool]] = {"act_order": True}
     sequential = False
+    settings_added_later: ClassVar[dict[str, float]] = {
+        "outlier_share": 0.0,
+        "outlier_vector_length": 4,
+        "outlier_index_bits": 12,
+    }
 
     @dataclass(frozen=True)
     class Settings:
@@ -151,6 +202,8 @@ class Rounding:
         tolerance         of k-means: movement of the centroids, relative to the variance, below which it stops
         damping_fraction  of the mean diagonal, added to the diagonal of H
         block_size        columns between two products; changes the order of float sums only
+        outlier_share     of the columns, those with the largest diagonal of H, that have a codebook of their own; 0: none do
+        outlier_vector_length, outlier_index_bits  of that codebook
         """
 
         vector_length: int = 8
@@ -161,8 +214,18 @@ class Rounding:
         tolerance: float = 1e-5
         damping_fraction: float = 0.01
         block_size: int = 128
+        outlier_share: float = 0.0
+        outlier_vector_length: int = 4
+        outlier_index_bits: int = 12
 
         def __post_init__(self) -> None:
+            if not 0 <= self.outlier_share < 1:
+                raise ValueError(f"outlier_share is {self.outlier_share}; it must be 0 to below 1")
+            if self.outlier_vector_length < 1 or not 1 <= self.outlier_index_bits <= 16:
+                raise ValueError(
+                    f"outlier_vector_length={self.outlier_vector_length} must be at least 1, and "
+                    f"outlier_index_bits={self.outlier_index_bits} 1 to 16"
+                )
             if self.vector_length < 1 or self.iterations < 1 or self.block_size < 1:
                 sizes = f"vector_length={self.vector_length}, iterations={self.iterations}, block_size={self.block_size}"
                 raise ValueError(f"{sizes}; all are at least 1")
@@ -173,6 +236,10 @@ class Rounding:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+
+    def _outliers(self, columns: int) -> int:
+        """How many of a matrix's columns are outliers."""
+        return int(self.settings.outlier_share * columns)
 
     def index_bits(self, bits: float) -> tuple[int, int]:
         """Index bits of the codebook and of the residual codebook (0: none) for this many bits per weight."""
@@ -192,6 +259,7 @@ class Rounding:
             if weight.scale_dtype not in SCALE_DTYPES:
                 yield f'no scale_dtype "{weight.scale_dtype}"; known: {", ".join(SCALE_DTYPES)}'
             first, residual = self.index_bits(weight.bits)
+            outliers, own = self._outliers(linear.in_features), self.settings
             if abs(weight.bits * length - first - residual) > 0.1 or first < 1:
                 yield f"{weight.bits:g} bits times vectors of {length} are no whole number of index bits"
             elif residual > most:
@@ -199,10 +267,20 @@ class Rounding:
                     f"{weight.bits:g} bits need {first + residual} index bits for vectors of {length}, two codebooks hold "
                     f"{2 * most}; use fewer bits, shorter vectors or larger index_bits"
                 )
-            elif 2 ** max(first, residual) > -(-linear.out_features // length) * linear.in_features:
+            elif 2 ** max(first, residual) > -(-linear.out_features // length) * (
+                linear.in_features - outliers
+            ):
                 yield (
                     f"a codebook of {2 ** max(first, residual)} entries is more than the matrix has vectors of {length}; "
                     "for small models use shorter vectors and fewer index_bits (vector_length=4, index_bits=6)"
+                )
+            vectors = -(-linear.out_features // own.outlier_vector_length) * outliers
+            if own.outlier_share and not outliers:
+                yield f"an outlier_share of {own.outlier_share:g} is not one column; use a larger one, or 0"
+            elif outliers and 2**own.outlier_index_bits > vectors:
+                yield (
+                    f"an outlier codebook of {2**own.outlier_index_bits} entries is more than the outlier columns have vectors "
+                    f"of {own.outlier_vector_length}; use a larger outlier_share or fewer outlier_index_bits"
                 )
 
         return refusals(scheme, shapes, reasons)
@@ -231,35 +309,63 @@ class Rounding:
             scale = torch.where(scale > 0, scale, 1.0)
             weight = (weight - offset) / scale
         weight = weight.masked_fill(prepared.dead, 0)[:, prepared.order]
-        weight = torch.nn.functional.pad(weight, (0, 0, 0, -rows % settings.vector_length))
         importance = prepared.importance[prepared.order]
+        places = torch.argsort(prepared.importance, descending=True, stable=True)
+        places = places[: self._outliers(weight.shape[1])].sort().values
+        is_outlier = torch.isin(prepared.order, places)
+        length, outlier_length = settings.vector_length, settings.outlier_vector_length
+        multiple = math.lcm(length, outlier_length) if len(places) else length
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, -rows % multiple))
+        outliers: OutlierColumns | None = None
+        if len(places):
+            vectors, weights = weight[:, is_outlier], importance[is_outlier]
+            k = 2**settings.outlier_index_bits
+            entries = self._learn(vectors, rows, weights, k, rng, outlier_length)
+            shape = (weight.shape[0] // outlier_length, weight.shape[1])
+            own = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+            outliers = OutlierColumns(as_stored(entries, dtype), is_outlier.tolist(), own)
 
         books: list[Tensor] = []
         left = weight
         for bits in self.index_bits(scheme.bits):
             if bits:
-                books.append(as_stored(self._learn(left, rows, importance, 2**bits, rng), dtype))
-                indices, left = assign(weight, prepared.upper, books, settings.block_size, rows)
-        restored = torch.empty_like(indices)
-        restored[..., prepared.order] = indices
+                vectors, weights = left[:, ~is_outlier], importance[~is_outlier]
+                entries = self._learn(vectors, rows, weights, 2**bits, rng, length)
+                books.append(as_stored(entries, dtype))
+                indices, left = assign(
+                    weight, prepared.upper, books, settings.block_size, rows, outliers
+                )
+
+        def placed(indices: Tensor, length: int, columns: Tensor) -> Tensor:
+            """Indices of these columns, from the order of rounding, without vectors that are padding alone."""
+            restored = torch.empty_like(indices)
+            restored[..., prepared.order] = indices
+            return restored[..., : -(-rows // length), columns]
+
+        regular = _others(places, weight.shape[1])
         codebooks = tuple(
-            Codebook(entries, index) for entries, index in zip(books, restored, strict=True)
+            Codebook(entries, placed(each, length, regular))
+            for entries, each in zip(books, indices, strict=True)
         )
-        return VectorWeight(codebooks, rows, scale, offset, dtype)
+        apart = None
+        if outliers is not None:
+            each = placed(outliers.indices, outlier_length, places)
+            apart = (Codebook(outliers.entries, each), places)
+        return VectorWeight(codebooks, rows, scale, offset, dtype, apart)
 
     def _learn(
-        self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator
+        self, matrix: Tensor, rows: int, importance: Tensor, k: int, rng: Generator, length: int
     ) -> Tensor:
         """k entries [k, v] for the vectors of matrix [out, in], weighted by their column's importance [in].
 
         A vector with padding beyond `rows` counts by its share of real weights.
         """
         # [in, vectors, v]
-        vectors = matrix.T.reshape(matrix.shape[1], -1, self.settings.vector_length)
+        vectors = matrix.T.reshape(matrix.shape[1], -1, length)
         real = (
             (torch.arange(matrix.shape[0], device=matrix.device) < rows)
             .float()
-            .reshape(-1, self.settings.vector_length)
+            .reshape(-1, length)
             .mean(1)
         )
         weights = (importance.unsqueeze(1) * real).flatten()
@@ -303,26 +409,38 @@ def prepare(hessian: Tensor, damping_fraction: float, act_order: bool) -> Prepar
 
 
 def assign(
-    weight: Tensor, upper: Tensor, books: list[Tensor], block_size: int, rows: int | None = None
+    weight: Tensor,
+    upper: Tensor,
+    books: list[Tensor],
+    block_size: int,
+    rows: int | None = None,
+    outliers: OutlierColumns | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Indices [codebooks, vectors per column, in], and what they leave over of each column when its turn comes, [out, in].
 
     weight [out, in], out a multiple of v; columns beyond `rows` are padding and make no error. Each vector takes its nearest
-    entry of the first book, then the nearest entry of the next to what is left.
+    entry of the first book, then the nearest entry of the next to what is left; in outlier columns that of their own codebook,
+    and its indices are written to outliers.
     """
     length, columns = books[0].shape[1], weight.shape[1]
-    indices = torch.empty(
+    indices = torch.zeros(
         len(books), weight.shape[0] // length, columns, dtype=torch.int64, device=weight.device
     )
     left = torch.empty_like(weight)
 
     def round_column(column: int, view: Columns) -> Tensor:
         w = view[column]
-        rest = w.reshape(-1, length)
-        for number, entries in enumerate(books):
-            found = nearest_vectors(rest, entries)
-            indices[number, :, column] = found
-            rest = rest - entries[found]
+        if outliers is not None and outliers.mask[column]:
+            rest = w.reshape(-1, outliers.entries.shape[1])
+            found = nearest_vectors(rest, outliers.entries)
+            outliers.indices[:, column] = found
+            rest = rest - outliers.entries[found]
+        else:
+            rest = w.reshape(-1, length)
+            for number, entries in enumerate(books):
+                found = nearest_vectors(rest, entries)
+                indices[number, :, column] = found
+                rest = rest - entries[found]
         left[:, column] = rest.flatten()
         if rows is not None:
             left[rows:, column] = 0

@@ -62,6 +62,7 @@ def round_block(
     group_of: Tensor,
     form: Grid,
     binary: tuple[Tensor, Tensor, Tensor] | None = None,
+    correction: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Round every column of a block to its grid and feed its error to the later columns of the block.
 
@@ -73,8 +74,10 @@ def round_block(
     group_of  [columns] int64, the group of each column
     form      bits and kind of the grids
     binary    of entries that are one bit: their mask [columns, out] bool, scale and mean [groups, out] float32
+    correction  [columns, columns] float32, what each column adds to later ones (`error_feedback.Correction`), and room for the
+              columns as they were rounded, [columns, out] float32, written
 
-    All are contiguous but for the factor, and on the CPU.
+    All are contiguous but for the factor and the correction, and on the CPU.
     """
     empty = torch.empty(0)
     of_element = (empty, empty, torch.empty(0, dtype=torch.uint8))
@@ -82,8 +85,10 @@ def round_block(
         of_element = tables(form.element, block.device)
     if binary is None:
         binary = (torch.empty(0, 0, dtype=torch.bool), torch.empty(0, 0), torch.empty(0, 0))
+    matrix, carried = correction if correction is not None else (torch.empty(0, 0), errors[:0])
     inputs = (block, factor.contiguous(), errors, codes, scale, zero, group_of)
-    arrays = [tensor.numpy() for tensor in (*inputs, *of_element, *binary)]
+    added = (matrix.contiguous(), carried)
+    arrays = [tensor.numpy() for tensor in (*inputs, *of_element, *binary, *added)]
     kind, top = kind_of(form), np.float32(form.top)
     rows = block.shape[1]
 
@@ -171,6 +176,20 @@ def _subtract(tile: Any, factor: Any, column: int, before: int, until: int, size
         before += 1
 
 
+@_compiled
+def _subtract_and_add(
+    tile: Any, factor: Any, kept: Any, correction: Any, column: int, size: int
+) -> None:
+    """`_subtract`, and after each error the column that made it, by its entry of the correction."""
+    target = tile[column]
+    for before in range(column):
+        f, p = factor[before, column], correction[before, column]
+        error, value = tile[before], kept[before]
+        for row in range(size):
+            target[row] -= f * error[row]
+            target[row] += p * value[row]
+
+
 # Each of these turns the weights of one column into what rounding leaves of them, and writes the codes.
 
 
@@ -246,6 +265,8 @@ def _round_block(
     mask: Any,
     binary_scale: Any,
     mean: Any,
+    correction: Any,
+    carried: Any,
     kind: int,
     top: Any,
     first: int,
@@ -253,14 +274,22 @@ def _round_block(
 ) -> None:
     columns = block.shape[0]
     partly_binary = mask.shape[0] > 0
+    corrected = correction.shape[0] > 0
     tile, before = np.empty((columns, TILE), np.float32), np.empty(TILE, np.float32)
+    kept = np.empty((columns if corrected else 0, TILE), np.float32)
     for start in range(first, end, TILE):
         size = min(TILE, end - start)
         for column in range(columns):
             w, error = block[column, start : start + size], tile[column, :size]
             for row in range(size):
                 error[row] = w[row]
-            _subtract(tile, factor, column, 0, column, size)
+            if corrected:
+                _subtract_and_add(tile, factor, kept, correction, column, size)
+                for row in range(size):
+                    kept[column, row] = error[row]
+                    carried[column, start + row] = error[row]
+            else:
+                _subtract(tile, factor, column, 0, column, size)
             group = group_of[column]
             s, z = scale[group, start : start + size], zero[group, start : start + size]
             if partly_binary:

@@ -5,6 +5,8 @@ Both forms minimise tr((W - Q) H (W - Q)ᵀ) greedily and are the same rule (QuI
     feed_forward    GPTQ (arXiv 2210.17323): first column to last, through the factor U of H⁻¹ = Uᵀ U; errors change later columns
     ldlq            QuIP: last column to first, through H = (L + I) D (L + I)ᵀ; each column collects the errors made after it
 
+GPTAQ (arXiv 2504.02692) feeds forward more than errors: a `Correction`.
+
 The caller rounds the columns: on one grid, a grid per group, a codebook, or with exact outliers. Blocks of columns keep the updates
 inside the cache; the rest of the matrix is updated by one product per block.
 """
@@ -51,6 +53,18 @@ class Columns:
         )
 
 
+@dataclass(frozen=True)
+class Correction:
+    """What a column adds to later columns besides its error: column k of the matrix gains w_i · matrix[i, k] (GPTAQ).
+
+    matrix          [in, in] float32, strictly upper triangular
+    rounded_behind  columns behind the current block gain q_i · matrix[i, k], with the rounded column, as in the authors' code
+    """
+
+    matrix: Tensor
+    rounded_behind: bool = True
+
+
 def feed_forward(
     weight: Tensor,
     factor: Tensor,
@@ -58,6 +72,7 @@ def feed_forward(
     *,
     block_size: int = 128,
     update_block: bool = True,
+    correction: Correction | None = None,
 ) -> Tensor:
     """The rounded matrix [out, in].
 
@@ -65,12 +80,13 @@ def feed_forward(
     factor        upper triangular U [in, in] with Uᵀ U = H⁻¹ (`hessians.inverse_factor`)
     round_column  of (column number, Columns) -> the column's rounded values [out]; called once per column, in order
     update_block  False: errors reach later blocks only (BiLLM), so a block can be rounded as a whole
+    correction    fed forward beside the errors, where there is one
 
     Time: out · in² multiply-adds. Peak memory: three copies of weight.
     """
     weight = weight.clone()
     rounded = torch.empty_like(weight)
-    for view, local, errors in _blocks(weight, factor, block_size):
+    for view, local, errors, carried in _blocks(weight, factor, block_size, correction):
         block, start = view.block.T, view.start
         for i in range(block.shape[0]):
             values = round_column(start + i, view)
@@ -79,23 +95,31 @@ def feed_forward(
             if update_block:
                 # A product and a subtraction, not one fused step: the rounding of each update in the authors' code of GPTQ.
                 block[i + 1 :] -= local[i, i + 1 :, None] * errors[i]
+            if correction is not None:
+                own = correction.matrix[start + i, start + i + 1 : start + block.shape[0], None]
+                block[i + 1 :] += own * block[i]
+                carried[i] = values if correction.rounded_behind else block[i]
     return rounded
 
 
 def _blocks(
-    weight: Tensor, factor: Tensor, block_size: int
-) -> Iterator[tuple[Columns, Tensor, Tensor]]:
-    """Each block of columns, its part of the factor, and room for its errors [columns of the block, out].
+    weight: Tensor, factor: Tensor, block_size: int, correction: Correction | None = None
+) -> Iterator[tuple[Columns, Tensor, Tensor, Tensor]]:
+    """Each block of columns, its part of the factor, and room for its errors and for the columns that a correction multiplies, both
+    [columns of the block, out]; without a correction no room for these.
 
-    The errors that the caller has written when it asks for the next block are fed to all columns behind this one, in weight.
+    What the caller has written when it asks for the next block is fed to all columns behind this one, in weight.
     """
     columns = weight.shape[1]
     for start in range(0, columns, block_size):
         end = min(start + block_size, columns)
         block = weight[:, start:end].T.contiguous()  # a column is contiguous
         errors = torch.empty_like(block)
-        yield Columns(weight, block.T, start), factor[start:end, start:end], errors
+        carried = torch.empty_like(block) if correction is not None else errors[:0]
+        yield Columns(weight, block.T, start), factor[start:end, start:end], errors, carried
         weight[:, end:] -= errors.T @ factor[start:end, end:]
+        if correction is not None:
+            weight[:, end:] += carried.T @ correction.matrix[start:end, end:]
 
 
 @dataclass(frozen=True)
@@ -153,7 +177,12 @@ class GridColumns:
 
 
 def round_on_grids(
-    weight: Tensor, factor: Tensor, columns: GridColumns, *, block_size: int = 128
+    weight: Tensor,
+    factor: Tensor,
+    columns: GridColumns,
+    *,
+    block_size: int = 128,
+    correction: Correction | None = None,
 ) -> None:
     """`feed_forward` for columns on grids: columns.codes are written, and the values that they stand for are not returned.
 
@@ -162,10 +191,11 @@ def round_on_grids(
     """
     compiled = _compiled_columns(weight, factor, columns.scale)
     if compiled is None:
-        feed_forward(weight, factor, columns, block_size=block_size)
+        feed_forward(weight, factor, columns, block_size=block_size, correction=correction)
         return
+    assert correction is None or columns.binary is None, "entries of one bit have no correction"
     group_of = torch.tensor(columns.group_of, dtype=torch.int64)
-    for view, local, errors in _blocks(weight.clone(), factor, block_size):
+    for view, local, errors, carried in _blocks(weight.clone(), factor, block_size, correction):
         if columns.begin is not None:
             columns.begin(view)
         here, binary = slice(view.start, view.start + errors.shape[0]), columns.binary
@@ -179,7 +209,14 @@ def round_on_grids(
             group_of[here],
             columns.form,
             binary if binary is None else (binary.mask[here], binary.scale, binary.mean),
+            None if correction is None else (correction.matrix[here, here], carried),
         )
+        if correction is not None and correction.rounded_behind:
+            group = group_of[here]
+            grid = dataclasses.replace(
+                columns.form, scale=columns.scale[group], zero=columns.zero[group]
+            )
+            carried.copy_(grid.dequantize(columns.codes[here]))
 
 
 @dataclass
@@ -212,7 +249,7 @@ def prune_columns(
     compiled = _compiled_columns(weight, factor)
     grids = columns.grids
     group_of = torch.tensor(grids.group_of if grids is not None else (), dtype=torch.int64)
-    for view, local, errors in _blocks(weight.clone(), factor, block_size):
+    for view, local, errors, _ in _blocks(weight.clone(), factor, block_size):
         if columns.begin is not None:
             columns.begin(view)
         here = slice(view.start, view.start + errors.shape[0])

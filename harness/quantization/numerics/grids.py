@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -40,8 +40,14 @@ from harness.quantization.numerics.block_maxima import SMALLEST
 
 CONVENTIONS = ("gptq", "awq", "omniquant", "compressed")  # that a method's setting may name
 SIGNED = "signed"  # and the one that a scheme decides
+SEARCHES = ("none", "range", "neighbours", "neighbours_mae", "both")
 FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9  # of E4M3: the largest, and the smallest above zero
+FLOAT8_WITH_ROOM = 256.0  # 1.5 times it is an E4M3 number too
 E8M0_BIAS = 127
+SHRINKING = tuple(
+    1 - step / 100 for step in range(80)
+)  # factors of a range, the range itself first
+WIDE = (1.0, *(step / 100 for step in range(150, 49, -1)))
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -98,19 +104,20 @@ class Grid:
 class Fitting:
     """How the groups of one matrix get their grids: the scheme, the method's settings, and what the whole matrix decides first.
 
-    search: shrink each range to its least error (`shrink_range`).   tensor_scale: [1] float32 for float8 scales.
+    search        one of SEARCHES: which ranges beside its own each group tries
+    tensor_scale  [1] float32 for float8 scales
     """
 
     scheme: WeightScheme
     convention: str = "gptq"
-    search: bool = False
+    search: str = "none"
     tensor_scale: Tensor | None = None
 
     @classmethod
     def of(
-        cls, weight: Tensor, scheme: WeightScheme, convention: str = "gptq", search: bool = False
+        cls, weight: Tensor, scheme: WeightScheme, convention: str = "gptq", search: str = "none"
     ) -> Self:
-        """For a matrix [out, in], whose largest group scale becomes the largest float8 number."""
+        """For a matrix [out, in]. Its largest scale becomes the largest float8 number, or 256 where larger ones are tried."""
         plain = cls(scheme, convention, search)
         if scheme.scale_dtype != "float8_e4m3":
             return plain
@@ -123,15 +130,29 @@ class Fitting:
         scale = scale.masked_fill(grouped.abs().amax(-1, keepdim=True) == 0, 0)
         largest = scale.abs().amax().reshape(1)
         return dataclasses.replace(
-            plain, tensor_scale=torch.where(largest > 0, largest / FLOAT8_MAX, 1.0)
+            plain,
+            tensor_scale=torch.where(
+                largest > 0,
+                largest / (FLOAT8_MAX if search in ("none", "range") else FLOAT8_WITH_ROOM),
+                1.0,
+            ),
         )
 
-    def fit(self, values: Tensor) -> Grid:
-        """The grid of each row of values [..., g]."""
+    def fit(self, values: Tensor, importance: Tensor | None = None) -> Grid:
+        """The grid of each row of values [..., g]. importance [..., g]: weights of the squared errors in a search; None: 1."""
         lo, hi = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        if self.search:
-            return _shrink(values, lo, hi, self.convention, self.from_range)
-        return self.from_range(lo, hi)
+        if self.search == "none":
+            return self.from_range(lo, hi)
+        if self.search == "range":
+            if self.convention == "gptq":
+                lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+            factors, exponent = SHRINKING, 2.4
+        else:
+            factors = _neighbours(self.scheme) if self.search != "both" else WIDE
+            exponent = 1.0 if self.search == "neighbours_mae" else 2.0
+        if importance is not None:
+            exponent = 2.0
+        return _least_error(values, lo, hi, factors, self.from_range, exponent, importance)
 
     def from_range(self, lo: Tensor, hi: Tensor) -> Grid:
         """The grid over the range [lo, hi], both [..., 1] float32."""
@@ -240,10 +261,7 @@ def from_range(
         zero = torch.full_like(scale, middle)
     elif convention == SIGNED and symmetric:
         end = torch.where(lo.abs() > hi, lo, hi)
-        step = (end.abs() / middle).clamp(min=torch.finfo(torch.float32).tiny)
-        step = torch.where(end == 0, 1.0, step)
-        scale = torch.copysign(_storable(step, scale_dtype, tensor_scale), -end)
-        scale = torch.where(end == 0, scale.abs(), scale)
+        scale = stored_scale(torch.where(end == 0, 1.0, -end / middle), scale_dtype, tensor_scale)
         zero = torch.full_like(scale, middle)
     else:
         kind = "symmetric" if symmetric else "asymmetric"
@@ -276,28 +294,55 @@ def shrink_range(
     make = functools.partial(
         from_range, bits=bits, symmetric=symmetric, convention=convention, scale_dtype=scale_dtype
     )
-    return _shrink(values, lo, hi, convention, make, steps=steps, grid=grid, exponent=exponent)
+    if convention == "gptq":
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    return _least_error(values, lo, hi, [1 - step / grid for step in range(steps)], make, exponent)
 
 
-def _shrink(
+def search_reasons(search: str, scheme: WeightScheme) -> list[str]:
+    """Reasons why the grids of a scheme cannot be searched in this way."""
+    if search.startswith("neighbours") and not _neighbours(scheme):
+        kind = scheme.format if scheme.format != "int" else "integers"
+        return [
+            f"{search} tries the scales beside a power of two (MX formats) or the E4M3 scale of nvfp4; {kind} with "
+            f"{scheme.scale_dtype} scales have none to try; use scale_search=range"
+        ]
+    return []
+
+
+def _neighbours(scheme: WeightScheme) -> tuple[float, ...]:
+    """Factors of a group's range that lead to the scales beside its own, the range itself first; empty where there are none.
+
+    Powers of two: the exponent, the one above, the one below. E2M1 with E4M3 scales: the largest weight meets 6, or 4, whose
+    neighbours 3 and 6 are closer (Four Over Six, arXiv 2512.02010).
+    """
+    if scheme.scale_dtype == "e8m0":
+        return (1.0, 2.0, 0.5)
+    if scheme.format == "nvfp4" and scheme.scale_dtype == "float8_e4m3":
+        return (1.0, 1.5)
+    return ()
+
+
+def _least_error(
     values: Tensor,
     lo: Tensor,
     hi: Tensor,
-    convention: str,
+    factors: Sequence[float],
     make: Callable[[Tensor, Tensor], Grid],
-    *,
-    steps: int = 80,
-    grid: int = 100,
-    exponent: float = 2.4,
+    exponent: float,
+    importance: Tensor | None = None,
 ) -> Grid:
-    if convention == "gptq":
-        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    """Of the grids over the range times each factor, the first with the least sum of importance · |q - w|^exponent, row by row."""
+
+    def loss(grid: Grid) -> Tensor:
+        error = (grid.nearest(values) - values).abs_().pow_(exponent)
+        return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+
     best = make(lo, hi)
-    lowest = (best.nearest(values) - values).abs_().pow_(exponent).sum(-1, keepdim=True)
-    for step in range(1, steps):
-        p = 1 - step / grid
-        trial = make(p * lo, p * hi)
-        error = (trial.nearest(values) - values).abs_().pow_(exponent).sum(-1, keepdim=True)
+    lowest = loss(best)
+    for factor in factors[1:]:
+        trial = make(factor * lo, factor * hi)
+        error = loss(trial)
         better = error < lowest
         lowest = torch.where(better, error, lowest)
         scale, zero = (
@@ -358,6 +403,12 @@ def as_stored(values: Tensor, dtype: str) -> Tensor:
     target = SCALE_DTYPES[dtype]
     limit = torch.finfo(target).max
     return values.clamp(-limit, limit).to(target).float()
+
+
+def stored_scale(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> Tensor:
+    """Scales of either sign as they are read back; none becomes 0."""
+    magnitude = scale.abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.copysign(_storable(magnitude, dtype, tensor_scale), scale)
 
 
 def _storable(scale: Tensor, dtype: str, tensor_scale: Tensor | None = None) -> Tensor:

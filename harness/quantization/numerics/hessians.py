@@ -21,8 +21,16 @@ def accumulate_hessian(hessian: Tensor, inputs: Tensor, tokens_seen: int) -> int
     hessian: [in, in] float32, overwritten.   inputs: [..., in], any float dtype.
     """
     x = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
+    return accumulate_cross(hessian, x, x, tokens_seen)
+
+
+def accumulate_cross(cross: Tensor, x: Tensor, other: Tensor, tokens_seen: int) -> int:
+    """Add one batch to the running mean of x otherᵀ, in place; return the new token count.
+
+    cross: [in, in] float32, overwritten.   x, other: [tokens, in] float32, of the same tokens.
+    """
     total = tokens_seen + x.shape[0]
-    hessian.mul_(tokens_seen / total).addmm_(x.T, x, alpha=1 / total)
+    cross.mul_(tokens_seen / total).addmm_(x.T, other, alpha=1 / total)
     return total
 
 
@@ -51,15 +59,18 @@ def damped(
     return h, dead
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U [in, in] with Uᵀ U = hessian⁻¹; GPTQ's factor. Raises MethodError when not positive definite."""
+def inverse_factor(hessian: Tensor, setting: str = "damping_fraction") -> Tensor:
+    """The upper triangular U [in, in] with Uᵀ U = hessian⁻¹; GPTQ's factor.
+
+    Raises MethodError when hessian is not positive definite; setting: what of the method to raise then.
+    """
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if not failed:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed:
         raise MethodError(
             f"the damped Hessian [{hessian.shape[0]} × {hessian.shape[0]}] is not positive definite (leading minor {int(failed)}); "
-            "use more calibration tokens than the layer has inputs, or a larger damping_fraction"
+            f"use more calibration tokens than the layer has inputs, or a larger {setting}"
         )
     return upper
 

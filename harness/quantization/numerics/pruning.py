@@ -57,7 +57,7 @@ def round_survivors(
         return dense_survivors(left, pruned, scheme)
     size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = left.reshape(weight.shape[0], -1, size)
-    grid = Fitting.of(left, scheme, convention, search).fit(grouped)
+    grid = Fitting.of(left, scheme, convention, "range" if search else "none").fit(grouped)
     return SparseWeight(~pruned, on_grid(grid.quantize(grouped), grid, scheme), pattern_of(scheme))
 
 

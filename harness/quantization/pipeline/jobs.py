@@ -124,6 +124,7 @@ class BlockInStream:
     statistics  of the inputs of the block's groups, when the block has `tensors`
     hidden      the block's inputs in this stream, one [1, length, hidden] per sequence; None: the cells read no inputs
     references  outputs of the original block on full-precision inputs, alike; None where no cell of the pass reads them
+    full        the block's inputs in the full-precision model; None where they are `hidden`, or no cell compares with them
     gradients   squared gradients of the original matrices, [out, in] by linear name; empty where no cell reads them
     base        matrices of the fine-tune's base, [out, in] float32 by linear name; empty where no cell reads them
     """
@@ -136,6 +137,7 @@ class BlockInStream:
     references: list[Tensor] | None
     gradients: dict[str, Tensor]
     base: dict[str, Tensor] = field(default_factory=dict)
+    full: list[Tensor] | None = None
 
     def after(self, made: RewrittenBlock) -> BlockInStream:
         """The block as a transform left it."""
@@ -200,8 +202,10 @@ def first_needs(jobs: Sequence[Job]) -> dict[str, frozenset[str]]:
     needs = frozenset(
         need
         for job in jobs
-        for need in job.needs_of(
-            job.cell.method.transform if job.transform is not None else job.cell.method.rounding
+        for need in (
+            job.needs_of(job.cell.method.transform)
+            if job.transform is not None
+            else job.rounding_needs
         )
     )
     return {"*": needs} if jobs else {}

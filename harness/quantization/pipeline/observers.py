@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from harness.core.errors import MethodError
-from harness.quantization.numerics.hessians import accumulate_hessian
+from harness.quantization.numerics.hessians import accumulate_cross, accumulate_hessian
 
 T = TypeVar("T")
 OF_INPUTS = (
     "hessian",
+    "cross",
     "mean",
     "square_mean",
     "abs_mean",
@@ -61,8 +62,11 @@ class Collector:
         self._inputs: dict[int, Tensor] = {}
         self._width = 0
 
-    def add(self, sequence: int, inputs: Tensor) -> None:
-        """One sequence's input [..., in]; the tokens of an expert may be none."""
+    def add(self, sequence: int, inputs: Tensor, original: Tensor | None = None) -> None:
+        """One sequence's input [..., in]; the tokens of an expert may be none.
+
+        original: the same tokens' input in the full-precision model, for "cross"; None where it is this input.
+        """
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
         self._width = x.shape[1]
         if x.shape[0] == 0:
@@ -73,6 +77,13 @@ class Collector:
                 "hessian", torch.zeros(x.shape[1], x.shape[1], device=x.device)
             )
             accumulate_hessian(hessian, x, self.tokens)
+        if "cross" in self.needs:
+            full = x if original is None else original.reshape(-1, original.shape[-1]).float()
+            self.finite = self.finite and bool(torch.isfinite(full).all())
+            cross = self._sums.setdefault(
+                "cross", torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            )
+            accumulate_cross(cross, full, x, self.tokens)
         if "mean" in self.needs:
             self._add("mean", x.sum(0))
         if (
@@ -93,7 +104,7 @@ class Collector:
         values: dict[str, Tensor] = {}
         if self.tokens:
             values |= {
-                name: total if name == "hessian" else total / self.tokens
+                name: total if name in ("hessian", "cross") else total / self.tokens
                 for name, total in self._sums.items()
             }
         if self._maxima:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.base_model import BaseModel, with_base
 from harness.quantization.formats.native import CheckpointWriter
+from harness.quantization.methods.protocols import other_basis
 from harness.quantization.models.protocols import WeightLocation, get_tensor
 from harness.quantization.numerics.randomness import generator
 from harness.quantization.numerics.weights import DenseWeight, QuantizedWeight
@@ -174,6 +175,8 @@ class _Pass(Walk):
         if method.needs_base and self.base is None:
             self.base = BaseModel.of(job.cell)
         job.own_stream = hasattr(job.transform, "rewrite_ends")
+        if job.own_stream and (reason := other_basis(job.needs)):
+            raise MethodError(f"{job.cell.title}: {reason}")
         for index in range(0 if job.writer.manifest() else job.finished):
             dense = job.writer.read_block(index).dense
             job.added_bits += report.added_bits(self.blocks, index, dense)
@@ -282,7 +285,7 @@ class _Pass(Walk):
         """The job will read outputs of the original block `index`: as its inputs, or as what to come close to."""
         later = index + 1 < len(self.blocks) and job.finished < len(self.blocks)
         follows = job.reads_stream and job.cell.inputs == FULL and not job.own_stream
-        return (later and follows) or (
+        return (later and (follows or "cross" in job.needs)) or (
             "reference" in job.needs and (job.finished <= index or later)
         )
 
@@ -306,6 +309,7 @@ class _Pass(Walk):
         readers = [job for job in alive if job.reads_stream and job.finished < len(blocks)]
         histories = list(dict.fromkeys([first, *(job.history for job in readers)]))
         references: list[Tensor] | None = None
+        inputs = self.streams.get(first)
         for history in histories:
             members = [job for job in readers if job.history == history and not job.failed]
             is_read = history == first and any(
@@ -315,10 +319,17 @@ class _Pass(Walk):
             if not (members or is_read):
                 continue
             hidden = self.streams.pop(history)
+            compares = history != first and any("cross" in job.needs for job in working)
+            full = inputs if compares else None
             try:
                 with self.shared.measure("stream"):
                     statistics, outputs = self._observe(
-                        index, blocks.build(index, original), hidden, first_needs(working), is_read
+                        index,
+                        blocks.build(index, original),
+                        hidden,
+                        first_needs(working),
+                        is_read,
+                        self._original(index, original, full),
                     )
             except Exception as error:  # nothing of this stream can go on
                 for job in self._alive():
@@ -329,7 +340,7 @@ class _Pass(Walk):
                 following[FULL] = references = outputs
             self._walk_stream(
                 BlockInStream(
-                    index, original, original, statistics, hidden, references, gradients, base
+                    index, original, original, statistics, hidden, references, gradients, base, full
                 ),
                 members,
                 following,
@@ -412,7 +423,10 @@ class _Pass(Walk):
         seen: Statistics = {}
         if after:
             rewritten = self.blocks.build(index, tensors)
-            seen, _ = self._observe(index, rewritten, block.hidden or [], {"*": after}, False)
+            original = self._original(index, tensors, block.full)
+            seen, _ = self._observe(
+                index, rewritten, block.hidden or [], {"*": after}, False, original
+            )
         return RewrittenBlock(
             tensors, seen, report.json_values({**notes, **left_out}), time.monotonic() - began
         )
@@ -457,7 +471,11 @@ class _Pass(Walk):
         else:
             weights, unseen = self._round_layers(job, block)
             notes |= {"rounded_to_nearest": unseen} if unseen else {}
-        dense = _changed(tensors, block.original, {location.parameter for location in locations})
+            experts = sum(location.expert is not None for location in locations)
+            notes |= {"cross_left_out": experts} if experts and "cross" in needs else {}
+        dense = report.changed(
+            tensors, block.original, {location.parameter for location in locations}
+        )
         where = f"{job.cell.title}, block {index}"
         report.check_coverage(where, locations, block.tensors, weights, dense)
         # a block-wise rounding may have rescaled the block: errors are against the matrices that it rounded
@@ -492,7 +510,9 @@ class _Pass(Walk):
                 so_far = self.blocks.with_weights(rounded, block.tensors, weights)
                 wanted = {location.group: needs for location in members}
                 module = self.blocks.build(index, so_far)
-                seen, _ = self._observe(index, module, block.hidden, wanted, False)
+                full = (block.full or block.hidden) if "cross" in needs else None
+                original = self._original(index, block.tensors, full)
+                seen, _ = self._observe(index, module, block.hidden, wanted, False, original)
                 now = dataclasses.replace(block, statistics=seen)
             evidence, too_few = job.evidence(now, members)
             unseen |= too_few
@@ -575,10 +595,6 @@ class _Pass(Walk):
         *,
         reads_inputs: bool,
     ) -> StreamedBlock:
-        if "reference" in needs and job.own_stream:
-            raise MethodError(
-                "full-precision references are in the original basis, and this method's transform changes the basis"
-            )
         locations = self._locations(block.index, block.tensors)
         return StreamedBlock(
             self.blocks,
@@ -661,18 +677,6 @@ class _Pass(Walk):
     def _report_failures(self) -> Iterator[Event]:
         failures, self.failures = self.failures, []
         yield from failures
-
-
-def _changed(
-    tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
-) -> dict[str, Tensor]:
-    """The tensors of a block, besides its matrices, that a method added or changed."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in matrices
-        and (name not in original or not torch.equal(tensor, original[name]))
-    }
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,18 @@ def added_bits(blocks: Blocks, index: int, dense: Mapping[str, Tensor]) -> int:
         for name, tensor in dense.items()
         if name not in known
     )
+
+
+def changed(
+    tensors: Mapping[str, Tensor], original: Mapping[str, Tensor], matrices: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of a block, besides its matrices, that a method added or changed."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in matrices
+        and (name not in original or not torch.equal(tensor, original[name]))
+    }
 
 
 def manifest_content(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +39,14 @@ def survey(
         yield index, matrices, {location.name: seen[location.group] for location in locations}
 
 
+@dataclass(frozen=True)
+class Original:
+    """What "cross" statistics compare a block with: the unrounded block, and its inputs in the full-precision model by sequence."""
+
+    block: nn.Module
+    hidden: Sequence[Tensor]
+
+
 class Walk:
     """The base of a pass and of a survey: runs a block on all sequences and gathers statistics of its inputs."""
 
@@ -52,11 +61,13 @@ class Walk:
         hidden: Sequence[Tensor],
         needs: Mapping[str, Collection[str]],
         with_outputs: bool,
+        original: Original | None = None,
     ) -> tuple[Statistics, list[Tensor]]:
         """Run a block on every sequence.
 
         needs         statistics by group, all groups where {"*": …}
         with_outputs  whether its outputs are returned, else no tensors
+        original      run beside it, sequence by sequence, for "cross"; None: it has the same inputs everywhere
         """
         locations = self._locations(index, dict(block.named_parameters()))
         wanted = {
@@ -70,11 +81,18 @@ class Walk:
             for group in wanted
             if group in asked
         }
+        # an expert's tokens in the two models have no common order
+        compared = [
+            location
+            for location in locations
+            if location.expert is None and "cross" in wanted[location.group]
+        ]
         current = 0
+        full: dict[str, Tensor] = {}  # inputs of the current sequence in the full-precision model
 
         def receive(group: str, inputs: Tensor) -> None:
             if group in collectors:
-                collectors[group].add(current, inputs)
+                collectors[group].add(current, inputs, full.get(group))
 
         outputs: list[Tensor] = []
         if not collectors and not with_outputs:
@@ -83,11 +101,28 @@ class Walk:
             torch.no_grad(),
             self.blocks.family.watch(block, locations if collectors else (), receive),
         ):
-            for current, sequence in enumerate(hidden):  # `receive` reads current
+            for current, sequence in enumerate(hidden):  # `receive` reads current and full
+                if original is not None and compared:
+                    full = self._inputs_of(original, index, current, compared)
                 result = self.blocks.run(block, index, current, sequence)
                 if with_outputs:
                     outputs.append(result.to(self.storage))
         return {group: collector.finish() for group, collector in collectors.items()}, outputs
+
+    def _original(
+        self, index: int, tensors: Mapping[str, Tensor], hidden: Sequence[Tensor] | None
+    ) -> Original | None:
+        """The unrounded block with these tensors on the full-precision model's inputs, where they are given."""
+        return None if hidden is None else Original(self.blocks.build(index, tensors), hidden)
+
+    def _inputs_of(
+        self, original: Original, index: int, sequence: int, locations: Sequence[WeightLocation]
+    ) -> dict[str, Tensor]:
+        """Inputs by group of these matrices, in one sequence of the full-precision model."""
+        found: dict[str, Tensor] = {}
+        with self.blocks.family.watch(original.block, locations, found.__setitem__):
+            self.blocks.run(original.block, index, sequence, original.hidden[sequence])
+        return found
 
     def _locations(self, index: int, tensors: Mapping[str, Tensor]) -> tuple[WeightLocation, ...]:
         """The matrices of a block with these tensors. Those of a group whose input is transformed alike stay one group, a matrix

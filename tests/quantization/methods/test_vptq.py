@@ -193,3 +193,54 @@ def test_check() -> None:
         Scheme("w2.3g32", WeightScheme("nf4", 2.3, 32)), shapes
     )
     assert len(reasons) == 3
+
+
+OUTLIERS = {"outlier_share": 0.25, "outlier_vector_length": 2, "outlier_index_bits": 7}
+
+
+def test_outlier_columns_have_a_codebook_of_their_own() -> None:
+    inputs = correlated_inputs(64, sequences=8, outliers=16)
+    weight, evidence = random_weight(48, 64), FakeEvidence(inputs)
+    largest = set(evidence["hessian"].diagonal().argsort(descending=True)[:16].tolist())
+    for settings in ({}, {"act_order": False}, {"normalize": False}):
+        plain = quantize(weight, evidence, **settings)
+        found = quantize(weight, evidence, **settings, **OUTLIERS)
+        assert found.outliers is not None and found.shape == (48, 64)
+        book, places = found.outliers
+        assert set(places.tolist()) == largest and book.entries.shape == (128, 2)
+        assert book.indices.shape == (24, 16) and found.codebooks[0].indices.shape == (12, 48)
+        again = VectorWeight.unpack(*found.pack())
+        assert torch.equal(again.dequantize(), found.dequantize())
+        # 3.5 index bits per weight where inputs are largest, 2 elsewhere
+        assert layer_error(weight, found.dequantize(), inputs) < 0.9 * layer_error(
+            weight, plain.dequantize(), inputs
+        )
+    assert plain.outliers is None and "outlier_columns" not in plain.pack()[0]
+
+
+def test_outlier_vectors_that_are_all_in_the_codebook_are_exact() -> None:
+    values = torch.tensor([-0.3, -0.1, 0.2, 0.4])
+    weight = values[torch.randint(0, 4, (21, 32), generator=generator())]
+    diagonal = torch.arange(1.0, 33.0)
+    found = quantize(
+        weight,
+        HessianEvidence(torch.diag(diagonal)),
+        normalize=False,
+        outlier_share=0.25,
+        outlier_vector_length=1,
+        outlier_index_bits=7,  # so many drawn vectors that each of the four values is among them
+    )
+    torch.testing.assert_close(found.dequantize()[:, 24:], weight[:, 24:], rtol=1e-6, atol=1e-7)
+    assert float((found.dequantize()[:, :24] - weight[:, :24]).abs().max()) > 1e-3
+
+
+def test_outlier_settings_are_refused_where_a_matrix_is_too_small() -> None:
+    scheme = Scheme("w2", WeightScheme("int", 2, -1))
+    for settings, word in (
+        ({"outlier_share": 0.01}, "not one column"),
+        ({"outlier_share": 0.1}, "outlier codebook of 4096"),
+    ):
+        method = Rounding(Rounding.Settings(**{**SMALL, **settings}))  # type: ignore[arg-type]
+        assert any(word in reason for reason in method.check(scheme, llama_shapes()))
+    with pytest.raises(ValueError, match="outlier_share"):
+        Rounding.Settings(outlier_share=1.0)

@@ -20,6 +20,7 @@ from harness.quantization.numerics import compiled_columns, error_feedback
 from harness.quantization.numerics.error_feedback import (
     BinaryEntries,
     Columns,
+    Correction,
     GridColumns,
     feed_forward,
     round_on_grids,
@@ -138,6 +139,38 @@ def test_both_loops_agree_to_the_bit(
     for ours, theirs in ((compiled.scale, plain.scale), (compiled.zero, plain.zero)):
         assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
     assert torch.equal(weight.view(torch.int32), before.view(torch.int32)), "written to"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.sampled_from((1, 7, 64, 65, 130)),
+    columns=st.integers(1, 50),
+    size=st.integers(1, 50),
+    block_size=st.integers(1, 60),
+    form=st.sampled_from(sorted(FORMS)),
+    damage=st.sampled_from(("none", "zeros", "tiny")),
+    rounded_behind=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_both_loops_agree_with_a_correction(
+    rows: int,
+    columns: int,
+    size: int,
+    block_size: int,
+    form: str,
+    damage: str,
+    rounded_behind: bool,
+    seed: int,
+) -> None:
+    weight, factor, compiled = problem(rows, columns, size, form, damage, seed)
+    _, _, plain = problem(rows, columns, size, form, damage, seed)
+    rng = torch.Generator().manual_seed(seed)
+    added = 0.3 * torch.randn(columns, columns, generator=rng).triu(1)
+    correction = Correction(added, rounded_behind)
+    round_on_grids(weight, factor, compiled, block_size=block_size, correction=correction)
+    feed_forward(weight, factor, plain, block_size=block_size, correction=correction)
+    assert torch.equal(compiled.codes, plain.codes)
+    assert torch.equal(compiled.scale.view(torch.int32), plain.scale.view(torch.int32))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
