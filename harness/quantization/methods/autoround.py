@@ -45,6 +45,9 @@ from harness.quantization.numerics.grids import SIGNED, Grid, from_range
 from harness.quantization.numerics.training import nearest_between, round_through, sign_steps
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
 
+# Of a batch's loss before its gradients, whose signs alone matter (the authors: 1000): float16 has no numbers as small as theirs
+GRADIENT_SCALE = 1024.0
+
 
 class Rounding:
     """Rounding offsets and ranges, learned to keep each block's output."""
@@ -124,7 +127,7 @@ class Rounding:
             losses = []
             for sample in batch:
                 loss = block_loss(block, sample, leaves, receive) / len(batch)
-                loss.backward(inputs=list(leaves.values()))
+                (GRADIENT_SCALE * loss).backward(inputs=list(leaves.values()))
                 losses.append(loss.detach())
             reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward(
