@@ -235,7 +235,8 @@ class Reduction:
         mask[list(kept)] = False
         removed, own = mask.nonzero()[:, 0], list(kept)
         moment = hessian[own][:, own]
-        damping = self.settings.damping_fraction * float(moment.diagonal().mean())
+        # kept inputs that are always 0 take over nothing
+        damping = self.settings.damping_fraction * float(moment.diagonal().mean()) or 1.0
         moment = moment + damping * torch.eye(len(own), device=weight.device)
         # H[R, K] (H[K, K] + λI)⁻¹, the matrix being symmetric
         solved = torch.linalg.solve(moment.double(), hessian[own][:, removed].double()).float()
