@@ -32,6 +32,7 @@ from torch import Generator, Tensor, nn
 from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.blockwise import (
+    GRADIENT_SCALE,
     GroupedMatrix,
     activation_reasons,
     activation_rounding,
@@ -44,9 +45,6 @@ from harness.quantization.methods.protocols import BlockView
 from harness.quantization.numerics.grids import SIGNED, Grid, from_range
 from harness.quantization.numerics.training import nearest_between, round_through, sign_steps
 from harness.quantization.numerics.weights import QuantizedWeight, UniformWeight
-
-# Of a batch's loss before its gradients, whose signs alone matter (the authors: 1000): float16 has no numbers as small as theirs
-GRADIENT_SCALE = 1024.0
 
 
 class Rounding:
@@ -127,6 +125,7 @@ class Rounding:
             losses = []
             for sample in batch:
                 loss = block_loss(block, sample, leaves, receive) / len(batch)
+                # of their gradients the signs alone matter
                 (GRADIENT_SCALE * loss).backward(inputs=list(leaves.values()))
                 losses.append(loss.detach())
             reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
