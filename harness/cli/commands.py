@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +20,7 @@ from harness.cli.completion import (
     complete_override,
     complete_sweep,
 )
+from harness.cli.json_output import json_text, print_json
 from harness.core.errors import ConfigError, PlanError, unknown_name
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def plan(
     loaded, store = _load(sweep, overrides, runs)
     made = make(loaded, store)
     if as_json:
-        _print_json(made.facts())
+        print_json(made.facts())
         raise typer.Exit(PlanError.exit_code if made.refused or made.problems else 0)
     print(render(made))
     if not made.refused and not made.problems:
@@ -227,7 +229,7 @@ def status(
 
         def look() -> tuple[str, bool]:
             found = [e for e in progress.store_facts(store) if sweep in (None, e["sweep"])]
-            shown = _json(found) if as_json else progress.store_text(place, found)
+            shown = json_text(found) if as_json else progress.store_text(place, found)
             return shown, any(each["state"] == "running" for each in found)
 
     else:
@@ -235,7 +237,9 @@ def status(
 
         def look() -> tuple[str, bool]:
             facts = progress.sweep_facts(store.snapshot(loaded.cells), loaded.name, loaded.cells)
-            return _json(facts) if as_json else progress.status_text(facts), bool(facts["running"])
+            return json_text(facts) if as_json else progress.status_text(facts), bool(
+                facts["running"]
+            )
 
     if watch:
         progress.watch(look, clear=sys.stdout.isatty() and not as_json)
@@ -310,7 +314,7 @@ def findings(
     store = store.snapshot(loaded.cells)
     checked = check(loaded, [store.record(cell) for cell in loaded.cells], store)
     if as_json:
-        _print_json([dataclasses.asdict(each) for each in checked])
+        print_json([dataclasses.asdict(each) for each in checked])
     else:
         print(render(checked), end="")
 
@@ -347,7 +351,7 @@ def show(
         return
     if not words or len(found) > 1:
         if as_json:
-            _print_json(list_facts(found, store))
+            print_json(list_facts(found, store))
         else:
             print(list_text(found, store))
         return
@@ -357,7 +361,7 @@ def show(
             f"cell {key[:12]} in {store.place} has no readable cell.json; run its sweep"
         )
     if as_json:
-        _print_json(cell_facts(cell, store))
+        print_json(cell_facts(cell, store))
     else:
         print(cell_text(cell, store))
 
@@ -389,7 +393,7 @@ def diff(
 
     found = compare(records_of(first, runs), records_of(second, runs))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         print(diff_text(first, second, found))
 
@@ -643,7 +647,7 @@ def list_command(
 
     entries = list_names(group)
     if as_json:
-        _print_json([dataclasses.asdict(entry) for entry in entries])
+        print_json([dataclasses.asdict(entry) for entry in entries])
         return
     width = max((len(entry.name) for entry in entries), default=0)
     for entry in entries:
@@ -671,20 +675,10 @@ def doctor(
     found = examine(runs) if model is None else examine_model(model)
     next_command = "run demo" if model is None else f"plan model={model} method=rtn scheme=w4"
     if as_json:
-        _print_json([dataclasses.asdict(each) for each in found])
+        print_json([dataclasses.asdict(each) for each in found])
     else:
         print(render(found, f"ready   harness {next_command}"))
     raise typer.Exit(int(any(each.level == "wrong" for each in found)))
-
-
-def _json(value: Any) -> str:
-    from harness.storage.json_files import json_text
-
-    return json_text(value).rstrip()
-
-
-def _print_json(value: Any) -> None:
-    print(_json(value))
 
 
 def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tuple[Sweep, Store]:
@@ -699,12 +693,8 @@ def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tup
             "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
         )
     loaded = load_sweep(name, with_runs(changes, runs))
-    store = Store(loaded.runtime.runs)
-    return resolved(loaded, store), store
+    return resolved(loaded, store := Store(loaded.runtime.runs)), store
 
 
 def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:
-    import shlex
-
-    words = [word for word in (sweep, *(overrides or [])) if word]
-    return f"harness {command} {shlex.join(words)}"
+    return f"harness {command} {shlex.join(word for word in (sweep, *(overrides or [])) if word)}"
