@@ -111,9 +111,9 @@ def test_the_cut_model_is_the_masked_model(
     monkeypatch.setattr(FunctionalModel, "__init__", remember)
     monkeypatch.setattr(method, "fold", keep_last)
     record = reduce(folder, tmp_path / "cut", reducing(NAME, **SMALLER, **QUICK), windows)
-    torch.testing.assert_close(
-        logits(tmp_path / "cut", windows), seen["logits"], rtol=1e-4, atol=1e-5
-    )
+    expected = seen["logits"]
+    largest = float((logits(tmp_path / "cut", windows) - expected).abs().max())
+    assert largest < 1e-5 * float(expected.abs().max()), (largest, expected.abs().max())
     choice = record["choice"]
     for kind, count in SMALLER.items():
         assert bool((seen["masks"][kind].count_nonzero(-1) == count).all())
@@ -158,7 +158,7 @@ def test_a_target_of_everything_leaves_the_model_but_for_masks_below_one(
     choice = record["choice"]
     assert choice["hidden"] == list(range(64)) and choice["blocks"] == [0, 1, 2]
     assert all(len(kept) == 95 for kept in choice["channels"].values())
-    assert choice["closed"] == pytest.approx({"hidden": 0.0014, "intermediate": 0.0014}, abs=2e-4)
+    assert choice["closed"] == pytest.approx({"hidden": 0.0020, "intermediate": 0.0020}, abs=5e-5)
     tensors = load_file(folder / "model.safetensors")
     made = load_file(tmp_path / "made" / "model.safetensors")
     name = "model.embed_tokens.weight"
