@@ -22,6 +22,7 @@ LEFT_OUT: dict[str, str] = {
         ),
         OF_A_FINE_TUNE,
     ),
+    "l0_target_shape": "has no shape by default; sweeps/pruning_demo.yaml has it with one",
     "reap": "drops experts, which the demo model does not have",
     "reap_rtn": "drops experts, which the demo model does not have",
 }

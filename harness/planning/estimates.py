@@ -227,11 +227,15 @@ class History:
 
 def quantize_flops(cell: Cell, shapes: Shapes) -> float:
     """Floating-point operations of one checkpoint: two forward passes over the windows, Hessians, rounding, training epochs; of a
-    reduction one more forward pass."""
+    reduction one more forward pass, or its training (of the smaller model, a lower bound)."""
     weights = sum(linear.out_features * linear.in_features for linear in shapes.linears)
     surveyed = 0.0
     if cell.method.reduction is not None and cell.calibration is not None:
-        surveyed = 2.0 * weights * cell.calibration.samples * cell.calibration.length
+        length, tokens = cell.calibration.length, cell.calibration.samples * cell.calibration.length
+        surveyed = 2.0 * weights * tokens
+        if "tokens" in cell.method.reduction.needs:
+            settings = dict(cell.method.reduction.settings)
+            surveyed = 6.0 * weights * _trained_tokens(settings, tokens, length)
     if not cell.method.quantizes:
         return surveyed * shapes.blocks
     widths = {linear.group: linear.in_features for linear in shapes.linears}
@@ -263,8 +267,8 @@ def quantize_flops(cell: Cell, shapes: Shapes) -> float:
 
 
 def _trained_tokens(settings: Mapping[str, Any], tokens: int, length: int) -> float:
-    """Tokens that a part of a method trains on: epochs over the windows, iterations of a batch of windows of `length`, or steps of
-    a batch of texts (an upper bound)."""
+    """Tokens that a part of a method trains on: epochs over the windows, iterations or steps of a batch of windows of `length`, or
+    steps of a batch of texts (an upper bound)."""
     if settings.keys() >= {"iterations", "batch"}:
         return float(settings["iterations"] * min(settings["batch"] * length, tokens))
     if settings.keys() >= {"steps", "batch", "prompt_length", "answer_length"}:
@@ -273,5 +277,7 @@ def _trained_tokens(settings: Mapping[str, Any], tokens: int, length: int) -> fl
             * settings["batch"]
             * (settings["prompt_length"] + settings["answer_length"])
         )
+    if settings.keys() >= {"steps", "batch"}:
+        return float(settings["steps"] * min(settings["batch"] * length, tokens))
     epochs = settings.get("epochs", 0)
     return tokens * epochs if isinstance(epochs, int | float) else 0.0

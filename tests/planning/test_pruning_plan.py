@@ -35,6 +35,15 @@ REFUSED = {
         "4 of 4 blocks would be removed",
     ),
     "nothing said": (("reduction=prune_to_shape",), "nothing would be removed"),
+    "no shape": (("method=l0_target_shape",), "nothing would be removed"),
+    "a model too large to train": (
+        ("method=l0_target_shape", "reduction.hidden=48", "reduction.most_parameters=1000"),
+        "trains every weight",
+    ),
+    "no whole heads per channel": (
+        ("method=l0_target_shape", "reduction.hidden=56", "reduction.kv_heads=3"),
+        "The hidden size (56) is not a multiple of the number of attention heads (3)",
+    ),
     "groups of the smaller model": (
         ("reduction=prune_to_shape", "reduction.intermediate=120", "rounding=rtn", "scheme=w4g32"),
         "group size 32 does not divide in_features of mlp.down_proj (120)",
@@ -58,6 +67,7 @@ ACCEPTED = {
     "a transform before": ("transform=smoothquant", "rounding=wanda", "scheme=w8syms2of4"),
     "a plain folder": ("method=sparsegpt", "scheme=w16s50", "export=transformers"),
     "a reduced plain folder": ("method=shortgpt", "scheme=full", "export=transformers"),
+    "a trained smaller model": ("method=l0_target_shape", "reduction.intermediate=128"),
     "a reduced model": ("reduction=prune_to_shape", "reduction.hidden=48"),
 }
 

@@ -286,6 +286,22 @@ class ModelReader(Protocol):
         ...
 
 
+class TrainableModel(Protocol):
+    """The whole unrounded model as a function of its tensors.
+
+    windows  [samples, length] calibration tokens, on the device
+    tensors  every parameter by its name in the model, float32 on the device; a tied head is left out
+    """
+
+    windows: Tensor
+    tensors: Mapping[str, nn.Parameter]
+
+    def logits(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """[sequences, length] tokens -> [sequences, length, vocabulary] float32 of the model with `tensors` in place of its own of
+        these names (a tied head follows its embeddings); differentiable in them."""
+        ...
+
+
 class Survey(ModelReader, Protocol):
     """The unrounded model on the calibration windows, and its tensors, one block in memory at a time.
 
@@ -296,6 +312,10 @@ class Survey(ModelReader, Protocol):
 
     def surveyed(self) -> Iterator[SurveyedBlock]:
         """Run the blocks in order. Raises DataError without calibration data."""
+        ...
+
+    def trainable(self) -> TrainableModel:
+        """The whole model, for a reduction that trains it; needs "tokens". Raises DataError without calibration data."""
         ...
 
 

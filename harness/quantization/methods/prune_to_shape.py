@@ -28,13 +28,19 @@ from torch import Generator, Tensor
 
 from harness.core.shapes import Shapes
 from harness.quantization.methods.protocols import ModelReader, Survey, SurveyedBlock
-from harness.quantization.methods.reducing import check_blocks, mean_cosine, text_of, without_blocks
-
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-OUTPUT, DOWN = "self_attn.o_proj", "mlp.down_proj"
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-NORMS = {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
-EMBEDDINGS, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+from harness.quantization.methods.reducing import (
+    DOWN,
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    NORMS,
+    OUTPUT,
+    Cut,
+    TargetShape,
+    head_channels,
+    mean_cosine,
+    text_of,
+)
 
 
 class Reduction:
@@ -66,11 +72,7 @@ class Reduction:
         protect_ends: bool = True
 
         def __post_init__(self) -> None:
-            numbers = (self.blocks, self.intermediate, self.kv_heads, self.hidden)
-            if any(number < 0 for number in numbers):
-                raise ValueError(
-                    f"blocks, intermediate, kv_heads and hidden are numbers, not {numbers}"
-                )
+            TargetShape(self.blocks, self.intermediate, self.kv_heads, self.hidden)
             if self.criterion not in ("activation", "magnitude"):
                 raise ValueError(
                     f'criterion is "{self.criterion}"; it must be activation or magnitude'
@@ -80,34 +82,15 @@ class Reduction:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._target = TargetShape(
+            settings.blocks, settings.intermediate, settings.kv_heads, settings.hidden
+        )
         # by block and linear, float32 on the CPU, until `tensors` takes it
         self._compensated: dict[tuple[int, str], Tensor] = {}
 
     def check(self, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
         """Llama and models of its structure, with targets that are below what they have."""
-        if shapes.family != "llama":
-            return [
-                f'shapes are cut of Llama and models of its structure, not of family "{shapes.family}"'
-            ]
-        settings, text = self.settings, text_of(config)
-        have = {
-            "blocks": shapes.blocks,
-            "intermediate": text["intermediate_size"],
-            "kv_heads": shapes.kv_heads,
-            "hidden": shapes.hidden_size,
-        }
-        wanted = {name: getattr(settings, name) for name in have}
-        reasons = check_blocks(config) if settings.blocks else []
-        reasons += [
-            f"{name} {wanted[name]}: this model has {have[name]}, and no more can be kept"
-            for name in have
-            if wanted[name] > have[name]
-        ]
-        if not any(0 < wanted[name] < have[name] for name in have):
-            reasons.append(
-                "nothing would be removed; set reduction.blocks, reduction.intermediate, reduction.kv_heads or reduction.hidden "
-                "below what the model has"
-            )
+        settings, reasons = self.settings, self._target.check(shapes, config)
         if settings.protect_ends and settings.blocks == 1 < shapes.blocks:
             reasons.append("one block is kept, and protect_ends keeps two; set it to false")
         return reasons
@@ -115,20 +98,8 @@ class Reduction:
     def config(
         self, config: Mapping[str, Any], choice: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The config with the target shape; head_dim is stated, since hidden_size no longer says it."""
-        text = text_of(config)
-        blocks = range(self.settings.blocks or text["num_hidden_layers"])
-        new = without_blocks(config, choice["blocks"] if choice is not None else blocks)
-        own = dict(text_of(new))
-        heads = own["num_attention_heads"]
-        kv_heads = own.get("num_key_value_heads") or heads
-        own["head_dim"] = own.get("head_dim") or own["hidden_size"] // heads
-        if self.settings.kv_heads:
-            own["num_attention_heads"] = heads // kv_heads * self.settings.kv_heads
-            own["num_key_value_heads"] = self.settings.kv_heads
-        own["intermediate_size"] = self.settings.intermediate or own["intermediate_size"]
-        own["hidden_size"] = self.settings.hidden or own["hidden_size"]
-        return own if text_of(new) is new else {**new, "text_config": own}
+        """The config with the target shape."""
+        return self._target.config(config, choice["blocks"] if choice is not None else None)
 
     def choose(
         self, model: Survey, rng: Generator
@@ -149,7 +120,7 @@ class Reduction:
             kv_heads[str(block.index)] = kept_heads
             if settings.compensate:
                 self._compensate(block, DOWN, found)
-                self._compensate(block, OUTPUT, _head_channels(kept_heads, shapes, queries=True))
+                self._compensate(block, OUTPUT, head_channels(kept_heads, shapes, queries=True))
             norms = model.block(block.index)
             for norm, consumers in NORMS.items():
                 square = block.evidence[consumers[0]]["square_mean"]
@@ -179,35 +150,21 @@ class Reduction:
     ) -> Iterator[tuple[str, Tensor]]:
         """Every matrix with the rows and columns that are kept."""
         hidden, norms = choice["hidden"], choice["norms"]
+        ends = Cut(hidden, (), (), model.shapes)
         for name, tensor in model.ends().items():
-            if name == FINAL_NORM:
-                yield name, _scaled(tensor[hidden], norms.get("final", 1.0))
-            else:
-                yield name, tensor[:, hidden] if name in (EMBEDDINGS, HEAD) else tensor
+            factor = norms.get("final", 1.0) if name == FINAL_NORM else 1.0
+            yield name, _scaled(ends.end(name, tensor), factor)
         for number, index in enumerate(choice["blocks"]):
             channels, heads = choice["channels"][str(index)], choice["kv_heads"][str(index)]
-            queries = _head_channels(heads, model.shapes, queries=True)
-            keys = _head_channels(heads, model.shapes, queries=False)
-            rows = {QKV[0]: queries, QKV[1]: keys, QKV[2]: keys, **dict.fromkeys(GATE_UP, channels)}
-            columns = {OUTPUT: queries, DOWN: channels}
+            kept = Cut(hidden, channels, heads, model.shapes)
             for name, tensor in model.block(index).items():
                 owner, _, leaf = name.rpartition(".")
-                cut = tensor
-                if owner in NORMS:
-                    cut = _scaled(tensor[hidden], norms.get(f"{index}.{owner}", 1.0))
-                elif owner in rows:
-                    cut = tensor[rows[owner]]
-                    cut = cut[:, hidden] if leaf == "weight" else cut
-                elif owner in columns and leaf == "weight":
-                    place = (index, owner)
-                    cut = (
-                        self._compensated.pop(place).to(tensor.dtype)
-                        if place in self._compensated
-                        else tensor[:, columns[owner]]
-                    )[hidden]
-                elif owner in columns:
-                    cut = tensor[hidden]  # a bias
-                yield model.name(number, name), cut
+                if leaf == "weight" and (index, owner) in self._compensated:
+                    made = self._compensated.pop((index, owner)).to(tensor.dtype)
+                    yield model.name(number, name), made[hidden]
+                else:
+                    factor = norms.get(f"{index}.{owner}", 1.0)
+                    yield model.name(number, name), _scaled(kept.of(name, tensor), factor)
 
     def _saliency(self, block: SurveyedBlock, linear: str) -> Tensor:
         """√E[x_c²] · ||W[:, c]|| of each input c of a linear, or the norms alone."""
@@ -283,12 +240,6 @@ def _largest(scores: Tensor, count: int) -> list[int]:
     order = (-scores).argsort(stable=True)[:count]
     found: list[int] = order.sort().values.tolist()
     return found
-
-
-def _head_channels(kv_heads: Sequence[int], shapes: Shapes, *, queries: bool) -> list[int]:
-    """The output channels of key-value heads, or those of their query heads."""
-    width = shapes.head_dim * (shapes.heads // shapes.kv_heads if queries else 1)
-    return [head * width + channel for head in kv_heads for channel in range(width)]
 
 
 def _normalized(states: Sequence[Tensor], eps: float) -> Tensor:

@@ -175,7 +175,7 @@ def sign_steps(
     """
     trained = [parameter for group in groups for parameter in group["params"]]
     assert trained and samples and iterations, "something is trained"
-    draw = _batches(samples, min(batch, samples), rng)
+    draw = batches(samples, min(batch, samples), rng)
     lowest, kept, saved = float("inf"), iterations, [p.detach().clone() for p in trained]
     every: list[float] = []
 
@@ -228,7 +228,7 @@ def _clamp(groups: Sequence[Mapping[str, Any]]) -> None:
                 parameter.clamp_(*group["range"])
 
 
-def _batches(count: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
+def batches(count: int, size: int, rng: torch.Generator) -> Iterator[list[int]]:
     """Batches of numbers below count, in random order, without end; numbers that fill no batch wait for the next order."""
     while True:
         order = torch.randperm(count, generator=rng).tolist()

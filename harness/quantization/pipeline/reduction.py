@@ -1,35 +1,40 @@
 """A smaller ordinary model, made once by the reduction of a method: a folder that everything else takes for a model.
 
-The unrounded model runs block by block over the calibration windows if the reduction needs to see it; the reduction decides what is
-kept; config, weights and tokenizer of the smaller model are written, reduction.json last: a folder with it is complete.
+The unrounded model runs block by block over the calibration windows if the reduction needs to see it, or is there as a whole if it
+is trained; the reduction decides what is kept; config, weights and tokenizer of the smaller model are written, reduction.json last:
+a folder with it is complete.
 
     reduction.json   name, version and settings of the reduction, its choice, parameters before and after, seconds
 
-Peak memory: two blocks and the activations of all sequences, then one block and one shard of the files.
+Peak memory: two blocks and the activations of all sequences, then one block and one shard of the files. Where the reduction trains:
+the model in float32 and what training keeps of it; then the trained model on the CPU too. A killed training starts again.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from harness.core import plugins
-from harness.core.cell import Cell, to_json
+from harness.core.cell import Cell, baseline_of, to_json
 from harness.core.errors import DataError, MethodError
 from harness.core.events import Progress
 from harness.quantization.calibration import windows_digest
 from harness.quantization.export import COPIED, SHARD_BYTES, write_json, write_shards
+from harness.quantization.inference.load import load
 from harness.quantization.methods.protocols import Evidence, ExpertOutputs
 from harness.quantization.models import config_by_block, read_config, shapes
 from harness.quantization.models.protocols import tied
@@ -59,7 +64,17 @@ def run_reduction(
     part, began = cell.method.reduction, time.monotonic()
     assert part is not None, f"{cell.title} has no reduction"
     reduction = plugins.build("reduction", part.name, to_json(part)["settings"])
-    model = ReadModel(folder, cell.model.dtype, device, part.needs, windows)
+    full = dataclasses.replace(
+        baseline_of(cell), model=dataclasses.replace(cell.model, dtype="float32")
+    )
+    model = ReadModel(
+        folder,
+        cell.model.dtype,
+        device,
+        part.needs,
+        windows,
+        lambda: load(full, folder, None, device)[0],
+    )
     reasons = reduction.check(model.shapes, model.config)
     if reasons:
         raise MethodError(f"{cell.title}: reduction {part.name}: {'; '.join(reasons)}")
@@ -137,9 +152,17 @@ class ReadModel(Walk):
     """The unrounded model of a folder: run block by block (`Survey`), and read tensor by tensor (`ModelReader`)."""
 
     def __init__(
-        self, folder: Path, dtype: str, device: str, needs: Sequence[str], windows: Tensor | None
+        self,
+        folder: Path,
+        dtype: str,
+        device: str,
+        needs: Sequence[str],
+        windows: Tensor | None,
+        whole: Callable[[], nn.Module] | None = None,
     ) -> None:
+        """whole: loads the model in float32, for a reduction that trains it."""
         super().__init__(folder, dtype, device)
+        self._whole = whole
         self.shapes, self.config = self.blocks.shapes, config_by_block(read_config(folder))
         self._needs, self._windows = frozenset(needs), windows
 
@@ -188,6 +211,12 @@ class ReadModel(Walk):
             )
             hidden = outputs
 
+    def trainable(self) -> FunctionalModel:
+        """The whole model in float32, and the windows."""
+        if self._windows is None or self._whole is None:
+            raise DataError("the reduction trains on calibration data, and there are none")
+        return FunctionalModel(self._whole(), self._windows.to(self.blocks.device))
+
     def block(self, index: int) -> dict[str, Tensor]:
         """Every parameter and stored buffer of a block, by its name within it, on the CPU."""
         return {name: tensor.cpu() for name, tensor in self.blocks.tensors(index).items()}
@@ -208,6 +237,23 @@ class ReadModel(Walk):
         return tuple(
             name for name in names if name.rpartition(".")[0] in self.blocks.family.by_expert
         )
+
+
+class FunctionalModel:
+    """A transformers model as a function of its tensors (`methods.protocols.TrainableModel`)."""
+
+    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+        self.windows = windows
+        self._model = model
+        self.tensors = {
+            name: parameter.requires_grad_() for name, parameter in model.named_parameters()
+        }
+
+    def logits(self, tokens: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        found: Tensor = functional_call(
+            self._model, dict(tensors), (), {"input_ids": tokens, "use_cache": False}
+        ).logits
+        return found.float()
 
 
 @dataclass
