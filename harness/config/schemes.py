@@ -28,7 +28,7 @@ DELTA_NAME = re.compile(r"delta(?P<part>[1-9]\d*)(?:g(?P<group>[1-9]\d*))?")
 NAMED_SCHEMES = (
     "w<bits>[g<group>][sym|signed][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8), or "
     "delta<part of 16 bits>[g<group>] (delta16); "
-    "of methods that prune s<percent> or s<n>of<m> before a and kv (w16s50, w4g128s50, w4s2of4)"
+    "with a method that prunes s<percent> or s<n>of<m> before a and kv (w16s50, w4s2of4)"
 )
 
 
