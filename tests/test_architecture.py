@@ -67,11 +67,7 @@ FLOORS = (  # of quantization, from the ground: a part imports from floors below
 )
 WITHOUT_TORCH = ("core", "storage", "reporting", "tracking", "config", "__main__")
 # files of more than 700 lines, each whole on purpose
-LARGE = {
-    "harness.core.cell",
-    "harness.execution.scheduler",
-    "harness.evaluation.evaluators.lm_eval_tasks",
-}
+LARGE = {"harness.execution.scheduler", "harness.evaluation.evaluators.lm_eval_tasks"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

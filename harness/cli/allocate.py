@@ -12,6 +12,7 @@ from harness.core.budget import Budget, Size, Together
 from harness.core.cell import Calibration, Cell, baseline_of, cell_key
 from harness.core.errors import ConfigError, HarnessError, unknown_name
 from harness.core.sweep import Sweep, command_line
+from harness.storage.store import Store
 
 WHERE = "harness allocate"
 
@@ -26,6 +27,21 @@ def asked_sizes(bits: str, size: str) -> tuple[Size, ...]:
         raise ConfigError(f"{WHERE}: --bits {bits}: numbers are expected, 3.2 or 2.8,3.2") from None
     texts = tuple(text for text in size.split(",") if text)
     return sizes_of(Entry("", numbers, texts), WHERE)
+
+
+def run_allocation(
+    sweep: Sweep, store: Store, bits: str, size: str, name: str, together: str, trials: int | None
+) -> int:
+    """Make the candidates that are missing, choose, and print the outcome; the exit code. Arguments are those of the command."""
+    from harness.cli.progress import show_events
+    from harness.execution.driver import run
+    from harness.reporting.budgets import budget_rows, render_budgets
+
+    narrowed = with_budgets(sweep, asked_sizes(bits, size), name, together, trials)
+    summary = run(narrowed, show_events())
+    print(summary.text)
+    print(render_budgets(budget_rows(narrowed, store)), end="")
+    return summary.exit_code
 
 
 def with_budgets(

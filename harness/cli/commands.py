@@ -186,18 +186,10 @@ def allocate(
       harness allocate budget_demo --bits 3.2
       harness allocate demo method=gptq scheme=w4g32,w3g32,w2g32 inputs=full_precision --bits 2.8,3.1
     """
-    from harness.cli.allocate import asked_sizes, with_budgets
-    from harness.cli.progress import show_events
-    from harness.execution.driver import run as run_sweep
-    from harness.reporting.budgets import budget_rows, render_budgets
+    from harness.cli.allocate import run_allocation
 
-    sizes = asked_sizes(bits, size)
     loaded, store = load(sweep, overrides, runs)
-    narrowed = with_budgets(loaded, sizes, budget, together, trials)
-    summary = run_sweep(narrowed, show_events())
-    print(summary.text)
-    print(render_budgets(budget_rows(narrowed, store)), end="")
-    raise typer.Exit(summary.exit_code)
+    raise typer.Exit(run_allocation(loaded, store, bits, size, budget, together, trials))
 
 
 @app.command()

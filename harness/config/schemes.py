@@ -26,9 +26,8 @@ FORMAT_NAME = re.compile(
 )
 DELTA_NAME = re.compile(r"delta(?P<part>[1-9]\d*)(?:g(?P<group>[1-9]\d*))?")
 NAMED_SCHEMES = (
-    "w<bits>[g<group>][sym|signed][a<bits>][kv<bits>], bits 2 to 8, or <format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8), or "
-    "delta<part of 16 bits>[g<group>] (delta16); "
-    "with a method that prunes s<percent> or s<n>of<m> before a and kv (w16s50, w4s2of4)"
+    "w<bits>[g<group>][sym|signed][s<percent>|s<n>of<m>][a<bits>][kv<bits>] (w4g128, w4s2of4), bits 2 to 8, "
+    "<format>[g<group>][a<bits>][kv<bits>] (mxfp4, fp8), or delta<part of 16 bits>[g<group>] (delta16)"
 )
 
 

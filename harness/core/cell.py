@@ -60,7 +60,7 @@ class Part:
 def make_part(kind: str, name: str, settings: Mapping[str, Any]) -> Part:
     """A part with these settings, which are complete, and with the facts of its plugin's source.
 
-    kind: transform, rounding or tuning.
+    kind: reduction, transform, rounding or tuning.
     A plugin that states `wraps = True` runs another plugin of its kind: its settings `base` and `base_settings` name that one and
     its settings. The needs of the part, and whether it is stochastic or depends on the activation scheme, are the union with those
     of the base. The version of the base is added to the settings as `base_version`, because keys must change with it.

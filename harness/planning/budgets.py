@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.core import plugins
 from harness.core.budget import MEASURED, Budget
-from harness.core.cell import Cell, quantize_key, to_json
+from harness.core.cell import Cell, holds_all_widths, quantize_key, to_json
 from harness.core.errors import HarnessError
 from harness.core.sweep import Sweep
 from harness.planning.allocation import (
@@ -77,6 +77,12 @@ def refusals(budget: Budget, shapes: Shapes) -> list[str]:
     if deltas:
         return [
             f"{', '.join(deltas)} stores differences from a base model, which a budget does not measure"
+        ]
+    nested = dict.fromkeys(cell.method.name for cell in cells if holds_all_widths(cell.method))
+    if nested:
+        return [
+            f"{', '.join(nested)} stores all widths in one checkpoint, so that a narrower matrix saves nothing; use a method "
+            "that stores each width alone"
         ]
     try:
         exact = all(map(is_exact, cells))

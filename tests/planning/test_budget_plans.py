@@ -45,6 +45,10 @@ def test_the_plan_says_what_a_budget_will_do(tmp_path: Path) -> None:
         ),
         ({"of": {"method": "omniquant"}}, ["rounds the matrices of a block for each other"]),
         (
+            {"of": {"method": "any_precision_nested", "scheme": ["w3", "w4"]}, "propose": ["kl"]},
+            ["any_precision_nested stores all widths in one checkpoint"],
+        ),
+        (
             {
                 "of": {
                     "method": ["gptq", "rtn"],

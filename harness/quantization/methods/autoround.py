@@ -32,6 +32,7 @@ from torch import Generator, Tensor, nn
 from harness.core.cell import Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.blockwise import (
+    GRADIENT_SCALE,
     GroupedMatrix,
     activation_reasons,
     activation_rounding,
@@ -124,7 +125,8 @@ class Rounding:
             losses = []
             for sample in batch:
                 loss = block_loss(block, sample, leaves, receive) / len(batch)
-                loss.backward(inputs=list(leaves.values()))
+                # of their gradients the signs alone matter
+                (GRADIENT_SCALE * loss).backward(inputs=list(leaves.values()))
                 losses.append(loss.detach())
             reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
             torch.autograd.backward(

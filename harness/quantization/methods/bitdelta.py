@@ -30,10 +30,10 @@ from harness.quantization.methods.checks import refusals
 from harness.quantization.methods.deltas import base_in, change_of, on_base
 from harness.quantization.methods.protocols import Evidence, Network
 from harness.quantization.numerics.deltas import DeltaWeight, SignWeight
+from harness.quantization.numerics.training import STRETCHES
 from harness.quantization.numerics.weights import QuantizedWeight
 
 GRANULARITIES = ("tensor", "row")
-STRETCHES = 20  # of the steps, for which a mean loss is reported
 
 
 def _reasons(linear: LinearShape, weight: WeightScheme) -> Iterator[str]:
@@ -93,9 +93,8 @@ class Tuning:
 
     version = 1
     needs = ("tokens", "teacher")
-    trains_differences = (
-        True  # of a fine-tune from its base; the plan refuses other tunings of such cells
-    )
+    # of a fine-tune from its base; the plan refuses other tunings of such cells
+    trains_differences = True
 
     @dataclass(frozen=True)
     class Settings:

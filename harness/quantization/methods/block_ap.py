@@ -27,6 +27,7 @@ from torch import Generator, Tensor, nn
 from harness.core.cell import Cell, Scheme
 from harness.core.shapes import Shapes
 from harness.quantization.methods.blockwise import (
+    GRADIENT_SCALE,
     GroupedMatrix,
     activation_reasons,
     activation_rounding,
@@ -137,6 +138,7 @@ class Rounding:
             settings.epochs,
             f"block {block.index}",
             1 / settings.min_rate_factor,
+            GRADIENT_SCALE,
         )
         with torch.no_grad():
             if losses:

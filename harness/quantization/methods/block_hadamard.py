@@ -37,6 +37,7 @@ class Transform:
     needs = ()
     stochastic = False
     activation_aware = False
+    scheme_independent = True
 
     @dataclass(frozen=True)
     class Settings:

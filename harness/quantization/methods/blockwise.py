@@ -15,6 +15,10 @@ from harness.quantization.numerics.training import round_through
 
 Receive = Callable[[str, Tensor], Tensor]
 
+# What `block_loss` is multiplied by before its gradients: those of a mean over a block's outputs are smaller than the smallest
+# number of float16. A power of two, so that other types get the same bits.
+GRADIENT_SCALE = 1024.0
+
 
 def activation_reasons(scheme: Scheme) -> list[str]:
     """Reasons why a block cannot be trained with this scheme's activations rounded."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.core import plugins
-from harness.core.cell import Scheme, WeightScheme
+from harness.core.cell import BASE_WEIGHT, Scheme, WeightScheme
 from harness.core.errors import MethodError, unknown_name
 from harness.core.number_formats import DOUBLE_QUANTIZED, FORMATS, PLAIN_SCALES, SCALE_TYPES
 from harness.core.shapes import LinearShape, Shapes
@@ -126,10 +126,17 @@ def require_search(scale_search: str, range_search: bool = False) -> None:
 
 
 def check_pruned(
-    scheme: Scheme, shapes: Shapes, *, convention: str, block_size: int = 0, patterns: bool = True
+    scheme: Scheme,
+    shapes: Shapes,
+    *,
+    convention: str,
+    search: str,
+    block_size: int = 0,
+    patterns: bool = True,
 ) -> list[str]:
     """Reasons why some linear cannot be pruned as the scheme says, and its survivors stored dense or on grids of `check_grid`.
 
+    search: as there.
     block_size: columns that a method prunes together, which a pattern's length must divide; 0: none.   patterns: n:m is possible.
     """
 
@@ -162,17 +169,26 @@ def check_pruned(
     for weight, linears in _weight_schemes(scheme, shapes):
         if weight.format != "dense" and weight.sparsity:
             some = dataclasses.replace(shapes, linears=tuple(linears))
-            found += check_grid(Scheme("", weight), some, convention=convention)
+            found += check_grid(Scheme("", weight), some, convention=convention, search=search)
     return list(dict.fromkeys(found))
 
 
 def check_sparsity(rounding: str, prunes: bool, scheme: Scheme, shapes: Shapes) -> list[str]:
-    """Reasons why a rounding that does not prune cannot have a scheme that states a sparsity. prunes: the rounding's fact."""
+    """Reasons why a rounding that does not prune cannot have a scheme that states a sparsity. prunes: the rounding's fact.
+
+    Named instead are those that do; for a rounding of differences from a base, those that prune differences.
+    """
     sparse = [weight.sparsity for weight, _ in _weight_schemes(scheme, shapes) if weight.sparsity]
     if prunes or not sparse:
         return []
+    known = plugins.find("rounding")
+    of_differences = {
+        name for name, facts in known.items() if BASE_WEIGHT in facts.get("needs", ())
+    }
     pruning = [
-        name for name, facts in plugins.find("rounding").items() if facts.get("prunes", False)
+        name
+        for name, facts in known.items()
+        if facts.get("prunes", False) and (name in of_differences) == (rounding in of_differences)
     ]
     return [
         f"the scheme states a sparsity ({', '.join(dict.fromkeys(sparse))}), and {rounding} does not prune; "

@@ -67,7 +67,7 @@ class LowRankCorrection(ABC):
         return bool(getattr(self.base, "sequential", False))
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """What the base refuses; bases of whole blocks or of differences between models; fused matrices with rounded inputs."""
+        """What the base refuses; bases of whole blocks, of differences, of several widths; fused matrices with rounded inputs."""
         settings = self.settings
         if not hasattr(self.base, "round_layer"):
             return [
@@ -77,6 +77,12 @@ class LowRankCorrection(ABC):
             return [
                 f"base {settings.base} rounds the difference from another model, and the low-rank part corrects a whole matrix; "
                 "use another base"
+            ]
+        several = getattr(self.base, "holds_all_widths", "")
+        if several and getattr(self.base.settings, several):
+            return [
+                f"base {settings.base} makes one matrix of all widths, and the low-rank part corrects that of one width; "
+                f"set rounding.base_settings.{several}=0"
             ]
         reasons = [f"base {settings.base}: {each}" for each in self.base.check(scheme, shapes)]
         reasons += unknown_linears(settings.linears, [linear.name for linear in shapes.linears])

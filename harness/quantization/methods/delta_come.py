@@ -228,9 +228,8 @@ class Rounding:
             "int", bits, scheme.group_size, self.settings.symmetric, scheme.scale_dtype
         )
         if evidence is None:
-            unseen_v, unseen_u = _Moment.none(right.shape[1]), _Moment.none(left.shape[1])
-            rounded_right = self._gptq.round_layer("right", right, unseen_v, own, rng)
-            rounded_left = self._gptq.round_layer("left", left, unseen_u, own, rng)
+            rounded_right = self._gptq.round_layer("right", right, _Moment.none_of(right), own, rng)
+            rounded_left = self._gptq.round_layer("left", left, _Moment.none_of(left), own, rng)
             return LowRankPart(rounded_left, sizes, rounded_right)
         rounded_right = self._gptq.round_layer("right", right, evidence, own, rng)
         through = sizes[:, None] * rounded_right.dequantize()  # M [k, in]
@@ -250,9 +249,9 @@ class _Moment:
         self._hessian = hessian
 
     @classmethod
-    def none(cls, width: int) -> _Moment:
-        """All inputs alike: GPTQ rounds each column to nearest."""
-        return cls(torch.eye(width))
+    def none_of(cls, matrix: Tensor) -> _Moment:
+        """All inputs of a matrix [out, in] alike: GPTQ rounds each column to nearest."""
+        return cls(torch.eye(matrix.shape[1], device=matrix.device))
 
     def __getitem__(self, statistic: str) -> Tensor:
         assert statistic == "hessian", statistic

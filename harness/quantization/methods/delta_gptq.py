@@ -40,7 +40,7 @@ class Rounding:
         static_groups: bool = False
         sequential: bool = False
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             try:

@@ -32,10 +32,10 @@ class Rounding:
 
     @dataclass(frozen=True)
     class Settings:
-        """grid, range_search: of `rtn`."""
+        """grid, scale_search: of `rtn`."""
 
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             try:

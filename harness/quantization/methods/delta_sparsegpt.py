@@ -44,7 +44,7 @@ class Rounding:
         mask: str = "sparsegpt"
         grid_on: str = "dense"
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             try:

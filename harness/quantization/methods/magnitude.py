@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.core.sparsity import read_sparsity
-from harness.quantization.methods.checks import check_pruned, require_finite
+from harness.quantization.methods.checks import check_pruned, require_finite, require_search
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.grids import CONVENTIONS
 from harness.quantization.numerics.pruned_weights import SparseWeight
@@ -40,16 +40,17 @@ class Rounding:
         """
         compare       weights that are ranked together: matrix, or row (an output's); says nothing for patterns n:m
         grid          gptq, awq, omniquant or compressed; of survivors that are rounded
-        range_search  shrink each range to its least error before rounding
+        scale_search  choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         compare: Literal["matrix", "row"] = "matrix"
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search)
             if self.compare not in ("matrix", "row"):
                 raise ValueError(f'compare is "{self.compare}"; it must be matrix or row')
 
@@ -58,7 +59,9 @@ class Rounding:
 
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every scheme that states a sparsity, dense or with a grid, whose groups and pattern divide every layer."""
-        return check_pruned(scheme, shapes, convention=self.settings.grid)
+        return check_pruned(
+            scheme, shapes, convention=self.settings.grid, search=self.settings.scale_search
+        )
 
     def round_layer(
         self,
@@ -74,4 +77,4 @@ class Rounding:
         pruned = pruned_by_score(
             weight.abs(), read_sparsity(scheme.sparsity), per_row=settings.compare == "row"
         )
-        return round_survivors(weight, pruned, scheme, settings.grid, settings.range_search)
+        return round_survivors(weight, pruned, scheme, settings.grid, settings.scale_search)

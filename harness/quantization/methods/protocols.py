@@ -3,19 +3,20 @@
 A method file (`harness/quantization/methods/<name>.py`, one paper each) defines one or more of the classes `Reduction`,
 `Transform`, `Rounding`, `Tuning`. Each has a nested frozen dataclass `Settings` whose fields and defaults equal those of
 `conf/<part>/<name>.yaml` (conf/reduction, conf/transform, conf/rounding, conf/tuning), takes it as its only constructor argument,
-and states its facts as literals, which
-`harness.core.plugins` reads without importing the file:
+and states its facts as literals, which `harness.core.plugins` reads without importing the file:
 
     class Rounding:
         version = 1                     # raised when its numbers change; part of every key
         needs = ("hessian",)            # statistics it reads: names of STATISTICS; () is data-free
         stochastic = False              # True: draws from `rng`
         activation_aware = False        # True: its codes depend on the activation or KV scheme
-        scheme_independent = True       # of a transform: it reads nothing of the weight scheme, so that bit budgets can mix schemes
-
-        prunes = False                  # of a Rounding, True: prunes, so that schemes state a sparsity
 
     optional:
+        scheme_independent = True       # of a transform: it reads nothing of the weight scheme, so that bit budgets can mix schemes
+        prunes = True                   # of a rounding: it prunes, so that schemes state a sparsity
+        settings_added_later = {"scale_search": "none"}   # settings that keys leave out while they have this default
+        holds_all_widths = "parent_bits"   # the setting that is not 0 where a checkpoint holds several widths
+        no_adapter = "…"                # of a rounding of differences: why none of its matrices is an adapter
         unneeded = {"hessian": {"objective": "weight"}}   # a statistic that is not needed with these settings
         wraps = True                    # a rounding around another, which its settings `base` and `base_settings` name
                                         # (`build_rounding`): needs and facts are the union of both (`core.cell.make_part`).

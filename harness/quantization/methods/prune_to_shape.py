@@ -12,6 +12,7 @@ criterion: magnitude leaves out E. compensate: what the removed inputs R of o an
 least squares, W_K += W_R H[R, K] (H[K, K] + λI)⁻¹, H the second moment of the input and λ = damping_fraction · mean diag H[K, K].
 rescale_norms: where the stream becomes narrower, the weight of each norm times ρ, ρ² the mean over K of E[x_d² / mean of x²]: an
 RMSNorm divides by the mean over what is left.
+Memory: with compensate, besides what a survey takes, every compensated o and down of the model in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Reduction:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._compensated: dict[tuple[int, str], Tensor] = {}  # by block and linear, in its dtype
+        # by block and linear, float32 on the CPU, until `tensors` takes it
+        self._compensated: dict[tuple[int, str], Tensor] = {}
 
     def check(self, shapes: Shapes, config: Mapping[str, Any]) -> list[str]:
         """Llama and models of its structure, with targets that are below what they have."""
@@ -233,7 +235,8 @@ class Reduction:
         mask[list(kept)] = False
         removed, own = mask.nonzero()[:, 0], list(kept)
         moment = hessian[own][:, own]
-        damping = self.settings.damping_fraction * float(moment.diagonal().mean())
+        # kept inputs that are always 0 take over nothing
+        damping = self.settings.damping_fraction * float(moment.diagonal().mean()) or 1.0
         moment = moment + damping * torch.eye(len(own), device=weight.device)
         # H[R, K] (H[K, K] + λI)⁻¹, the matrix being symmetric
         solved = torch.linalg.solve(moment.double(), hessian[own][:, removed].double()).float()

@@ -117,14 +117,15 @@ class Rounding:
             ),
         )
         shifted = system.solve(weight)
+        fitted_on = shifted if own.fit == "shifted" and scheme.group_size != -1 else weight
         return round_matrix(
             shifted,
             system.factor,
             scheme,
-            Fitting.of(weight, scheme, own.grid, own.scale_search),
+            Fitting.of(fitted_on, scheme, own.grid, own.scale_search),
             block_size=own.block_size,
             static_groups=True,
-            fitted_on=shifted if own.fit == "shifted" and scheme.group_size != -1 else weight,
+            fitted_on=fitted_on,
         )
 
 

@@ -81,7 +81,7 @@ class Rounding:
         scheme: WeightScheme,
         rng: Generator,
     ) -> QuantizedWeight:
-        """Quantize weight [out, in] float32. Peak memory: two copies of weight, four with range_search."""
+        """Quantize weight [out, in] float32. Peak memory: two copies of weight, four with a search."""
         require_finite(weight)
         size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
         grouped = weight.reshape(weight.shape[0], -1, size)  # [out, groups, g]

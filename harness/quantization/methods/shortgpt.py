@@ -94,6 +94,10 @@ class Reduction:
             )
         elif not settings.drop and count > free:
             reasons.append(f"{count} blocks to remove, and {free} that are not protected")
+        elif settings.measure == "angular" and not settings.drop and not self._runs(shapes.blocks):
+            reasons.append(
+                f"measure angular removes {count} consecutive blocks, and no {count} without a protected one follow each other"
+            )
         return reasons
 
     def config(
@@ -127,14 +131,7 @@ class Reduction:
             yield block.index + 1, count
         if settings.measure == "angular":
             influence = [_angle(last[i], last[i + remove]) for i in range(count - remove + 1)]
-            runs = [
-                start
-                for start in range(len(influence))
-                if not set(range(start, start + remove)) & set(settings.protect)
-            ]
-            if not runs:
-                raise ValueError("no run of that many blocks is free of protected ones")
-            first = min(runs, key=lambda start: (influence[start], start))
+            first = min(self._runs(count), key=lambda start: (influence[start], start))
             return _choice(count, range(first, first + remove), influence)
         free = [index for index in range(count) if index not in settings.protect]
         least = sorted(free, key=lambda index: (influence[index], index))[:remove]
@@ -148,6 +145,12 @@ class Reduction:
         for number, index in enumerate(choice["kept"]):
             for name, tensor in model.block(index).items():
                 yield model.name(number, name), tensor
+
+    def _runs(self, blocks: int) -> list[int]:
+        """Where runs of as many blocks as are removed begin that hold no protected one."""
+        count, protect = self._count(blocks), set(self.settings.protect)
+        starts = range(blocks - count + 1)
+        return [start for start in starts if protect.isdisjoint(range(start, start + count))]
 
     def _count(self, blocks: int) -> int:
         """How many of so many blocks are removed."""

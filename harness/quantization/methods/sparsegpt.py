@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.core.sparsity import Sparsity, read_sparsity
-from harness.quantization.methods.checks import check_pruned, require_finite
+from harness.quantization.methods.checks import check_pruned, require_finite, require_search
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import (
@@ -72,7 +72,7 @@ class Rounding:
         mask              sparsegpt: chosen in the loop; magnitude or wanda: on the original weights
         grid_on           dense: grids of the weights before pruning; updated: of what a first run without rounding leaves
         grid              gptq, awq, omniquant or compressed
-        range_search      shrink each range to its least error before rounding
+        scale_search      choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         damping_fraction: float = 0.01
@@ -81,11 +81,12 @@ class Rounding:
         mask: Literal["sparsegpt", "magnitude", "wanda"] = "sparsegpt"
         grid_on: Literal["dense", "updated"] = "dense"
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search)
             if not self.damping_fraction > 0:
                 raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
             if self.block_size < 1:
@@ -105,7 +106,11 @@ class Rounding:
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every scheme that states a sparsity, dense or with a grid, whose groups and pattern divide every layer."""
         return check_pruned(
-            scheme, shapes, convention=self.settings.grid, block_size=self.settings.block_size
+            scheme,
+            shapes,
+            convention=self.settings.grid,
+            search=self.settings.scale_search,
+            block_size=self.settings.block_size,
         )
 
     def round_layer(
@@ -134,7 +139,7 @@ class Rounding:
         require_finite(weight)
         pruned = pruned_by_score(weight.abs(), read_sparsity(scheme.sparsity), per_row=True)
         return round_survivors(
-            weight, pruned, scheme, self.settings.grid, self.settings.range_search
+            weight, pruned, scheme, self.settings.grid, self.settings.scale_search
         )
 
     def _rounded(
@@ -170,9 +175,7 @@ class Rounding:
         rows, width = weight.shape
         size = width if scheme.group_size == -1 else scheme.group_size
         groups = width // size
-        fitting = Fitting.of(
-            fitted_on, scheme, self.settings.grid, "range" if self.settings.range_search else "none"
-        )
+        fitting = Fitting.of(fitted_on, scheme, self.settings.grid, self.settings.scale_search)
         form = fitting.fit(fitted_on[:, :size])
         scale = torch.empty(groups, rows, dtype=torch.float32, device=weight.device)
         zero = torch.empty_like(scale)

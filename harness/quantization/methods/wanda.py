@@ -24,7 +24,7 @@ from harness.core.cell import Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
 from harness.core.sparsity import read_sparsity
-from harness.quantization.methods.checks import check_pruned, require_finite
+from harness.quantization.methods.checks import check_pruned, require_finite, require_search
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.grids import CONVENTIONS
 from harness.quantization.numerics.pruned_weights import SparseWeight
@@ -48,16 +48,17 @@ class Rounding:
         """
         variant       prune a share of each row's summed score instead of a share of its weights; no patterns n:m
         grid          gptq, awq, omniquant or compressed; of survivors that are rounded
-        range_search  shrink each range to its least error before rounding
+        scale_search  choose among scales beside each group's own: none, range, neighbours, neighbours_mae or both, as in RTN
         """
 
         variant: bool = False
         grid: str = "gptq"
-        range_search: bool = False
+        scale_search: str = "none"
 
         def __post_init__(self) -> None:
             if self.grid not in CONVENTIONS:
                 raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
+            require_search(self.scale_search)
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -65,7 +66,11 @@ class Rounding:
     def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
         """Every scheme that states a sparsity, dense or with a grid, whose groups and pattern divide every layer."""
         return check_pruned(
-            scheme, shapes, convention=self.settings.grid, patterns=not self.settings.variant
+            scheme,
+            shapes,
+            convention=self.settings.grid,
+            search=self.settings.scale_search,
+            patterns=not self.settings.variant,
         )
 
     def round_layer(
@@ -102,7 +107,7 @@ class Rounding:
 
     def _rounded(self, weight: Tensor, pruned: Tensor, scheme: WeightScheme) -> SparseWeight:
         return round_survivors(
-            weight, pruned, scheme, self.settings.grid, self.settings.range_search
+            weight, pruned, scheme, self.settings.grid, self.settings.scale_search
         )
 
 

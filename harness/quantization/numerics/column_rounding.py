@@ -41,9 +41,8 @@ def round_matrix(
     """
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
-    groups = -(
-        -columns // size
-    )  # the last one is short where a factor of a difference ends (Delta-CoMe)
+    # the last one is short where a factor of a difference ends (Delta-CoMe)
+    groups = -(-columns // size)
     order = factor.order
     dynamic = scheme.group_size != -1 and not static_groups
     source = weight if fitted_on is None else fitted_on

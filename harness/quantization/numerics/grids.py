@@ -44,9 +44,8 @@ SEARCHES = ("none", "range", "neighbours", "neighbours_mae", "both")
 FLOAT8_MAX, FLOAT8_MIN = 448.0, 2.0**-9  # of E4M3: the largest, and the smallest above zero
 FLOAT8_WITH_ROOM = 256.0  # 1.5 times it is an E4M3 number too
 E8M0_BIAS = 127
-SHRINKING = tuple(
-    1 - step / 100 for step in range(80)
-)  # factors of a range, the range itself first
+# factors of a range, the range itself first
+SHRINKING = tuple(1 - step / 100 for step in range(80))
 WIDE = (1.0, *(step / 100 for step in range(150, 49, -1)))
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

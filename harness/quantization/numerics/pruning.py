@@ -46,7 +46,7 @@ def pruned_by_score(scores: Tensor, sparsity: Sparsity, *, per_row: bool) -> Ten
 
 
 def round_survivors(
-    weight: Tensor, pruned: Tensor, scheme: WeightScheme, convention: str, search: bool
+    weight: Tensor, pruned: Tensor, scheme: WeightScheme, convention: str, search: str
 ) -> SparseWeight:
     """The survivors of a matrix [out, in], each rounded to the nearest value of a grid that is fitted with zeros at pruned places.
 
@@ -57,7 +57,7 @@ def round_survivors(
         return dense_survivors(left, pruned, scheme)
     size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
     grouped = left.reshape(weight.shape[0], -1, size)
-    grid = Fitting.of(left, scheme, convention, "range" if search else "none").fit(grouped)
+    grid = Fitting.of(left, scheme, convention, search).fit(grouped)
     return SparseWeight(~pruned, on_grid(grid.quantize(grouped), grid, scheme), pattern_of(scheme))
 
 

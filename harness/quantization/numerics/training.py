@@ -72,6 +72,7 @@ def steps_of(
     epochs: int,
     what: str = "training",
     last_rate: float = 1.0,
+    gradient_scale: float = 1.0,
 ) -> Generator[tuple[int, int], None, list[float]]:
     """AdamW without weight decay, one sample per step, in order. Yields (step, steps); returns the mean loss of each epoch.
 
@@ -79,6 +80,8 @@ def steps_of(
     groups     torch.optim groups: {"params": [...], "lr": ...}
     what       is trained, for the message
     last_rate  where the rates end on a cosine over all steps, as a share of where they begin; 1: they are constant
+    gradient_scale  a power of two: losses are multiplied by it before the backward pass, gradients divided behind it, so that
+               those within a model of float16 are not lost
     Raises MethodError when a loss is not finite; the parameters are then worth nothing.
     """
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -97,7 +100,10 @@ def steps_of(
             with torch.enable_grad():
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(sample)
-                loss.backward(inputs=trained)
+                (loss * gradient_scale).backward(inputs=trained)
+                for parameter in trained if gradient_scale != 1 else ():
+                    if parameter.grad is not None:
+                        parameter.grad /= gradient_scale
                 optimizer.step()
             total = loss.detach() if total is None else total + loss.detach()
             yield epoch * samples + sample + 1, epochs * samples
@@ -119,9 +125,10 @@ def train(
     epochs: int,
     what: str = "training",
     last_rate: float = 1.0,
+    gradient_scale: float = 1.0,
 ) -> list[float]:
     """`steps_of` to its end: the mean loss of each epoch."""
-    walk = steps_of(loss_of, samples, groups, epochs, what, last_rate)
+    walk = steps_of(loss_of, samples, groups, epochs, what, last_rate, gradient_scale)
     while True:
         try:
             next(walk)

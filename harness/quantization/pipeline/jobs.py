@@ -146,8 +146,8 @@ class BlockInStream:
     def evidence(
         self, locations: Sequence[WeightLocation], needs: frozenset[str], basis: str
     ) -> dict[str, Evidence]:
-        """Evidence by linear name; linears of a group share one object, unless gradients or bases differ between them. With bases,
-        what they compute once they still share.
+        """Evidence by linear name; linears of a group share one object, unless gradients or bases differ between them. Even with
+        bases they share what they compute once.
 
         basis: "quantized" or "full_precision", the inputs of the cell that reads it.
         """

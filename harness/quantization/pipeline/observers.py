@@ -65,7 +65,8 @@ class Collector:
     def add(self, sequence: int, inputs: Tensor, original: Tensor | None = None) -> None:
         """One sequence's input [..., in]; the tokens of an expert may be none.
 
-        original: the same tokens' input in the full-precision model, for "cross"; None where it is this input.
+        original: the same tokens' input in the full-precision model, for "cross"; None where it is this input. Where it holds NaN
+        or infinity so does "cross", and nothing else: methods without "cross" get the same with it and without it.
         """
         x = inputs.detach().reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
         self._width = x.shape[1]
@@ -79,16 +80,14 @@ class Collector:
             accumulate_hessian(hessian, x, self.tokens)
         if "cross" in self.needs:
             full = x if original is None else original.reshape(-1, original.shape[-1]).float()
-            self.finite = self.finite and bool(torch.isfinite(full).all())
             cross = self._sums.setdefault(
                 "cross", torch.zeros(x.shape[1], x.shape[1], device=x.device)
             )
             accumulate_cross(cross, full, x, self.tokens)
         if "mean" in self.needs:
             self._add("mean", x.sum(0))
-        if (
-            "square_mean" in self.needs
-        ):  # not from a Hessian: alone and in company it has the same bytes
+        # not from a Hessian: alone and in company it has the same bytes
+        if "square_mean" in self.needs:
             self._add("square_mean", x.square().sum(0))
         if self.needs & {"abs_mean", "abs_max", "abs_max_per_sequence"}:
             magnitude = x.abs()

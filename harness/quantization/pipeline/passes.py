@@ -31,7 +31,16 @@ import torch
 from torch import Tensor, nn
 
 from harness.core import plugins
-from harness.core.cell import Cell, Scheme, WeightScheme, cell_key, digest, quantize_key, to_json
+from harness.core.cell import (
+    BASE_WEIGHT,
+    Cell,
+    Scheme,
+    WeightScheme,
+    cell_key,
+    digest,
+    quantize_key,
+    to_json,
+)
 from harness.core.errors import DataError, HarnessError, MethodError
 from harness.core.events import Event, Failed, Progress, Quantized, failure
 from harness.quantization.formats.base_model import BaseModel, with_base
@@ -525,9 +534,8 @@ class _Pass(Walk):
                 rng = generator(job.cell.seed, index, name)
                 try:
                     if name in too_few:
-                        base = block.base.get(name) if job.cell.method.needs_base else None
                         weights[name] = self._round_unseen(
-                            rounding, name, weight, scheme, rng, too_few[name], base
+                            rounding, name, weight, scheme, rng, too_few[name], block.base.get(name)
                         )
                     else:
                         weights[name] = rounding.round_layer(
@@ -554,7 +562,7 @@ class _Pass(Walk):
         """
         rounding = getattr(rounding, "base", rounding)
         if hasattr(rounding, "round_unseen"):
-            more = () if base is None else (base,)
+            more = (base,) if BASE_WEIGHT in rounding.needs else ()
             return rounding.round_unseen(name, weight, scheme, rng, *more)
         if not rounding.needs:
             return rounding.round_layer(name, weight, None, scheme, rng)

@@ -323,14 +323,10 @@ def _report(
     trained = sum(parameter.numel() for parameter in parameters)
     return {
         **{key: base[key] for key in ("parameters", "unquantized_bits", "coverage")},
+        # of a fine-tune, of a smaller model
         **{
             key: base[key]
-            for key in (
-                "base",
-                "delta",
-                "original_parameters",
-                "reduced",
-            )  # of a fine-tune, of a smaller model
+            for key in ("base", "delta", "original_parameters", "reduced")
             if key in base
         },
         "seconds": base["seconds"] + seconds,

@@ -324,3 +324,20 @@ def test_impossible_plans_are_refused() -> None:
     low = plugins.build("rounding", "low_rank_delta", {})
     (reason,) = low.check(Scheme("x", WeightScheme("delta", 0.25, 32)), shapes)[:1]
     assert "pay for no pair of vectors; use scheme.weight.bits=" in reason
+
+
+@pytest.mark.parametrize(
+    "name,inner,version",
+    [
+        ("delta_rtn", "rtn", 1),
+        ("delta_gptq", "gptq", 1),
+        ("delta_sparsegpt", "sparsegpt", 1),
+        ("delta_come", "gptq", 1),
+    ],
+)
+def test_a_version_rises_with_that_of_the_rounding_inside(
+    name: str, inner: str, version: int
+) -> None:
+    """A key holds the version of a difference's rounding alone: raise it, and the number here, when the inner one is raised."""
+    assert plugins.facts("rounding", inner).get("version", 1) == version
+    assert plugins.facts("rounding", name).get("version", 1) >= version

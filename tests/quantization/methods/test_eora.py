@@ -179,6 +179,8 @@ def test_the_plan_refuses_what_cannot_be_corrected(tmp_path: Path) -> None:
     assert reasons(Scheme("a", W3)) == ""
     assert "works on whole blocks" in reasons(Scheme("a", W3), base="omniquant")
     assert "the difference from another model" in reasons(Scheme("a", W3), base="delta_rtn")
+    nested: dict[str, Any] = {"base": "any_precision", "base_settings": {"parent_bits": 8}}
+    assert "one matrix of all widths" in reasons(Scheme("a", WeightScheme("int", 3)), **nested)
     assert "base gptq: group size 48" in reasons(Scheme("a", WeightScheme("int", 3, 48)))
     assert 'no linear "q_prj"' in reasons(Scheme("a", W3), linears=("q_prj",))
     build("phi3", tmp_path / "phi3", num_hidden_layers=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from evidence import generator, llama_shapes, random_weight
@@ -9,6 +11,7 @@ from pruned import magnitude
 
 from harness.core import plugins
 from harness.core.cell import Scheme, WeightScheme
+from harness.core.errors import ConfigError
 
 DENSE = WeightScheme("dense", 16, -1, scale_dtype="float16", sparsity="0.5")
 
@@ -69,3 +72,25 @@ def test_settings_that_contradict_the_scheme_are_refused() -> None:
     odd = plugins.build("rounding", "sparsegpt", {"block_size": 30})
     assert "block_size 30 is no multiple of the 4" in odd.check(pattern, llama_shapes())[0]
     assert plugins.build("rounding", "sparsegpt", {}).check(Scheme("", DENSE), llama_shapes()) == []
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_scales_of_survivors_are_searched_as_those_of_rtn(name: str) -> None:
+    with pytest.raises(ConfigError, match='no scale_search "wide"'):
+        plugins.build("rounding", name, {"scale_search": "wide"})
+    built = plugins.build("rounding", name, {"scale_search": "neighbours"})
+    integers = Scheme("", WeightScheme("int", 4, sparsity="0.5"))
+    assert "have none to try; use scale_search=range" in built.check(integers, llama_shapes())[0]
+
+
+def test_a_searched_scale_is_never_worse() -> None:
+    weight, scheme = random_weight(24, 64), WeightScheme("mxfp4", 4, 32, True, "e8m0")
+    scheme = dataclasses.replace(scheme, sparsity="0.5")
+    plain, searched = (
+        plugins.build("rounding", "magnitude", {"scale_search": search})
+        .round_layer("q", weight, None, scheme, generator())
+        .dequantize()
+        for search in ("none", "neighbours")
+    )
+    errors = [(found - weight * (found != 0)).square().sum() for found in (plain, searched)]
+    assert not torch.equal(plain, searched) and errors[1] < errors[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,3 +150,14 @@ def test_other_structures_are_refused(tiny_model: Callable[..., Path]) -> None:
     built = plugins.build("reduction", NAME, {"hidden": 8})
     found = built.check(shapes(folder), config_by_block(read_config(folder)))
     assert found == ['shapes are cut of Llama and models of its structure, not of family "opt"']
+
+
+def test_kept_inputs_that_are_always_zero_take_over_nothing() -> None:
+    weight, moment = torch.ones(3, 4), torch.zeros(4, 4)
+    moment[2, 2] = moment[3, 3] = 1
+    block = SimpleNamespace(
+        index=0, matrices={"mlp.down_proj": weight}, evidence={"mlp.down_proj": {"hessian": moment}}
+    )
+    method = plugins.build("reduction", "prune_to_shape", {"intermediate": 2})
+    method._compensate(block, "mlp.down_proj", [0, 1])
+    assert torch.equal(method._compensated[0, "mlp.down_proj"], weight[:, :2])

@@ -188,3 +188,13 @@ def test_what_breaks_down_says_so() -> None:
     for settings in ({"damping": 0.0}, {"fit": "moved"}, {"block_size": 0}):
         with pytest.raises(ConfigError):
             plugins.build("rounding", "qronos", settings)
+
+
+def test_the_scale_of_a_whole_matrix_follows_what_its_groups_are_fitted_on() -> None:
+    """A target of twice the matrix: nvfp4's factor of the matrix itself would cut the groups that hold its largest weights."""
+    _, behind = two_streams()
+    hessian = evidence_of(behind, behind)["hessian"]
+    weight, scheme = random_weight(32, WIDTH), WeightScheme("nvfp4", 4, 16, False, "float8_e4m3")
+    method = plugins.build("rounding", "qronos", {})
+    found = method.round_layer("q", weight, TwoMoments(hessian, 2 * hessian), scheme, generator())
+    assert float(found.dequantize().abs().max()) > 1.5 * float(weight.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"drop": (5,)}, "name blocks 0 to 1"),
     "both": ({"drop": (1,), "protect": (1,)}, "named in drop and in protect"),
     "too many": ({"blocks": 1, "protect": (0, 1)}, "and 0 that are not protected"),
+    "no run": ({"blocks": 2, "protect": (1,), "measure": "angular"}, "no 2 without a protected"),
 }
 
 
@@ -81,7 +83,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_the_plan_refuses_with_the_reason(case: str) -> None:
     settings, reason = REFUSED[case]
     built = plugins.build("reduction", "shortgpt", settings)
-    found = built.check(llama_shapes(), {"num_hidden_layers": 2})
+    shapes = dataclasses.replace(llama_shapes(), blocks=3 if case == "no run" else 2)
+    found = built.check(shapes, {"num_hidden_layers": shapes.blocks})
     assert any(reason in each for each in found), found
 
 

@@ -127,7 +127,7 @@ def test_rounding_in_the_loop_beats_rounding_afterwards(sparsity: str) -> None:
         pruned = sparsegpt(weight, evidence, sparsity)
         rounded = WeightScheme("int", 4, -1, scale_dtype="float32", sparsity=sparsity)
         kept = pruned.dequantize()
-        apart = round_survivors(kept, ~pruned.mask, rounded, "gptq", False).dequantize()
+        apart = round_survivors(kept, ~pruned.mask, rounded, "gptq", "none").dequantize()
         one, two = (layer_error(weight, w, inputs) for w in (joint.dequantize(), apart))
         gains.append(one / two)
     assert sum(gain < 1 for gain in gains) >= 0.9 * len(gains)

@@ -38,7 +38,7 @@ def test_reading_back_is_exact(name: str, shape: tuple[int, int]) -> None:
     pruned = torch.rand(shape, generator=generator(2)) < 0.6
     pruned[0] = shape[0] > 1  # a row of which nothing is left, unless it is the only one
     pruned[-1] = False  # and one that is kept whole
-    stored = round_survivors(weight, pruned, scheme_of(name), "gptq", False)
+    stored = round_survivors(weight, pruned, scheme_of(name), "gptq", "none")
     tensors, meta = stored.pack()
     again = SparseWeight.unpack(
         {key: tensor.clone() for key, tensor in tensors.items()}, json.loads(json.dumps(meta))
@@ -60,7 +60,7 @@ def test_bits_are_one_for_the_mask_and_those_of_the_survivors(bits: int) -> None
         if bits == 16
         else WeightScheme("int", bits, size, sparsity="0.3")
     )
-    stored = round_survivors(weight, pruned, weight_scheme, "gptq", False)
+    stored = round_survivors(weight, pruned, weight_scheme, "gptq", "none")
     share = float((~pruned).float().mean())
     overhead = 0.0 if bits == 16 else (16 + bits) / size  # a scale and a zero point of each group
     whole_bytes = (
@@ -73,17 +73,17 @@ def test_bits_are_one_for_the_mask_and_those_of_the_survivors(bits: int) -> None
 def test_a_kept_weight_that_rounds_to_zero_stays_kept() -> None:
     weight = torch.tensor([[1.0, 0.01, -1.0, 0.5]])
     pruned = torch.tensor([[False, False, False, True]])
-    stored = round_survivors(weight, pruned, scheme_of("w2"), "gptq", False)
+    stored = round_survivors(weight, pruned, scheme_of("w2"), "gptq", "none")
     assert float(stored.dequantize()[0, 1]) == 0 and bool(stored.mask[0, 1])
 
 
 def test_a_pattern_that_the_mask_breaks_is_not_stored() -> None:
     weight, pruned = random_weight(2, 8), torch.zeros(2, 8, dtype=torch.bool)
     pruned[:, ::2] = True
-    kept = round_survivors(weight, pruned, scheme_of("w4", "2:4"), "gptq", False)
+    kept = round_survivors(weight, pruned, scheme_of("w4", "2:4"), "gptq", "none")
     assert kept.pack()[1]["pattern"] == "2:4"
     pruned[0, 1] = True
-    broken = round_survivors(weight, pruned, scheme_of("w4", "2:4"), "gptq", False)
+    broken = round_survivors(weight, pruned, scheme_of("w4", "2:4"), "gptq", "none")
     with pytest.raises(AssertionError, match="2:4"):
         broken.pack()
 
@@ -91,5 +91,5 @@ def test_a_pattern_that_the_mask_breaks_is_not_stored() -> None:
 def test_the_grid_is_fitted_with_zeros_at_pruned_places() -> None:
     weight = torch.tensor([[3.0, 0.4, -0.3, 0.2]])
     pruned = torch.tensor([[True, False, False, False]])
-    scale = round_survivors(weight, pruned, scheme_of("w4"), "gptq", False).survivors
+    scale = round_survivors(weight, pruned, scheme_of("w4"), "gptq", "none").survivors
     assert math.isclose(float(getattr(scale, "scale")), 0.7 / 15, rel_tol=1e-3)  # noqa: B009

@@ -204,3 +204,20 @@ def test_codes_inside_cancel_their_zero_point(offset: bool) -> None:
     assert torch.allclose(scale.grad, residue.sum(1, keepdim=True), atol=1e-5)
     if moved is not None:
         assert torch.allclose(moved.grad, 0.4 * inside.float())
+
+
+def test_a_scale_of_gradients_changes_nothing_but_what_float16_cannot_hold() -> None:
+    def trained(half: bool, scale: float) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.linspace(0.1, 1, 8))
+
+        def loss_of(_sample: int) -> torch.Tensor:
+            within = weight.half() if half else weight
+            return 1e-8 * within.float().square().sum()
+
+        train(loss_of, 2, [{"params": [weight], "lr": 0.01}], 2, gradient_scale=scale)
+        return weight.detach()
+
+    start = torch.linspace(0.1, 1, 8)
+    assert torch.equal(trained(False, 1.0), trained(False, 1024.0))
+    assert torch.equal(trained(True, 1.0), start)
+    assert bool((trained(True, 1024.0) < start).all())

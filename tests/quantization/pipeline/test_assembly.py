@@ -43,6 +43,7 @@ METHODS = {
     "rtn": RTN,
     "hqq": Method("hqq", rounding=part("hqq")),
     "quarot_gptq": QUAROT,
+    "block_hadamard": Method("mr_gptq", part("block_hadamard", "transform", size=16), part("gptq")),
     "gptq and rtn": None,
 }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from harness.quantization.pipeline.observers import Collector
+from harness.core.errors import MethodError
+from harness.quantization.methods.evidence import cross_moment
+from harness.quantization.pipeline.observers import Collector, InputEvidence
 
 
 def collected(*needs: str) -> dict[str, torch.Tensor]:
@@ -25,3 +28,20 @@ def test_the_mean_square_has_the_same_bytes_whatever_else_is_gathered() -> None:
     assert list(alone) == ["square_mean"]
     for needs in (("hessian",), ("mean", "abs_max"), ("inputs", "hessian", "abs_mean")):
         assert torch.equal(collected(*needs, "square_mean")["square_mean"], alone["square_mean"])
+
+
+def test_another_models_broken_inputs_break_the_cross_moment_alone() -> None:
+    """A method without "cross" gets what it would get without the company of one that has it."""
+    inputs = torch.randn(1, 7, 5, generator=torch.Generator().manual_seed(0))
+    original = inputs.clone()
+    original[0, 2, 3] = torch.inf
+    collector = Collector("attention", ("hessian", "cross"), 1, torch.device("cpu"))
+    collector.add(0, inputs, original)
+    statistics = collector.finish()
+    alone = Collector("attention", ("hessian",), 1, torch.device("cpu"))
+    alone.add(0, inputs)
+    found = InputEvidence(statistics, ("hessian",), "quantized")["hessian"]
+    assert torch.equal(found, alone.finish().values["hessian"])
+    evidence = InputEvidence(statistics, ("hessian", "cross"), "quantized")
+    with pytest.raises(MethodError, match="products of the two models' inputs"):
+        cross_moment(evidence)
