@@ -374,7 +374,6 @@ def report(sweep: str | None = None, *overrides: str) -> str:
     from harness.reporting.files import refresh
 
     loaded, store = _load(sweep, overrides)
-    store.check_exists()
     return store.where(refresh(loaded, store))
 
 
