@@ -311,10 +311,15 @@ def table(sweep: str | None = None, *overrides: str, name: str = "") -> ShownTab
 
 
 def status(sweep: str | None = None, *overrides: str) -> Text:
-    """The progress of a sweep, whichever process runs it, as `harness status` prints it."""
+    """The progress of a sweep, or without one of every sweep in runs/, whichever process runs it, as `harness status` prints it."""
     from harness.cli.notebook import Text
     from harness.cli.status import status as status_text
+    from harness.cli.status import store_facts, store_text
+    from harness.storage.store import Store
 
+    if sweep is None and not overrides:
+        store = Store("runs")
+        return Text(store_text(str(store.place), store_facts(store)))
     loaded, store = _load(sweep, overrides)
     return Text(status_text(store.snapshot(loaded.cells), loaded.name, loaded.cells))
 
@@ -325,8 +330,7 @@ def show(key: str, runs: str = "runs") -> Text:
     key: the first digits of the cell's key; runs: the folder or URL of the results.
     """
     from harness.cli.notebook import Text
-    from harness.cli.show import record_text
-    from harness.config.reproduce import command_for
+    from harness.cli.show import cell_text
     from harness.core.errors import ConfigError
     from harness.storage.store import Store
 
@@ -334,7 +338,7 @@ def show(key: str, runs: str = "runs") -> Text:
     cell = store.cell(store.find(key))
     if cell is None:
         raise ConfigError(f"cell {key} in {runs} has no readable cell.json; run its sweep again")
-    return Text(record_text(store.record(cell), store, command_for(cell)))
+    return Text(cell_text(cell, store))
 
 
 def findings(sweep: str, *overrides: str) -> pandas.DataFrame:
@@ -374,11 +378,6 @@ def report(sweep: str | None = None, *overrides: str) -> str:
 
 
 def _load(sweep: str | None, overrides: tuple[str, ...]) -> tuple[Sweep, Store]:
-    from harness.config.grid import load_sweep
-    from harness.config.overrides import split_arguments
-    from harness.storage.budgets import resolved
-    from harness.storage.store import Store
+    from harness.cli.arguments import load
 
-    loaded = load_sweep(*split_arguments(sweep, list(overrides)))
-    store = Store(loaded.runtime.runs)
-    return resolved(loaded, store), store
+    return load(sweep, overrides)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from harness.cli.arguments import load
 from harness.core.cell import Cell, cell_key
 from harness.core.errors import ConfigError, unknown_name
 from harness.storage.store import Store
@@ -82,11 +83,7 @@ def _of_store(store: Store) -> list[tuple[str, str, Cell | None]]:
 def _of_sweep(
     name: str | None, overrides: Sequence[str], parts: Sequence[str], runs: str
 ) -> tuple[Store, list[tuple[str, str, Cell | None]]]:
-    from harness.config.kept_sweeps import load_sweep
-
-    placed = any(each.startswith("runs=") for each in overrides)
-    sweep = load_sweep(name, [*overrides, *([f"runs={runs}"] if runs and not placed else [])])
-    store = Store(sweep.runtime.runs)
+    sweep, store = load(name, overrides, runs)
     by_key = {cell_key(cell): cell for cell in sweep.cells}
     titles = [(key, cell.title) for key, cell in by_key.items()]
     chosen = _fitting(titles, parts, sweep.name)

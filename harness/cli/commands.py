@@ -7,11 +7,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from harness.cli.arguments import RunsCommand, with_runs
+from harness.cli.arguments import RunsCommand, load, place_alone, with_runs
 from harness.cli.completion import (
     GROUPS,
     complete_group,
@@ -22,11 +22,6 @@ from harness.cli.completion import (
 )
 from harness.cli.json_output import json_text, print_json
 from harness.core.errors import ConfigError, PlanError, unknown_name
-
-if TYPE_CHECKING:
-    from harness.core.sweep import Sweep
-    from harness.storage.store import Store
-
 
 HELP = """Distributed sweeps of model × method × bit width for quantized language models.
 
@@ -113,7 +108,7 @@ def plan(
     from harness.planning.planner import make
     from harness.planning.render import render, require
 
-    loaded, store = _load(sweep, overrides, runs)
+    loaded, store = load(sweep, overrides, runs)
     made = make(loaded, store)
     if as_json:
         print_json(made.facts())
@@ -157,7 +152,7 @@ def run(
     from harness.execution.driver import run as run_sweep
 
     limit = seconds_of(budget) if budget else None
-    loaded, _ = _load(sweep, overrides, runs)
+    loaded, _ = load(sweep, overrides, runs)
     confirm = asks_nothing if yes else asks_for_large
     if advice := ssh_advice(os.environ):
         print(advice)
@@ -181,6 +176,7 @@ def allocate(
         str, typer.Option(help="Matrices that get one candidate: none, serving or block.")
     ] = "",
     trials: Annotated[int | None, typer.Option(help="Measured swaps; 0: none, unverified.")] = None,
+    runs: Runs = "",
 ) -> None:
     """Choose a width (and method) for every matrix within a size, measure it, and compare it with the uniform cell of that size.
 
@@ -194,7 +190,7 @@ def allocate(
     """
     from harness.cli.allocate import run_allocation
 
-    loaded, store = _load(sweep, overrides)
+    loaded, store = load(sweep, overrides, runs)
     raise typer.Exit(run_allocation(loaded, store, bits, size, budget, together, trials))
 
 
@@ -216,12 +212,10 @@ def status(
       harness status demo --watch
     """
     from harness.cli import status as progress
-
-    if sweep is not None and sweep.startswith("runs=") and not overrides:
-        runs, sweep = sweep.partition("=")[2], None
     from harness.config.locations import config_files
     from harness.storage.store import Store
 
+    sweep, runs = place_alone(sweep, overrides, runs)
     # a grid without a file is known to its store alone
     store = Store(runs or "runs")
     if sweep is None or (sweep not in config_files("sweeps") and sweep in store.sweep_names()):
@@ -233,7 +227,7 @@ def status(
             return shown, any(each["state"] == "running" for each in found)
 
     else:
-        loaded, store = _load(sweep, overrides, runs)
+        loaded, store = load(sweep, overrides, runs)
 
         def look() -> tuple[str, bool]:
             facts = progress.sweep_facts(store.snapshot(loaded.cells), loaded.name, loaded.cells)
@@ -273,7 +267,7 @@ def table(
 
     if form not in FORMATS:
         raise ConfigError(unknown_name("table format", form, FORMATS))
-    loaded, store = _load(sweep, overrides, runs)
+    loaded, store = load(sweep, overrides, runs)
     names = [each.name for each in loaded.shown_tables]
     if name and name not in names:
         raise ConfigError(unknown_name("table", name, names, f"sweep {loaded.name}"))
@@ -291,7 +285,7 @@ def report(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs 
     """
     from harness.reporting.files import refresh
 
-    loaded, store = _load(sweep, overrides, runs)
+    loaded, store = load(sweep, overrides, runs)
     store.check_exists()
     print(f"report  {store.where(refresh(loaded, store))}")
 
@@ -308,7 +302,7 @@ def findings(
     """
     from harness.reporting.findings import check, render
 
-    loaded, store = _load(sweep, overrides, runs)
+    loaded, store = load(sweep, overrides, runs)
     if not loaded.findings:
         raise ConfigError(f"sweep {loaded.name} states no findings; docs/tables.md says how")
     store = store.snapshot(loaded.cells)
@@ -532,9 +526,8 @@ def publish(sweep: SweepArgument = None, overrides: Overrides = None, runs: Runs
     from harness.storage.store import Store
     from harness.tracking.mlflow_runs import publish as publish_results
 
-    if sweep is not None and sweep.startswith("runs=") and not overrides:
-        runs, sweep = sweep.partition("=")[2], None
-    loaded, store = _load(sweep, overrides, runs) if sweep else (None, Store(runs or "runs"))
+    sweep, runs = place_alone(sweep, overrides, runs)
+    loaded, store = load(sweep, overrides, runs) if sweep else (None, Store(runs or "runs"))
     store.check_exists()
     print(publish_results(store, loaded))
 
@@ -608,7 +601,7 @@ def data_pull(
     """
     from harness.data.bundle import pull
 
-    loaded, _ = _load(sweep, overrides)
+    loaded, _ = load(sweep, overrides)
     for line in pull(loaded, output):
         print(line)
     print(f"next    {_again('run', sweep, overrides)} data.root={output}")
@@ -679,21 +672,6 @@ def doctor(
     else:
         print(render(found, f"ready   harness {next_command}"))
     raise typer.Exit(int(any(each.level == "wrong" for each in found)))
-
-
-def _load(sweep: str | None, overrides: list[str] | None, runs: str = "") -> tuple[Sweep, Store]:
-    from harness.config.kept_sweeps import load_sweep
-    from harness.config.overrides import split_arguments
-    from harness.storage.budgets import resolved
-    from harness.storage.store import Store
-
-    name, changes = split_arguments(sweep, overrides)
-    if name is None and not changes:
-        raise ConfigError(
-            "name a sweep (`harness list sweeps`) or define a grid, e.g. model=demo method=rtn scheme=w4"
-        )
-    loaded = load_sweep(name, with_runs(changes, runs))
-    return resolved(loaded, store := Store(loaded.runtime.runs)), store
 
 
 def _again(command: str, sweep: str | None, overrides: list[str] | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.cli.arguments import load
 from harness.core.cell import Cell, cell_key, to_json
 from harness.core.errors import ConfigError
 from harness.core.text import short_list
@@ -22,12 +23,10 @@ def records_of(name: str, runs: str = "") -> list[Record]:
     if is_url(name) or (Path(name) / "cells").is_dir():
         store = Store(name)
         return list(store.snapshot().records())
-    from harness.config.kept_sweeps import load_sweep
-
     if Path(name).is_dir():
         raise ConfigError(f"{name}: a folder without cells/ is no store; name a store or a sweep")
-    sweep = load_sweep(name, [f"runs={runs}"] if runs else [])
-    store = Store(sweep.runtime.runs).snapshot(sweep.cells)
+    sweep, store = load(name, None, runs)
+    store = store.snapshot(sweep.cells)
     return [store.record(cell) for cell in sweep.cells]
 
 

@@ -99,11 +99,10 @@ class Live:
         self._console.print(styled)  # wrapped between words
 
     def event(self, event: Event, tally: Tally, finished: Sequence[str]) -> None:
-        self._live.start()  # a sweep with budgets runs more than once
         for line in news(event, tally, finished):
             self.line(line)
-        if not self._live.is_started:  # not before: a question may be asked first
-            self._live.start()
+        # not before: a question may be asked first; again after `close`: a sweep with budgets runs more than once
+        self._live.start()
         self._live.update(self._view(tally))
 
     def interrupted(self) -> None:

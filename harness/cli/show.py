@@ -17,10 +17,7 @@ from harness.storage.store import Store
 
 def cell_text(cell: Cell, store: Store) -> str:
     """Everything known of a cell, with the command that reproduces it; kept until a file of the cell changes."""
-    from harness.config.reproduce import command_for
-
-    mixed = list(budgets_of_cell(store, cell)) if budget_of(cell)[0] else []
-    command = mixed[0][2]["command"] if mixed else command_for(cell)
+    command = again(cell, store)
     if is_url(store.place):
         return record_text(store.record(cell), store, command)
     cells = (cell, baseline_of(cell))
@@ -41,9 +38,16 @@ def cell_text(cell: Cell, store: Store) -> str:
     )
 
 
+def again(cell: Cell, store: Store) -> str:
+    """The command that reproduces a cell; of one that a bit budget chose, the command of its sweep."""
+    from harness.config.reproduce import command_for
+
+    mixed = list(budgets_of_cell(store, cell)) if budget_of(cell)[0] else []
+    return str(mixed[0][2]["command"]) if mixed else command_for(cell)
+
+
 def cell_facts(cell: Cell, store: Store) -> dict[str, Any]:
     """What is known of a cell as JSON: keys, configuration, scores with their problems, failures, provenance, the command."""
-    from harness.config.reproduce import command_for
     from harness.evaluation.flips import with_flips
     from harness.reporting.metrics import problems_of
 
@@ -60,7 +64,7 @@ def cell_facts(cell: Cell, store: Store) -> dict[str, Any]:
         "failures": [dict(failure) for failure in record.failures],
         "provenance": dict(record.provenance),
         "log": store.where(store.log_path(record.cell_key)),
-        "command": command_for(cell),
+        "command": again(cell, store),
     }
 
 

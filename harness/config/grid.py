@@ -68,6 +68,7 @@ from harness.core.sweep import Runtime, Skip, Sweep
 from harness.data import hub, model_folders, texts
 from harness.data.bundle import Bundle
 
+METHODS = ("method", "rounding")  # axes whose override replaces the methods of a grid
 Point = dict[str, tuple[Any, bool]]  # axis of a grid -> (value, whether the axis has several)
 
 
@@ -197,10 +198,14 @@ def _windows_of(context: Context, point: Point, cell: Cell) -> Calibration | Non
 
 
 def _points(context: Context, grid: Grid) -> Iterator[Point]:
-    """Every point of a grid: axis -> (value, whether the axis has several)."""
+    """Every point of a grid: axis -> (value, whether the axis has several).
+
+    Settings that a grid states belong to its own methods: with a method of an override that it does not name they are left out.
+    """
     edits = dict(context.edits.axes)
+    own = [v for axes in (grid.axes, *grid.zips) for k in METHODS for v in axes.get(k, ())]
     dropped = set(edits)
-    if "method" in edits or "rounding" in edits:
+    if set(METHODS) & set(edits):
         dropped |= {"method", *SLOTS}
     axes = {
         key: edits.get(key, values)
@@ -222,7 +227,15 @@ def _points(context: Context, grid: Grid) -> Iterator[Point]:
         [{key: (value, len(values) > 1)} for value in values] for key, values in axes.items()
     )
     for combination in itertools.product(*steps):
-        yield {key: value for step in combination for key, value in step.items()}
+        point = {key: value for step in combination for key, value in step.items()}
+        replaced = [point[key][0] for key in METHODS if key in edits]
+        if replaced and not any(name in own for name in replaced):
+            point = {
+                key: value
+                for key, value in point.items()
+                if key in edits or key.partition(".")[0] not in SLOTS
+            }
+        yield point
 
 
 def _cells(
@@ -584,10 +597,15 @@ def _base_settings(
 
 
 def _check_settings_used(context: Context, points: list[Point]) -> None:
-    """Adds a problem for each edited setting that no method of the sweep has."""
+    """Adds a problem for each edited setting that no method of the sweep has.
+
+    Where an override chooses other methods, settings of the file may belong to methods that it leaves out: only typed ones count.
+    """
     asked = {
         key for point in points for key in point if key.partition(".")[0] in SLOTS and "." in key
     }
+    if {"method", *SLOTS} & set(context.edits.axes):
+        asked &= set(context.edits.axes)
     for key in sorted(asked - context.used_settings):
         slot = key.partition(".")[0]
         methods = [

@@ -19,7 +19,9 @@ from harness.config.yaml_files import one_line
 from harness.core.errors import ConfigError, unknown_name
 
 
-def split_arguments(sweep: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+def split_arguments(
+    sweep: str | None, overrides: Sequence[str] | None
+) -> tuple[str | None, list[str]]:
     """(sweep, overrides): the first word is an override, not a sweep, if it has a "=", "+" or "~" and is not a file."""
     rest = list(overrides or [])
     if (

@@ -124,6 +124,8 @@ def _check_rule_field(context: Context, key: str, where: str) -> None:
     head, *names = key.split(".")
     kind: Any = {"model": Model, "scheme": Scheme, "calibration": Calibration}.get(head)
     if kind is None:  # a part's settings
+        if {"method", *SLOTS} & set(context.edits.axes):
+            return  # an override left out the methods that the rule is about
         methods = [
             value
             for (axis, *_), value in context.values.items()

@@ -17,12 +17,15 @@ from harness.storage.budgets import unfinished
 from harness.storage.store import Store
 
 
-def allocate(sweep: Sweep, store: Store, command: str = "") -> Iterator[Event]:
+def allocate(
+    sweep: Sweep, store: Store, command: str = "", seconds: float | None = None
+) -> Iterator[Event]:
     """Choose and measure for every budget whose candidates are made; yields Allocated and Failed events.
 
-    It ends where the sweep is cancelled. Closing the generator ends all tasks; what they measured is in the store. Raises
-    ScheduleError where no worker can run.
+    It ends where the sweep is cancelled, and after this many seconds. Closing the generator ends all tasks; what they measured
+    is in the store. Raises ScheduleError where no worker can run.
     """
+    ends = time.monotonic() + seconds if seconds is not None else float("inf")
     budgets = list(unfinished(sweep, store))
     if not budgets:
         return
@@ -47,7 +50,7 @@ def allocate(sweep: Sweep, store: Store, command: str = "") -> Iterator[Event]:
                 )
                 executor.submit(number, task)
                 running[number], number = budget.name, number + 1
-            if store.is_cancelled(sweep.name):
+            if store.is_cancelled(sweep.name) or time.monotonic() >= ends:
                 return
             for message in executor.wait():
                 if isinstance(message.news, Exit):

@@ -150,49 +150,79 @@ def run(
     again with the cells that they added.
     """
     store, began, shown = Store(sweep.runtime.runs), time.monotonic(), display or Silent()
-    summary = _run(resolved(sweep, store), shown, command, budget_seconds, confirm)
+    summary, is_new = _run(resolved(sweep, store), shown, command, budget_seconds, confirm)
+    if sweep.budgets:
+        summary, chose = _with_budgets(sweep, store, summary, shown, command, began, budget_seconds)
+        is_new = is_new or chose
+    return _notified(summary) if is_new else summary
+
+
+def _with_budgets(
+    sweep: Sweep,
+    store: Store,
+    summary: Summary,
+    shown: Display,
+    command: str,
+    began: float,
+    budget_seconds: float | None,
+) -> tuple[Summary, bool]:
+    """The summary of a run after its bit budgets have chosen and their cells have run; and whether anything was chosen now."""
     faults: dict[str, str] = {}
+    chose = False
+
+    def left() -> float | None:
+        return None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
+
     for _ in range(ROUNDS):
         if faults or summary.interrupted or summary.stopped or not unfinished(sweep, store):
             break
-        left = None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
-        if left is not None and left <= 0:
-            over = f"the budget of {duration(budget_seconds)[2:]} is used up"
-            summary = dataclasses.replace(summary, stopped=over)
+        room = left()
+        if room is not None and room <= 0:
+            summary = dataclasses.replace(summary, stopped=_used_up(budget_seconds))
             break
+        chose = True
         before = resolved(sweep, store)
         try:
             with _interrupts(getattr(shown, "interrupted", lambda: None)):
-                for event in budgets.allocate(sweep, store, command):
+                for event in budgets.allocate(sweep, store, command, room):
                     shown.line(_allocation(event))
                     if isinstance(event, Failed):
                         faults[event.stage] = event.reason
         except KeyboardInterrupt:
-            return dataclasses.replace(summary, interrupted=True)
+            return dataclasses.replace(summary, interrupted=True), chose
         if store.is_cancelled(sweep.name):
-            return dataclasses.replace(summary, interrupted=True)
+            return dataclasses.replace(summary, interrupted=True), chose
         after = resolved(sweep, store)
+        room = (
+            left()
+        )  # where the allocation left none, the run starts nothing and reports all the same
+        room = None if room is None else max(0.0, room)
         again = (
             shown if len(after.cells) > len(before.cells) else Silent()
         )  # else only reports change
         try:
-            summary = _run(after, again, command, left)
+            summary, _ = _run(after, again, command, room)
         except PlanError:  # a size that no assembly has, of which the first plan could not be sure
             if not faults:
                 raise
-    if not sweep.budgets:
-        return summary
+        if summary.stopped and room is not None and (left() or 0.0) <= 0:
+            summary = dataclasses.replace(summary, stopped=_used_up(budget_seconds))
     rows = budgets.settle(sweep, store)
     waits = [row.name for row in rows if row.content is None and not faults]
     if waits and not summary.interrupted and not summary.stopped:
         faults |= {name: "its candidates are not all made" for name in waits}
-    return dataclasses.replace(
+    summary = dataclasses.replace(
         summary,
         failed=summary.failed | faults,
         seconds=time.monotonic() - began,
         budgets=tuple(f"{row.name}    {_result(row)}" for row in rows),
         warnings=(*summary.warnings, *(f"{name}: {reason}" for name, reason in faults.items())),
     )
+    return summary, chose
+
+
+def _used_up(budget_seconds: float | None) -> str:
+    return f"the budget of {duration(budget_seconds)[2:]} is used up"
 
 
 def _allocation(event: Event) -> str:
@@ -224,8 +254,8 @@ def _run(
     command: str,
     budget_seconds: float | None,
     confirm: Callable[[Plan], bool] = lambda plan: True,
-) -> Summary:
-    """One run of the cells that are known."""
+) -> tuple[Summary, bool]:
+    """One run of the cells that are known; and whether it started, not so where all was done before or it was not confirmed."""
     store, began = Store(sweep.runtime.runs), time.monotonic()
     plan = make(sweep, store)
     require(plan)
@@ -243,12 +273,14 @@ def _run(
     other = store.sweep_state(sweep.name)
     if not plan.missing and not left_out and other and other.get("tracked") == _tracked(sweep):
         now = outputs.written(sweep, store)
-        if outputs.is_untouched(other, now) or _is_tracked(sweep):
+        untouched = outputs.is_untouched(other, now)
+        page = str(other.get("page", "")) if untouched else _tracked_page(sweep)
+        if page is not None:
             display.close()
-            return _finished(plan, store, other, now, began)
+            return _finished(plan, store, other, now, page, began), False
     if not confirm(plan):
         display.close()
-        return Summary(plan, (), {}, 0.0, stopped="not confirmed; nothing was started")
+        return Summary(plan, (), {}, 0.0, stopped="not confirmed; nothing was started"), False
     if plan.missing and other and is_running(other):
         display.line(
             f"note    process {other['owner']['pid']} runs this sweep too; the two processes share the work"
@@ -294,11 +326,11 @@ def _run(
         and time.monotonic() - began >= budget_seconds
         and recorder.tally.fraction < 1
     ):
-        stopped = stopped or f"the budget of {duration(budget_seconds)[2:]} is used up"
+        stopped = stopped or _used_up(budget_seconds)
     summary = dataclasses.replace(
         recorder.end(time.monotonic() - began, interrupted, stopped), left_out=len(left_out)
     )
-    return _notified(summary)
+    return summary, True
 
 
 def _notified(summary: Summary) -> Summary:
@@ -332,12 +364,11 @@ def _notified(summary: Summary) -> Summary:
 
 
 def _finished(
-    plan: Plan, store: Store, state: dict[str, Any], now: Mapping[str, Any], began: float
+    plan: Plan, store: Store, state: dict[str, Any], now: Mapping[str, Any], page: str, began: float
 ) -> Summary:
     """The summary of a sweep of which all is done and was sent before: its tables and its report may be older than its results."""
     sweep = plan.sweep
     records = _records(store, sweep)
-    page = str(state.get("page", ""))
     folder = store.root / "tables" / sweep.name
     files = [folder / f"{table.name}.md" for table in sweep.shown_tables]
     are_there = all(map(store.files.exists, [*files, report_path(sweep, store)]))
@@ -345,8 +376,9 @@ def _finished(
         made = build_all(sweep, records, store)
         write_tables(sweep, made, store)
         write_report(sweep, records, made, store)
-    if now and not is_running(state) and {**state, **now} != state:
-        store.write_sweep_state(sweep.name, {**state, **now})
+    left = {**state, **now, "page": page}
+    if not is_running(state) and left != state:
+        store.write_sweep_state(sweep.name, left)
     report = store.where(report_path(sweep, store))
     return Summary(plan, records, {}, time.monotonic() - began, report=report, page=page)
 
@@ -576,12 +608,12 @@ def _tracked(sweep: Sweep) -> list[str]:
     return [tracking_.kind, place, tracking_.experiment, digest(sorted(map(cell_key, sweep.cells)))]
 
 
-def _is_tracked(sweep: Sweep) -> bool:
-    """Whether MLflow still has the sweep's runs; where it does not answer, the run itself reports that."""
+def _tracked_page(sweep: Sweep) -> str | None:
+    """The sweep's page where MLflow still has its runs, else None; where it does not answer, the run itself reports that."""
     try:
-        return mlflow_runs.is_tracked(sweep)
+        return mlflow_runs.tracked_page(sweep)
     except TrackingError:
-        return False
+        return None
 
 
 def _runs(sweep: Sweep) -> str:
@@ -596,6 +628,8 @@ def _browse(sweep: Sweep, page: str) -> list[str]:
     if tracking.kind == "none":
         return []
     if tracking.kind == "server":
+        if not page:  # the server took nothing; a warning says so
+            return []
         return [f"browse  {without_password(pages(tracking.uri, page))}"]
     return [f"browse  harness ui{_runs(sweep)}   →   {pages(f'http://127.0.0.1:{PORT}', page)}"]
 

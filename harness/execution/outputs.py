@@ -35,8 +35,10 @@ def tables_question(sweep: Sweep, results: Stamp) -> list[Any]:
     """All that the tables and the report of a sweep follow from, as JSON: code, results, cells, and what the sweep states."""
     cells = [[cell_key(cell), cell.title, *map(to_json, cell.evaluations)] for cell in sweep.cells]
     texts = [sweep.name, sweep.title, sweep.description, *sweep.overrides]
+    titles = sorted(sweep.method_titles.items())
     stated = [*map(to_json, sweep.tables), *map(to_json, sweep.findings)]
-    return [kept.code_stamp().text, results.text, digest(cells), texts, stated, str(sweep.path)]
+    place = str(sweep.path)
+    return [kept.code_stamp().text, results.text, digest(cells), texts, titles, stated, place]
 
 
 def written(sweep: Sweep, store: Store) -> dict[str, Any]:

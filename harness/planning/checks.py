@@ -68,7 +68,13 @@ class Checker:
             found += self._once(question, lambda: self._base_reasons(cell))
         if cell.method.uses_calibration or has_static_scales(cell.scheme):
             found += self._once(
-                ("calibration", cell.calibration, cell.method.name, cell.method.all_needs),
+                (
+                    "calibration",
+                    cell.calibration,
+                    cell.method.name,
+                    cell.method.all_needs,
+                    cell.scheme.name if cell.calibration is None else "",  # named by the refusal
+                ),
                 lambda: self._calibration_reasons(cell),
             )
         if cell.calibration is not None:
@@ -79,7 +85,9 @@ class Checker:
         method, scheme, model = cell.method, cell.scheme, cell.model
         for slot, part in _slots(cell):
             before = (method.reduction, method.transform)
-            rounded = (method.rounding is None, *method.overrides)
+            # with overrides, the part rounds what the other roundings leave to it
+            rest = method.rounding if method.overrides else method.rounding is None
+            rounded = (rest, *method.overrides)
             found += self._asked(
                 model,
                 ("part", slot, part, *before, rounded, scheme),

@@ -16,7 +16,9 @@ from harness.data import hub
 from harness.planning.plan import Allocation, Pass, Plan, Refusal
 from harness.planning.resources import quota_bytes
 
-PART = re.compile(r"(transform|rounding|tuning) (\S+): (.*)")  # a reason of one part of a method
+PART = re.compile(
+    r"(reduction|transform|rounding|tuning) (\S+): (.*)"
+)  # a reason of one part of a method
 SHOWN_CELLS = 8  # titles in a line of refusals
 SHOWN_PASSES = 12  # of a plan; more are summed up by model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import urllib.error
@@ -87,7 +88,7 @@ class Connection:
             if self.uri.startswith("http")
             else Store(self.store.root).lock("tracking")
         )
-        with _translated(what), lock:
+        with _translated(what, self.uri), lock:
             yield
 
 
@@ -141,8 +142,16 @@ def _make_database(mlflow: Any, database: Path) -> None:
         os.replace(aside, database)
 
 
+def silence(text: str) -> str:
+    """Why a server did not answer, from the text of an error of MLflow's requests; "" where it answered."""
+    if not re.search(r"Max retries exceeded|Connection aborted|RemoteDisconnected|timed out", text):
+        return ""
+    found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    return found[1] if found else "timed out" if "timed out" in text else "the connection broke"
+
+
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
+def _translated(what: str, uri: str) -> Iterator[None]:
     """What MLflow, its database or the network raise, as TrackingError."""
     try:
         yield
@@ -158,6 +167,12 @@ def _translated(what: str) -> Iterator[None]:
             "alembic",
             "sqlite3",
         ):
+            if uri.startswith("http") and (reason := silence(str(error))):
+                raise TrackingError(
+                    without_password(
+                        f"the tracking server at {uri} does not answer any more ({reason})"
+                    )
+                ) from error
             first = (str(error) or type(error).__name__).splitlines()[0]
             raise TrackingError(without_password(f"could not {what}: {first}")) from error
         raise

@@ -149,15 +149,18 @@ def publish(store: Store, sweep: Sweep | None = None, tracking: Tracking | None 
     return f'published {len(known)} cells as experiment "{tracker.experiment}" in {place}{left}'
 
 
-def is_tracked(sweep: Sweep) -> bool:
-    """Whether MLflow has a live run of the sweep and of each of its cells; reads alone. Raises TrackingError."""
+def tracked_page(sweep: Sweep) -> str | None:
+    """The page of a sweep of which MLflow has a live run, and of each of its cells; None where it lacks one.
+
+    "" with tracking=none. Reads alone. Raises TrackingError.
+    """
     if sweep.runtime.tracking.kind == "none":
-        return True
+        return ""
     connection = Connection(sweep)
     with connection.writing(f"read {connection.uri}"):
         experiment = connection.client.get_experiment_by_name(connection.experiment)
         if experiment is None or experiment.lifecycle_stage == "deleted":
-            return False
+            return None
         runs = connection.search(str(experiment.experiment_id), "")
     tags = {run.info.run_id: run.data.tags for run in runs}
     parents = {
@@ -168,7 +171,9 @@ def is_tracked(sweep: Sweep) -> bool:
     known = {
         own.get("harness.key") for own in tags.values() if own.get("mlflow.parentRunId") in parents
     }
-    return len(parents) == 1 and known >= set(map(cell_key, sweep.cells))
+    if len(parents) != 1 or not known >= set(map(cell_key, sweep.cells)):
+        return None
+    return run_page(str(experiment.experiment_id), parents.pop())
 
 
 def _state(record: Record) -> str:

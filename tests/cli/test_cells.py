@@ -48,6 +48,14 @@ def test_cells_are_listed_and_named_by_their_parts(tmp_path: Path) -> None:
     assert code == 2 and 'did you mean "demo"' in out
 
 
+def test_a_place_with_a_comma_is_one_place(tmp_path: Path) -> None:
+    runs = str(tmp_path / "a, b")
+    code, out = invoke("show", "demo", "rtn", "w3", "--runs", runs)
+    assert code == 0 and f"{runs}/cells/" in out
+    code, out = invoke("diff", "demo", "demo", "--runs", runs)
+    assert code == 0 and out.startswith("same")
+
+
 def test_what_two_stores_have_in_common(tmp_path: Path) -> None:
     filled(tmp_path / "a", "w4,w3", 2.0)
     filled(tmp_path / "b", "w4,w8", 2.5)

@@ -335,6 +335,27 @@ grids:
     ]
 
 
+def test_settings_of_a_grid_go_with_its_own_methods(sweep_file: Callable[..., Sweep]) -> None:
+    """The sweep of all methods may be narrowed to one of them, although its grids set what that one does not have."""
+    text = """
+model: demo
+calibration: demo
+scheme: w4
+grids:
+  - {method: [gptq, rtn]}
+  - {method: gptq, rounding.damping_fraction: [0.05, 0.1]}
+  - {method: autoround, rounding.iterations: 20}
+skip:
+  - {rounding.iterations: 30, reason: too long}
+"""
+    assert len(sweep_file(text).cells) == 6
+    assert titles(sweep_file(text, "method=awq")) == ["demo · none · full", "demo · awq · w4"]
+    kept = titles(sweep_file(text, "method=gptq"))
+    assert kept[1] == "demo · gptq · w4" and len(kept) == 4, kept
+    with pytest.raises(ConfigError, match=r"override rounding.step=3: no setting of a rounding"):
+        sweep_file(text, "method=gptq", "rounding.step=3")
+
+
 def test_skips_have_reasons(sweep_file: Callable[..., Sweep]) -> None:
     text = """
 model: demo

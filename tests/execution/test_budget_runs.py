@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from harness.cli.show import record_text
+from harness.cli.show import cell_facts, record_text
 from harness.core.cell import cell_key
 from harness.core.events import Event
-from harness.execution import allocation, driver
+from harness.execution import allocation, budgets, driver
 from harness.execution.progress import Silent, Tally
 from harness.reporting.budgets import BETTER, NOT_BETTER, UNIFORM, WORSE, budget_rows
 from harness.reporting.tables import build
 from harness.storage.budgets import resolved, unfinished
 from harness.storage.store import Store
-from tests.support.budgets import budget_sweep
+from tests.support.budgets import budget_sweep, make_candidates
 
 RTN = {"method": "rtn", "scheme": ["w3g32", "w4g32"]}
 SHORT: dict[str, Any] = {"propose": ["kl"], "trials": 2, "together": "block"}
@@ -37,10 +37,13 @@ class Kept(Silent):
 
 
 def test_from_nothing_to_the_verdict_and_once_more(tmp_path: Path) -> None:
-    sweep, display = budget_sweep(tmp_path, of=RTN, bits=[4.2, 4.625], **SHORT), Kept()
+    said = tmp_path / "said"
+    notify = f"notify='echo $HARNESS_STATE $HARNESS_DONE >> {said}'"
+    sweep, display = budget_sweep(tmp_path, notify, of=RTN, bits=[4.2, 4.625], **SHORT), Kept()
     store = Store(sweep.runtime.runs)
     summary = driver.run(sweep, display)
     assert summary.exit_code == 0, summary.text
+    assert said.read_text() == "done 4\n", "once, when the budgets have chosen and all is scored"
     whole = resolved(sweep, store)
     (mixed,) = whole.cells[3:]
     assert mixed.title == "demo · rtn · mixed@4.2", "at 4.625 bits everything has 4 bits"
@@ -63,11 +66,25 @@ def test_from_nothing_to_the_verdict_and_once_more(tmp_path: Path) -> None:
     shown = record_text(store.record(mixed), store, "harness run small")
     assert "mixed@4.2 of sweep small" in shown and rows[0].verdict in shown
 
+    facts = cell_facts(mixed, store)
+    assert facts["command"] == rows[0].content["command"], "the key of a mixture does not make it"
+
     files = {p: p.read_bytes() for p in (store.root / "budgets").rglob("*.json")}
     assert not unfinished(sweep, store)
     again = driver.run(sweep, Kept())
     assert again.exit_code == 0 and again.budgets == summary.budgets
     assert {p: p.read_bytes() for p in (store.root / "budgets").rglob("*.json")} == files
+    assert said.read_text() == "done 4\n", "nothing ran"
+
+
+def test_the_time_of_a_run_is_that_of_its_budgets_too(tmp_path: Path) -> None:
+    sweep = budget_sweep(tmp_path, of=RTN, bits=[4.2], **SHORT)
+    store = make_candidates(sweep)
+    assert unfinished(sweep, store)
+    assert not list(budgets.allocate(sweep, store, seconds=0.0))
+    summary = driver.run(sweep, budget_seconds=1e-6)
+    assert summary.exit_code == 1 and "is used up" in summary.stopped
+    assert unfinished(sweep, store), "nothing was chosen after the time was over"
 
 
 def test_a_bad_assembly_is_not_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from harness.core.errors import ConfigError, PlanError, ScheduleError, StoreErro
 from harness.core.events import Event, Failed, Progress, Quantized
 from harness.core.sweep import Sweep
 from harness.core.units import seconds_of
-from harness.execution import dispatch, driver
+from harness.execution import dispatch, driver, outputs
 from harness.execution.progress import Silent, Tally
 from harness.planning.planner import make, within
 from harness.storage import store as store_module
@@ -309,6 +309,45 @@ def test_tracking_that_comes_back_is_told_everything(
     assert {told[cell_key(cell)] for cell in sweep.cells} == {"done"} and "2 of 2 cells" in told[
         "finish"
     ]
+
+
+def test_a_finished_sweep_names_the_page_that_mlflow_has_now(
+    demo_sweep: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody deleted the database and published the sweep again: the page that the run left is of the old one."""
+
+    class Tracker(NullTracker):
+        def finish(self, files: Any, figures: Any, summary: str) -> str:
+            return "#/experiments/1/runs/old"
+
+    monkeypatch.setattr(driver.mlflow_runs, "open_tracker", lambda sweep, text: Tracker())
+    monkeypatch.setattr(
+        driver.mlflow_runs, "tracked_page", lambda sweep: "#/experiments/1/runs/new"
+    )
+    sweep = demo_sweep("method=none", *SMALL)
+    assert driver.run(sweep).page == "#/experiments/1/runs/old"
+    for _ in range(2):
+        assert driver.run(sweep).page == "#/experiments/1/runs/new"
+    state = Store(sweep.runtime.runs).sweep_state(sweep.name)
+    assert state is not None and state["page"] == "#/experiments/1/runs/new"
+
+
+def test_a_server_that_took_nothing_is_not_named_as_a_place_to_look(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=none", "tracking=server", "tracking.uri=http://127.0.0.1:9")
+    assert driver._browse(sweep, "") == []
+    assert "http://127.0.0.1:9/#/x" in driver._browse(sweep, "#/x")[0]
+
+
+def test_tables_follow_from_the_titles_of_methods_too(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w4", *SMALL)
+    store = Store(sweep.runtime.runs)
+    other = dataclasses.replace(sweep, method_titles={"rtn": "Rounding"})
+    questions = []
+    for each in (sweep, other):
+        stamp = outputs.results_stamp(each, store)
+        assert stamp is not None
+        questions.append(outputs.tables_question(each, stamp))
+    assert questions[0] != questions[1]
 
 
 def test_a_record_in_full(demo_sweep: Make) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from executions import plan_of
 
+from harness.core.cell import Override, RoundingOverride
 from harness.core.errors import PlanError
 from harness.core.sweep import Cluster, Sweep
 from harness.planning import resources
+from harness.planning.checks import Checker
 from harness.planning.render import require
 
 Make = Callable[..., Sweep]
@@ -132,3 +134,53 @@ def test_gradients_are_of_the_weights_that_are_rounded(demo_sweep: Make) -> None
         "squared gradients belong to the original weights of the model, which transform awq changes"
         in " ".join(refusal.reasons)
     )
+
+
+def test_what_a_rounding_is_asked_is_what_the_others_leave_to_it(demo_sweep: Make) -> None:
+    """Two mixtures with the same exceptions: in one of them round-to-nearest rounds the rest, whose groups divide nothing."""
+    (gptq, rtn) = (
+        cell
+        for cell in demo_sweep("method=gptq,rtn", "scheme=w4g96").cells
+        if not cell.method.is_baseline
+    )
+    assert gptq.method.rounding is not None and rtn.method.rounding is not None
+    fits = Override(("q_proj", "k_proj"), weight=(("group_size", 32),))
+    mixed = (
+        RoundingOverride(rtn.method.rounding, ("q_proj",), (0, 1, 2, 3)),
+        RoundingOverride(gptq.method.rounding, ("k_proj",), (0, 1, 2, 3)),
+    )
+    scheme = dataclasses.replace(gptq.scheme, overrides=(fits,))
+    cells = [
+        dataclasses.replace(
+            cell, scheme=scheme, method=dataclasses.replace(cell.method, overrides=mixed)
+        )
+        for cell in (gptq, rtn)
+    ]
+    checker = Checker(demo_sweep("method=rtn", "scheme=w4").runtime)
+    refused = [
+        sorted({reason.split(":")[0] for reason in checker.reasons(cell) if "96" in reason})
+        for cell in cells
+    ]
+    assert refused == [["rounding gptq"], ["rounding rtn"]]
+
+
+def test_a_scheme_without_calibration_is_refused_by_its_own_name(demo_sweep: Make) -> None:
+    sweep = demo_sweep("method=rtn", "scheme=w8a8,w4a8", "calibration=demo")
+    cells = [cell for cell in sweep.cells if not cell.method.is_baseline]
+    static = [
+        dataclasses.replace(
+            cell,
+            calibration=None,
+            scheme=dataclasses.replace(
+                cell.scheme, activation=dataclasses.replace(cell.scheme.activation, dynamic=False)
+            ),
+        )
+        for cell in cells
+        if cell.scheme.activation is not None
+    ]
+    checker = Checker(sweep.runtime)
+    for cell in static:
+        assert any(
+            f'scheme "{cell.scheme.name}" needs calibration' in r for r in checker.reasons(cell)
+        )
+    assert len({cell.scheme.name for cell in static}) == 2

@@ -12,6 +12,7 @@ from synthetic_sweep import make_sweep
 
 from harness.core.errors import TrackingError
 from harness.core.sweep import Tracking
+from harness.tracking.connection import _translated, silence
 from harness.tracking.mlflow_runs import open_tracker
 from harness.tracking.ui import tracking_uri
 
@@ -60,3 +61,23 @@ def test_a_database_is_made_whole_or_not_at_all(
     open_tracker(sweep, "plan")
     with sqlite3.connect(database) as whole:
         assert whole.execute("SELECT COUNT(*) FROM runs").fetchone() == (1,)
+
+
+def test_a_server_that_dies_is_a_sentence() -> None:
+    refused = (
+        "API request to http://127.0.0.1:5077/api/2.0/mlflow/runs/get failed with exception HTTPConnectionPool("
+        "host='127.0.0.1', port=5077): Max retries exceeded with url: /api (Caused by NewConnectionError("
+        "'<HTTPConnection>: Failed to establish a new connection: [Errno 111] Connection refused'))"
+    )
+    assert silence(refused) == "Connection refused"
+    assert silence("('Connection aborted.', RemoteDisconnected())") == "the connection broke"
+    assert (
+        silence("HTTPConnectionPool(host='x', port=1): Read timed out. (read timeout=20)")
+        == "timed out"
+    )
+    assert not silence("RESOURCE_DOES_NOT_EXIST: Run 5 not found")
+    uri = "http://user:secret@127.0.0.1:9"
+    with pytest.raises(TrackingError) as caught, _translated("record a cell", uri):
+        raise OSError(refused)
+    assert "does not answer any more (Connection refused)" in str(caught.value)
+    assert "secret" not in str(caught.value) and "HTTPConnectionPool" not in str(caught.value)

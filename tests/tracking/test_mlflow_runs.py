@@ -23,7 +23,7 @@ from harness.reporting.drawing import save
 from harness.reporting.figures import figures
 from harness.reporting.tables import build_all
 from harness.storage.store import Store
-from harness.tracking.mlflow_runs import MLflowTracker, is_tracked, open_tracker, publish
+from harness.tracking.mlflow_runs import MLflowTracker, open_tracker, publish, tracked_page
 from harness.tracking.run_contents import PARAM_LIMIT, cut_text, metric_key
 from harness.tracking.serving import sweep_pages
 from harness.tracking.views import BITS, CURVES, curve_metric
@@ -298,9 +298,9 @@ def test_a_killed_sweep_is_completed_not_doubled(tmp_path: Path, schema: Path) -
     )
     points = points_of(second)
     assert len(points) == len(set(points))
-    assert is_tracked(sweep)
+    assert tracked_page(sweep)
     second.client.delete_experiment(second.experiment_id)
-    assert not is_tracked(sweep)
+    assert tracked_page(sweep) is None
     with pytest.raises(TrackingError, match="was deleted"):
         open_tracker(sweep, "")
 
@@ -318,14 +318,14 @@ def test_deleted_runs_are_made_again_once(tmp_path: Path, schema: Path) -> None:
         assert isinstance(tracker, MLflowTracker)
         for cell in sweep.cells:
             tracker.cell(store.record(cell), "done")
-        tracker.finish({}, (), "")
+        page = tracker.finish({}, (), "")
         runs = tracker.client.search_runs([tracker.experiment_id])
         parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
         assert [run.info.run_id for run in parents] == [tracker.parent_id]
         assert {run.data.tags["mlflow.parentRunId"] for run in children} == {tracker.parent_id}
         assert len(children) == 3 and {run.data.tags["harness.key"] for run in children} == keys
-        assert is_tracked(sweep)
+        assert tracked_page(sweep) == page
         assert [page for _, page in sweep_pages(sweep.runtime)] == [
             f"#/experiments/{tracker.experiment_id}/runs/{tracker.parent_id}?workflowType=machine_learning"
         ]
@@ -334,13 +334,13 @@ def test_deleted_runs_are_made_again_once(tmp_path: Path, schema: Path) -> None:
     first = complete()
     child = next(iter(first._children.values())).info.run_id
     first.client.delete_run(child)  # a cell's run
-    assert not is_tracked(sweep)
+    assert tracked_page(sweep) is None
     second = complete()
     assert second.parent_id == first.parent_id and child not in {
         run.info.run_id for run in second._children.values()
     }
     second.client.delete_run(second.parent_id)  # the sweep's run, whose children stay
-    assert not is_tracked(sweep)
+    assert tracked_page(sweep) is None
     third = complete()
     assert third.parent_id != second.parent_id
     assert {run.info.run_id for run in third._children.values()} == {
