@@ -10,23 +10,24 @@ the fine-tune, where its differences drop them.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from harness.core import plugins
-from harness.core.cell import Scheme, WeightScheme
-from harness.core.errors import ConfigError
-from harness.core.shapes import Shapes
-from harness.quantization.methods.deltas import base_in, change_of, on_base
-from harness.quantization.methods.protocols import Evidence
+from harness.core.cell import WeightScheme
+from harness.quantization.methods.deltas import (
+    RoundedDifference,
+    change_of,
+    on_base,
+    require_settings,
+)
 from harness.quantization.numerics.weights import QuantizedWeight
 
 
-class Rounding:
+class Rounding(RoundedDifference):
     """Pruning and rounding of the difference with second-order information."""
 
+    inner = "sparsegpt"
     version = 1  # raised with the version of `sparsegpt`, whose numbers these are
     needs = ("base_weight", "hessian")
     stochastic = False
@@ -47,36 +48,7 @@ class Rounding:
         scale_search: str = "none"
 
         def __post_init__(self) -> None:
-            try:
-                plugins.build("rounding", "sparsegpt", dataclasses.asdict(self))
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._inner = plugins.build("rounding", "sparsegpt", dataclasses.asdict(settings))
-
-    @property
-    def sequential(self) -> bool:
-        return self.settings.sequential
-
-    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
-        """The schemes of `sparsegpt`."""
-        return list(self._inner.check(scheme, shapes))
-
-    def round_layer(
-        self,
-        name: str,
-        weight: Tensor,
-        evidence: Evidence | None,
-        scheme: WeightScheme,
-        rng: Generator,
-    ) -> QuantizedWeight:
-        """The base and the pruned, rounded difference of weight [out, in] float32."""
-        base = base_in(evidence)
-        return on_base(
-            self._inner.round_layer(name, change_of(weight, base), evidence, scheme, rng), base
-        )
+            require_settings("sparsegpt", self)
 
     def round_unseen(
         self, name: str, weight: Tensor, scheme: WeightScheme, rng: Generator, base: Tensor

@@ -6,14 +6,17 @@ rounds Δ wherever the two differ by more than a factor of 2.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from harness.core.cell import WeightScheme
-from harness.core.errors import MethodError
-from harness.core.shapes import LinearShape
+from harness.core import plugins
+from harness.core.cell import Scheme, WeightScheme
+from harness.core.errors import ConfigError, MethodError
+from harness.core.shapes import LinearShape, Shapes
 from harness.quantization.methods.checks import require_finite
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.deltas import DeltaWeight, singular_vectors
@@ -41,6 +44,46 @@ def change_of(weight: Tensor, base: Tensor) -> Tensor:
 def on_base(change: QuantizedWeight, base: Tensor) -> DeltaWeight:
     """The matrix of the fine-tune as it is stored: the change, and the base beside it."""
     return DeltaWeight(change, base)
+
+
+def require_settings(inner: str, settings: Any) -> None:
+    """Raise ValueError for settings (a dataclass) that the rounding `inner` does not take."""
+    try:
+        plugins.build("rounding", inner, dataclasses.asdict(settings))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+class RoundedDifference:
+    """The difference as another rounding makes it; a subclass names that one, and its settings are those of that one."""
+
+    inner: ClassVar[str]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+        self._inner = plugins.build("rounding", self.inner, dataclasses.asdict(settings))
+
+    @property
+    def sequential(self) -> bool:
+        """Whether matrices see the rounded ones before them: as the settings say, where they do."""
+        return bool(getattr(self.settings, "sequential", False))
+
+    def check(self, scheme: Scheme, shapes: Shapes) -> list[str]:
+        """The schemes of the inner rounding."""
+        return list(self._inner.check(scheme, shapes))
+
+    def round_layer(
+        self,
+        name: str,
+        weight: Tensor,
+        evidence: Evidence | None,
+        scheme: WeightScheme,
+        rng: Generator,
+    ) -> QuantizedWeight:
+        """The base and the rounded difference of weight [out, in] float32."""
+        base = base_in(evidence)
+        change = self._inner.round_layer(name, change_of(weight, base), evidence, scheme, rng)
+        return on_base(change, base)
 
 
 def shared_singular_vectors(
