@@ -26,6 +26,7 @@ OF_THE_STUDIES = ("llama", "mistral", "qwen2", "qwen3")
 REFUSED = {
     ("qwen3", "omniquant_wa"),  # norms between queries and keys let no learned scale through
     *((family, method) for family in OF_THE_STUDIES for method in ("reap", "reap_rtn")),  # dense
+    *((family, "l0_target_shape") for family in OF_THE_STUDIES),  # its shape must be stated
 }
 
 
