@@ -1,4 +1,4 @@
-"""A bit budget: candidate cells of one model, and the sizes at which a mixture of their matrices is asked for.
+"""A bit budget: candidate cells of one model, and the sizes that a mixture of their matrices may have.
 
 A sweep states budgets (docs/sweeps.md); a run chooses, for each size, which candidate gives each matrix, and hands the choice out
 as an ordinary cell whose scheme has overrides. What was chosen and measured lies in the store as runs/budgets/<sweep>/<name>.json

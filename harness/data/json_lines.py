@@ -7,7 +7,7 @@ the rest with the file and the line:
                 empty line holds no row, the last one needs no end, and an object may go on over several lines
     characters  UTF-8, with or without a byte-order mark at the start. U+2028, U+0085 and others that Python counts as line ends are
                 characters like any other inside a string
-    numbers     NaN, Infinity and -Infinity are read; an integer beyond 64 bits is a float; what no float holds is refused
+    numbers     NaN, Infinity and -Infinity are read; an integer beyond 64 bits is a float; one too large for a float is refused
     refused     a key that an object holds twice, half a surrogate pair, a control character inside a string, a row that is no
                 object, and a file that is one array, whose numbers the official loader rounds
     compressed  gzip, told by the file's first bytes

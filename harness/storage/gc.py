@@ -60,14 +60,20 @@ def remove(store: Store, found: Sequence[Leftover]) -> int:
     return freed
 
 
-def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
-    folder = store.root / "checkpoints"
+def _sizes(store: Store, folder: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Bytes, and the time of the last change, of each folder in a folder of the store, by its name."""
     sizes: dict[str, int] = {}
     newest: dict[str, float] = {}
     for entry in store.files.walk(folder):
         key = entry.path.relative_to(folder).parts[0]
         sizes[key] = sizes.get(key, 0) + entry.bytes
         newest[key] = max(newest.get(key, 0.0), entry.modified)
+    return sizes, newest
+
+
+def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
+    folder = store.root / "checkpoints"
+    sizes, newest = _sizes(store, folder)
     if not sizes:
         return
     used = set()
@@ -88,12 +94,7 @@ def _checkpoints(store: Store, before: float) -> Iterator[Leftover]:
 def _reduced(store: Store, before: float) -> Iterator[Leftover]:
     """Reduced models that no cell uses; one that is deleted too early is made again when it is needed."""
     folder = store.root / "reduced"
-    sizes: dict[str, int] = {}
-    newest: dict[str, float] = {}
-    for entry in store.files.walk(folder):
-        key = entry.path.relative_to(folder).parts[0]
-        sizes[key] = sizes.get(key, 0) + entry.bytes
-        newest[key] = max(newest.get(key, 0.0), entry.modified)
+    sizes, newest = _sizes(store, folder)
     if not sizes:
         return
     now = store.snapshot()

@@ -125,6 +125,23 @@ def require_search(scale_search: str, range_search: bool = False) -> None:
         )
 
 
+def require_columns(
+    grid: str, scale_search: str, block_size: int, *, range_search: bool = False, **damping: float
+) -> None:
+    """Raise ValueError for settings that no rounding of one column after the other takes.
+
+    damping: one setting by its name, above 0.   block_size: columns between two products, at least 1.
+    """
+    if grid not in CONVENTIONS:
+        raise ValueError(f'no grid "{grid}"; known: {", ".join(CONVENTIONS)}')
+    require_search(scale_search, range_search)
+    for name, value in damping.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+
+
 def check_pruned(
     scheme: Scheme,
     shapes: Shapes,

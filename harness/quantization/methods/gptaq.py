@@ -28,12 +28,12 @@ from torch import Generator, Tensor
 from harness.core.cell import Cell, Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_columns, require_search
+from harness.quantization.methods.checks import check_columns, require_columns
 from harness.quantization.methods.evidence import cross_moment, shared_factor, stream_warnings
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.column_rounding import round_matrix
 from harness.quantization.numerics.error_feedback import Correction
-from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.grids import Fitting
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -75,13 +75,12 @@ class Rounding:
         correction: str = "as_published"
 
         def __post_init__(self) -> None:
-            if self.grid not in CONVENTIONS:
-                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
-            require_search(self.scale_search)
-            if not self.damping_fraction > 0:
-                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
-            if self.block_size < 1:
-                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+            require_columns(
+                self.grid,
+                self.scale_search,
+                self.block_size,
+                damping_fraction=self.damping_fraction,
+            )
             if not self.strength >= 0:
                 raise ValueError(f"strength is {self.strength}; it must be at least 0")
             if self.correction not in CORRECTIONS:

@@ -27,11 +27,11 @@ from torch import Generator, Tensor
 
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_columns, require_search
+from harness.quantization.methods.checks import check_columns, require_columns
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.column_rounding import round_matrix
-from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.grids import Fitting
 from harness.quantization.numerics.weights import QuantizedWeight
 
 
@@ -74,13 +74,13 @@ class Rounding:
             return "range" if self.range_search else self.scale_search
 
         def __post_init__(self) -> None:
-            if self.grid not in CONVENTIONS:
-                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
-            require_search(self.scale_search, self.range_search)
-            if not self.damping_fraction > 0:
-                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
-            if self.block_size < 1:
-                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+            require_columns(
+                self.grid,
+                self.scale_search,
+                self.block_size,
+                range_search=self.range_search,
+                damping_fraction=self.damping_fraction,
+            )
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -29,11 +29,11 @@ from torch import Generator, Tensor
 from harness.core.cell import Cell, Scheme, WeightScheme
 from harness.core.errors import MethodError
 from harness.core.shapes import Shapes
-from harness.quantization.methods.checks import check_columns, require_finite, require_search
+from harness.quantization.methods.checks import check_columns, require_columns, require_finite
 from harness.quantization.methods.evidence import cross_moment, stream_warnings
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.column_rounding import round_matrix
-from harness.quantization.numerics.grids import CONVENTIONS, Fitting
+from harness.quantization.numerics.grids import Fitting
 from harness.quantization.numerics.hessians import Factor, inverse_factor
 from harness.quantization.numerics.weights import QuantizedWeight
 
@@ -70,13 +70,7 @@ class Rounding:
         fit: str = "shifted"
 
         def __post_init__(self) -> None:
-            if self.grid not in CONVENTIONS:
-                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
-            require_search(self.scale_search)
-            if not self.damping > 0:
-                raise ValueError(f"damping is {self.damping}; it must be above 0")
-            if self.block_size < 1:
-                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+            require_columns(self.grid, self.scale_search, self.block_size, damping=self.damping)
             if self.fit not in FITS:
                 raise ValueError(f'no fit "{self.fit}"; known: {", ".join(FITS)}')
 

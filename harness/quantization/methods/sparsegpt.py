@@ -32,7 +32,7 @@ from torch import Generator, Tensor
 from harness.core.cell import Scheme, WeightScheme
 from harness.core.shapes import Shapes
 from harness.core.sparsity import Sparsity, read_sparsity
-from harness.quantization.methods.checks import check_pruned, require_finite, require_search
+from harness.quantization.methods.checks import check_pruned, require_columns, require_finite
 from harness.quantization.methods.evidence import shared_factor
 from harness.quantization.methods.protocols import Evidence
 from harness.quantization.numerics.error_feedback import (
@@ -41,7 +41,7 @@ from harness.quantization.numerics.error_feedback import (
     PrunedColumns,
     prune_columns,
 )
-from harness.quantization.numerics.grids import CONVENTIONS, Fitting, Grid
+from harness.quantization.numerics.grids import Fitting, Grid
 from harness.quantization.numerics.hessians import Factor
 from harness.quantization.numerics.pruned_weights import SparseWeight
 from harness.quantization.numerics.pruning import (
@@ -84,13 +84,12 @@ class Rounding:
         scale_search: str = "none"
 
         def __post_init__(self) -> None:
-            if self.grid not in CONVENTIONS:
-                raise ValueError(f'no grid "{self.grid}"; known: {", ".join(CONVENTIONS)}')
-            require_search(self.scale_search)
-            if not self.damping_fraction > 0:
-                raise ValueError(f"damping_fraction is {self.damping_fraction}; it must be above 0")
-            if self.block_size < 1:
-                raise ValueError(f"block_size is {self.block_size}; it must be at least 1")
+            require_columns(
+                self.grid,
+                self.scale_search,
+                self.block_size,
+                damping_fraction=self.damping_fraction,
+            )
             if self.mask not in ("sparsegpt", "magnitude", "wanda"):
                 raise ValueError(f'mask is "{self.mask}"; it must be sparsegpt, magnitude or wanda')
             if self.grid_on not in ("dense", "updated"):

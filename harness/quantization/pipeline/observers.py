@@ -86,7 +86,7 @@ class Collector:
             accumulate_cross(cross, full, x, self.tokens)
         if "mean" in self.needs:
             self._add("mean", x.sum(0))
-        # not from a Hessian: alone and in company it has the same bytes
+        # not the diagonal of a Hessian: a cell gets the same bytes whatever others in its pass need
         if "square_mean" in self.needs:
             self._add("square_mean", x.square().sum(0))
         if self.needs & {"abs_mean", "abs_max", "abs_max_per_sequence"}:
